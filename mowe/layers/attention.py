@@ -1,0 +1,178 @@
+"""Multi-head attention as in T5, with a decoding cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import linear
+
+# T5X's mask value: far below any logit, and safe in bfloat16.
+_MASKED = -1e10
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    dropout=lambda weights: weights,
+) -> jax.Array:
+  """softmax(query key^T + bias) value, with no division by sqrt(kv).
+
+  T5 leaves the division to the initialiser of the query kernel.
+
+  Args:
+    query: <float>[batch, query, heads, kv].
+    key: <float>[batch, key, heads, kv].
+    value: <float>[batch, key, heads, kv].
+    bias: <float>[1, heads, query, key] or None.
+    mask: <bool>[batch, 1, query, key], True where attention is allowed.
+    dropout: applied to the weights [batch, heads, query, key].
+
+  Returns:
+    <float>[batch, query, heads, kv] in the dtype of `value`.
+  """
+  logits = jnp.einsum('bqhd,bkhd->bhqk', query, key).astype(jnp.float32)
+  if bias is not None:
+    logits = logits + bias.astype(jnp.float32)
+  if mask is not None:
+    logits = jnp.where(mask, logits, _MASKED)
+  weights = dropout(jax.nn.softmax(logits).astype(value.dtype))
+  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+
+
+class MultiHeadAttention(nn.Module):
+  """Attention of `queries` to `memory`, which may be the same tokens.
+
+  Attributes:
+    num_heads: number of heads.
+    head_dim: size of one head.
+    dropout_rate: dropout of the attention weights, shared by all queries.
+    dtype: dtype of the computation.
+
+  Call: queries <float>[batch, query, embed], memory <float>[batch, key, embed]
+    to <dtype>[batch, query, embed].
+
+  Methods for decoding: `project_memory` gives the keys and values of a memory
+  once, `attend` uses them; with `decode=True` a call takes one token, and
+  keys and values are kept in the `cache` collection.
+  """
+
+  num_heads: int
+  head_dim: int
+  dropout_rate: float = 0.0
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    joined = self.num_heads * self.head_dim
+    project = lambda init: linear.Dense(
+        joined, ('embed', 'joined_kv'), init, self.dtype
+    )
+    # The 1 / sqrt(kv) of scaled dot products lives in the query's initialiser.
+    self.query = project(
+        lambda *args: linear.attention_init(*args) * self.head_dim**-0.5
+    )
+    self.key = project(linear.attention_init)
+    self.value = project(linear.attention_init)
+    self.weights_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+  @nn.compact
+  def _out(self, attended: jax.Array, features: int) -> jax.Array:
+    return linear.Dense(
+        features,
+        ('joined_kv', 'embed'),
+        linear.attention_init,
+        self.dtype,
+        name='out',
+    )(attended)
+
+  def _split_heads(self, joined: jax.Array) -> jax.Array:
+    # [batch, length, joined_kv] -> [batch, length, heads, kv]
+    return joined.reshape(*joined.shape[:-1], self.num_heads, self.head_dim)
+
+  def project_memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values <dtype>[batch, key, heads, kv] of a memory."""
+    return (
+        self._split_heads(self.key(memory)),
+        self._split_heads(self.value(memory)),
+    )
+
+  def attend(
+      self,
+      queries: jax.Array,
+      keys: jax.Array,
+      values: jax.Array,
+      *,
+      bias: jax.Array | None = None,
+      mask: jax.Array | None = None,
+      deterministic: bool = True,
+  ) -> jax.Array:
+    """Attention of `queries` to projected keys and values."""
+    attended = dot_product_attention(
+        self._split_heads(self.query(queries)),
+        keys,
+        values,
+        bias=bias,
+        mask=mask,
+        dropout=lambda weights: self.weights_dropout(
+            weights, deterministic=deterministic
+        ),
+    )
+    # [batch, query, heads, kv] -> [batch, query, joined_kv]
+    attended = attended.reshape(*attended.shape[:2], -1)
+    return self._out(attended, queries.shape[-1])
+
+  def __call__(
+      self,
+      queries: jax.Array,
+      memory: jax.Array,
+      *,
+      bias: jax.Array | None = None,
+      mask: jax.Array | None = None,
+      decode: bool = False,
+      deterministic: bool = True,
+  ) -> jax.Array:
+    keys, values = self.project_memory(memory)
+    if decode:
+      keys, values, written = self._update_cache(keys, values)
+      mask = written if mask is None else mask & written
+    return self.attend(
+        queries,
+        keys,
+        values,
+        bias=bias,
+        mask=mask,
+        deterministic=deterministic,
+    )
+
+  def _update_cache(self, keys, values):
+    """Appends one token; returns all keys, values and which are written.
+
+    The pass that initialises the cache gives its length and writes nothing.
+    """
+    is_initialized = self.has_variable('cache', 'cached_key')
+    cached_key = self.variable('cache', 'cached_key', jnp.zeros_like, keys)
+    cached_value = self.variable(
+        'cache', 'cached_value', jnp.zeros_like, values
+    )
+    index = self.variable(
+        'cache', 'cache_index', lambda: jnp.zeros((), jnp.int32)
+    )
+    if not is_initialized:
+      return keys, values, jnp.ones((1, 1, 1, 1), bool)
+    length = cached_key.value.shape[1]
+    position = index.value
+    start = (0, position, 0, 0)
+    cached_key.value = jax.lax.dynamic_update_slice(
+        cached_key.value, keys.astype(cached_key.value.dtype), start
+    )
+    cached_value.value = jax.lax.dynamic_update_slice(
+        cached_value.value, values.astype(cached_value.value.dtype), start
+    )
+    index.value = position + 1
+    written = (jnp.arange(length) <= position)[None, None, None, :]
+    return cached_key.value, cached_value.value, written

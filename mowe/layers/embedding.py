@@ -1,0 +1,42 @@
+"""Token embedding, read by id and, for tied logits, attended to."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+
+class Embedding(nn.Module):
+  """Table of token vectors.
+
+  Rows are gathered: T5X multiplies with one-hot vectors instead, which costs
+  as much as the logits do.
+
+  Call: ids <int32>[batch, length] to <dtype>[batch, length, embed].
+  """
+
+  vocab_size: int
+  embed_dim: int
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    self.embedding = partitioning.param_with_axes(
+        'embedding',
+        nn.initializers.normal(stddev=1.0),
+        (self.vocab_size, self.embed_dim),
+        jnp.float32,
+        axes=('vocab', 'embed'),
+    )
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    return jnp.take(self.embedding, ids, axis=0, mode='clip').astype(
+        self.dtype
+    )
+
+  def attend(self, tokens: jax.Array) -> jax.Array:
+    """Logits <float32>[batch, length, vocab] of tied embeddings (T5 1.0)."""
+    # Rescaled because the rows have unit variance: Mesh TensorFlow's T5.
+    tokens = tokens.astype(jnp.float32) * self.embed_dim**-0.5
+    return jnp.einsum('blm,vm->blv', tokens, self.embedding)

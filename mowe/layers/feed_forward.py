@@ -1,0 +1,87 @@
+"""The dense feed-forward of T5 1.0 (ReLU) and 1.1 (gated GELU)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import linear
+
+_ACTIVATIONS = {
+    'relu': jax.nn.relu,
+    'gelu': lambda x: jax.nn.gelu(x, approximate=True),
+    'silu': jax.nn.silu,
+    'linear': lambda x: x,
+}
+
+
+def check_activations(activations: tuple[str, ...]) -> None:
+  """Raises ValueError unless every name is a known activation."""
+  unknown = [name for name in activations if name not in _ACTIVATIONS]
+  if unknown or not activations:
+    raise ValueError(
+        f'activations must be names out of {sorted(_ACTIVATIONS)}, but are '
+        f"{activations}. T5 1.0 uses ('relu',), T5 1.1 ('gelu', 'linear')."
+    )
+
+
+def kernel_names(activations: tuple[str, ...]) -> tuple[str, ...]:
+  """T5's names of the input kernels: `wi`, or `wi_0`, `wi_1` if gated."""
+  if len(activations) == 1:
+    return ('wi',)
+  return tuple(f'wi_{i}' for i in range(len(activations)))
+
+
+def activate(
+    projections: list[jax.Array], activations: tuple[str, ...]
+) -> jax.Array:
+  """Product of the activated projections: gelu(x wi_0) * (x wi_1) if gated."""
+  hidden = _ACTIVATIONS[activations[0]](projections[0])
+  for name, projection in zip(activations[1:], projections[1:], strict=True):
+    hidden = hidden * _ACTIVATIONS[name](projection)
+  return hidden
+
+
+class DenseFeedForward(nn.Module):
+  """Two-layer feed-forward without bias.
+
+  Source: T5, arXiv 1910.10683; gating: arXiv 2002.05202.
+
+  Attributes:
+    mlp_dim: hidden units.
+    activations: one name, or two for a gated layer.
+    dropout_rate: dropout of the hidden units, shared along the length.
+    dtype: dtype of the computation.
+
+  Call: tokens <float>[batch, length, embed] to the same shape; `routing_ids`
+    are taken and ignored, as every feed-forward has one call.
+  """
+
+  mlp_dim: int
+  activations: tuple[str, ...] = ('gelu', 'linear')
+  dropout_rate: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+      self,
+      tokens: jax.Array,
+      routing_ids: Any = None,
+      *,
+      deterministic: bool = True,
+  ) -> jax.Array:
+    del routing_ids
+    projections = [
+        linear.Dense(
+            self.mlp_dim, ('embed', 'mlp'), dtype=self.dtype, name=name
+        )(tokens)
+        for name in kernel_names(self.activations)
+    ]
+    hidden = activate(projections, self.activations)
+    hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+        hidden, deterministic=deterministic
+    )
+    return linear.Dense(
+        tokens.shape[-1], ('mlp', 'embed'), dtype=self.dtype, name='wo'
+    )(hidden)

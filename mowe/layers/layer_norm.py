@@ -1,0 +1,39 @@
+"""T5's layer norm: root mean square only, no mean, no bias."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+
+class LayerNorm(nn.Module):
+  """Divides by the root mean square of the last axis and scales.
+
+  Source: T5, arXiv 1910.10683, section 2.1. The mean square is taken in
+  float32; the scale is applied after the cast to `dtype`, as in T5X, so that
+  restored checkpoints give the same bits.
+
+  Call: tokens <float>[..., embed] to <dtype>[..., embed].
+  """
+
+  epsilon: float = 1e-6
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    scale = partitioning.param_with_axes(
+        'scale',
+        nn.initializers.ones,
+        (tokens.shape[-1],),
+        jnp.float32,
+        axes=('embed',),
+    )
+    tokens = tokens.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(tokens), axis=-1, keepdims=True)
+    normed = (tokens * jax.lax.rsqrt(mean_square + self.epsilon)).astype(
+        self.dtype
+    )
+    leading = tuple(range(normed.ndim - 1))
+    return normed * jnp.expand_dims(scale.astype(self.dtype), leading)

@@ -1,0 +1,235 @@
+"""MoWE: a feed-forward in which each word owns, or shares, a small expert."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+from mowe.layers import feed_forward, grouped
+from mowe.words import plan as plans
+
+# An expert starts as a small correction of the residual stream: with T5's own
+# initialiser thousands of unread experts add noise that training has to undo.
+_WO_SCALE = 0.1
+
+# Tokens whose kernels are gathered at a time without a plan: bounds memory.
+_TOKENS_AT_ONCE = 256
+
+
+def _expert_init(scale: float):
+  return nn.initializers.variance_scaling(
+      scale**2,
+      'fan_in',
+      'truncated_normal',
+      in_axis=-2,
+      out_axis=-1,
+      batch_axis=(0,),
+  )
+
+
+class ExpertTable(nn.Module):
+  """Kernels of all experts, one row each.
+
+  Attributes:
+    num_experts: rows of the full table.
+    embed_dim: width of the model.
+    expert_dim: hidden units of one expert.
+    activations: as in the dense feed-forward: gated with two names.
+
+  Call: a dict of <float32>[rows, embed, expert_dim] (`wi_0`, `wi_1`, or `wi`)
+    and <float32>[rows, expert_dim, embed] (`wo`): the rows that the caller
+    gave as parameters, which are a plan's few in a planned step.
+  """
+
+  num_experts: int
+  embed_dim: int
+  expert_dim: int
+  activations: tuple[str, ...] = ('gelu', 'linear')
+
+  @nn.compact
+  def __call__(self) -> dict[str, jax.Array]:
+    names = feed_forward.kernel_names(self.activations)
+    kernels = {
+        name: self._kernel(
+            name, 1.0, (self.embed_dim, self.expert_dim), 'embed', 'expert_mlp'
+        )
+        for name in names
+    }
+    kernels['wo'] = self._kernel(
+        'wo', _WO_SCALE, (self.expert_dim, self.embed_dim), 'expert_mlp', 'embed'
+    )
+    return kernels
+
+  def _kernel(self, name, scale, shape, *axes):
+    # Linen would refuse a compact table for its number of rows.
+    if self.has_variable('params', name):
+      return self.get_variable('params', name)
+    return partitioning.param_with_axes(
+        name,
+        _expert_init(scale),
+        (self.num_experts, *shape),
+        jnp.float32,
+        axes=('expert', *axes),
+    )
+
+
+class MoweLayer(nn.Module):
+  """Feed-forward in which the routing id of a token names its one expert.
+
+  Source: MoWE, arXiv 2311.10768, section 2. No router, no auxiliary loss, no
+  bias. A token without an expert gets zero: only the residual remains.
+
+  Attributes:
+    num_experts: rows of the expert table; as in the RoutingVocabulary.
+    expert_dim: hidden units of one expert.
+    activations: as in the dense feed-forward.
+    share_experts: one table for all layers of the model (the paper's way)
+      instead of one for each.
+    dropout_rate: dropout of the hidden units.
+    dtype: dtype of the computation.
+    table: the shared ExpertTable; given by the stack.
+
+  Call: tokens <float>[batch, length, embed] and routing_ids, either
+    <int32>[batch, length] (the full table is read) or the StreamPlan of these
+    tokens (the parameters hold the plan's compact table), to
+    <dtype>[batch, length, embed].
+
+  Raises:
+    ValueError: `routing_ids` is missing or has another leading shape.
+  """
+
+  num_experts: int
+  expert_dim: int
+  activations: tuple[str, ...] = ('gelu', 'linear')
+  share_experts: bool = True
+  dropout_rate: float = 0.0
+  dtype: Any = jnp.float32
+  table: ExpertTable | None = None
+
+  def make_table(self, embed_dim: int) -> ExpertTable:
+    """A table, not yet bound, that fits this layer."""
+    return ExpertTable(
+        self.num_experts,
+        embed_dim,
+        self.expert_dim,
+        self.activations,
+        parent=None,
+    )
+
+  def make_shared(self, embed_dim: int) -> dict[str, nn.Module]:
+    """Modules that the stack owns once and hands to all layers, by name."""
+    return {'experts': self.make_table(embed_dim)} if self.share_experts else {}
+
+  def with_shared(self, shared: dict[str, nn.Module]) -> 'MoweLayer':
+    """This layer, not yet bound, reading the stack's shared modules."""
+    return self.clone(table=shared.get('experts'), parent=None)
+
+  @nn.compact
+  def __call__(
+      self,
+      tokens: jax.Array,
+      routing_ids: jax.Array | plans.StreamPlan | None = None,
+      *,
+      deterministic: bool = True,
+  ) -> jax.Array:
+    _check_routing_ids(tokens, routing_ids)
+    table = self.table
+    if table is None:
+      table = self.make_table(tokens.shape[-1]).clone(name='experts')
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(self.dtype)
+    dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
+    if isinstance(routing_ids, plans.StreamPlan):
+      outputs = self._planned(flat, routing_ids, table, dropout)
+    else:
+      outputs = self._by_token(flat, routing_ids.reshape(-1), table, dropout)
+    return outputs.reshape(tokens.shape)
+
+  def _planned(self, tokens, plan, table, dropout):
+    """One batched product for each size class of the plan."""
+    kernels = table()
+    num_planned = sum(source.shape[0] for source in plan.sources)
+    if plan.rows is None:
+      select = lambda kernel: kernel[:num_planned]
+    else:
+      select = lambda kernel: jnp.take(kernel, plan.rows, axis=0, mode='clip')
+    kernels = {
+        name: select(kernel).astype(self.dtype)
+        for name, kernel in kernels.items()
+    }
+    slots = plan.slots.reshape(-1)
+    parts = grouped.dispatch(tokens, plan.sources, slots)
+    projections = [
+        grouped.grouped_product(parts, kernels[name])
+        for name in feed_forward.kernel_names(self.activations)
+    ]
+    hidden = [
+        dropout(feed_forward.activate(list(same_class), self.activations))
+        for same_class in zip(*projections, strict=True)
+    ]
+    outputs = grouped.grouped_product(hidden, kernels['wo'])
+    return grouped.combine(outputs, plan.sources, slots)
+
+  def _by_token(self, tokens, experts, table, dropout):
+    """Gathers the kernels of each token: for decoding and short inputs."""
+    kernels = table()
+
+    def some_tokens(tokens, experts):
+      read = lambda name: jnp.take(
+          kernels[name],
+          # Negative ids would count from the end.
+          jnp.where(experts < 0, self.num_experts, experts),
+          axis=0,
+          mode='fill',
+          fill_value=0,
+      ).astype(self.dtype)
+      hidden = feed_forward.activate(
+          [
+              jnp.einsum('tm,tmf->tf', tokens, read(name))
+              for name in feed_forward.kernel_names(self.activations)
+          ],
+          self.activations,
+      )
+      return jnp.einsum('tf,tfm->tm', dropout(hidden), read('wo'))
+
+    # Dropout cannot draw inside lax.map; training has a plan anyway.
+    if tokens.shape[0] <= _TOKENS_AT_ONCE or not dropout.deterministic:
+      return some_tokens(tokens, experts)
+    return _in_chunks(some_tokens, tokens, experts)
+
+
+def _in_chunks(function, tokens, experts):
+  """Applies `function` to chunks of tokens; the last one is padded."""
+  num_tokens = tokens.shape[0]
+  missing = -num_tokens % _TOKENS_AT_ONCE
+  tokens = jnp.pad(tokens, ((0, missing), (0, 0)))
+  experts = jnp.pad(experts, (0, missing), constant_values=-1)
+  outputs = jax.lax.map(
+      lambda pair: function(*pair),
+      (
+          tokens.reshape(-1, _TOKENS_AT_ONCE, tokens.shape[-1]),
+          experts.reshape(-1, _TOKENS_AT_ONCE),
+      ),
+  )
+  return outputs.reshape(-1, outputs.shape[-1])[:num_tokens]
+
+
+def _check_routing_ids(tokens, routing_ids):
+  if routing_ids is None:
+    raise ValueError(
+        'MoweLayer needs the routing ids of its tokens, but got None. Set '
+        'T5Config.routing to a RoutingVocabulary, or give '
+        'encoder_routing_ids and decoder_routing_ids with the batch.'
+    )
+  ids = (
+      routing_ids.slots
+      if isinstance(routing_ids, plans.StreamPlan)
+      else routing_ids
+  )
+  if ids.shape != tokens.shape[:2]:
+    raise ValueError(
+        'routing_ids must have the [batch, length] shape of tokens, '
+        f'{tokens.shape[:2]}, but has {ids.shape}. Encode the same batch with '
+        'RoutingVocabulary.encoder_ids or decoder_ids.'
+    )

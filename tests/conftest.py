@@ -1,0 +1,45 @@
+"""Eight virtual CPU devices and strict shapes for every test."""
+
+import os
+import pathlib
+
+# TensorFlow, where a test loads it, must neither talk nor take a GPU.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import jax
+import pytest
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+      '--slow', action='store_true', help='also run the tests marked slow'
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.getoption('--slow') or config.getoption('-m'):
+    return
+  skip = pytest.mark.skip(reason='slow: run with --slow')
+  for item in items:
+    if 'slow' in item.keywords:
+      item.add_marker(skip)
+
+
+@pytest.fixture(scope='session')
+def golden_dir() -> pathlib.Path:
+  return _ROOT / 'tests' / 'golden'
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> pathlib.Path:
+  """Real data beside the checkout; tests that need it skip without it."""
+  folder = _ROOT.parent / 'shared' / 'data'
+  if not folder.is_dir():
+    pytest.skip('needs the folder ../shared/data beside the checkout')
+  return folder
