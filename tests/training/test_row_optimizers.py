@@ -51,10 +51,17 @@ def _train(optimizer, table, visits=_VISITS, steps=None):
       present,
     )
     target = jnp.where(present, padded, _NUM_EXPERTS)
-    put = lambda x, row, ids=target: x.at[ids].set(row, mode='drop')
-    table = jax.tree.map(put, table, rows)
-    state = jax.tree.map(put, state, state_rows)
+    table = _scatter(table, target, rows)
+    state = _scatter(state, target, state_rows)
   return table, state
+
+
+def _gather(tree, ids):
+  return jax.tree.map(lambda x: x[ids], tree)
+
+
+def _scatter(tree, ids, rows):
+  return jax.tree.map(lambda x, r: x.at[ids].set(r, mode='drop'), tree, rows)
 
 
 def _visits_of(expert):
