@@ -1,0 +1,400 @@
+"""Token caches: tokenised examples in a folder of memory-mapped arrays.
+
+A cache is a folder:
+  cache.json             the recipe (what went in), its fingerprint, and size,
+                         dtype and sha256 of every array (what came out);
+  <feature>.tokens.bin   all examples of a feature one after another;
+  <feature>.offsets.bin  <int64>[examples + 1], where each begins and ends;
+  records.jsonl          the fields that evaluation needs, one line an example,
+  records.offsets.bin    and where each line begins.
+
+The folder is written under another name beside its place and renamed at the
+end: a build that was interrupted never looks finished.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+_SUMMARY = 'cache.json'
+# Beyond uint16 a vocabulary needs int32. Both are read without a copy.
+_SMALL = 1 << 16
+
+
+def fingerprint_of(recipe: Mapping[str, Any]) -> str:
+  """The sha256 of a recipe's canonical JSON."""
+  text = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_vocabulary(subwords: Any) -> dict[str, Any]:
+  """What of a vocabulary a cache depends on."""
+  return {
+    'sha256': subwords.sha256,
+    'size': int(subwords.size),
+    'extra_ids': int(subwords.extra_ids),
+    'eos_id': int(subwords.eos_id),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+  """A finished cache, opened for reading. Make one with `TokenCache.open`.
+
+  Attributes:
+    path: the folder.
+    summary: the content of cache.json.
+  """
+
+  path: pathlib.Path
+  summary: Mapping[str, Any]
+
+  @classmethod
+  def open(
+    cls, path: str | os.PathLike, subwords: Any = None, verify: bool = False
+  ) -> 'TokenCache':
+    """Opens a cache and checks that it is whole.
+
+    Args:
+      path: the folder.
+      subwords: the vocabulary it must have been made with; None: any.
+      verify: also compare every array with its sha256, which reads it all.
+
+    Raises:
+      ValueError: no finished cache, another format or vocabulary, or a file
+        that is not what cache.json says.
+    """
+    path = pathlib.Path(path)
+    if not (path / _SUMMARY).is_file():
+      raise ValueError(
+        f'A token cache must hold {_SUMMARY}, but {path} has none: it is no '
+        'cache, or its build was interrupted. Build it with '
+        '`mowe cache-task`.'
+      )
+    summary = json.loads((path / _SUMMARY).read_text())
+    version = summary.get('recipe', {}).get('format_version')
+    if version != FORMAT_VERSION:
+      raise ValueError(
+        f'The format of a token cache must be version {FORMAT_VERSION}, but '
+        f'{path} has version {version}. Build it again with this release.'
+      )
+    cache = cls(path, summary)
+    if subwords is not None:
+      cache.check_vocabulary(subwords)
+    cache._check_files(verify)
+    return cache
+
+  @property
+  def kind(self) -> str:
+    return self.summary['recipe']['kind']
+
+  @property
+  def fingerprint(self) -> str:
+    return self.summary['fingerprint']
+
+  @property
+  def vocabulary(self) -> Mapping[str, Any]:
+    """sha256, size, extra_ids and eos_id."""
+    return self.summary['recipe']['vocabulary']
+
+  @property
+  def num_examples(self) -> int:
+    return self.summary['num_examples']
+
+  @property
+  def features(self) -> tuple[str, ...]:
+    names = [name.split('.')[0] for name in self.summary['arrays']]
+    return tuple(dict.fromkeys(name for name in names if name != 'records'))
+
+  def sentinel_id(self, number: int) -> int:
+    """The id of the sentinel <extra_id_number>."""
+    return self.vocabulary['size'] - 1 - number
+
+  def check_vocabulary(self, subwords: Any) -> None:
+    """Raises ValueError unless the cache was made with this vocabulary."""
+    wanted = describe_vocabulary(subwords)
+    if dict(self.vocabulary) != wanted:
+      raise ValueError(
+        'A cache must be used with the vocabulary it was made with, but '
+        f'{self.path} was made with {dict(self.vocabulary)} and the '
+        f'vocabulary given is {wanted}. Give the other vocabulary, or build '
+        'the cache again with this one.'
+      )
+
+  def flat(self, feature: str) -> np.ndarray:
+    """All examples of a feature in one array <uint16 or int32>[total]."""
+    return self._array(f'{feature}.tokens')
+
+  def offsets(self, feature: str) -> np.ndarray:
+    """Bounds of the examples in `flat`, <int64>[num_examples + 1]."""
+    return self._array(f'{feature}.offsets')
+
+  def lengths(self, feature: str) -> np.ndarray:
+    """Length of each example, <int64>[num_examples]."""
+    return np.diff(self.offsets(feature))
+
+  def tokens(self, feature: str, index: int) -> np.ndarray:
+    """One example of a feature, <int32>[length], with its EOS."""
+    start, end = self.offsets(feature)[index : index + 2]
+    return self.flat(feature)[start:end].astype(np.int32)
+
+  def spans(self, index: int) -> np.ndarray:
+    """Salient spans of one text in tokens, <int32>[num_spans, 2]."""
+    return self.tokens('spans', index).reshape(-1, 2)
+
+  def record(self, index: int) -> dict[str, Any]:
+    """The fields kept for evaluation, {} if there are none."""
+    if 'records.offsets' not in self.summary['arrays']:
+      return {}
+    start, end = self.offsets('records')[index : index + 2].tolist()
+    with open(self.path / 'records.jsonl', 'rb') as file:
+      file.seek(start)
+      return json.loads(file.read(end - start))
+
+  def records(self) -> Iterator[dict[str, Any]]:
+    """All records in order."""
+    if 'records.offsets' not in self.summary['arrays']:
+      yield from ({} for _ in range(self.num_examples))
+      return
+    with open(self.path / 'records.jsonl', 'rb') as file:
+      yield from map(json.loads, file)
+
+  @functools.cached_property
+  def _arrays(self) -> dict[str, np.ndarray]:
+    return {}
+
+  def _array(self, name: str) -> np.ndarray:
+    if name not in self._arrays:
+      if name not in self.summary['arrays']:
+        raise ValueError(
+          f'This use needs the feature {name.split(".")[0]!r}, but the cache '
+          f'{self.path} of kind {self.kind!r} has only {self.features}. '
+          'Build a cache of the kind that the task needs.'
+        )
+      about = self.summary['arrays'][name]
+      shape, dtype = (about['length'],), np.dtype(about['dtype'])
+      # An empty file cannot be mapped.
+      self._arrays[name] = (
+        np.memmap(self.path / about['file'], dtype, 'r', shape=shape)
+        if about['length']
+        else np.zeros(shape, dtype)
+      )
+    return self._arrays[name]
+
+  def _check_files(self, verify: bool) -> None:
+    for about in self.summary['arrays'].values():
+      path = self.path / about['file']
+      wanted = about['length'] * np.dtype(about['dtype']).itemsize
+      found = path.stat().st_size if path.is_file() else None
+      if found != wanted:
+        raise ValueError(
+          f'{path} must have {wanted} bytes, but '
+          f'{"is missing" if found is None else f"has {found}"}. Build the '
+          'cache again (--overwrite).'
+        )
+      if verify and _digest(path) != about['sha256']:
+        raise ValueError(
+          f'{path} must have the sha256 of {_SUMMARY}, {about["sha256"]}, '
+          f'but has {_digest(path)}: the file has changed. Build the cache '
+          'again (--overwrite).'
+        )
+
+
+class CacheWriter:
+  """Writes a cache example by example; `build_cache` makes and finishes one."""
+
+  def __init__(self, folder: pathlib.Path, recipe: Mapping[str, Any]):
+    self._folder = folder
+    self._recipe = recipe
+    size = recipe['vocabulary']['size']
+    self._token_dtype = np.dtype(np.uint16 if size <= _SMALL else np.int32)
+    self._files: dict[str, Any] = {}
+    self._ends: dict[str, list[np.ndarray]] = {}
+    self._totals: dict[str, int] = {}
+    self._num_examples: dict[str, int] = {}
+    self._record_sizes: list[int] = []
+    self._has_records = False
+
+  def add(
+    self,
+    features: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    records: Sequence[Mapping[str, Any]],
+  ) -> None:
+    """Appends a group of examples.
+
+    Args:
+      features: of each feature all tokens <int>[total] and the length of each
+        example <int>[group].
+      records: fields to be kept, one mapping per example, possibly empty.
+    """
+    for name, (tokens, lengths) in features.items():
+      if name not in self._files:
+        self._files[name] = open(self._folder / f'{name}.tokens.bin', 'wb')
+        self._ends[name], self._totals[name] = [], 0
+      ends = self._totals[name] + np.cumsum(lengths, dtype=np.int64)
+      self._files[name].write(tokens.astype(self._dtype_of(name)).tobytes())
+      self._ends[name].append(ends)
+      self._totals[name] += len(tokens)
+      self._num_examples[name] = self._num_examples.get(name, 0) + len(lengths)
+    if 'records' not in self._files:
+      self._files['records'] = open(self._folder / 'records.jsonl', 'wb')
+    for record in records:
+      line = json.dumps(record, ensure_ascii=False).encode() + b'\n'
+      self._files['records'].write(line)
+      self._record_sizes.append(len(line))
+      self._has_records |= bool(record)
+
+  def finish(self) -> None:
+    """Writes offsets and cache.json and forces all of it to the disk."""
+    counts = set(self._num_examples.values())
+    if not counts or counts == {0}:
+      raise ValueError(
+        'A cache must hold at least one example, but no record was left '
+        'after reading and filtering. Check the files and the fields.'
+      )
+    assert counts == {len(self._record_sizes)}, counts
+    for file in self._files.values():
+      file.flush()
+      os.fsync(file.fileno())
+      file.close()
+    arrays = {}
+    for name in self._ends:
+      arrays[f'{name}.tokens'] = self._describe(
+        f'{name}.tokens.bin', self._dtype_of(name), self._totals[name]
+      )
+      ends = np.concatenate([[0], *self._ends[name]])
+      arrays[f'{name}.offsets'] = self._write(f'{name}.offsets.bin', ends)
+    if self._has_records:
+      ends = np.cumsum([0, *self._record_sizes])
+      arrays['records.tokens'] = self._describe(
+        'records.jsonl', np.dtype(np.uint8), int(ends[-1])
+      )
+      arrays['records.offsets'] = self._write('records.offsets.bin', ends)
+    else:
+      (self._folder / 'records.jsonl').unlink()
+    summary = {
+      'fingerprint': fingerprint_of(self._recipe),
+      'num_examples': counts.pop(),
+      'recipe': dict(self._recipe),
+      'arrays': arrays,
+    }
+    with open(self._folder / _SUMMARY, 'w', encoding='utf-8') as file:
+      json.dump(summary, file, indent=2, ensure_ascii=False)
+      file.flush()
+      os.fsync(file.fileno())
+
+  def close(self) -> None:
+    """Closes the files; harmless after `finish`."""
+    for file in self._files.values():
+      file.close()
+
+  def _dtype_of(self, name: str) -> np.dtype:
+    # Spans are positions in a text, which a small vocabulary does not bound.
+    return np.dtype(np.int32) if name == 'spans' else self._token_dtype
+
+  def _write(self, name: str, array: np.ndarray) -> dict[str, Any]:
+    array = array.astype(np.int64)
+    with open(self._folder / name, 'wb') as file:
+      file.write(array.tobytes())
+      file.flush()
+      os.fsync(file.fileno())
+    return self._describe(name, array.dtype, len(array))
+
+  def _describe(
+    self, name: str, dtype: np.dtype, length: int
+  ) -> dict[str, Any]:
+    return {
+      'file': name,
+      'dtype': dtype.str,
+      'length': length,
+      'sha256': _digest(self._folder / name),
+    }
+
+
+def find_finished(
+  path: str | os.PathLike, recipe: Mapping[str, Any], overwrite: bool
+) -> TokenCache | None:
+  """The cache at `path` if it was made by this recipe; None if none is there.
+
+  Raises:
+    ValueError: something else is there, and `overwrite` is False.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return None
+  summary = path / _SUMMARY
+  if not summary.is_file():
+    if path.is_dir() and not any(path.iterdir()):
+      return None
+    # Never removed, not even to overwrite: it may be a folder of other things.
+    raise ValueError(
+      f'A cache is written to a new folder, but {path} exists and is no '
+      'token cache. Choose another path, or remove it yourself.'
+    )
+  old = json.loads(summary.read_text())
+  if old['fingerprint'] == fingerprint_of(recipe):
+    return TokenCache.open(path)
+  if overwrite:
+    return None
+  raise ValueError(
+    f'The cache at {path} must have been made from the same things, but '
+    f'{_differences(old["recipe"], recipe)} (fingerprint old '
+    f'{old["fingerprint"][:12]}, new {fingerprint_of(recipe)[:12]}). Choose '
+    'another path, or replace it with --overwrite.'
+  )
+
+
+@contextlib.contextmanager
+def build_cache(
+  path: str | os.PathLike, recipe: Mapping[str, Any]
+) -> Iterator[CacheWriter]:
+  """A writer whose folder takes its name `path` when the block ends well.
+
+  An exception inside the block leaves `path` as it was.
+  """
+  path = pathlib.Path(path).absolute()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = pathlib.Path(
+    tempfile.mkdtemp(prefix=f'.{path.name}.building-', dir=path.parent)
+  )
+  writer = CacheWriter(folder, recipe)
+  try:
+    yield writer
+    writer.finish()
+    folder.chmod(0o755)  # mkdtemp's is for one user only.
+    if path.exists():
+      # A folder cannot be renamed over one that is not empty.
+      old = folder.with_name(folder.name + '.old')
+      path.rename(old)
+      folder.rename(path)
+      shutil.rmtree(old)
+    else:
+      folder.rename(path)
+  finally:
+    writer.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+  parts = [
+    f'{name} was {old.get(name)} and is now {new.get(name)}'
+    for name in sorted({*old, *new})
+    if old.get(name) != new.get(name)
+  ]
+  return '; '.join(parts)
