@@ -151,6 +151,9 @@ def whole_words(
   Returns:
     <int32>[batch, length], the entry of the token's word, or of the token when
     the word has none; the number of words for specials.
+
+  Raises:
+    ValueError: `tokens` has another number of axes.
   """
   tokens, xp = _as_ids(tokens)
   starts = word_starts(tables, tokens, segment_ids)
@@ -211,6 +214,11 @@ def to_experts(tables: LookupTables, tokens: Array, word_ids: Array) -> Array:
 
 
 def _as_ids(tokens: Array) -> tuple[Array, Any]:
+  if tokens.ndim != 2:
+    raise ValueError(
+      f'tokens must have the shape [batch, length], but have {tokens.shape}. '
+      'Give one text as tokens[None, :].'
+    )
   # t5x initialises a model with float tokens.
   tokens = tokens.astype(np.int32)
   return tokens, tokens.__array_namespace__()

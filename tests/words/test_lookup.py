@@ -232,3 +232,10 @@ def test_a_long_row():
   tokens[0, 2000:2005] = [5, 6, 7, 8, 6]
   tokens[0, 2005] = 9
   assert (lookup.whole_words(TABLES, tokens)[0, 2000:2005] == 5).all()
+
+
+def test_tokens_without_a_batch_are_refused():
+  with pytest.raises(
+    ValueError, match=r'have \(4,\)\. Give one text as tokens'
+  ):
+    lookup.whole_words(TABLES, np.zeros(4, np.int32))
