@@ -1,0 +1,396 @@
+"""Checkpoints: Orbax for the arrays, and a manifest that vouches for them.
+
+One folder per step, `checkpoint_1000`, as in T5X:
+
+  state/          the arrays, written by Orbax in the background
+  metadata.json   what must still hold on resume: config, digests of data
+  metrics.json    metrics of this step, for `best_step`
+  manifest.json   sha256 of every other file; written last
+
+The manifest is what makes a checkpoint: a folder without one is unfinished and
+is never read. Its digests are compared before a restore, because Orbax restores
+flipped bits in silence.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent import futures
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from mowe.training import manifests
+
+PyTree = Any
+
+_PREFIX = 'checkpoint_'
+_FOLDER_NAME = re.compile(_PREFIX + r'(\d+)')
+
+
+class NoCheckpointError(FileNotFoundError):
+  """There is no finished checkpoint where one was asked for."""
+
+
+class CheckpointMismatchError(ValueError):
+  """A checkpoint belongs to another model, other data or another run."""
+
+
+DamagedCheckpointError = manifests.DamagedCheckpointError
+
+
+class Checkpoints:
+  """Saves and restores the state of one run in one folder.
+
+  Saving is asynchronous: the arrays are copied at once and written in the
+  background, one checkpoint at a time. Every process of a multi-host run makes
+  the same calls; process 0 writes all but the arrays.
+
+  Attributes:
+    folder: where the run lives; made if it is not there.
+    keep_last: finished checkpoints kept, the newest ones; None keeps all.
+    best_metric: the best checkpoint by this metric is kept besides.
+    best_mode: 'max' or 'min'.
+
+  Raises:
+    ValueError: `keep_last` below 1, or another `best_mode`.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    keep_last: int | None = 3,
+    best_metric: str | None = None,
+    best_mode: str = 'max',
+  ):
+    if keep_last is not None and keep_last < 1:
+      raise ValueError(
+        f'keep_last must be at least 1, but is {keep_last}. Take None to '
+        'keep all checkpoints.'
+      )
+    if best_mode not in ('max', 'min'):
+      raise ValueError(
+        f"best_mode must be 'max' or 'min', but is {best_mode!r}. Take 'min' "
+        "for a loss and 'max' for a score."
+      )
+    self.folder = pathlib.Path(folder).absolute()
+    self.keep_last = keep_last
+    self.best_metric = best_metric
+    self.best_mode = best_mode
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    # Not Orbax's own callback: it runs before the folder has its final name.
+    self._finisher = futures.ThreadPoolExecutor(1, 'checkpoint_finisher')
+    self._finishing: futures.Future[None] | None = None
+    self._own_step: int | None = None
+
+  def save(
+    self,
+    step: int,
+    state: PyTree,
+    metrics: Mapping[str, float] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+  ) -> bool:
+    """Starts to save a step; the arrays may be donated as soon as it returns.
+
+    Args:
+      step: the number of the checkpoint, above all others in the folder.
+      state: any pytree of jax arrays.
+      metrics: numbers of this step; must hold `best_metric` if there is one.
+        None is a checkpoint that is never the best.
+      metadata: anything JSON holds; see `check_metadata`.
+
+    Returns:
+      Whether it was saved: False if this very step was saved or restored last.
+
+    Raises:
+      ValueError: `metrics` lacks `best_metric`.
+      CheckpointMismatchError: the folder holds a later step of another run.
+    """
+    self.wait()
+    if metrics is not None and self.best_metric not in (None, *metrics):
+      raise ValueError(
+        f'metrics must hold best_metric {self.best_metric!r}, but has '
+        f'{sorted(metrics)}. Save with it, or with metrics=None.'
+      )
+    latest = self.latest_step()
+    if latest is not None and step <= latest:
+      if step == latest == self._own_step:
+        return False
+      raise CheckpointMismatchError(
+        f'A new checkpoint must be later than all in {self.folder}, but step '
+        f'{step} was to be saved and step {latest} is there. Restore that '
+        'one to continue its run, or give another folder.'
+      )
+    path = self._path(step)
+    if jax.process_index() == 0:
+      # What a killed process left of this step.
+      shutil.rmtree(path, ignore_errors=True)
+      path.mkdir(parents=True)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'checkpoint_folder_{step}')
+    self._checkpointer.save(path / 'state', args=ocp.args.StandardSave(state))
+    texts = {
+      'metadata.json': _to_json(metadata or {}),
+      'metrics.json': _to_json(metrics or {}),
+    }
+    self._finishing = self._finisher.submit(self._finish, step, texts)
+    self._own_step = step
+    return True
+
+  def wait(self) -> None:
+    """Returns when all is on disk; raises what went wrong in the background."""
+    if self._finishing is not None:
+      finishing, self._finishing = self._finishing, None
+      finishing.result()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads."""
+    self.wait()
+    self._finisher.shutdown()
+    self._checkpointer.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *unused_exception: Any) -> None:
+    self.close()
+
+  def all_steps(self) -> list[int]:
+    """Returns the steps with a finished checkpoint, in order."""
+    return sorted(
+      step
+      for step, path in self._step_folders()
+      if (path / manifests.FILE_NAME).exists()
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the last finished step, or None if there is none."""
+    return max(self.all_steps(), default=None)
+
+  def best_step(self) -> int | None:
+    """Returns the best finished step by `best_metric`, or None.
+
+    Of equal ones the later. NaN is never the best.
+    """
+    if self.best_metric is None:
+      return None
+    sign = 1 if self.best_mode == 'max' else -1
+    values = [
+      (sign * value, step)
+      for step in self.all_steps()
+      if (value := self.metrics(step).get(self.best_metric)) is not None
+      and not math.isnan(value)
+    ]
+    return max(values)[1] if values else None
+
+  def metrics(self, step: int | None = None) -> dict[str, float]:
+    """Returns the metrics saved with a step, by default the latest."""
+    return _from_json(self._finished(step) / 'metrics.json')
+
+  def metadata(self, step: int | None = None) -> dict[str, Any]:
+    """Returns the metadata saved with a step, by default the latest."""
+    return _from_json(self._finished(step) / 'metadata.json')
+
+  def check_metadata(
+    self, expected: Mapping[str, Any], step: int | None = None
+  ) -> None:
+    """Compares each name in `expected` with what was saved.
+
+    Args:
+      expected: what holds now, such as digests of vocabulary and data, and the
+        part of the config that must not change. Nested names are compared one
+        by one; names that are not in it are free to differ.
+      step: by default the latest.
+
+    Raises:
+      CheckpointMismatchError: names each difference, old and new.
+      NoCheckpointError: there is none.
+    """
+    path = self._finished(step)
+    old = _flatten(_from_json(path / 'metadata.json'))
+    # Through JSON, so that tuples and lists are alike.
+    new = _flatten(json.loads(_to_json(expected)))
+    missing = '(nothing)'
+    differences = [
+      f'{name}: {old.get(name, missing)!r} then, {new[name]!r} now'
+      for name in new
+      if name not in old or old[name] != new[name]
+    ]
+    if differences:
+      raise CheckpointMismatchError(
+        f'{path} must come from the same run, but differs in '
+        f'{"; ".join(differences)}. Restore the old settings and files to '
+        'continue, or give another folder for a new run.'
+      )
+
+  def restore(self, abstract_state: PyTree, step: int | None = None) -> PyTree:
+    """Returns the state of a step, after comparing all digests.
+
+    Args:
+      abstract_state: the tree with `jax.ShapeDtypeStruct` leaves (or arrays);
+        their shardings say where the arrays go, on any number of devices.
+        Without sharding an array goes to where it was saved from.
+      step: by default the latest.
+
+    Raises:
+      NoCheckpointError: there is none, or not of this step.
+      DamagedCheckpointError: a file is not what was written; says which.
+      CheckpointMismatchError: other parameters or shapes; names the first.
+    """
+    path = self._verified(step)
+    self._check_shapes(path, abstract_state, whole=True)
+    args = ocp.args.StandardRestore(abstract_state)
+    state = self._checkpointer.restore(path / 'state', args=args)
+    self._own_step = _step_of(path)
+    return state
+
+  def restore_parameters(
+    self, abstract_parts: Mapping[str, PyTree], step: int | None = None
+  ) -> dict[str, PyTree]:
+    """Returns some parts of a state, say params and tables; see `restore`.
+
+    Args:
+      abstract_parts: field of the saved state to its abstract tree, such as
+        {'params': ..., 'tables': ...}; nothing else is read from the disk.
+      step: by default the latest.
+
+    Raises:
+      The errors of `restore`.
+    """
+    path = self._verified(step)
+    parts = dict(abstract_parts)
+    self._check_shapes(path, parts, whole=False)
+    args = ocp.args.PyTreeRestore(
+      item=parts,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(parts),
+      partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(path / 'state', args=args)
+
+  def _finish(self, step: int, texts: Mapping[str, str]) -> None:
+    """Waits for the arrays, writes the manifest and removes old steps."""
+    self._checkpointer.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    path = self._path(step)
+    for name, text in texts.items():
+      (path / name).write_text(text, encoding='utf-8')
+    manifests.write(path)
+    self._remove_old(step)
+
+  def _remove_old(self, newest: int) -> None:
+    keep = self.all_steps()
+    if self.keep_last is not None:
+      keep = keep[-self.keep_last :] + [self.best_step()]
+    for step, path in self._step_folders():
+      if step not in keep and step <= newest:
+        # Manifest first: half removed must look unfinished.
+        (path / manifests.FILE_NAME).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+  def _check_shapes(self, path: pathlib.Path, abstract: PyTree, whole: bool):
+    saved_tree = self._checkpointer.metadata(path / 'state').item_metadata.tree
+    saved, wanted = _shapes(saved_tree), _shapes(abstract)
+    differences = [
+      f'{name}: {saved.get(name, "absent")} there, '
+      f'{wanted.get(name, "absent")} here'
+      for name in (*wanted, *(set(saved) - set(wanted) if whole else ()))
+      if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+      rest = len(differences) - 3
+      more = f' and {rest} more' if rest > 0 else ''
+      raise CheckpointMismatchError(
+        f'{path} must hold this model and optimizer, but differs in '
+        f'{"; ".join(sorted(differences)[:3])}{more}. Build the model with '
+        'the config in its metadata.json, or restore only the parts that '
+        'fit with restore_parameters.'
+      )
+
+  def _verified(self, step: int | None) -> pathlib.Path:
+    self.wait()
+    path = self._finished(step)
+    manifests.verify(path)
+    return path
+
+  def _finished(self, step: int | None) -> pathlib.Path:
+    """Returns the folder of a finished step, None being the latest."""
+    steps = self.all_steps()
+    if not steps or (step is not None and step not in steps):
+      wanted = (
+        'a checkpoint' if step is None else f'a checkpoint of step {step}'
+      )
+      raise NoCheckpointError(
+        f'{self.folder} must hold {wanted}, but has finished steps {steps}. '
+        'Check the path; a folder without manifest.json was not finished.'
+      )
+    return self._path(steps[-1] if step is None else step)
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self.folder / f'{_PREFIX}{step}'
+
+  def _step_folders(self) -> list[tuple[int, pathlib.Path]]:
+    if not self.folder.is_dir():
+      return []
+    paths = [
+      path
+      for path in self.folder.iterdir()
+      if path.is_dir() and _FOLDER_NAME.fullmatch(path.name)
+    ]
+    return sorted((_step_of(path), path) for path in paths)
+
+
+def _step_of(path: pathlib.Path) -> int:
+  return int(path.name.removeprefix(_PREFIX))
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): _shape(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+  # On disk a typed random key is the integers it is made of.
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    leaf = jax.eval_shape(jax.random.key_data, leaf)
+  return tuple(leaf.shape)
+
+
+def _flatten(tree: Any, name: str = '') -> dict[str, Any]:
+  """Returns dotted names of a JSON tree; lists are values."""
+  if not isinstance(tree, dict) or not tree:
+    return {name: tree}
+  return {
+    inner: value
+    for key, child in tree.items()
+    for inner, value in _flatten(
+      child, f'{name}.{key}' if name else key
+    ).items()
+  }
+
+
+def _to_json(tree: Mapping[str, Any]) -> str:
+  return json.dumps(tree, indent=2, sort_keys=True, default=_number) + '\n'
+
+
+def _number(value: Any) -> Any:
+  """Makes a Python number of a numpy or jax scalar."""
+  if hasattr(value, 'item'):
+    return value.item()
+  raise TypeError(
+    f'Metadata and metrics must be JSON, but hold a {type(value).__name__}. '
+    'Convert it to a text or a number first.'
+  )
+
+
+def _from_json(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text(encoding='utf-8'))

@@ -1,0 +1,70 @@
+"""A manifest of a folder: the sha256 digest of every file in it."""
+
+import hashlib
+import json
+import os
+import pathlib
+
+FILE_NAME = 'manifest.json'
+
+
+class DamagedCheckpointError(ValueError):
+  """Files of a checkpoint are not what was written."""
+
+
+def write(folder: pathlib.Path) -> None:
+  """Writes the manifest, all at once, after everything else is on disk."""
+  digests = {name: digest(folder / name) for name in _files(folder)}
+  temporary = folder / (FILE_NAME + '.tmp')
+  with temporary.open('w', encoding='utf-8') as file:
+    json.dump({'sha256': digests}, file, indent=2, sort_keys=True)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(folder / FILE_NAME)
+
+
+def verify(folder: pathlib.Path) -> None:
+  """Compares every file with the manifest.
+
+  Raises:
+    DamagedCheckpointError: says which files are changed, missing or new.
+  """
+  try:
+    text = (folder / FILE_NAME).read_text(encoding='utf-8')
+    expected = dict(json.loads(text)['sha256'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise _damaged(folder, f'{FILE_NAME} cannot be read ({error})') from error
+  present = set(_files(folder))
+  problems = [f'{name} is missing' for name in expected.keys() - present]
+  problems += [f'{name} is not in it' for name in present - expected.keys()]
+  problems += [
+    f'{name} has other contents'
+    for name in expected.keys() & present
+    if digest(folder / name) != expected[name]
+  ]
+  if problems:
+    raise _damaged(folder, '; '.join(sorted(problems)))
+
+
+def digest(path: pathlib.Path) -> str:
+  """Returns the sha256 of a file, in hexadecimal."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+  """Returns the names below the folder, without the manifest itself."""
+  own = (FILE_NAME, FILE_NAME + '.tmp')
+  names = [
+    path.relative_to(folder).as_posix()
+    for path in folder.rglob('*')
+    if path.is_file()
+  ]
+  return sorted(name for name in names if name not in own)
+
+
+def _damaged(folder: pathlib.Path, what: str) -> DamagedCheckpointError:
+  return DamagedCheckpointError(
+    f'The files of {folder} must be those in its {FILE_NAME}, but {what}. '
+    'Copy the folder again from where it was whole, or restore another step.'
+  )
