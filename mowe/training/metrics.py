@@ -1,0 +1,184 @@
+"""Metrics as sums and counts, and the two files they are written to.
+
+A metric stays a sum and a count until it is written, so that microbatches,
+devices and steps combine exactly, whatever their sizes.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Mean(NamedTuple):
+  """A mean that can still be merged; a pytree of two scalars.
+
+  Attributes:
+    total: <float32>[], the sum.
+    count: <float32>[], what it will be divided by.
+  """
+
+  total: jax.Array | float
+  count: jax.Array | float
+
+  @classmethod
+  def of(cls, values: jax.Array, weights: jax.Array | None = None) -> 'Mean':
+    """Returns the mean of an array, or its weighted mean.
+
+    Args:
+      values: <float>[...].
+      weights: of the shape of `values`; padding has 0. None is all ones.
+    """
+    values = jnp.asarray(values, jnp.float32)
+    if weights is None:
+      return cls(values.sum(), jnp.float32(values.size))
+    weights = jnp.asarray(weights, jnp.float32)
+    return cls((values * weights).sum(), weights.sum())
+
+  def merge(self, other: 'Mean') -> 'Mean':
+    """Returns the mean over both."""
+    return Mean(self.total + other.total, self.count + other.count)
+
+  def compute(self) -> float:
+    """Returns the number; NaN if nothing was counted."""
+    count = float(self.count)
+    return float(self.total) / count if count else math.nan
+
+
+def merge(
+  metrics: Mapping[str, Mean], others: Mapping[str, Mean]
+) -> dict[str, Mean]:
+  """Merges by name; a name in one of them only is kept."""
+  merged = {**metrics, **others}
+  for name in metrics.keys() & others.keys():
+    merged[name] = metrics[name].merge(others[name])
+  return merged
+
+
+def compute(metrics: Mapping[str, Mean]) -> dict[str, float]:
+  """Brings all metrics to the host at once and returns their numbers."""
+  return {
+    name: mean.compute() for name, mean in jax.device_get(dict(metrics)).items()
+  }
+
+
+class Writer(Protocol):
+  """Where the numbers of a step go."""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes the values of a step."""
+
+  def flush(self) -> None:
+    """Returns when all that was written is in the file."""
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+
+
+class JsonLinesWriter:
+  """Appends one line of JSON per step: {"step": 10, "loss": 2.5}.
+
+  Attributes:
+    path: the file; made with its folder if it is not there.
+    resume_step: lines of later steps are removed first, as is a half-written
+      last line: these steps are about to be done again. None keeps all lines.
+
+  A NaN is written as null, so that every line is JSON for any reader.
+
+  Raises:
+    ValueError: a line of the file, other than the last, is not such a line.
+  """
+
+  def __init__(
+    self, path: str | os.PathLike[str], resume_step: int | None = None
+  ):
+    self.path = pathlib.Path(path)
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    if self.path.exists():
+      _truncate(self.path, resume_step)
+    self._file = self.path.open('a', encoding='utf-8')
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes and flushes one line."""
+    line: dict[str, Any] = {'step': int(step)}
+    for name, value in values.items():
+      number = float(value)
+      line[name] = number if math.isfinite(number) else None
+    self._file.write(json.dumps(line) + '\n')
+    self._file.flush()
+
+  def flush(self) -> None:
+    """Returns when all lines are in the file."""
+    self._file.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._file.close()
+
+
+class TensorBoardWriter:
+  """Writes scalars for TensorBoard, without TensorFlow.
+
+  Attributes:
+    folder: the folder of the event files.
+    resume_step: TensorBoard then hides what an earlier process wrote for later
+      steps.
+  """
+
+  def __init__(
+    self, folder: str | os.PathLike[str], resume_step: int | None = None
+  ):
+    # Here, as only this class needs it and it takes a while to import.
+    import tensorboardX
+
+    purge_step = None if resume_step is None else resume_step + 1
+    self._writer = tensorboardX.SummaryWriter(
+      str(folder), purge_step=purge_step
+    )
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes one point of each curve."""
+    for name, value in values.items():
+      self._writer.add_scalar(name, float(value), int(step))
+
+  def flush(self) -> None:
+    """Returns when all points are in the file."""
+    self._writer.flush()
+
+  def close(self) -> None:
+    """Flushes and closes the file."""
+    self._writer.close()
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Returns the lines written by `JsonLinesWriter`, in order."""
+  text = pathlib.Path(path).read_text(encoding='utf-8')
+  return [json.loads(line) for line in text.splitlines() if line]
+
+
+def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
+  """Drops a half-written last line, and lines beyond the resumed step."""
+  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+  kept = []
+  for number, line in enumerate(lines, start=1):
+    if not line.endswith('\n'):
+      break  # A killed process; only the last line can lack its end.
+    try:
+      step = json.loads(line)['step']
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f'Every line of {path} must be JSON with a step, but line {number} is '
+        f'{line[:60]!r}. Repair that line, or move the file away.'
+      ) from error
+    if resume_step is None or step <= resume_step:
+      kept.append(line)
+  if kept != lines:
+    # Beside it and then in its place: a kill here loses no line.
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(''.join(kept), encoding='utf-8')
+    temporary.replace(path)

@@ -1,0 +1,151 @@
+"""One line that says how training goes: step, loss, tokens/s, time left.
+
+In a terminal it is a live bar; elsewhere (a log file, a notebook's pipe) there
+is one plain line per log period.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+import rich.console
+import rich.progress
+
+
+class Progress:
+  """Shows the progress of a run; a context manager.
+
+  Attributes:
+    total_steps: where the run ends.
+    first_step: where it starts; a resumed run does not count what was there.
+    log_period: steps between two plain lines; the last step has one always.
+    stream: where to show it; a bar if it is a terminal.
+    clock: seconds, for tests.
+  """
+
+  def __init__(
+    self,
+    total_steps: int,
+    first_step: int = 0,
+    log_period: int = 100,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    if log_period < 1:
+      raise ValueError(
+        f'log_period must be at least 1, but is {log_period}. Give the number '
+        'of steps between two lines.'
+      )
+    self.total_steps = total_steps
+    self.first_step = first_step
+    self.log_period = log_period
+    self._stream = sys.stdout if stream is None else stream
+    self._clock = clock
+    self._start = self._clock()
+    self._period_start = self._start
+    self._tokens = 0
+    self._values: dict[str, float] = {}
+    self._bar = _Bar(self) if self._stream.isatty() else None
+
+  def __enter__(self) -> 'Progress':
+    # From here, not from the making of it: compilation comes in between.
+    self._start = self._clock()
+    self._period_start = self._start
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *unused_exception) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  def update(
+    self,
+    step: int,
+    num_tokens: int = 0,
+    values: Mapping[str, float] | None = None,
+  ) -> None:
+    """Tells that a step is done.
+
+    Args:
+      step: number of steps done, so `total_steps` after the last.
+      num_tokens: tokens since the last update.
+      values: numbers to show, such as the loss. None shows the last ones again,
+        so that a loop need not wait for the device at each step.
+    """
+    self._tokens += num_tokens
+    self._values.update(values or {})
+    if self._bar:
+      self._bar.update(step, self._numbers(step))
+    elif step % self.log_period == 0 or step == self.total_steps:
+      self._stream.write(self.line(step) + '\n')
+      self._stream.flush()
+    if step % self.log_period == 0:
+      self._period_start = self._clock()
+      self._tokens = 0
+
+  def line(self, step: int) -> str:
+    """Returns the plain line of a step."""
+    return f'step {step}/{self.total_steps}  {self._numbers(step)}'
+
+  def _numbers(self, step: int) -> str:
+    """Returns values, tokens/s since the last period, and the time left."""
+    now = self._clock()
+    parts = [f'{name} {value:.4g}' for name, value in self._values.items()]
+    if self._tokens and now > self._period_start:
+      parts.append(
+        f'{_short(self._tokens / (now - self._period_start))} tokens/s'
+      )
+    done = step - self.first_step
+    if done > 0:
+      left = (now - self._start) / done * (self.total_steps - step)
+      parts.append(f'ETA {_duration(left)}')
+    return '  '.join(parts)
+
+
+class _Bar:
+  """The live bar of a terminal."""
+
+  def __init__(self, owner: Progress):
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn('step'),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.BarColumn(bar_width=None),
+      rich.progress.TextColumn('{task.fields[numbers]}', markup=False),
+      console=rich.console.Console(file=owner._stream),
+      expand=True,
+    )
+    self._task = self._bar.add_task(
+      '', total=owner.total_steps, completed=owner.first_step, numbers=''
+    )
+
+  def start(self) -> None:
+    self._bar.start()
+
+  def update(self, step: int, numbers: str) -> None:
+    self._bar.update(self._task, completed=step, numbers=numbers)
+
+  def stop(self) -> None:
+    self._bar.stop()
+
+
+def _short(number: float) -> str:
+  """Returns three digits and a unit: 12345 is 12.3K."""
+  for unit in ('', 'K', 'M'):
+    if number < 999.5:
+      return f'{number:.3g}{unit}'
+    number /= 1000
+  return f'{number:.3g}G'
+
+
+def _duration(seconds: float) -> str:
+  """Returns 59s, 12m05s, 3h07m or 2d04h."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f'{seconds}s'
+  if seconds < 3600:
+    return f'{seconds // 60}m{seconds % 60:02}s'
+  if seconds < 86400:
+    return f'{seconds // 3600}h{seconds % 3600 // 60:02}m'
+  return f'{seconds // 86400}d{seconds % 86400 // 3600:02}h'
