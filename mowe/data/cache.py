@@ -32,10 +32,15 @@ _SUMMARY = 'cache.json'
 _SMALL = 1 << 16
 
 
+def digest_of(content: bytes) -> str:
+  """The sha256 of some bytes."""
+  return hashlib.sha256(content).hexdigest()
+
+
 def fingerprint_of(recipe: Mapping[str, Any]) -> str:
   """The sha256 of a recipe's canonical JSON."""
   text = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
-  return hashlib.sha256(text.encode()).hexdigest()
+  return digest_of(text.encode())
 
 
 def describe_vocabulary(subwords: Any) -> dict[str, Any]:

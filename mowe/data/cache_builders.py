@@ -138,7 +138,7 @@ def encode_text(
     spans.append(
       token_spans(text, char_spans, ids, starts, ends, subwords).reshape(-1)
     )
-  features = {'targets': _flatten(targets), 'spans': _flatten(spans)}
+  features = {'targets': flatten(targets), 'spans': flatten(spans)}
   return EncodedExamples(features, [{}] * len(targets))
 
 
@@ -166,7 +166,7 @@ def encode_questions(
     inputs.append([*subwords.encode(question), subwords.eos_id])
     targets.append([*subwords.encode(answers[0]), subwords.eos_id])
     kept.append({**record, 'answers': answers})
-  features = {'inputs': _flatten(inputs), 'targets': _flatten(targets)}
+  features = {'inputs': flatten(inputs), 'targets': flatten(targets)}
   return EncodedExamples(features, kept)
 
 
@@ -330,7 +330,8 @@ def _need(record: Mapping[str, Any], field: str) -> Any:
   return record[field]
 
 
-def _flatten(sequences: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def flatten(sequences: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+  """All tokens <int32>[total], and the length of each sequence <int64>[...]."""
   lengths = np.asarray([len(s) for s in sequences], dtype=np.int64)
   flat = np.fromiter(itertools.chain.from_iterable(sequences), dtype=np.int32)
   return flat, lengths

@@ -16,35 +16,47 @@ from typing import Any
 
 import numpy as np
 
-_FIRST_NAMES = """Ada Adam Agnes Alan Alice Amos Anna Arthur Beth Boris Carl Cecil Clara
+_FIRST_NAMES = """
+    Ada Adam Agnes Alan Alice Amos Anna Arthur Beth Boris Carl Cecil Clara
     Cora Daniel David Dora Edgar Edith Ella Emil Emma Eric Esther Eva Felix
     Flora Frank Fred George Gerda Grace Greta Gustav Hanna Harold Harriet Hector
     Helen Henry Hugo Ida Igor Irene Isaac Ivan Jack James Jane Jasper Joan John
     Joseph Judith Julia Karen Karl Kate Laura Leo Leon Lily Louis Lucy Luke
     Marcus Maria Mark Martin Mary Max Mia Nina Noah Nora Olga Oliver Oscar Otto
     Paul Peter Philip Rachel Ralph Robert Rosa Ruth Sam Sarah Simon Sofia
-    Stella Susan Thomas Tina Victor Vera Walter Wanda William Zoe""".split()
-_FIRST_PIECES = """Bal Bren Cal Dor Dra Fal Fen Gar Gri Hal Hol Jar Kel Kor Lar Lor Mal
+    Stella Susan Thomas Tina Victor Vera Walter Wanda William Zoe
+""".split()
+_FIRST_PIECES = """
+    Bal Bren Cal Dor Dra Fal Fen Gar Gri Hal Hol Jar Kel Kor Lar Lor Mal
     Mor Nar Ner Ost Pel Quin Rav Ros Sal Ser Tal Tor Ul Val Ver Wil Yar Zan
-    Zor""".split()
-_MIDDLE_PIECES = """a be bi bla da de di do e fa ga go i ka ki la le li lo ma me mi mo na ni
-    no o pa ra ri ro sa si ta te ti to u va vi""".split()
-_LAST_PIECES = """bach bert bon dall den dor fax field gan gath hart kin land lin lo man
+    Zor
+""".split()
+_MIDDLE_PIECES = """
+    a be bi bla da de di do e fa ga go i ka ki la le li lo ma me mi mo na ni
+    no o pa ra ri ro sa si ta te ti to u va vi
+""".split()
+_LAST_PIECES = """
+    bach bert bon dall den dor fax field gan gath hart kin land lin lo man
     mer mond nar ner nik rick ros sen ski son ston tan ter thorn ton vand vic
-    well win zek""".split()
-_PROFESSIONS = """accountant actor architect astronomer baker banker barber biologist
+    well win zek
+""".split()
+_PROFESSIONS = """
+    accountant actor architect astronomer baker banker barber biologist
     blacksmith botanist brewer butcher captain carpenter chemist chef clerk
     composer dancer dentist detective diplomat editor engineer farmer
     firefighter fisherman gardener geologist goldsmith historian journalist
     judge lawyer librarian mathematician mechanic midwife miner nurse painter
     pharmacist photographer pilot plumber poet sailor sculptor surgeon tailor
-    teacher translator weaver zoologist""".split()
-_HOBBIES = """accordion archery badminton bagpipes ballet banjo baseball basketball
+    teacher translator weaver zoologist
+""".split()
+_HOBBIES = """
+    accordion archery badminton bagpipes ballet banjo baseball basketball
     bassoon bowling boxing canoeing cello chess clarinet cricket croquet cycling
     darts fencing fiddle flute golf guitar gymnastics harmonica harp hockey
     horn judo juggling karate lute mandolin oboe organ piano poker rowing rugby
     sailing saxophone skating skiing snooker surfing tennis trombone trumpet
-    tuba ukulele viola violin volleyball wrestling""".split()
+    tuba ukulele viola violin volleyball wrestling
+""".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +136,10 @@ _OPENINGS = (
   'A short note in the library says that',
   'As far as anyone can remember,',
 )
-_MONTHS = """January February March April May June July August September October
-    November December""".split()
+_MONTHS = """
+    January February March April May June July August September October
+    November December
+""".split()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ def tokens_that_fill(
   if not fits(2):
     raise ValueError(
       'Span corruption needs feature lengths of at least 3 inputs and 3 '
-      f'targets, but they are inputs {inputs_length} and targets {targets_length}. '
+      f'targets, but they are {inputs_length} and {targets_length}. '
       'Make them longer.'
     )
   # Both lengths never fall as the text grows, so bisection finds the last fit.
@@ -116,6 +116,13 @@ def random_spans(
   kept = _random_segments(length - num_noise, num_spans, rng)
   ends = np.cumsum(noise + kept)
   return np.stack([ends - noise, ends], axis=1)
+
+
+def salient_budget(
+  length: np.ndarray | int, noise_density: float
+) -> np.ndarray | int:
+  """Masked tokens that salient masking of `length` tokens aims at, from 1."""
+  return np.maximum(np.rint(np.multiply(length, noise_density)), 1).astype(int)
 
 
 def salient_spans(
@@ -156,6 +163,58 @@ def salient_spans(
   return spans[np.sort(np.asarray(chosen, dtype=np.int64))]
 
 
+def longest_salient_span(inputs_length: int, targets_length: int) -> int:
+  """Tokens of the longest span that salient masking can ask for."""
+  # Its sentinel and EOS share the targets with it.
+  return min(targets_length - 2, inputs_length - 1)
+
+
+def draw_salient(
+  tokens: np.ndarray,
+  spans: np.ndarray,
+  rng: np.random.Generator,
+  *,
+  inputs_length: int,
+  targets_length: int,
+  max_spans: int,
+  noise_density: float = NOISE_DENSITY,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draws the text and the spans of one salient example.
+
+  A text that is longer than the inputs is read through a window around one of
+  its spans, drawn at random.
+
+  Args:
+    tokens: <int>[length], without EOS.
+    spans: <int>[num_spans, 2], its salient spans.
+    rng: of this example.
+    inputs_length, targets_length: with EOS.
+    max_spans: number of sentinels.
+    noise_density: share of masked tokens not to be exceeded after one span.
+
+  Returns:
+    The tokens to use and the spans to mask, which are [0, 2] if none fits.
+  """
+  longest = longest_salient_span(inputs_length, targets_length)
+  spans = spans[spans[:, 1] - spans[:, 0] <= longest]
+  # k spans of m >= k tokens leave size - m + k + 1 <= size + 1 inputs.
+  size = inputs_length - 1
+  if len(tokens) > size and len(spans):
+    start, end = spans[rng.integers(len(spans))].tolist()
+    first, last = max(0, end - size), min(start, len(tokens) - size)
+    begin = int(rng.integers(first, last + 1))
+    inside = (spans[:, 0] >= begin) & (spans[:, 1] <= begin + size)
+    tokens, spans = tokens[begin : begin + size], spans[inside] - begin
+  chosen = salient_spans(
+    spans,
+    rng,
+    budget=int(salient_budget(len(tokens), noise_density)),
+    max_spans=max_spans,
+    max_targets=targets_length - 1,
+  )
+  return tokens, chosen
+
+
 def mask_spans(
   tokens: np.ndarray, spans: np.ndarray, first_sentinel: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +228,7 @@ def mask_spans(
   Returns:
     inputs <int32>[...] and targets <int32>[...], neither with EOS.
   """
-  inputs, targets, position = [], [], 0
+  inputs, targets, position = [], [tokens[:0]], 0  # There may be no span.
   for number, (start, end) in enumerate(np.asarray(spans).tolist()):
     sentinel = [first_sentinel - number]
     inputs += [tokens[position:start], sentinel]

@@ -171,14 +171,10 @@ class SalientSpanTask:
     return len(self._kept)
 
   @functools.cached_property
-  def _window(self) -> int:
-    # k spans of m >= k tokens leave window - m + k + 1 <= window + 1 inputs.
-    return _check_feature_lengths(self.feature_lengths)[0] - 1
-
-  @functools.cached_property
   def _longest_span(self) -> int:
-    targets = _check_feature_lengths(self.feature_lengths)[1]
-    return min(targets - 2, self._window)
+    return span_corruption.longest_salient_span(
+      *_check_feature_lengths(self.feature_lengths)
+    )
 
   @functools.cached_property
   def _span_sizes(self) -> np.ndarray:
@@ -198,12 +194,12 @@ class SalientSpanTask:
     targets_length = self.feature_lengths['targets']
     # Without its EOS, which is not part of the text to be masked.
     lengths = self.cache.lengths('targets')[self._kept] - 1
-    lengths = np.minimum(lengths, self._window)
+    lengths = np.minimum(lengths, self.feature_lengths['inputs'] - 1)
     sizes = self._span_sizes * (self._span_sizes <= self._longest_span)
     firsts = (self.cache.offsets('spans') // 2)[self._kept]
     # Texts in between have no good span, so they add nothing to a maximum.
     longest = np.maximum.reduceat(sizes, firsts)
-    budget = self._budgets(lengths)
+    budget = span_corruption.salient_budget(lengths, self.noise_density)
     # One long span, or several within the budget, each with its sentinel.
     targets = np.maximum(longest + 1, 2 * budget) + 1
     return np.stack([lengths + 1, np.minimum(targets, targets_length)], axis=1)
@@ -212,33 +208,27 @@ class SalientSpanTask:
     self, index: int, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray]:
     text = int(self._kept[index])
-    tokens = self.cache.tokens('targets', text)[:-1]
-    spans = self.cache.spans(text)
-    spans = spans[spans[:, 1] - spans[:, 0] <= self._longest_span]
-    if len(tokens) > self._window:
-      tokens, spans = _draw_window(tokens, spans, self._window, rng)
-    chosen = span_corruption.salient_spans(
-      spans,
+    tokens, spans = span_corruption.draw_salient(
+      self.cache.tokens('targets', text)[:-1],
+      self.cache.spans(text),
       rng,
-      budget=int(self._budgets(len(tokens))),
+      inputs_length=self.feature_lengths['inputs'],
+      targets_length=self.feature_lengths['targets'],
       max_spans=self.cache.vocabulary['extra_ids'],
-      max_targets=self.feature_lengths['targets'] - 1,
+      noise_density=self.noise_density,
     )
-    return _mask(self.cache, tokens, chosen)
+    return _mask(self.cache, tokens, spans)
 
   def report(self) -> dict[str, int]:
-    lengths = self.cache.lengths('targets') - 1
+    lengths = self.cache.lengths('targets')[self._kept]
+    windowed = lengths > self.feature_lengths['inputs']
     return {
       'examples': self.num_examples,
       'texts_without_span': self.cache.num_examples - self.num_examples,
-      'texts_in_windows': int((lengths[self._kept] > self._window).sum()),
+      'texts_in_windows': int(windowed.sum()),
       'spans': len(self._span_sizes),
       'spans_too_long': int((self._span_sizes > self._longest_span).sum()),
     }
-
-  def _budgets(self, lengths: np.ndarray | int) -> np.ndarray:
-    budgets = np.rint(np.multiply(lengths, self.noise_density))
-    return np.maximum(budgets, 1).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,21 +298,6 @@ class TextToTextTask:
     if len(tokens) > limit:
       tokens = np.append(tokens[: limit - 1], tokens[-1])
     return tokens
-
-
-def _draw_window(
-  tokens: np.ndarray,
-  spans: np.ndarray,
-  size: int,
-  rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-  """A window around a span drawn at random, and the spans inside it."""
-  start, end = spans[rng.integers(len(spans))].tolist()
-  first = max(0, end - size)
-  last = min(start, len(tokens) - size)
-  begin = int(rng.integers(first, last + 1))
-  inside = (spans[:, 0] >= begin) & (spans[:, 1] <= begin + size)
-  return tokens[begin : begin + size], spans[inside] - begin
 
 
 def _mask(

@@ -1,0 +1,112 @@
+"""Builds a token cache, from local files or from a seqio task."""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+
+from mowe.data import cache as cache_lib
+from mowe.data import cache_builders, text_files
+from mowe.words import subwords as subwords_lib
+
+KINDS = ('text', 'questions')
+# Below this a process pool costs more than it saves.
+_BYTES_WORTH_WORKERS = 32 * 2**20
+
+
+def cache_task(
+  output: str | os.PathLike,
+  vocabulary: str,
+  *,
+  files: Sequence[str] = (),
+  kind: str = 'text',
+  seqio_task: str = '',
+  split: str = 'train',
+  task_modules: Sequence[str] = (),
+  extra_ids: int = 100,
+  field: str = 'text',
+  unit: str = 'line',
+  prompt: str = cache_builders.QUESTION_PROMPT,
+  answers_field: str = 'answers',
+  overwrite: bool = False,
+  num_workers: int | None = None,
+  progress: Callable[[int], None] | None = None,
+) -> cache_lib.TokenCache:
+  """Builds a token cache from `files` or from `seqio_task`, one of the two.
+
+  Args:
+    output: the folder to write.
+    vocabulary: a SentencePiece file, or 'bytes'.
+    files: paths or globs of .jsonl, .txt, and either with .gz.
+    kind: of files: 'text' for pretraining, 'questions' for question answering.
+    seqio_task: name of a registered task; loads TensorFlow.
+    split: of the seqio task.
+    task_modules: imported first, to register the seqio task.
+    extra_ids: sentinels of the vocabulary.
+    field: of kind 'text', holds the text.
+    unit: of text files: 'line' or 'paragraph' is one record.
+    prompt: of kind 'questions', the inputs, with fields in braces.
+    answers_field: of kind 'questions', a list of answers or one answer.
+    overwrite: replace a cache that was made from other things.
+    num_workers: processes that tokenise; None: one, and more for much text.
+    progress: called with the number of records done so far.
+
+  Returns:
+    The finished cache, opened.
+
+  Raises:
+    ValueError: both or none of files and seqio_task, an unknown kind, or what
+      the builders raise.
+  """
+  if bool(files) == bool(seqio_task):
+    raise ValueError(
+      'A cache is built from files or from a seqio task, but got files '
+      f'{list(files)} and seqio_task {seqio_task!r}. Give exactly one of them.'
+    )
+  if kind not in KINDS:
+    raise ValueError(
+      f'kind must be one of {KINDS}, but is {kind!r}. Choose one of these.'
+    )
+  subwords = subwords_lib.load_subwords(vocabulary, extra_ids)
+  if seqio_task:
+    # Only here: TensorFlow takes seconds to load.
+    from mowe.data import seqio_stream
+
+    for module in task_modules:
+      importlib.import_module(module)
+    return seqio_stream.cache_seqio_task(
+      seqio_task,
+      output,
+      subwords,
+      split=split,
+      overwrite=overwrite,
+      progress=progress,
+    )
+  sources = text_files.describe_sources(files)
+  if num_workers is None:
+    num_workers = _choose_workers(sum(source['bytes'] for source in sources))
+  shared = {
+    'sources': sources,
+    'overwrite': overwrite,
+    'num_workers': num_workers,
+    'progress': progress,
+  }
+  if kind == 'text':
+    # A source's digest does not tell how it was cut into records.
+    shared['sources'] = [{**source, 'unit': unit} for source in sources]
+    records = text_files.read_records(files, fields=(field,), unit=unit)
+    return cache_builders.cache_text(
+      records, output, subwords, field=field, **shared
+    )
+  records = text_files.read_records(files, fields=(answers_field,))
+  return cache_builders.cache_questions(
+    records,
+    output,
+    subwords,
+    prompt=prompt,
+    answers_field=answers_field,
+    **shared,
+  )
+
+
+def _choose_workers(num_bytes: int) -> int:
+  return min(os.cpu_count() or 1, 8) if num_bytes > _BYTES_WORTH_WORKERS else 1

@@ -1,0 +1,301 @@
+"""Any seqio task or mixture as batches, and as a token cache.
+
+TensorFlow and seqio are imported inside the functions: importing this module
+costs nothing, and training from a token cache never loads them. TensorFlow is
+kept off the accelerators, which belong to JAX.
+"""
+
+import dataclasses
+import os
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mowe.data import cache as cache_lib
+from mowe.data import cache_builders
+from mowe.words import subwords as subwords_lib
+
+Batch = dict[str, np.ndarray]
+
+
+def import_seqio() -> tuple[types.ModuleType, types.ModuleType]:
+  """TensorFlow, without accelerators, and seqio.
+
+  Raises:
+    ImportError: one of them is not installed.
+  """
+  try:
+    import seqio
+    import tensorflow as tf
+  except ImportError as error:
+    raise ImportError(
+      'Streaming a seqio task needs the packages tensorflow, '
+      f'tensorflow-datasets and seqio, but {error}. Install them with '
+      '`pip install seqio tensorflow tensorflow-datasets`, or train from a '
+      'token cache, which needs none of them.'
+    ) from error
+  try:
+    tf.config.set_visible_devices([], 'GPU')
+    tf.config.set_visible_devices([], 'TPU')
+  except RuntimeError:
+    # TensorFlow was used before and has taken its devices already.
+    pass
+  return tf, seqio
+
+
+def seqio_vocabulary(subwords: subwords_lib.Subwords) -> Any:
+  """The seqio vocabulary with the same ids as ours."""
+  _, seqio = import_seqio()
+  if isinstance(subwords, subwords_lib.ByteVocabulary):
+    return seqio.ByteVocabulary(extra_ids=subwords.extra_ids)
+  return seqio.SentencePieceVocabulary(
+    subwords.path, extra_ids=subwords.extra_ids
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioBatches:
+  """Batches of a seqio task or mixture, read as a stream.
+
+  A stream has no random access: starting at a step reads and drops all batches
+  before it. A token cache starts anywhere at once.
+
+  Attributes:
+    name: of a registered task or mixture.
+    batch_size: rows of a batch.
+    feature_lengths: tokens of 'inputs' and 'targets', EOS included.
+    split: of the task.
+    seed: of shuffling and of random preprocessing.
+    pack: several examples in a row.
+    shuffle: read in a random order.
+    use_cached: read seqio's own offline cache.
+
+  Raises:
+    ValueError: no task or mixture of this name, or no such split.
+  """
+
+  name: str
+  batch_size: int
+  feature_lengths: Mapping[str, int]
+  split: str = 'train'
+  seed: int = 0
+  pack: bool = False
+  shuffle: bool = True
+  use_cached: bool = False
+
+  def __post_init__(self):
+    _find(self.name, self.split)
+
+  def from_step(self, first_step: int = 0) -> Iterator[Batch]:
+    """The batches from `first_step` on, without end.
+
+    Raises:
+      ValueError: the stream holds no example.
+    """
+    dataset = self._dataset(num_epochs=None, shuffle=self.shuffle)
+    dataset = dataset.batch(self.batch_size, drop_remainder=True)
+    found = False
+    for batch in dataset.skip(first_step).as_numpy_iterator():
+      found = True
+      yield _as_batch(batch)
+    if not found:
+      raise ValueError(
+        f'The split {self.split!r} of {self.name!r} must hold at least one '
+        'example, but holds none after its preprocessing. Check its files and '
+        'the feature lengths.'
+      )
+
+  def eval_batches(self) -> Iterator[Batch]:
+    """Every example once, in order; the last batch is filled with padding."""
+    dataset = self._dataset(num_epochs=1, shuffle=False)
+    for batch in dataset.batch(self.batch_size).as_numpy_iterator():
+      batch = _as_batch(batch)
+      missing = self.batch_size - len(batch['decoder_target_tokens'])
+      yield {
+        key: np.pad(array, ((0, missing), (0, 0)))
+        for key, array in batch.items()
+      }
+
+  def _dataset(self, num_epochs: int | None, shuffle: bool) -> Any:
+    tf, seqio = import_seqio()
+    dataset = seqio.get_dataset(
+      self.name,
+      task_feature_lengths=dict(self.feature_lengths),
+      feature_converter=seqio.EncDecFeatureConverter(pack=self.pack),
+      dataset_split=self.split,
+      use_cached=self.use_cached,
+      shuffle=shuffle,
+      num_epochs=num_epochs,
+      seed=self.seed,
+      verbose=False,
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    return dataset.with_options(options)
+
+
+def cache_seqio_task(
+  name: str,
+  path: str | os.PathLike,
+  subwords: subwords_lib.Subwords,
+  *,
+  split: str = 'train',
+  seed: int = 0,
+  overwrite: bool = False,
+  progress: cache_builders.Progress | None = None,
+) -> cache_lib.TokenCache:
+  """Writes the token cache of a seqio task.
+
+  What is cached are the features at the task's CacheDatasetPlaceholder, before
+  any noise; without one, the finished and untrimmed features. EOS is added
+  where it is missing. Other fields, such as 'answers', are kept as records.
+  A seqio source has no digest: the fingerprint knows it by its name and split.
+
+  Args:
+    name: of a registered task; a mixture is cached task by task.
+    path: the folder to write.
+    subwords: the vocabulary of the task.
+    split: of the task.
+    seed: of random preprocessing before the placeholder, if there is any.
+    overwrite: replace a cache that was made from other things.
+    progress: called with the number of examples done so far.
+
+  Returns:
+    The cache, opened; an existing one if it was made from the same things.
+
+  Raises:
+    ValueError: no such task or split, another vocabulary, or no example.
+  """
+  _, seqio = import_seqio()
+  task = _find(name, split)
+  if not isinstance(task, seqio.Task):
+    raise ValueError(
+      f'Only a task can be cached, but {name!r} is a mixture of '
+      f'{[part.name for part in task.tasks]}. Cache each of these tasks.'
+    )
+  _check_same_vocabulary(task, subwords)
+  recipe = {
+    'format_version': cache_lib.FORMAT_VERSION,
+    'kind': 'text_to_text' if 'inputs' in task.output_features else 'text',
+    'vocabulary': cache_lib.describe_vocabulary(subwords),
+    'sources': [{'seqio_task': name, 'split': split, 'seed': seed}],
+    'fields': sorted(task.output_features),
+  }
+  finished = cache_lib.find_finished(path, recipe, overwrite)
+  if finished is not None:
+    return finished
+  done = 0
+  with cache_lib.build_cache(path, recipe) as writer:
+    for group in _groups(_precache_examples(task, split, seed)):
+      examples = [_split_example(task, example, subwords) for example in group]
+      writer.add(
+        {
+          feature: cache_builders.flatten([one[feature] for one, _ in examples])
+          for feature in examples[0][0]
+        },
+        [record for _, record in examples],
+      )
+      done += len(group)
+      if progress is not None:
+        progress(done)
+  return cache_lib.TokenCache.open(path)
+
+
+def _find(name: str, split: str) -> Any:
+  _, seqio = import_seqio()
+  try:
+    found = seqio.get_mixture_or_task(name)
+  except ValueError as error:
+    names = sorted(
+      [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    )
+    raise ValueError(
+      f'A seqio task or mixture must be registered before it is used, but '
+      f'{name!r} is not; registered are {names[:20]}. Import the module that '
+      'registers it, or call its register function.'
+    ) from error
+  if split not in found.splits:
+    raise ValueError(
+      f'{name!r} must have the split {split!r}, but has '
+      f'{sorted(found.splits)}. Choose one of these.'
+    )
+  return found
+
+
+def _as_batch(batch: Mapping[str, np.ndarray]) -> Batch:
+  return {
+    key: array.astype(np.float32 if key.endswith('_weights') else np.int32)
+    for key, array in batch.items()
+  }
+
+
+def _check_same_vocabulary(task: Any, subwords: subwords_lib.Subwords) -> None:
+  for feature in task.output_features.values():
+    vocabulary = feature.vocabulary
+    model = getattr(vocabulary, 'sp_model', None)
+    same = vocabulary.vocab_size == subwords.size and (
+      model is None or cache_lib.digest_of(model) == subwords.sha256
+    )
+    if not same:
+      raise ValueError(
+        f'The vocabulary must be that of the task {task.name!r}, '
+        f'{vocabulary} of {vocabulary.vocab_size} ids, but has '
+        f'{subwords.size} ids and sha256 {subwords.sha256[:12]}. Give the '
+        'vocabulary that the task was registered with.'
+      )
+
+
+def _precache_examples(task: Any, split: str, seed: int) -> Iterator[dict]:
+  if task.supports_caching:
+    dataset = task.source.get_dataset(split=split, shuffle=False, seed=seed)
+    dataset = task.preprocess_precache(dataset, seed=seed)
+  else:
+    dataset = task.get_dataset(
+      sequence_length=None, split=split, shuffle=False, seed=seed
+    )
+  return dataset.as_numpy_iterator()
+
+
+def _groups(examples: Iterator[dict], size: int = 512) -> Iterator[list[dict]]:
+  group = []
+  for example in examples:
+    group.append(example)
+    if len(group) == size:
+      yield group
+      group = []
+  if group:
+    yield group
+
+
+def _split_example(
+  task: Any, example: Mapping[str, Any], subwords: subwords_lib.Subwords
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Features with EOS, and the other fields as JSON can hold them."""
+  features = {}
+  for name in task.output_features:
+    tokens = np.asarray(example[name], np.int32)
+    if not len(tokens) or tokens[-1] != subwords.eos_id:
+      tokens = np.append(tokens, np.int32(subwords.eos_id))
+    features[name] = tokens
+  if 'inputs' not in features and 'spans' in example:
+    features['spans'] = np.asarray(example['spans'], np.int32).reshape(-1)
+  record = {
+    name: _as_json(value)
+    for name, value in example.items()
+    if name not in features and 'inputs' in features
+  }
+  return features, record
+
+
+def _as_json(value: Any) -> Any:
+  if isinstance(value, bytes):
+    return value.decode('utf-8', 'replace')
+  if isinstance(value, np.ndarray | np.generic):
+    return _as_json(value.tolist())
+  if isinstance(value, list):
+    return [_as_json(item) for item in value]
+  if isinstance(value, dict):
+    return {key: _as_json(item) for key, item in value.items()}
+  return value

@@ -1,0 +1,294 @@
+"""seqio tasks of closed-book question answering and fact checking.
+
+Local JSON lines: `register_question_task` ({"question", "answers"}) and
+`register_claim_task` ({"claim", "label"}, FEVER). TFDS: `register_tfds_tasks`.
+Importing this module registers nothing and reads no file.
+
+Prompts, splits and targets of the TFDS tasks are those of the closed-book QA
+experiments of T5 (Roberts et al. 2020): the model learns the first answer, and
+a prediction is right if it equals any of the answers. As the test sets of
+these collections are not public or used up, `NAME` holds out the last tenth
+of the training questions (the numbers are ORQA's) and keeps the public
+validation set as 'test'; `NAME_test` trains on everything and reports on the
+split that papers report.
+
+| task | train | validation | test |
+|---|---|---|---|
+| trivia_qa_open | train[:78785] | train[78785:] | validation |
+| trivia_qa_open_test | train+validation | - | test (answers not public) |
+| natural_questions_open | train[:79168] | train[79168:] | validation |
+| natural_questions_open_test | train | validation | - |
+| web_questions_open | train[:3417] | train[3417:] | test |
+| web_questions_open_test | train | test | - |
+
+FEVER is in no TFDS release: get its JSON lines and use `register_claim_task`.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mowe.data import seqio_stream, text_files
+from mowe.words import subwords as subwords_lib
+
+tf, seqio = seqio_stream.import_seqio()
+
+CLAIM_PROMPT = 'fever claim: {claim}'
+CLAIM_TARGETS = {
+  'SUPPORTS': 'supports',
+  'REFUTES': 'refutes',
+  'NOT ENOUGH INFO': 'not enough info',
+}
+
+Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+Vocabulary = str | os.PathLike | subwords_lib.Subwords
+
+
+def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]):
+  """EM and F1, 0 to 100, as `mowe.evaluation.text_metrics.squad`."""
+  from mowe.evaluation import text_metrics
+
+  return text_metrics.squad(targets, predictions)
+
+
+def trivia_qa(targets: Sequence[Sequence[str]], predictions: Sequence[str]):
+  """EM and F1, 0 to 100, as `mowe.evaluation.text_metrics.trivia_qa`."""
+  from mowe.evaluation import text_metrics
+
+  return text_metrics.trivia_qa(targets, predictions)
+
+
+def accuracy(targets: Sequence[Sequence[str]], predictions: Sequence[str]):
+  """Share of predictions that are the label, 0 to 100."""
+  right = [
+    prediction.strip() in accepted
+    for accepted, prediction in zip(targets, predictions, strict=True)
+  ]
+  return {'accuracy': 100 * sum(right) / len(right)}
+
+
+def register_question_task(
+  name: str,
+  files: Files,
+  vocabulary: Vocabulary,
+  prompt: str = 'question: {question}',
+  metric: Any = squad,
+) -> Any:
+  """Registers closed-book questions in local JSON lines.
+
+  Args:
+    name: of the new task.
+    files: patterns of the split 'train', or a mapping from split to patterns.
+      Records have 'question' and 'answers' (a list, or one text).
+    vocabulary: a SentencePiece file, 'bytes', or a loaded vocabulary.
+    prompt: the inputs.
+    metric: a function of targets and predictions.
+
+  Returns:
+    The task.
+
+  Raises:
+    ValueError: no such file, a question without answer, or a name in use.
+  """
+
+  def convert(record):
+    answers = record['answers']
+    answers = [answers] if isinstance(answers, str) else answers
+    if not answers:
+      raise ValueError(
+        'A question must have at least one answer, but '
+        f'{record["question"]!r} has none. Leave it out of the file.'
+      )
+    return prompt.format(question=record['question']), answers
+
+  fields = ('question', 'answers')
+  return _register_files(name, files, vocabulary, fields, convert, metric)
+
+
+def register_claim_task(
+  name: str,
+  files: Files,
+  vocabulary: Vocabulary,
+  prompt: str = CLAIM_PROMPT,
+) -> Any:
+  """Registers FEVER claims: 'claim' and 'label' to 'supports' or 'refutes'.
+
+  Arguments and result as of `register_question_task`.
+
+  Raises:
+    ValueError: no such file, a label not in CLAIM_TARGETS, or a name in use.
+  """
+
+  def convert(record):
+    if record['label'] not in CLAIM_TARGETS:
+      raise ValueError(
+        f'The label of a claim must be one of {list(CLAIM_TARGETS)}, but is '
+        f'{record["label"]!r} in {record["claim"]!r}. Correct the file.'
+      )
+    target = CLAIM_TARGETS[record['label']]
+    return prompt.format(claim=record['claim']), [target]
+
+  fields = ('claim', 'label')
+  return _register_files(name, files, vocabulary, fields, convert, accuracy)
+
+
+def register_tfds_tasks(vocabulary: Vocabulary) -> list[str]:
+  """Registers the TFDS tasks above, unless they are registered already.
+
+  Also the mixtures 'closed_book_qa' and 'closed_book_qa_test' of the three,
+  each task at the rate of its number of examples.
+
+  Returns:
+    The names of the tasks.
+  """
+  tasks = {}
+  for name, tfds_name, prepare, metric, splits, test_splits in _TFDS:
+    for suffix, table in (('', splits), ('_test', test_splits)):
+      tasks[name + suffix] = tfds_name, table, prepare, metric
+  for name, (tfds_name, table, prepare, metric) in tasks.items():
+    if name not in seqio.TaskRegistry.names():
+      source = seqio.TfdsDataSource(tfds_name=tfds_name, splits=table)
+      _register(name, source, [prepare], vocabulary, metric)
+  for suffix in ('', '_test'):
+    if f'closed_book_qa{suffix}' not in seqio.MixtureRegistry.names():
+      seqio.MixtureRegistry.add(
+        f'closed_book_qa{suffix}',
+        [row[0] + suffix for row in _TFDS],
+        default_rate=seqio.mixing_rate_num_examples,
+      )
+  return list(tasks)
+
+
+def _register_files(
+  name: str,
+  files: Files,
+  vocabulary: Vocabulary,
+  fields: Sequence[str],
+  convert: Any,
+  metric: Any,
+) -> Any:
+  files = files if isinstance(files, Mapping) else {'train': files}
+  for patterns in files.values():
+    text_files.match_files(patterns)
+
+  def examples(split) -> Iterator[dict[str, Any]]:
+    for record in text_files.read_records(files[split], fields=fields):
+      inputs, answers = convert(record)
+      yield {'inputs': inputs, 'targets': answers[0], 'answers': answers}
+
+  def read(split, shuffle_files=False, seed=None):
+    del shuffle_files, seed  # Task shuffles examples; files keep their order.
+    return tf.data.Dataset.from_generator(
+      functools.partial(examples, split),
+      output_signature={
+        'inputs': tf.TensorSpec([], tf.string),
+        'targets': tf.TensorSpec([], tf.string),
+        'answers': tf.TensorSpec([None], tf.string),
+      },
+    )
+
+  source = seqio.FunctionDataSource(read, splits=tuple(files))
+  return _register(name, source, [], vocabulary, metric)
+
+
+def _register(
+  name: str,
+  source: Any,
+  preprocessors: Sequence[Any],
+  vocabulary: Vocabulary,
+  metric: Any,
+) -> Any:
+  if isinstance(vocabulary, str | os.PathLike):
+    vocabulary = subwords_lib.load_subwords(vocabulary)
+  features = {
+    feature: seqio.Feature(
+      seqio_stream.seqio_vocabulary(vocabulary), add_eos=True
+    )
+    for feature in ('inputs', 'targets')
+  }
+  return seqio.TaskRegistry.add(
+    name,
+    source=source,
+    preprocessors=[
+      *preprocessors,
+      seqio.preprocessors.tokenize,
+      seqio.CacheDatasetPlaceholder(),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features=features,
+    postprocess_fn=_answers_or_text,
+    metric_fns=[metric],
+  )
+
+
+def _answers_or_text(text: str, example: Any = None, is_target: bool = False):
+  """The accepted answers for a target, the text itself for a prediction."""
+  if not is_target:
+    return text
+  return [tf.compat.as_text(answer) for answer in example['answers']]
+
+
+def _asked(prompt: str, question: Any, target: Any, answers: Any) -> dict:
+  inputs = tf.strings.join([prompt, question])
+  return {'inputs': inputs, 'targets': target, 'answers': answers}
+
+
+@seqio.map_over_dataset
+def _trivia_qa(example):
+  answer = example['answer']
+  return _asked(
+    'trivia_qa question: ',
+    example['question'],
+    answer['value'],
+    answer['aliases'],
+  )
+
+
+@seqio.map_over_dataset
+def _natural_questions(example):
+  answers = example['answer']
+  return _asked('nq question: ', example['question'], answers[0], answers)
+
+
+@seqio.map_over_dataset
+def _web_questions(example):
+  answers = example['answers']
+  return _asked('wq question: ', example['question'], answers[0], answers)
+
+
+# Name, TFDS name, conversion, metric, splits, splits of NAME_test.
+_TFDS = (
+  (
+    'trivia_qa_open',
+    'trivia_qa/unfiltered.nocontext:1.1.0',
+    _trivia_qa,
+    trivia_qa,
+    {
+      'train': 'train[:78785]',
+      'validation': 'train[78785:]',
+      'test': 'validation',
+    },
+    {'train': 'train+validation', 'test': 'test'},
+  ),
+  (
+    'natural_questions_open',
+    'natural_questions_open:1.0.0',
+    _natural_questions,
+    squad,
+    {
+      'train': 'train[:79168]',
+      'validation': 'train[79168:]',
+      'test': 'validation',
+    },
+    {'train': 'train', 'validation': 'validation'},
+  ),
+  (
+    'web_questions_open',
+    'web_questions:1.0.0',
+    _web_questions,
+    squad,
+    {'train': 'train[:3417]', 'validation': 'train[3417:]', 'test': 'test'},
+    {'train': 'train', 'validation': 'test'},
+  ),
+)
