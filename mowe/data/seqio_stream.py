@@ -178,7 +178,7 @@ def cache_seqio_task(
   _check_same_vocabulary(task, subwords)
   recipe = {
     'format_version': cache_lib.FORMAT_VERSION,
-    'kind': 'text_to_text' if 'inputs' in task.output_features else 'text',
+    'kind': 'seqio',
     'vocabulary': cache_lib.describe_vocabulary(subwords),
     'sources': [{'seqio_task': name, 'split': split, 'seed': seed}],
     'fields': sorted(task.output_features),
@@ -188,8 +188,10 @@ def cache_seqio_task(
     return finished
   done = 0
   with cache_lib.build_cache(path, recipe) as writer:
+    names = None
     for group in _groups(_precache_examples(task, split, seed)):
-      examples = [_split_example(task, example, subwords) for example in group]
+      names = names or _cached_features(task, group[0])
+      examples = [_split_example(names, one, subwords) for one in group]
       writer.add(
         {
           feature: cache_builders.flatten([one[feature] for one, _ in examples])
@@ -232,9 +234,12 @@ def _as_batch(batch: Mapping[str, np.ndarray]) -> Batch:
 
 
 def _check_same_vocabulary(task: Any, subwords: subwords_lib.Subwords) -> None:
+  tf, _ = import_seqio()
   for feature in task.output_features.values():
     vocabulary = feature.vocabulary
-    model = getattr(vocabulary, 'sp_model', None)
+    path = getattr(vocabulary, 'sentencepiece_model_file', None)
+    # The file and not sp_model: seqio adds the sentinels to what it loads.
+    model = path and tf.io.gfile.GFile(path, 'rb').read()
     same = vocabulary.vocab_size == subwords.size and (
       model is None or cache_lib.digest_of(model) == subwords.sha256
     )
@@ -269,24 +274,31 @@ def _groups(examples: Iterator[dict], size: int = 512) -> Iterator[list[dict]]:
     yield group
 
 
+def _cached_features(task: Any, example: Mapping[str, Any]) -> list[str]:
+  """Before its noise a pretraining task has no inputs, or empty ones (T5)."""
+  return [
+    name
+    for name in task.output_features
+    if name in example and (name == 'targets' or len(example[name]))
+  ]
+
+
 def _split_example(
-  task: Any, example: Mapping[str, Any], subwords: subwords_lib.Subwords
+  names: list[str], example: Mapping[str, Any], subwords: subwords_lib.Subwords
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Features with EOS, and the other fields as JSON can hold them."""
   features = {}
-  for name in task.output_features:
+  for name in names:
     tokens = np.asarray(example[name], np.int32)
     if not len(tokens) or tokens[-1] != subwords.eos_id:
       tokens = np.append(tokens, np.int32(subwords.eos_id))
     features[name] = tokens
-  if 'inputs' not in features and 'spans' in example:
+  if 'inputs' in names:
+    others = example.keys() - features.keys()
+    return features, {name: _as_json(example[name]) for name in sorted(others)}
+  if 'spans' in example:
     features['spans'] = np.asarray(example['spans'], np.int32).reshape(-1)
-  record = {
-    name: _as_json(value)
-    for name, value in example.items()
-    if name not in features and 'inputs' in features
-  }
-  return features, record
+  return features, {}  # The text itself is in the tokens.
 
 
 def _as_json(value: Any) -> Any:

@@ -1,0 +1,131 @@
+"""Streaming a seqio task: keys, resuming, evaluation, errors."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+seqio = pytest.importorskip('seqio')
+
+import tensorflow as tf  # noqa: E402
+
+from mowe.data import batches, seqio_stream  # noqa: E402
+from mowe.words import subwords as subwords_lib  # noqa: E402
+
+_BYTES = subwords_lib.ByteVocabulary()
+_LENGTHS = {'inputs': 10, 'targets': 7}
+_EXAMPLES = [([7, 8, 5], [3, 9]), ([8, 4, 9, 3], [4]), ([6], [5, 5])]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def numbers():
+  """A task of three examples, in a form that needs no text."""
+
+  def read(split, shuffle_files=False, seed=None):
+    return tf.data.Dataset.from_generator(
+      lambda: ({'inputs': i, 'targets': t} for i, t in _EXAMPLES),
+      output_signature={
+        name: tf.TensorSpec([None], tf.int32) for name in _LENGTHS
+      },
+    )
+
+  feature = seqio.Feature(seqio_stream.seqio_vocabulary(_BYTES))
+  seqio.TaskRegistry.add(
+    'numbers',
+    source=seqio.FunctionDataSource(read, splits=('train',)),
+    preprocessors=[seqio.preprocessors.append_eos],
+    output_features={name: feature for name in _LENGTHS},
+  )
+  seqio.MixtureRegistry.add('number_mixture', [('numbers', 1.0)])
+  yield
+  seqio.MixtureRegistry.remove('number_mixture')
+  seqio.TaskRegistry.remove('numbers')
+
+
+def _rows(*groups):
+  return [
+    [tuple(np.array([*part, 1]) for part in _EXAMPLES[i]) for i in group]
+    for group in groups
+  ]
+
+
+@pytest.mark.parametrize('pack', [False, True])
+def test_a_stream_and_our_batches_agree(pack):
+  stream = seqio_stream.SeqioBatches(
+    'numbers', 1, _LENGTHS, pack=pack, shuffle=False
+  )
+  batch = next(stream.from_step(0))
+  rows = _rows([0, 1]) if pack else _rows([0])
+  expected = batches.make_batch(rows, _LENGTHS, segments=pack)
+  assert batch.keys() == expected.keys()
+  for key in batch:
+    np.testing.assert_array_equal(batch[key], expected[key], err_msg=key)
+    assert batch[key].dtype == expected[key].dtype
+
+
+def test_starting_later_skips():
+  stream = seqio_stream.SeqioBatches('number_mixture', 2, _LENGTHS, seed=5)
+  whole = list(itertools.islice(stream.from_step(0), 6))
+  part = list(itertools.islice(stream.from_step(4), 2))
+  for expected, actual in zip(whole[4:], part, strict=True):
+    for key in expected:
+      np.testing.assert_array_equal(actual[key], expected[key])
+
+
+def test_evaluation_ends_with_padding():
+  stream = seqio_stream.SeqioBatches('numbers', 2, _LENGTHS)
+  first, last = stream.eval_batches()
+  assert first['encoder_input_tokens'][:, 0].tolist() == [7, 8]
+  assert last['encoder_input_tokens'][:, 0].tolist() == [6, 0]
+  assert last['decoder_loss_weights'].sum(axis=1).tolist() == [3, 0]
+
+
+def test_bytes_have_the_same_ids_in_seqio():
+  vocabulary = seqio_stream.seqio_vocabulary(_BYTES)
+  assert vocabulary.vocab_size == _BYTES.size
+  assert vocabulary.encode('où?') == _BYTES.encode('où?')
+  assert vocabulary.eos_id == _BYTES.eos_id
+
+
+def test_a_task_without_placeholder_is_cached_finished(tmp_path):
+  cache = seqio_stream.cache_seqio_task('numbers', tmp_path / 'c', _BYTES)
+  assert cache.tokens('inputs', 1).tolist() == [8, 4, 9, 3, 1]
+  assert cache.tokens('targets', 2).tolist() == [5, 5, 1]
+
+
+def test_errors_say_what_to_do(tmp_path):
+  with pytest.raises(ValueError, match="'no_task' is not.*'numbers'"):
+    seqio_stream.SeqioBatches('no_task', 2, _LENGTHS)
+  with pytest.raises(ValueError, match=r"has \['train'\]"):
+    seqio_stream.SeqioBatches('numbers', 2, _LENGTHS, split='test')
+  with pytest.raises(ValueError, match=r"mixture of \['numbers'\]"):
+    seqio_stream.cache_seqio_task('number_mixture', tmp_path / 'c', _BYTES)
+  with pytest.raises(ValueError, match="that of the task 'numbers'"):
+    seqio_stream.cache_seqio_task(
+      'numbers', tmp_path / 'c', subwords_lib.ByteVocabulary(3)
+    )
+
+
+def test_tensorflow_has_no_accelerator():
+  seqio_stream.import_seqio()
+  assert tf.config.get_visible_devices('GPU') == []
+
+
+def test_importing_the_data_room_loads_no_tensorflow():
+  code = (
+    'import sys\n'
+    'from mowe.commands import cache_task\n'
+    'from mowe.data import batches, prefetch, seqio_stream, generated_world\n'
+    'bad = {"tensorflow", "seqio", "jax", "gin"} & set(sys.modules)\n'
+    'assert not bad, bad\n'
+    'sys.modules["tensorflow"] = None\n'
+    'try:\n'
+    '  seqio_stream.SeqioBatches("a", 1, {})\n'
+    'except ImportError as error:\n'
+    '  assert "pip install seqio" in str(error), error\n'
+    'else:\n'
+    '  raise AssertionError\n'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)
