@@ -195,14 +195,35 @@ class SalientSpanTask:
     # Without its EOS, which is not part of the text to be masked.
     lengths = self.cache.lengths('targets')[self._kept] - 1
     lengths = np.minimum(lengths, self.feature_lengths['inputs'] - 1)
-    sizes = self._span_sizes * (self._span_sizes <= self._longest_span)
-    firsts = (self.cache.offsets('spans') // 2)[self._kept]
-    # Texts in between have no good span, so they add nothing to a maximum.
-    longest = np.maximum.reduceat(sizes, firsts)
     budget = span_corruption.salient_budget(lengths, self.noise_density)
+    longest, total, most = self._span_limits(budget)
     # One long span, or several within the budget, each with its sentinel.
-    targets = np.maximum(longest + 1, 2 * budget) + 1
+    targets = np.maximum(longest + 1, np.minimum(budget, total) + most) + 1
     return np.stack([lengths + 1, np.minimum(targets, targets_length)], axis=1)
+
+  def _span_limits(
+    self, budget: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each example's spans: longest, sum, and most that fit the budget."""
+    offsets = self.cache.offsets('spans') // 2
+    examples = np.repeat(
+      np.arange(self.num_examples), np.diff(offsets)[self._kept]
+    )
+    is_kept = np.zeros(self.cache.num_examples, bool)
+    is_kept[self._kept] = True
+    sizes = self._span_sizes[np.repeat(is_kept, np.diff(offsets))]
+    good = sizes <= self._longest_span
+    sizes, examples = sizes[good], examples[good]
+    order = np.lexsort((sizes, examples))  # The smallest first.
+    sizes = sizes[order]
+    starts = np.searchsorted(examples, np.arange(self.num_examples))
+    sums = np.cumsum(sizes)
+    sums -= np.repeat(
+      sums[starts] - sizes[starts], np.diff(starts, append=len(sizes))
+    )
+    total = np.add.reduceat(sizes, starts)
+    most = np.add.reduceat((sums <= budget[examples]).astype(int), starts)
+    return np.maximum.reduceat(sizes, starts), total, most
 
   def example(
     self, index: int, rng: np.random.Generator

@@ -149,3 +149,18 @@ def test_a_cache_of_the_wrong_kind_is_refused(tmp_path):
   cache = _text_cache(tmp_path, ['a text'])
   with pytest.raises(ValueError, match="needs the feature 'inputs'.*'text'"):
     tasks.TextToTextTask(cache, {'inputs': 6, 'targets': 5})
+
+
+def test_bounds_of_salient_targets_are_tight(tmp_path):
+  spans = [[0, 1], [2, 3], [4, 5], [10, 13], [20, 30]]
+  cache = _text_cache(tmp_path, ['none', {'text': 'x' * 40, 'spans': spans}])
+  lengths = {'inputs': 64, 'targets': 64}
+  # A budget of 4 holds the three single tokens, or one of them and the three:
+  # at most 4 tokens with 3 sentinels. The span of 10 comes alone: 10 + 1 + 1.
+  task = tasks.SalientSpanTask(cache, lengths, 0.1)
+  np.testing.assert_array_equal(task.length_bounds(), [[41, 12]])
+  # Without that span: 4 + 3 + 1.
+  short = tasks.SalientSpanTask(cache, {'inputs': 64, 'targets': 9}, 0.1)
+  np.testing.assert_array_equal(short.length_bounds(), [[41, 8]])
+  _check_bounds(task)
+  _check_bounds(short)

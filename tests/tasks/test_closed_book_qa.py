@@ -58,14 +58,8 @@ def test_local_questions(tmp_path, name):
   ]
   assert task.postprocess_fn('x', example=example, is_target=False) == 'x'
   (metric,) = task.metric_fns
-  assert (
-    metric([['Ada', 'A.'], ['Oslo']], ['a', 'Rome'])
-    == {
-      'em': 50.0,
-      'f1': 50.0,
-    }
-    or metric([['Ada']], ['ada'])['em'] == 100
-  )
+  found = metric([['Ada', 'A.'], ['Oslo']], ['ada', 'Rome'])
+  assert found == {'em': 50.0, 'f1': 50.0}
 
 
 def test_a_question_cache_keeps_the_answers(tmp_path, name):
