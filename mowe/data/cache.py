@@ -102,7 +102,11 @@ class TokenCache:
 
   @property
   def kind(self) -> str:
-    return self.summary['recipe']['kind']
+    """'text' (targets, spans), or 'questions' or 'text_to_text' (inputs too)."""
+    kind = self.summary['recipe']['kind']
+    if kind == 'seqio':  # Known only when its examples have been seen.
+      kind = 'text_to_text' if 'inputs' in self.features else 'text'
+    return kind
 
   @property
   def fingerprint(self) -> str:

@@ -68,6 +68,7 @@ class SpanCorruptionTask:
         f'1, but they are {self.noise_density} and {self.mean_span_length}. '
         "T5's are 0.15 and 3."
       )
+    _check_text(self.cache)
     if len(self._stream) < 2:
       raise ValueError(
         'Span corruption needs at least 2 tokens of text, but '
@@ -157,6 +158,7 @@ class SalientSpanTask:
         f'noise_density must be in (0, 1], but is {self.noise_density}. The '
         'usual one is 0.15.'
       )
+    _check_text(self.cache)
     _check_sentinels(self.cache, 1)
     if not self.num_examples:
       raise ValueError(
@@ -341,6 +343,15 @@ def _check_feature_lengths(
       f'tokens each, but is {dict(feature_lengths)}. Make them longer.'
     )
   return found
+
+
+def _check_text(cache: cache_lib.TokenCache) -> None:
+  # Masking the answers of a question cache would work, and teach nonsense.
+  if cache.kind != 'text':
+    raise ValueError(
+      f"Masking needs a cache of kind 'text', but {cache.path} is of kind "
+      f'{cache.kind!r}. Use TextToTextTask for it, or cache the text.'
+    )
 
 
 def _check_sentinels(cache: cache_lib.TokenCache, num_spans: int) -> None:

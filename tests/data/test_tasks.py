@@ -149,6 +149,12 @@ def test_a_cache_of_the_wrong_kind_is_refused(tmp_path):
   cache = _text_cache(tmp_path, ['a text'])
   with pytest.raises(ValueError, match="needs the feature 'inputs'.*'text'"):
     tasks.TextToTextTask(cache, {'inputs': 6, 'targets': 5})
+  questions = cache_builders.cache_questions(
+    [{'question': 'who?', 'answers': ['Ada']}], tmp_path / 'qa', _BYTES
+  )
+  for masking in (tasks.SpanCorruptionTask, tasks.SalientSpanTask):
+    with pytest.raises(ValueError, match="kind 'questions'.*TextToTextTask"):
+      masking(questions, {'inputs': 9, 'targets': 9})
 
 
 def test_bounds_of_salient_targets_are_tight(tmp_path):

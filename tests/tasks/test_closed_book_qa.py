@@ -69,6 +69,7 @@ def test_a_question_cache_keeps_the_answers(tmp_path, name):
   closed_book_qa.register_question_task(name, path, 'bytes')
   cache = seqio_stream.cache_seqio_task(name, tmp_path / 'c', _BYTES)
   assert cache.features == ('inputs', 'targets')
+  assert cache.kind == 'text_to_text'
   assert _BYTES.decode(cache.tokens('targets', 0)) == 'Ada'
   assert cache.record(0)['answers'] == ['Ada', 'A.']
   assert cache.record(0)['inputs_pretokenized'] == 'question: who?'

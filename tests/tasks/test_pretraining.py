@@ -104,6 +104,7 @@ def test_the_cache_is_before_the_noise(text_file, name, tmp_path):
   )
   cache = seqio_stream.cache_seqio_task(name, tmp_path / 'c', _BYTES)
   assert cache.features == ('targets', 'spans')
+  assert cache.kind == 'text'
   assert _BYTES.decode(cache.tokens('targets', 2)) == 'è, my word'
   # è is two bytes.
   assert cache.spans(2).tolist() == [[7, 11]]
