@@ -102,7 +102,7 @@ class TokenCache:
 
   @property
   def kind(self) -> str:
-    """'text' (targets, spans), or 'questions' or 'text_to_text' (inputs too)."""
+    """'text', or 'questions' or 'text_to_text', which have inputs."""
     kind = self.summary['recipe']['kind']
     if kind == 'seqio':  # Known only when its examples have been seen.
       kind = 'text_to_text' if 'inputs' in self.features else 'text'

@@ -95,6 +95,38 @@ def test_a_task_without_placeholder_is_cached_finished(tmp_path):
   assert cache.tokens('targets', 2).tolist() == [5, 5, 1]
 
 
+def test_a_sentencepiece_file_is_known_by_its_digest(tmp_path):
+  texts = ['the cat sat on the mat', 'a dog ate the cat', 'dogs and mats']
+  ours, other = (
+    subwords_lib.train_sentencepiece(texts, tmp_path / name, size)
+    for name, size in (('a.model', 30), ('b.model', 28))
+  )
+  feature = seqio.Feature(seqio_stream.seqio_vocabulary(ours))
+  seqio.TaskRegistry.add(
+    'sentences',
+    source=seqio.FunctionDataSource(
+      lambda split, shuffle_files=False: tf.data.Dataset.from_tensor_slices(
+        {'targets': texts}
+      ),
+      splits=('train',),
+    ),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      seqio.CacheDatasetPlaceholder(),
+      seqio.preprocessors.append_eos,
+    ],
+    output_features={'targets': feature},
+  )
+  try:
+    cache = seqio_stream.cache_seqio_task('sentences', tmp_path / 'c', ours)
+    found = cache.tokens('targets', 1).tolist()
+    assert found == [*ours.encode(texts[1]), ours.eos_id]
+    with pytest.raises(ValueError, match="that of the task 'sentences'"):
+      seqio_stream.cache_seqio_task('sentences', tmp_path / 'd', other)
+  finally:
+    seqio.TaskRegistry.remove('sentences')
+
+
 def test_errors_say_what_to_do(tmp_path):
   with pytest.raises(ValueError, match="'no_task' is not.*'numbers'"):
     seqio_stream.SeqioBatches('no_task', 2, _LENGTHS)
