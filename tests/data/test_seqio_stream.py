@@ -97,9 +97,12 @@ def test_a_task_without_placeholder_is_cached_finished(tmp_path):
 
 def test_a_sentencepiece_file_is_known_by_its_digest(tmp_path):
   texts = ['the cat sat on the mat', 'a dog ate the cat', 'dogs and mats']
+  # Of the same size: only the digest tells them apart.
   ours, other = (
-    subwords_lib.train_sentencepiece(texts, tmp_path / name, size)
-    for name, size in (('a.model', 30), ('b.model', 28))
+    subwords_lib.train_sentencepiece(
+      texts, tmp_path / f'{kind}.model', 20, model_type=kind
+    )
+    for kind in ('unigram', 'bpe')
   )
   feature = seqio.Feature(seqio_stream.seqio_vocabulary(ours))
   seqio.TaskRegistry.add(

@@ -7,7 +7,7 @@ from hypothesis import strategies
 
 from mowe.data import span_corruption
 
-_FIRST = 999  # A sentinel no token can be mistaken for.
+_FIRST = 9999  # No sentinel counted down from it is a token.
 
 
 def test_mask_spans_by_hand():
