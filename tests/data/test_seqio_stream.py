@@ -108,8 +108,8 @@ def test_a_sentencepiece_file_is_known_by_its_digest(tmp_path):
   seqio.TaskRegistry.add(
     'sentences',
     source=seqio.FunctionDataSource(
-      lambda split, shuffle_files=False: tf.data.Dataset.from_tensor_slices(
-        {'targets': texts}
+      lambda split, shuffle_files=False, seed=None: (
+        tf.data.Dataset.from_tensor_slices({'targets': texts})
       ),
       splits=('train',),
     ),
