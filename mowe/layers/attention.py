@@ -154,25 +154,21 @@ class MultiHeadAttention(nn.Module):
 
     The pass that initialises the cache gives its length and writes nothing.
     """
-    is_initialized = self.has_variable('cache', 'cached_key')
-    cached_key = self.variable('cache', 'cached_key', jnp.zeros_like, keys)
-    cached_value = self.variable(
-        'cache', 'cached_value', jnp.zeros_like, values
-    )
-    index = self.variable(
-        'cache', 'cache_index', lambda: jnp.zeros((), jnp.int32)
-    )
-    if not is_initialized:
+    if not self.has_variable('cache', 'cached_key'):
+      self.put_variable('cache', 'cached_key', jnp.zeros_like(keys))
+      self.put_variable('cache', 'cached_value', jnp.zeros_like(values))
+      self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
       return keys, values, jnp.ones((1, 1, 1, 1), bool)
-    length = cached_key.value.shape[1]
-    position = index.value
-    start = (0, position, 0, 0)
-    cached_key.value = jax.lax.dynamic_update_slice(
-        cached_key.value, keys.astype(cached_key.value.dtype), start
-    )
-    cached_value.value = jax.lax.dynamic_update_slice(
-        cached_value.value, values.astype(cached_value.value.dtype), start
-    )
-    index.value = position + 1
-    written = (jnp.arange(length) <= position)[None, None, None, :]
-    return cached_key.value, cached_value.value, written
+    position = self.get_variable('cache', 'cache_index')
+
+    def append(name, new):
+      cached = jax.lax.dynamic_update_slice(
+          self.get_variable('cache', name), new, (0, position, 0, 0)
+      )
+      self.put_variable('cache', name, cached)
+      return cached
+
+    keys, values = append('cached_key', keys), append('cached_value', values)
+    self.put_variable('cache', 'cache_index', position + 1)
+    written = jnp.arange(keys.shape[1]) <= position
+    return keys, values, written[None, None, None, :]

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import (
-    attention,
-    embedding,
-    feed_forward,
-    layer_norm,
-    linear,
-    relative_position,
+  attention,
+  embedding,
+  feed_forward,
+  layer_norm,
+  linear,
+  relative_position,
 )
 
 
@@ -38,6 +38,11 @@ class Routing(Protocol):
 
   def initial_state(self, batch):
     """State before the first token, <uint32>[batch, 2]."""
+
+
+def default_dtype() -> str:
+  """'bfloat16' on accelerators, 'float32' on CPU, where it is faster."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,52 +93,52 @@ class T5Config:
     feed_forward.check_activations(self.mlp_activations)
     if self.dtype == jnp.float16:
       raise ValueError(
-          'dtype must be float32 or bfloat16, but is float16: the activations '
-          'of T5 exceed its largest number, 65504, and training ends in NaN. '
-          "Use 'bfloat16'."
+        'dtype must be float32 or bfloat16, but is float16: the activations '
+        'of T5 exceed its largest number, 65504, and training ends in NaN. '
+        "Use 'bfloat16'."
       )
     for stack, layers, depth in (
-        ('encoder', self.sparse_encoder_layers, self.num_encoder_layers),
-        ('decoder', self.sparse_decoder_layers, self.num_decoder_layers),
+      ('encoder', self.sparse_encoder_layers, self.num_encoder_layers),
+      ('decoder', self.sparse_decoder_layers, self.num_decoder_layers),
     ):
       outside = [i for i in layers if not 0 <= i < depth]
       if outside:
         raise ValueError(
-            f'sparse_{stack}_layers must lie in 0..{depth - 1}, as the {stack} '
-            f'has {depth} blocks, but holds {outside}. Blocks count from 0: '
-            'the fifth is 4.'
+          f'sparse_{stack}_layers must lie in 0..{depth - 1}, as the {stack} '
+          f'has {depth} blocks, but holds {outside}. Blocks count from 0: '
+          'the fifth is 4.'
         )
     has_layers = bool(self.sparse_encoder_layers or self.sparse_decoder_layers)
     if has_layers != (self.sparse_feed_forward is not None):
       raise ValueError(
-          'sparse_feed_forward and the sparse layers must be given together, '
-          f'but sparse_feed_forward is {self.sparse_feed_forward} with encoder '
-          f'layers {self.sparse_encoder_layers} and decoder layers '
-          f'{self.sparse_decoder_layers}. Set both or neither.'
+        'sparse_feed_forward and the sparse layers must be given together, '
+        f'but sparse_feed_forward is {self.sparse_feed_forward} with encoder '
+        f'layers {self.sparse_encoder_layers} and decoder layers '
+        f'{self.sparse_decoder_layers}. Set both or neither.'
       )
     if self.routing is not None and self.sparse_feed_forward is not None:
       layer = self.make_sparse_feed_forward()
       experts = getattr(layer, 'num_experts', self.routing.num_experts)
       if experts != self.routing.num_experts:
         raise ValueError(
-            'The layer and the routing vocabulary must have the same number '
-            f'of experts, but the layer has {experts} and the vocabulary '
-            f'{self.routing.num_experts}. Set num_experts of the layer, or '
-            'build the vocabulary with --num_experts.'
+          'The layer and the routing vocabulary must have the same number '
+          f'of experts, but the layer has {experts} and the vocabulary '
+          f'{self.routing.num_experts}. Set num_experts of the layer, or '
+          'build the vocabulary with --num_experts.'
         )
 
   def make_dense_feed_forward(self) -> nn.Module:
     return feed_forward.DenseFeedForward(
-        self.mlp_dim,
-        self.mlp_activations,
-        self.dropout_rate,
-        self.dtype,
-        parent=None,
+      self.mlp_dim,
+      self.mlp_activations,
+      self.dropout_rate,
+      self.dtype,
+      parent=None,
     )
 
   def make_sparse_feed_forward(self) -> nn.Module:
     return self.sparse_feed_forward(
-        dropout_rate=self.dropout_rate, dtype=self.dtype, parent=None
+      dropout_rate=self.dropout_rate, dtype=self.dtype, parent=None
     )
 
   def make_shared(self) -> dict[str, nn.Module]:
@@ -146,7 +151,7 @@ class T5Config:
     return layer.make_shared(self.emb_dim)
 
   def make_feed_forward(
-      self, is_sparse: bool, shared: dict[str, nn.Module]
+    self, is_sparse: bool, shared: dict[str, nn.Module]
   ) -> nn.Module:
     if not is_sparse:
       return self.make_dense_feed_forward()
@@ -167,7 +172,7 @@ class _Block(nn.Module):
   def _attention(self):
     config = self.config
     return attention.MultiHeadAttention(
-        config.num_heads, config.head_dim, config.dropout_rate, config.dtype
+      config.num_heads, config.head_dim, config.dropout_rate, config.dtype
     )
 
   def _setup_feed_forward(self):
@@ -177,9 +182,9 @@ class _Block(nn.Module):
 
   def _feed_forward(self, tokens, routing_ids, deterministic):
     outputs = self.mlp(
-        self.pre_mlp_layer_norm(tokens),
-        routing_ids,
-        deterministic=deterministic,
+      self.pre_mlp_layer_norm(tokens),
+      routing_ids,
+      deterministic=deterministic,
     )
     return tokens + self.dropout(outputs, deterministic=deterministic)
 
@@ -195,7 +200,7 @@ class EncoderBlock(_Block):
   def __call__(self, tokens, bias, mask, routing_ids, deterministic):
     normed = self.pre_attention_layer_norm(tokens)
     attended = self.attention(
-        normed, normed, bias=bias, mask=mask, deterministic=deterministic
+      normed, normed, bias=bias, mask=mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
     return self._feed_forward(tokens, routing_ids, deterministic)
@@ -212,24 +217,24 @@ class DecoderBlock(_Block):
     self._setup_feed_forward()
 
   def __call__(
-      self,
-      tokens,
-      encoded,
-      bias,
-      mask,
-      cross_mask,
-      routing_ids,
-      decode,
-      deterministic,
+    self,
+    tokens,
+    encoded,
+    bias,
+    mask,
+    cross_mask,
+    routing_ids,
+    decode,
+    deterministic,
   ):
     normed = self.pre_self_attention_layer_norm(tokens)
     attended = self.self_attention(
-        normed,
-        normed,
-        bias=bias,
-        mask=mask,
-        decode=decode,
-        deterministic=deterministic,
+      normed,
+      normed,
+      bias=bias,
+      mask=mask,
+      decode=decode,
+      deterministic=deterministic,
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
     normed = self.pre_cross_attention_layer_norm(tokens)
@@ -239,7 +244,7 @@ class DecoderBlock(_Block):
     else:
       keys, values = self.encoder_decoder_attention.project_memory(encoded)
     attended = self.encoder_decoder_attention.attend(
-        normed, keys, values, mask=cross_mask, deterministic=deterministic
+      normed, keys, values, mask=cross_mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
     return self._feed_forward(tokens, routing_ids, deterministic)
@@ -259,15 +264,17 @@ class Encoder(nn.Module):
 
   def setup(self):
     config = self.config
-    block = nn.remat(EncoderBlock, static_argnums=(5,)) if config.remat else (
-        EncoderBlock
+    block = (
+      nn.remat(EncoderBlock, static_argnums=(5,))
+      if config.remat
+      else (EncoderBlock)
     )
     self.relpos_bias = relative_position.RelativePositionBias(
-        config.num_heads, bidirectional=True, dtype=config.dtype
+      config.num_heads, bidirectional=True, dtype=config.dtype
     )
     self.layers = [
-        block(config, i in config.sparse_encoder_layers, self.shared)
-        for i in range(config.num_encoder_layers)
+      block(config, i in config.sparse_encoder_layers, self.shared)
+      for i in range(config.num_encoder_layers)
     ]
     self.encoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
     self.input_dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
@@ -292,68 +299,66 @@ class Decoder(nn.Module):
   def setup(self):
     config = self.config
     block = (
-        nn.remat(DecoderBlock, static_argnums=(7, 8))
-        if config.remat
-        else DecoderBlock
+      nn.remat(DecoderBlock, static_argnums=(7, 8))
+      if config.remat
+      else DecoderBlock
     )
     self.relpos_bias = relative_position.RelativePositionBias(
-        config.num_heads, bidirectional=False, dtype=config.dtype
+      config.num_heads, bidirectional=False, dtype=config.dtype
     )
     self.layers = [
-        block(config, i in config.sparse_decoder_layers, self.shared)
-        for i in range(config.num_decoder_layers)
+      block(config, i in config.sparse_decoder_layers, self.shared)
+      for i in range(config.num_decoder_layers)
     ]
     self.decoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
     if not config.logits_via_embedding:
       # float32: a loss from bfloat16 logits is noisy.
       self.logits_dense = linear.Dense(
-          config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32
+        config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32
       )
 
   def __call__(
-      self,
-      tokens,
-      encoded,
-      mask,
-      cross_mask,
-      routing_ids,
-      *,
-      decode,
-      max_decode_length,
-      deterministic,
+    self,
+    tokens,
+    encoded,
+    mask,
+    cross_mask,
+    routing_ids,
+    *,
+    decode,
+    max_decode_length,
+    deterministic,
   ):
     tokens = self.dropout(tokens, deterministic=deterministic)
     bias = self._bias(tokens.shape[1], decode, max_decode_length)
     for layer in self.layers:
       tokens = layer(
-          tokens,
-          encoded,
-          bias,
-          mask,
-          cross_mask,
-          routing_ids,
-          decode,
-          deterministic,
+        tokens,
+        encoded,
+        bias,
+        mask,
+        cross_mask,
+        routing_ids,
+        decode,
+        deterministic,
       )
     tokens = self.decoder_norm(tokens)
     return self.dropout(tokens, deterministic=deterministic)
 
   def _bias(self, length, decode, max_decode_length):
     """Bias of all positions, or of the one that is decoded now."""
-    is_initialized = self.has_variable('cache', 'position')
     if not decode:
       positions = jnp.arange(length)
       return self.relpos_bias(positions, positions)
-    position = self.variable(
-        'cache', 'position', lambda: jnp.zeros((), jnp.int32)
-    )
-    if not is_initialized:
+    if not self.has_variable('cache', 'cache_index'):
+      self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
       positions = jnp.arange(length)
       return self.relpos_bias(positions, positions)
-    query = position.value[None]
-    position.value = position.value + 1
-    return self.relpos_bias(query, jnp.arange(max_decode_length))
+    # The name tells T5X's beam search that this leaf has no rows.
+    position = self.get_variable('cache', 'cache_index')
+    self.put_variable('cache', 'cache_index', position + 1)
+    return self.relpos_bias(position[None], jnp.arange(max_decode_length))
 
   def logits(self, tokens):
     return self.logits_dense(tokens)
@@ -378,7 +383,7 @@ class T5(nn.Module):
   def setup(self):
     config = self.config
     self.token_embedder = embedding.Embedding(
-        config.vocab_size, config.emb_dim, config.dtype
+      config.vocab_size, config.emb_dim, config.dtype
     )
     shared = {}
     for name, module in config.make_shared().items():
@@ -389,19 +394,19 @@ class T5(nn.Module):
     self.decoder = Decoder(config, shared)
 
   def __call__(
-      self,
-      encoder_input_tokens: jax.Array,
-      decoder_input_tokens: jax.Array,
-      decoder_target_tokens: jax.Array,
-      encoder_segment_ids: jax.Array | None = None,
-      decoder_segment_ids: jax.Array | None = None,
-      encoder_positions: jax.Array | None = None,
-      decoder_positions: jax.Array | None = None,
-      *,
-      encoder_routing_ids: Any = None,
-      decoder_routing_ids: Any = None,
-      enable_dropout: bool = True,
-      decode: bool = False,
+    self,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    encoder_positions: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    *,
+    encoder_routing_ids: Any = None,
+    decoder_routing_ids: Any = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
   ) -> jax.Array:
     """Logits <float32>[batch, targets, vocab] with teacher forcing.
 
@@ -421,30 +426,30 @@ class T5(nn.Module):
     """
     del encoder_positions, decoder_positions
     encoded = self.encode(
-        encoder_input_tokens,
-        encoder_segment_ids,
-        encoder_routing_ids=encoder_routing_ids,
-        enable_dropout=enable_dropout,
+      encoder_input_tokens,
+      encoder_segment_ids,
+      encoder_routing_ids=encoder_routing_ids,
+      enable_dropout=enable_dropout,
     )
     return self.decode(
-        encoded,
-        encoder_input_tokens,
-        decoder_input_tokens,
-        decoder_target_tokens,
-        encoder_segment_ids,
-        decoder_segment_ids,
-        decoder_routing_ids=decoder_routing_ids,
-        enable_dropout=enable_dropout,
-        decode=decode,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_routing_ids=decoder_routing_ids,
+      enable_dropout=enable_dropout,
+      decode=decode,
     )
 
   def encode(
-      self,
-      encoder_input_tokens: jax.Array,
-      encoder_segment_ids: jax.Array | None = None,
-      *,
-      encoder_routing_ids: Any = None,
-      enable_dropout: bool = True,
+    self,
+    encoder_input_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    *,
+    encoder_routing_ids: Any = None,
+    enable_dropout: bool = True,
   ) -> jax.Array:
     """Encoder outputs <dtype>[batch, inputs, embed]."""
     ids = encoder_input_tokens.astype(jnp.int32)
@@ -453,29 +458,29 @@ class T5(nn.Module):
     mask = _same_segment(mask, encoder_segment_ids, encoder_segment_ids)
     if encoder_routing_ids is None and self.config.sparse_encoder_layers:
       encoder_routing_ids = self._routing_ids(
-          'encoder_ids', ids, encoder_segment_ids
+        'encoder_ids', ids, encoder_segment_ids
       )
     return self.encoder(
-        self.token_embedder(ids),
-        mask,
-        encoder_routing_ids,
-        not enable_dropout,
+      self.token_embedder(ids),
+      mask,
+      encoder_routing_ids,
+      not enable_dropout,
     )
 
   def decode(
-      self,
-      encoded: jax.Array,
-      encoder_input_tokens: jax.Array,
-      decoder_input_tokens: jax.Array,
-      decoder_target_tokens: jax.Array,
-      encoder_segment_ids: jax.Array | None = None,
-      decoder_segment_ids: jax.Array | None = None,
-      decoder_positions: jax.Array | None = None,
-      *,
-      decoder_routing_ids: Any = None,
-      enable_dropout: bool = True,
-      decode: bool = False,
-      max_decode_length: int | None = None,
+    self,
+    encoded: jax.Array,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    *,
+    decoder_routing_ids: Any = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
   ) -> jax.Array:
     """Logits <float32>[batch, targets, vocab] given the encoder's outputs.
 
@@ -495,21 +500,21 @@ class T5(nn.Module):
       mask = _same_segment(mask, decoder_segment_ids, decoder_segment_ids)
     cross_mask = real[:, None, :, None] & memory[:, None, None, :]
     cross_mask = _same_segment(
-        cross_mask, decoder_segment_ids, encoder_segment_ids
+      cross_mask, decoder_segment_ids, encoder_segment_ids
     )
     if decoder_routing_ids is None and self.config.sparse_decoder_layers:
       decoder_routing_ids = self._decoder_routing_ids(
-          inputs, decoder_segment_ids, decode
+        inputs, decoder_segment_ids, decode
       )
     tokens = self.decoder(
-        self.token_embedder(inputs),
-        encoded,
-        mask,
-        cross_mask,
-        decoder_routing_ids,
-        decode=decode,
-        max_decode_length=max_decode_length,
-        deterministic=not enable_dropout,
+      self.token_embedder(inputs),
+      encoded,
+      mask,
+      cross_mask,
+      decoder_routing_ids,
+      decode=decode,
+      max_decode_length=max_decode_length,
+      deterministic=not enable_dropout,
     )
     if self.config.logits_via_embedding:
       return self.token_embedder.attend(tokens)
@@ -522,25 +527,24 @@ class T5(nn.Module):
   def _routing_ids(self, method, ids, segment_ids):
     if self.config.routing is None:
       raise ValueError(
-          'A model with sparse layers needs routing ids, but the batch has '
-          'none and T5Config.routing is None. Set T5Config.routing to a '
-          'RoutingVocabulary, or give the ids with the batch.'
+        'A model with sparse layers needs routing ids, but the batch has '
+        'none and T5Config.routing is None. Set T5Config.routing to a '
+        'RoutingVocabulary, or give the ids with the batch.'
       )
     return getattr(self.config.routing, method)(ids, segment_ids)
 
   def _decoder_routing_ids(self, inputs, segment_ids, decode):
     if not decode:
       return self._routing_ids('decoder_ids', inputs, segment_ids)
-    is_initialized = self.has_variable('cache', 'word_so_far')
-    # Rank 2: T5X's beam search leaves leaves of rank 1 alone.
-    state = self.variable(
-        'cache',
-        'word_so_far',
-        lambda: self.config.routing.initial_state(inputs.shape[0]),
-    )
-    if not is_initialized:
-      return self._routing_ids('decoder_ids', inputs, segment_ids)
-    ids, state.value = self.config.routing.decoder_step(inputs, state.value)
+    if not self.has_variable('cache', 'word_so_far'):
+      ids = self._routing_ids('decoder_ids', inputs, segment_ids)
+      # Rank 2: T5X's beam search leaves leaves of rank 1 alone.
+      state = self.config.routing.initial_state(inputs.shape[0])
+      self.put_variable('cache', 'word_so_far', jnp.asarray(state))
+      return ids
+    state = self.get_variable('cache', 'word_so_far')
+    ids, state = self.config.routing.decoder_step(inputs, state)
+    self.put_variable('cache', 'word_so_far', state)
     return ids
 
 

@@ -1,0 +1,533 @@
+"""Generating tokens step by step: greedy, sampling and beam search.
+
+The three strategies replace each other: each is a frozen dataclass with one
+call, `strategy(step_function, initial_cache, batch_size, max_length, key)`, and
+knows nothing of the model. `generate` makes the step function out of a model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.words import subwords
+
+Cache = Any
+# Last tokens <int32>[rows, 1] and a cache to logits <float>[rows, vocab] and
+# the next cache. Leaves of rank 2 and more have the rows on axis 0.
+StepFunction = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
+
+# T5X's score of what is not there: finite, so that sums of it stay numbers.
+_IMPOSSIBLE = -1.0e7
+
+
+class Strategy(Protocol):
+  """How tokens are chosen, given their probabilities.
+
+  Attributes:
+    rows_per_example: rows that the step function is called with, per example.
+  """
+
+  rows_per_example: int
+
+  def __call__(
+    self,
+    step_function: StepFunction,
+    initial_cache: Cache,
+    batch_size: int,
+    max_length: int,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Tokens <int32>[batch, length] and scores <float32>[batch].
+
+    Decoding starts with the token 0. A row ends with EOS and is filled up with
+    0; the loop stops early when all rows have ended.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+  """The most probable token at each step.
+
+  The score is the log-probability of the tokens, EOS included.
+  """
+
+  rows_per_example = 1
+
+  def __call__(
+    self,
+    step_function: StepFunction,
+    initial_cache: Cache,
+    batch_size: int,
+    max_length: int,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """See `Strategy`; the key is not used."""
+    del key
+    return _extend(
+      step_function,
+      initial_cache,
+      batch_size,
+      max_length,
+      lambda logits, position: jnp.argmax(logits, axis=-1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A random token at each step.
+
+  The score is the log-probability of the tokens in the model's own
+  distribution, before temperature, top_k and top_p: it compares with those of
+  other strategies. (T5X gives that of the changed distribution by default.)
+
+  Attributes:
+    temperature: divides the logits; below 1 is nearer to greedy.
+    top_k: only the k most probable tokens; 0 for all.
+    top_p: then only the fewest of them whose probabilities sum up to top_p; 1.0
+      for all.
+
+  Raises:
+    ValueError: a value out of its range; a call without a key.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  rows_per_example = 1
+
+  def __post_init__(self):
+    if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(
+        'Sample needs temperature > 0, top_k >= 0 and 0 < top_p <= 1, but they '
+        f'are {self.temperature}, {self.top_k} and {self.top_p}. Use Greedy() '
+        'for the most probable token, top_k=0 and top_p=1.0 for all tokens.'
+      )
+
+  def __call__(
+    self,
+    step_function: StepFunction,
+    initial_cache: Cache,
+    batch_size: int,
+    max_length: int,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """See `Strategy`; equal keys give equal tokens."""
+    if key is None:
+      raise ValueError(
+        'Sample needs a key, but got None. Pass key=jax.random.key(seed).'
+      )
+
+    def choose(logits, position):
+      return self._draw(logits, jax.random.fold_in(key, position))
+
+    return _extend(step_function, initial_cache, batch_size, max_length, choose)
+
+  def _draw(self, logits, key):
+    logits = logits / self.temperature
+    if not self.top_k and self.top_p == 1:
+      return jax.random.categorical(key, logits)
+    # Drawing among sorted logits keeps exactly k of them, even if some tie.
+    k = min(self.top_k or logits.shape[-1], logits.shape[-1])
+    logits, ids = jax.lax.top_k(logits, k)
+    probs = jax.nn.softmax(logits)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    # The first is always kept: rounding may leave a tiny sum before it.
+    is_kept = (before < self.top_p).at[:, 0].set(True)
+    drawn = jax.random.categorical(key, jnp.where(is_kept, logits, -jnp.inf))
+    return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0]
+
+
+class _Rows(NamedTuple):
+  """Rows that grow by one token each step.
+
+  Attributes:
+    position: <int32>[], tokens so far.
+    tokens: <int32>[rows, length].
+    scores: <float32>[rows], sums of log-probabilities.
+    ended: <bool>[rows], EOS was chosen.
+    last: <int32>[rows, 1], the input of the next step.
+    cache: of the step function.
+  """
+
+  position: jax.Array
+  tokens: jax.Array
+  scores: jax.Array
+  ended: jax.Array
+  last: jax.Array
+  cache: Cache
+
+
+def _extend(step_function, initial_cache, batch_size, max_length, choose):
+  """Appends `choose(logits, position)` to each row until it ends."""
+
+  def step(rows):
+    logits, cache = step_function(rows.last, rows.cache)
+    logits = logits.astype(jnp.float32)
+    chosen = choose(logits, rows.position).astype(jnp.int32)[:, None]
+    log_probs = jax.nn.log_softmax(logits)
+    log_prob = jnp.take_along_axis(log_probs, chosen, axis=1)[:, 0]
+    last = jnp.where(rows.ended[:, None], subwords.PAD_ID, chosen)
+    tokens = jax.lax.dynamic_update_slice(rows.tokens, last, (0, rows.position))
+    return _Rows(
+      position=rows.position + 1,
+      tokens=tokens,
+      scores=rows.scores + jnp.where(rows.ended, 0.0, log_prob),
+      ended=rows.ended | (last[:, 0] == subwords.EOS_ID),
+      last=last,
+      cache=cache,
+    )
+
+  rows = _Rows(
+    position=jnp.zeros((), jnp.int32),
+    tokens=jnp.zeros((batch_size, max_length), jnp.int32),
+    scores=jnp.zeros(batch_size, jnp.float32),
+    ended=jnp.zeros(batch_size, bool),
+    last=jnp.zeros((batch_size, 1), jnp.int32),
+    cache=initial_cache,
+  )
+  rows = jax.lax.while_loop(
+    lambda rows: (rows.position < max_length) & ~jnp.all(rows.ended),
+    step,
+    rows,
+  )
+  return rows.tokens, rows.scores
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch:
+  """The best sequence that a search of limited width finds.
+
+  Source: T5X's decoding.beam_search. The score of a finished sequence is its
+  log-probability over the brevity penalty ((5 + length) / 6) ** alpha, EOS
+  counted; if none has finished at the maximal length, the most probable
+  unfinished sequence is given with its plain log-probability.
+
+  With one beam this is not always greedy: EOS as the second best token already
+  makes a finished sequence, which may win in the end.
+
+  Attributes:
+    num_beams: sequences kept at each step.
+    alpha: 0 compares log-probabilities, which favours short sequences.
+
+  Raises:
+    ValueError: num_beams below 1 or alpha below 0.
+  """
+
+  num_beams: int = 4
+  alpha: float = 0.6
+
+  def __post_init__(self):
+    if self.num_beams < 1 or self.alpha < 0:
+      raise ValueError(
+        'BeamSearch needs num_beams >= 1 and alpha >= 0, but they are '
+        f"{self.num_beams} and {self.alpha}. T5X's are 4 and 0.6."
+      )
+
+  @property
+  def rows_per_example(self) -> int:
+    return self.num_beams
+
+  def __call__(
+    self,
+    step_function: StepFunction,
+    initial_cache: Cache,
+    batch_size: int,
+    max_length: int,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """See `Strategy`; the key is not used."""
+    del key
+    tokens, scores = self.search(
+      step_function, initial_cache, batch_size, max_length
+    )
+    return tokens[:, 0], scores[:, 0]
+
+  def search(
+    self,
+    step_function: StepFunction,
+    initial_cache: Cache,
+    batch_size: int,
+    max_length: int,
+  ) -> tuple[jax.Array, jax.Array]:
+    """All beams, best first: [batch, beams, length] and [batch, beams]."""
+    beams = _initial_beams(
+      expand_rows(initial_cache, self.num_beams),
+      batch_size,
+      self.num_beams,
+      max_length,
+    )
+    beams = jax.lax.while_loop(
+      functools.partial(self._goes_on, max_length=max_length),
+      functools.partial(self._step, step_function),
+      beams,
+    )
+    is_any = jnp.any(beams.finished, axis=1)
+    tokens = jnp.where(
+      is_any[:, None, None], beams.finished_tokens, beams.live_tokens
+    )
+    scores = jnp.where(
+      is_any[:, None], beams.finished_scores, beams.live_log_probs
+    )
+    return tokens, scores
+
+  def _penalty(self, length):
+    return ((5.0 + length) / 6.0) ** self.alpha
+
+  def _goes_on(self, beams, max_length):
+    """Room is left, and in some row a live beam may still get among the best.
+
+    A log-probability only falls, and the longest sequence is penalised least.
+    """
+    best_live = beams.live_log_probs[:, 0] / self._penalty(max_length)
+    worst_finished = jnp.where(
+      jnp.all(beams.finished, axis=1),
+      jnp.min(beams.finished_scores, axis=1),
+      _IMPOSSIBLE,
+    )
+    is_settled = jnp.all(worst_finished > best_live)
+    return (beams.position < max_length) & ~is_settled
+
+  def _step(self, step_function, beams):
+    batch_size, num_beams = beams.live_log_probs.shape
+    last, position = beams.last.reshape(-1, 1), beams.position
+    logits, cache = step_function(last, beams.cache)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    vocab_size = log_probs.shape[-1]
+    # [batch * beams, vocab] -> [batch, beams, vocab]
+    log_probs = log_probs.reshape(batch_size, num_beams, vocab_size)
+    log_probs = log_probs + beams.live_log_probs[:, :, None]
+    # Twice as many as there are beams: if half of them end, the rest live on.
+    log_probs, index = jax.lax.top_k(
+      log_probs.reshape(batch_size, -1), 2 * num_beams
+    )
+    parents, chosen = index // vocab_size, index % vocab_size
+    tokens = _take(beams.live_tokens, parents)
+    tokens = jax.lax.dynamic_update_slice(
+      tokens, chosen[:, :, None], (0, 0, position)
+    )
+    ended = chosen == subwords.EOS_ID
+
+    live_log_probs, best = jax.lax.top_k(
+      jnp.where(ended, _IMPOSSIBLE, log_probs), num_beams
+    )
+    parents = _take(parents, best)
+    # Row of each beam's parent, [batch, beams] -> [batch * beams]
+    first_rows = jnp.arange(batch_size)[:, None] * num_beams
+    rows = (first_rows + parents).reshape(-1)
+
+    scores = jnp.where(
+      ended, log_probs / self._penalty(position + 1), _IMPOSSIBLE
+    )
+    scores = jnp.concatenate([beams.finished_scores, scores], axis=1)
+    finished_scores, kept = jax.lax.top_k(scores, num_beams)
+    finished_tokens = jnp.concatenate([beams.finished_tokens, tokens], axis=1)
+    finished = jnp.concatenate([beams.finished, ended], axis=1)
+    return _Beams(
+      position=position + 1,
+      live_tokens=_take(tokens, best),
+      live_log_probs=live_log_probs,
+      finished_tokens=_take(finished_tokens, kept),
+      finished_scores=finished_scores,
+      finished=_take(finished, kept),
+      last=_take(chosen, best),
+      cache=_map_rows(lambda leaf: leaf[rows], cache),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AllBeams(BeamSearch):
+  """`BeamSearch` that gives all beams, best first.
+
+  Call: as `BeamSearch`, to tokens <int32>[batch, beams, length] and scores
+    <float32>[batch, beams]; a beam that holds no finished sequence has a score
+    near -1e7.
+  """
+
+  def __call__(
+    self,
+    step_function: StepFunction,
+    initial_cache: Cache,
+    batch_size: int,
+    max_length: int,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """See the class; the key is not used."""
+    del key
+    return self.search(step_function, initial_cache, batch_size, max_length)
+
+
+class _Beams(NamedTuple):
+  """State of the search; beams stand best first.
+
+  Attributes:
+    position: <int32>[], tokens of live beams.
+    live_tokens: <int32>[batch, beams, length], without EOS.
+    live_log_probs: <float32>[batch, beams].
+    finished_tokens: <int32>[batch, beams, length], with EOS.
+    finished_scores: <float32>[batch, beams], after the brevity penalty.
+    finished: <bool>[batch, beams], the place is taken.
+    last: <int32>[batch, beams], the input of the next step.
+    cache: with [batch * beams] rows.
+  """
+
+  position: jax.Array
+  live_tokens: jax.Array
+  live_log_probs: jax.Array
+  finished_tokens: jax.Array
+  finished_scores: jax.Array
+  finished: jax.Array
+  last: jax.Array
+  cache: Cache
+
+
+def _initial_beams(cache, batch_size, num_beams, max_length):
+  shape = (batch_size, num_beams)
+  # One beam is alive: equal ones would all choose the same tokens.
+  alive = jnp.where(jnp.arange(num_beams) == 0, 0.0, _IMPOSSIBLE)
+  return _Beams(
+    position=jnp.zeros((), jnp.int32),
+    live_tokens=jnp.zeros((*shape, max_length), jnp.int32),
+    live_log_probs=jnp.broadcast_to(alive, shape),
+    finished_tokens=jnp.zeros((*shape, max_length), jnp.int32),
+    finished_scores=jnp.full(shape, _IMPOSSIBLE),
+    finished=jnp.zeros(shape, bool),
+    last=jnp.zeros(shape, jnp.int32),
+    cache=cache,
+  )
+
+
+def _take(beams, index):
+  """Takes beams [batch, beams, ...] by index [batch, taken] in each row."""
+  index = index.reshape(*index.shape, *(1,) * (beams.ndim - index.ndim))
+  return jnp.take_along_axis(beams, index, axis=1)
+
+
+def expand_rows(tree: Any, rows_per_example: int) -> Any:
+  """Repeats each row of the leaves [batch, ...]; those of rank 0, 1 stay."""
+  if rows_per_example == 1:
+    return tree
+  return _map_rows(
+    lambda leaf: jnp.repeat(leaf, rows_per_example, axis=0), tree
+  )
+
+
+def _map_rows(function, tree):
+  return jax.tree.map(
+    lambda leaf: function(leaf) if leaf.ndim > 1 else leaf, tree
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'max_length', 'strategy'))
+def generate(
+  model: nn.Module,
+  variables: Any,
+  encoder_input_tokens: jax.Array,
+  max_length: int,
+  strategy: Strategy,
+  key: jax.Array | None = None,
+  encoder_routing_ids: Any = None,
+  encoder_params: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Generates a sequence for every row of the inputs.
+
+  Compiled once for each model, strategy, length and shape of the inputs. The
+  decoder of a sparse model needs `T5Config.routing`, and the full tables of
+  experts: nobody knows in advance which ones it will ask for.
+
+  Args:
+    model: with the calls of `mowe.models.t5.T5`.
+    variables: a dict with 'params'.
+    encoder_input_tokens: <int32>[batch, inputs], 0 is padding.
+    max_length: most tokens of a sequence, EOS included.
+    strategy: how tokens are chosen.
+    key: of random strategies.
+    encoder_routing_ids: <int32>[batch, inputs], or a StreamPlan; by default
+      made from the tokens by the model.
+    encoder_params: parameters for the encoder's pass, when those of a plan
+      (compact tables) are not the decoder's.
+
+  Returns:
+    Tokens <int32>[batch, max_length], EOS and 0 after their end, and scores
+    <float32>[batch].
+  """
+  apply = functools.partial(model.apply, enable_dropout=False)
+  encoder_variables = (
+    variables
+    if encoder_params is None
+    else {**variables, 'params': encoder_params}
+  )
+  encoded = apply(
+    encoder_variables,
+    encoder_input_tokens,
+    encoder_routing_ids=encoder_routing_ids,
+    method='encode',
+  )
+  cache = initial_cache(
+    model, variables, encoded, encoder_input_tokens, max_length
+  )
+  # The keys and values of the encoder's outputs, computed once.
+  _, memory = model.apply(
+    variables, encoded, method='remember', mutable=['encoder_memory']
+  )
+  encoded, inputs, memory = expand_rows(
+    (encoded, encoder_input_tokens, memory), strategy.rows_per_example
+  )
+
+  def step_function(tokens, cache):
+    logits, changed = apply(
+      {**variables, **memory, 'cache': cache},
+      encoded,
+      inputs,
+      tokens,
+      tokens,
+      decode=True,
+      max_decode_length=max_length,
+      method='decode',
+      mutable=['cache'],
+    )
+    return logits[:, 0], changed['cache']
+
+  batch_size = encoder_input_tokens.shape[0]
+  return strategy(step_function, cache, batch_size, max_length, key)
+
+
+def initial_cache(
+  model: nn.Module,
+  variables: Any,
+  encoded: jax.Array,
+  encoder_input_tokens: jax.Array,
+  max_length: int,
+) -> Cache:
+  """The model's cache before the first token: zeros, computed by no pass.
+
+  Args:
+    model: with the calls of `mowe.models.t5.T5`.
+    variables: a dict with 'params'.
+    encoded: <dtype>[batch, inputs, embed], the encoder's outputs.
+    encoder_input_tokens: <int32>[batch, inputs].
+    max_length: steps for which the cache has room.
+  """
+  targets = jnp.ones((encoded.shape[0], max_length), jnp.int32)
+
+  def first_pass(variables, encoded, inputs):
+    _, changed = model.apply(
+      variables,
+      encoded,
+      inputs,
+      targets,
+      targets,
+      enable_dropout=False,
+      decode=True,
+      method='decode',
+      mutable=['cache'],
+    )
+    return changed['cache']
+
+  shapes = jax.eval_shape(first_pass, variables, encoded, encoder_input_tokens)
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -1,0 +1,371 @@
+"""Decoding against teacher forcing, enumeration, and tables by hand."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mowe.layers import word_experts
+from mowe.models import decoding, t5
+from mowe.words import build, subwords
+
+BATCH, INPUTS, TARGETS = 2, 9, 6
+BYTES = subwords.ByteVocabulary(extra_ids=5)
+TEXTS = ['the dog and the fox', 'zorblat met the fox', 'a zorblat sang'] * 3
+
+
+@functools.cache
+def make_model(kind):
+  """The model and its variables; 'mowe' shares one table of experts."""
+  parts = {}
+  if kind == 'mowe':
+    routing, _ = build.build_routing_vocabulary(
+      TEXTS, BYTES, num_words=12, num_experts=7, num_skipped=2
+    )
+    parts = {
+      'sparse_feed_forward': functools.partial(
+        word_experts.MoweLayer, num_experts=7, expert_dim=5
+      ),
+      'sparse_encoder_layers': (1,),
+      'sparse_decoder_layers': (0, 1),
+      'routing': routing,
+    }
+  model = t5.T5(
+    t5.T5Config(
+      vocab_size=BYTES.size,
+      emb_dim=8,
+      num_heads=2,
+      head_dim=3,
+      mlp_dim=11,
+      num_encoder_layers=2,
+      num_decoder_layers=2,
+      **parts,
+    )
+  )
+  ids = jnp.ones((1, 2), jnp.int32)
+  init = functools.partial(model.init, enable_dropout=False)
+  shapes = jax.eval_shape(init, jax.random.key(0), ids, ids, ids)['params']
+  # Drawn here, as compiling the initialisers takes longer than most tests.
+  # Experts are as large as the rest, so that a wrong one is seen.
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape, scale=0.4).astype(np.float32),
+    shapes,
+  )
+  return model, {'params': params}
+
+
+def encode(text, length):
+  ids = BYTES.encode(text)[:length]
+  return np.pad(np.array(ids, np.int32), (0, length - len(ids)))
+
+
+def shift(targets):
+  return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+
+
+INPUT_TOKENS = np.stack([encode('zorblat', INPUTS), encode('the fox', INPUTS)])
+# Words that go on, begin and end, so that each step changes the word so far.
+TARGET_TOKENS = np.stack([encode('a zorb', TARGETS), encode('the fo', TARGETS)])
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def teacher_forced(model, variables, inputs, targets, **segments):
+  """Logits of targets whose shifted inputs are made here."""
+  shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+  if segments:
+    before = jnp.pad(segments['decoder_segment_ids'], ((0, 0), (1, 0)))[:, :-1]
+    is_first = before != segments['decoder_segment_ids']
+    shifted = jnp.where(is_first, 0, shifted)
+  return model.apply(
+    variables, inputs, shifted, targets, enable_dropout=False, **segments
+  )
+
+
+@pytest.fixture(params=['dense', 'mowe'])
+def model_and_variables(request):
+  return make_model(request.param)
+
+
+def test_steps_with_cache_equal_teacher_forcing(model_and_variables):
+  model, variables = model_and_variables
+  expected = teacher_forced(model, variables, INPUT_TOKENS, TARGET_TOKENS)
+  actual = []
+
+  def follow(step_function, cache, batch_size, max_length, key):
+    """A strategy that is told its tokens, and keeps the logits."""
+    tokens = jnp.asarray(shift(TARGET_TOKENS))
+    for position in range(max_length):
+      logits, cache = step_function(tokens[:, position, None], cache)
+      actual.append(logits)
+    return jnp.stack(actual, axis=1), jnp.zeros(batch_size)
+
+  follow.rows_per_example = 1
+  logits, _ = decoding.generate(model, variables, INPUT_TOKENS, TARGETS, follow)
+  assert logits.shape == (BATCH, TARGETS, BYTES.size)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_words_of_the_decoder_have_an_effect():
+  # Otherwise the tests of word experts here would test nothing.
+  model, variables = make_model('mowe')
+  experts = variables['params']['experts']
+  rolled = {name: jnp.roll(w, 1, axis=0) for name, w in experts.items()}
+  other = {'params': {**variables['params'], 'experts': rolled}}
+  logits, other_logits = (
+    teacher_forced(model, v, INPUT_TOKENS, TARGET_TOKENS)
+    for v in (variables, other)
+  )
+  assert np.abs(logits - other_logits).max() > 0.1
+
+
+def test_a_later_target_changes_no_earlier_logit(model_and_variables):
+  model, variables = model_and_variables
+  expected = teacher_forced(model, variables, INPUT_TOKENS, TARGET_TOKENS)
+  for changed in range(1, TARGETS):
+    targets = TARGET_TOKENS.copy()
+    targets[:, changed:] = encode('x!', TARGETS)[: TARGETS - changed] + 1
+    logits = teacher_forced(model, variables, INPUT_TOKENS, targets)
+    # The logits at `changed` come from the tokens before it.
+    np.testing.assert_allclose(
+      logits[:, : changed + 1], expected[:, : changed + 1], atol=1e-6
+    )
+
+
+def test_greedy_equals_the_argmax_chain_without_cache(model_and_variables):
+  model, variables = model_and_variables
+  # All places count as real; those not yet filled are seen by no earlier one.
+  targets = np.full((BATCH, TARGETS), 9, np.int32)
+  expected_scores = np.zeros(BATCH)
+  for position in range(TARGETS):
+    logits = teacher_forced(model, variables, INPUT_TOKENS, targets)
+    targets[:, position] = np.argmax(logits[:, position], axis=-1)
+    expected_scores += jax.nn.log_softmax(logits[:, position]).max(axis=-1)
+  # Chosen so that no row ends early, which would be padded.
+  assert not np.isin(targets, [0, 1]).any()
+  tokens, scores = decoding.generate(
+    model, variables, INPUT_TOKENS, TARGETS, decoding.Greedy()
+  )
+  assert tokens.dtype == jnp.int32 and scores.dtype == jnp.float32
+  np.testing.assert_array_equal(tokens, targets)
+  np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
+
+
+def test_beams_of_a_model_keep_their_own_cache(model_and_variables):
+  # A cache that follows the wrong beam gives scores that no sequence has.
+  model, variables = model_and_variables
+  tokens, scores = decoding.generate(
+    model,
+    variables,
+    INPUT_TOKENS,
+    TARGETS,
+    decoding.AllBeams(num_beams=3, alpha=0.6),
+  )
+  assert tokens.shape == (BATCH, 3, TARGETS) and scores.shape == (BATCH, 3)
+  for beam in range(3):
+    targets = np.asarray(tokens[:, beam])
+    is_real = np.cumsum(targets == 1, axis=1) - (targets == 1) == 0
+    logits = teacher_forced(
+      model, variables, INPUT_TOKENS, np.where(is_real, targets, 9)
+    )
+    log_probs = np.take_along_axis(
+      np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=-1
+    )[..., 0]
+    has_ended = (targets == 1).any(axis=1)
+    penalty = ((5 + is_real.sum(axis=1)) / 6) ** 0.6
+    np.testing.assert_allclose(
+      scores[:, beam],
+      (log_probs * is_real).sum(axis=1) / np.where(has_ended, penalty, 1),
+      rtol=1e-5,
+    )
+  assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_the_encoder_takes_given_routing_ids_and_parameters():
+  model, variables = make_model('mowe')
+  run = functools.partial(
+    decoding.generate, model, variables, INPUT_TOKENS, TARGETS
+  )
+  # The table renumbered for the encoder alone, as a compact one would be.
+  params = variables['params']
+  order = np.array([3, 0, 6, 2, 5, 1, 4])
+  experts = {name: w[order] for name, w in params['experts'].items()}
+  new_number = np.append(np.argsort(order), [7, -1]).astype(np.int32)
+  ids = model.config.routing.encoder_ids(INPUT_TOKENS)
+  actual = run(
+    decoding.Greedy(),
+    encoder_routing_ids=new_number[ids],
+    encoder_params={**params, 'experts': experts},
+  )
+  expected = run(decoding.Greedy())
+  np.testing.assert_array_equal(actual[0], expected[0])
+  np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6)
+
+
+def test_packed_rows_equal_separate_ones(model_and_variables):
+  model, variables = model_and_variables
+  inputs = [encode('a zorblat', INPUTS), encode('the foxes', INPUTS)]
+  # Without segments, the second would continue the word of the first.
+  targets = [encode('a zorb', 6), encode('blat', 4)]
+  packed = teacher_forced(
+    model,
+    variables,
+    np.concatenate(inputs)[None],
+    np.concatenate(targets)[None],
+    encoder_segment_ids=np.repeat([[1, 2]], [INPUTS, INPUTS], axis=1),
+    decoder_segment_ids=np.repeat([[1, 2]], [6, 4], axis=1),
+  )[0]
+  first, second = teacher_forced(
+    model,
+    variables,
+    np.stack(inputs),
+    np.stack([targets[0], encode('blat', 6)]),
+  )
+  np.testing.assert_allclose(packed[:6], first, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(packed[6:], second[:4], rtol=1e-5, atol=1e-5)
+
+
+# From here on the "model" is a table: logits of the next token by example,
+# position and last token.
+
+
+def run_table(strategy, log_probs, key=None):
+  """Decodes from <float>[batch, length, last token, vocab]."""
+  log_probs = jnp.asarray(log_probs, jnp.float32)
+  batch_size, max_length = log_probs.shape[:2]
+
+  def step_function(tokens, cache):
+    example, position = cache['example'][:, 0], cache['position']
+    cache = {'example': cache['example'], 'position': position + 1}
+    return log_probs[example, position, tokens[:, 0]], cache
+
+  cache = {
+    'example': jnp.arange(batch_size)[:, None],
+    'position': jnp.zeros((), jnp.int32),
+  }
+  tokens, scores = strategy(step_function, cache, batch_size, max_length, key)
+  return np.asarray(tokens), np.asarray(scores)
+
+
+def random_table(seed, batch=3, length=5, vocab=7):
+  rng = np.random.default_rng(seed)
+  table = rng.normal(size=(batch, length, vocab, vocab), scale=2.0)
+  return np.array(jax.nn.log_softmax(table))
+
+
+def test_rows_end_with_eos_and_are_padded():
+  # Example 0: 2, EOS. Example 1: 3, 3, EOS. Then the loop must stop: NaNs from
+  # position 3 on would reach the scores.
+  table = np.full((2, 5, 4, 4), -9.0)
+  table[0, 0, 0, 2] = table[0, 1, 2, 1] = 0
+  table[1, 0, 0, 3] = table[1, 1, 3, 3] = table[1, 2, 3, 1] = 0
+  table[:, 3:] = np.nan
+  tokens, scores = run_table(decoding.Greedy(), table)
+  np.testing.assert_array_equal(tokens, [[2, 1, 0, 0, 0], [3, 3, 1, 0, 0]])
+  # Each of the choices has the probability 1 / (1 + 3 exp(-9)).
+  one = -np.log1p(3 * np.exp(-9))
+  np.testing.assert_allclose(scores, [2 * one, 3 * one], atol=1e-6)
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
+def test_wide_beam_search_equals_enumeration(alpha):
+  length, vocab = 3, 4
+  table = random_table(0, batch=2, length=length, vocab=vocab)
+
+  def enumerate_all(table):
+    """All sequences that end with EOS, with their scores, best first."""
+    found = []
+    for size in range(1, length + 1):
+      for body in itertools.product([0, 2, 3], repeat=size - 1):
+        tokens = [*body, 1]
+        lasts = [0, *body]
+        log_prob = sum(table[i, lasts[i], tokens[i]] for i in range(size))
+        score = log_prob / ((5 + size) / 6) ** alpha
+        found.append((score, tokens + [0] * (length - size)))
+    return sorted(found, reverse=True)
+
+  expected = [enumerate_all(rows) for rows in table]
+  # The last step has 9 live beams with 4 tokens each: 18 beams look at all 36.
+  # 13 sequences end with EOS.
+  tokens, scores = run_table(decoding.AllBeams(18, alpha), table)
+  for row in range(2):
+    np.testing.assert_allclose(
+      scores[row, :13], [score for score, _ in expected[row]], rtol=1e-5
+    )
+    np.testing.assert_array_equal(
+      tokens[row, :13], [sequence for _, sequence in expected[row]]
+    )
+  best_tokens, best_scores = run_table(decoding.BeamSearch(18, alpha), table)
+  np.testing.assert_array_equal(best_tokens, tokens[:, 0])
+  np.testing.assert_array_equal(best_scores, scores[:, 0])
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_one_beam_equals_greedy_where_eos_is_never_second(seed):
+  table = random_table(seed)
+  table[..., 1] = -50
+  # Whatever it was, the token 4 is followed by EOS and hardly anything else.
+  table[:, :, 4] = -50
+  table[:, :, 4, 1] = 0
+  greedy, log_probs = run_table(decoding.Greedy(), table)
+  tokens, scores = run_table(decoding.BeamSearch(1, alpha=0.6), table)
+  np.testing.assert_array_equal(tokens, greedy)
+  has_ended = (greedy == 1).any(axis=1)
+  sizes = np.where(has_ended, np.argmax(greedy == 1, axis=1) + 1, 0)
+  penalty = np.where(has_ended, ((5 + sizes) / 6) ** 0.6, 1)
+  np.testing.assert_allclose(scores, log_probs / penalty, rtol=1e-5)
+
+
+def test_sampling_is_reproduced_by_its_key():
+  table = random_table(0, batch=20)
+  sample = decoding.Sample(temperature=1.3)
+  tokens, scores = run_table(sample, table, jax.random.key(1))
+  again = run_table(sample, table, jax.random.key(1))
+  np.testing.assert_array_equal(tokens, again[0])
+  np.testing.assert_array_equal(scores, again[1])
+  other, _ = run_table(sample, table, jax.random.key(2))
+  assert (tokens != other).any()
+
+
+def test_top_1_and_tiny_top_p_are_greedy():
+  table = random_table(0)
+  expected = run_table(decoding.Greedy(), table)
+  for sample in (decoding.Sample(top_k=1), decoding.Sample(top_p=1e-9)):
+    actual = run_table(sample, table, jax.random.key(0))
+    np.testing.assert_array_equal(actual[0], expected[0])
+    np.testing.assert_array_equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(
+  'sample, expected',
+  [
+    (decoding.Sample(), [0.05, 0, 0.5, 0.15, 0.3]),
+    # 0.5 + 0.3 reach 0.6, and 0.5 alone does not: 5/8 and 3/8.
+    (decoding.Sample(top_p=0.6), [0, 0, 0.625, 0, 0.375]),
+    (decoding.Sample(top_k=3), [0, 0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]),
+    # Square roots of the probabilities of the best two: 0.7071 and 0.5477.
+    (decoding.Sample(temperature=2.0, top_k=2), [0, 0, 0.5635, 0, 0.4365]),
+  ],
+)
+def test_sampled_frequencies(sample, expected):
+  probs = np.array([0.05, 1e-30, 0.5, 0.15, 0.3])
+  table = np.broadcast_to(np.log(probs), (8000, 1, 5, 5))
+  tokens, scores = run_table(sample, table, jax.random.key(3))
+  frequencies = np.bincount(tokens[:, 0], minlength=5) / 8000
+  # Three standard deviations of 8000 draws are below 0.017.
+  np.testing.assert_allclose(frequencies, expected, atol=0.017)
+  np.testing.assert_array_equal(frequencies == 0, np.array(expected) == 0)
+  # Scores are the model's own log-probabilities.
+  np.testing.assert_allclose(scores, np.log(probs)[tokens[:, 0]], rtol=1e-4)
+
+
+def test_bad_settings_are_named():
+  with pytest.raises(ValueError, match=r'Use Greedy\(\)'):
+    decoding.Sample(temperature=0.0)
+  with pytest.raises(ValueError, match='num_beams >= 1'):
+    decoding.BeamSearch(num_beams=0)
+  with pytest.raises(ValueError, match='key=jax.random.key'):
+    run_table(decoding.Sample(), random_table(0))
