@@ -70,7 +70,6 @@ setuptools.setup(
     },
     entry_points={'console_scripts': ['mowe = mowe.commands.main:main']},
     classifiers=[
-        'License :: OSI Approved :: Apache Software License',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
         'Programming Language :: Python :: 3.13',

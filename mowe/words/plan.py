@@ -24,6 +24,9 @@ _CAPACITIES = tuple(
     sorted({2**k for k in range(25)} | {3 * 2**k for k in range(24)})
 )
 
+# Profiles of growing size before the one that holds anything.
+_NUM_SCALED_PROFILES = 6
+
 
 class StreamPlan(NamedTuple):
   """Slots of one stream of tokens (the encoder's or the decoder's).
@@ -124,7 +127,7 @@ def profile_ladder(
     union = [_present(ids, num_experts)[0] for ids in batch.values()]
     num_rows = max(num_rows, np.unique(np.concatenate(union)).size)
     for name, ids in batch.items():
-      for part in np.split(ids, num_microbatches):
+      for part in microbatches(ids, num_microbatches):
         counts = count_classes(part, num_experts)
         largest[name] = np.maximum(largest.get(name, 0), counts)
         num_tokens[name] = part.size
@@ -133,23 +136,26 @@ def profile_ladder(
         'A capacity profile needs at least one trial batch with routing ids, '
         'but there was none. Give batches with encoder_routing_ids.'
     )
-  most_rows = min(num_experts, num_microbatches * sum(num_tokens.values()))
-  ladder, factor = [], slack
-  while True:
+  ladder = []
+  for factor in slack * growth ** np.arange(_NUM_SCALED_PROFILES):
     streams = tuple(
-        (name, _stream_profile(counts, factor, num_experts, num_tokens[name]))
+        (name, _scaled(counts, factor, num_experts, num_tokens[name]))
         for name, counts in largest.items()
     )
-    rows = min(most_rows, int(np.ceil(num_rows * factor)) + 1)
-    # The first stream's classes are slices of the compact table.
-    rows = max(rows, streams[0][1].num_experts)
-    ladder.append(CapacityProfile(streams, rows))
-    if rows >= most_rows and all(
-        _fits_anything(stream, num_experts, num_tokens[name])
-        for name, stream in streams
-    ):
-      return tuple(ladder)
-    factor *= growth
+    ladder.append(_profile(streams, int(np.ceil(num_rows * factor)) + 1))
+  # Slow, and hardly ever taken: holds whatever a batch of this shape can be.
+  streams = tuple(
+      (name, StreamProfile(_classes(_largest_counts(tokens, num_experts))))
+      for name, tokens in num_tokens.items()
+  )
+  most_rows = num_microbatches * sum(num_tokens.values())
+  ladder.append(_profile(streams, min(num_experts, most_rows)))
+  return tuple(ladder)
+
+
+def _profile(streams, num_rows):
+  # The first stream's classes are slices of the compact table.
+  return CapacityProfile(streams, max(num_rows, streams[0][1].num_experts))
 
 
 def make_plan(
@@ -175,7 +181,7 @@ def make_plan(
   placed: dict[str, list[_Placed]] = {}
   for name, stream in profile.streams:
     placed[name] = []
-    for part in np.split(batch[name], num_microbatches):
+    for part in microbatches(batch[name], num_microbatches):
       one = _place(part, stream, num_experts)
       if one is None:
         return None
@@ -258,6 +264,11 @@ class Planner:
     )
 
 
+def microbatches(ids: np.ndarray, number: int) -> list[np.ndarray]:
+  """Parts of a batch as the train step cuts it: every `number`-th row."""
+  return [ids[part::number] for part in range(number)]
+
+
 class _Placed(NamedTuple):
   """A stream's experts, their positions, and the slots of its tokens."""
 
@@ -293,38 +304,28 @@ def _present(routing_ids, num_experts):
   return np.unique(ids, return_counts=True)
 
 
-def _stream_profile(counts, factor, num_experts, num_tokens):
-  """Scales the trial counts and bounds them by what can occur at all."""
-  classes = []
+def _largest_counts(num_tokens, num_experts):
+  """Most experts that each size class can ever have, <int64>[classes]."""
+  rooms = np.array(_CAPACITIES, np.int64)
+  smallest = np.concatenate([[1], rooms[:-1] + 1])
+  return np.minimum(num_experts, num_tokens // smallest)
+
+
+def _scaled(counts, factor, num_experts, num_tokens):
+  """Sizes for `factor` times the experts that the trial batches had."""
   wanted = np.ceil(counts * factor).astype(np.int64)
-  # One expert of each larger class: its word may be hotter than ever seen.
-  top = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
-  reach = top + 1 + int(np.log2(factor) * 2)
-  wanted[: reach + 1] = np.maximum(wanted[: reach + 1], 1)
-  for room, count in zip(_CAPACITIES, wanted.tolist(), strict=True):
-    smallest = 1 if room == 1 else _previous(room) + 1
-    if smallest > num_tokens:
-      break
-    count = min(count, num_experts, num_tokens // smallest)
-    if count:
-      classes.append((room, int(count)))
-  return StreamProfile(tuple(classes))
+  # Room for one expert in each larger class: a word may be hotter than seen.
+  hottest = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
+  reach = hottest + 2 + int(2 * np.log2(factor))
+  wanted[:reach] = np.maximum(wanted[:reach], 1)
+  return StreamProfile(
+      _classes(np.minimum(wanted, _largest_counts(num_tokens, num_experts)))
+  )
 
 
-def _previous(room):
-  return _CAPACITIES[_CAPACITIES.index(room) - 1]
-
-
-def _fits_anything(stream, num_experts, num_tokens):
-  """Whether every class holds all experts that could ever be in it."""
-  counts = dict(stream.classes)
-  for room in _CAPACITIES:
-    smallest = 1 if room == 1 else _previous(room) + 1
-    if smallest > num_tokens:
-      return True
-    if counts.get(room, 0) < min(num_experts, num_tokens // smallest):
-      return False
-  return True
+def _classes(counts):
+  pairs = zip(_CAPACITIES, counts.tolist(), strict=True)
+  return tuple((room, count) for room, count in pairs if count)
 
 
 def _place(routing_ids, stream, num_experts):

@@ -1,0 +1,124 @@
+"""Which examples a run reads: token caches, or any seqio mixture."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mowe.data import batches as batches_lib
+from mowe.data import cache as cache_lib
+from mowe.data import tasks as tasks_lib
+
+# Kinds of a cache that hold finished inputs and targets.
+_TEXT_TO_TEXT = ('questions', 'text_to_text')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Examples and how they become batches.
+
+  Attributes:
+    mixture_or_task_name: folder of a token cache below `cache_dir`, several
+      with their rates ({'a': 0.7, 'b': 0.3}), or a seqio mixture or task.
+    task_feature_lengths: tokens of 'inputs' and 'targets', EOS included.
+    batch_size: rows of a batch.
+    cache_dir: folder of token caches.
+    use_cached_tasks: read token caches; otherwise stream with seqio.
+    objective: makes a task of a text cache: `tasks.SpanCorruptionTask` or
+      `tasks.SalientSpanTask`.
+    pack: several examples in a row.
+    split: of a seqio mixture.
+    seed: of the order of examples and of masking.
+    trial_steps: batches looked at before a run, to size the expert plan.
+  """
+
+  mixture_or_task_name: str | Mapping[str, float]
+  task_feature_lengths: Mapping[str, int]
+  batch_size: int
+  cache_dir: str | None = None
+  use_cached_tasks: bool = True
+  objective: Callable[..., tasks_lib.Task] = tasks_lib.SpanCorruptionTask
+  pack: bool = False
+  split: str = 'train'
+  seed: int = 0
+  trial_steps: int = 20
+
+  def open(self, vocabulary: Any) -> Any:
+    """The batches; caches are checked against the subword vocabulary."""
+    if not self.use_cached_tasks:
+      # Only here: seqio and TensorFlow take seconds to load.
+      from mowe.data import seqio_stream
+
+      return seqio_stream.SeqioBatches(
+        self.mixture_or_task_name,
+        self.batch_size,
+        self.task_feature_lengths,
+        split=self.split,
+        seed=self.seed,
+        pack=self.pack,
+      )
+    pairs = [
+      (self._task(cache, name), rate)
+      for name, rate in self._rates().items()
+      for cache in [self.open_cache(name, vocabulary)]
+    ]
+    return batches_lib.Batches(
+      pairs,
+      self.batch_size,
+      self.task_feature_lengths,
+      seed=self.seed,
+      pack=self.pack,
+    )
+
+  def open_cache(self, name: str, vocabulary: Any) -> cache_lib.TokenCache:
+    """The token cache of one task."""
+    path = pathlib.Path(self.cache_dir or '.') / name
+    if not path.is_dir():
+      folder = path.parent
+      found = (
+        sorted(os.listdir(folder)) if folder.is_dir() else 'no such folder'
+      )
+      raise FileNotFoundError(
+        f'A task must have a token cache at {path}, but {folder} has '
+        f'{found}. Build it with `mowe cache-task`, or set '
+        'USE_CACHED_TASKS = False to stream it with seqio.'
+      )
+    return cache_lib.TokenCache.open(path, vocabulary)
+
+  def describe(self, vocabulary: Any) -> dict[str, Any]:
+    """What must stay the same when a run is resumed."""
+    described = {
+      'batch_size': self.batch_size,
+      'task_feature_lengths': dict(self.task_feature_lengths),
+      'pack': self.pack,
+      'seed': self.seed,
+    }
+    if not self.use_cached_tasks:
+      return described | {'task': self.mixture_or_task_name}
+    return described | {
+      'rates': self._rates(),
+      'fingerprints': {
+        name: self.open_cache(name, vocabulary).fingerprint
+        for name in self._rates()
+      },
+    }
+
+  def _rates(self) -> dict[str, float]:
+    if isinstance(self.mixture_or_task_name, str):
+      return {self.mixture_or_task_name: 1.0}
+    return dict(self.mixture_or_task_name)
+
+  def _task(self, cache: cache_lib.TokenCache, name: str) -> tasks_lib.Task:
+    make = self.objective
+    if cache.kind in _TEXT_TO_TEXT:
+      make = tasks_lib.TextToTextTask
+    return make(cache, self.task_feature_lengths, name=name)
+
+
+def batch_maker(batches: Any, first_step: int) -> Callable[[int], Any]:
+  """`step -> batch` for a prefetcher that asks for the steps in order."""
+  if callable(batches):
+    return batches
+  stream: Iterator[Any] = batches.from_step(first_step)
+  return lambda step: next(stream)

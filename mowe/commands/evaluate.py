@@ -1,0 +1,57 @@
+"""`mowe evaluate`: questions of a task answered by a trained model."""
+
+from collections.abc import Callable
+
+from mowe.commands import data_config, model_folder, show_progress
+from mowe.evaluation import evaluate as evaluate_lib
+from mowe.evaluation import inference, text_metrics
+from mowe.models import decoding
+
+
+def evaluate(
+  *,
+  checkpoint_path: str,
+  output_dir: str,
+  data: data_config.DataConfig,
+  strategy: decoding.Strategy = decoding.Greedy(),
+  metric: Callable[..., dict[str, float]] = text_metrics.squad,
+) -> evaluate_lib.EvaluationResult:
+  """Answers every question of a token cache and scores the answers.
+
+  Args:
+    checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
+    output_dir: gets predictions.jsonl and results.json.
+    data: the questions.
+    strategy: how answers are generated.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
+  """
+  loaded = model_folder.load(checkpoint_path)
+  cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
+  lengths = data.task_feature_lengths
+  generator = inference.Generator(
+    loaded.model,
+    loaded.params,
+    strategy,
+    batch_size=data.batch_size,
+    max_target_length=lengths['targets'],
+    input_lengths=(lengths['inputs'],),
+  )
+  with show_progress.counting('questions') as progress:
+    result = evaluate_lib.evaluate_questions(
+      generator,
+      cache,
+      loaded.vocabulary,
+      metric=metric,
+      output_dir=output_dir,
+      progress=progress,
+    )
+  print(
+    f'{data.mixture_or_task_name}: EM {result.em:.1f}  F1 {result.f1:.1f}  '
+    f'({result.num_questions:,} questions, step {loaded.step})'
+  )
+  for name, relation in result.per_relation.items():
+    print(
+      f'  {name:20} EM {relation.em:5.1f}  F1 {relation.f1:5.1f}  '
+      f'({relation.num_questions:,})'
+    )
+  return result

@@ -1,0 +1,127 @@
+"""Evaluations during training: loss on other data, and questions answered."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mowe.commands import data_config
+from mowe.evaluation import evaluate, inference, text_metrics
+from mowe.models import decoding, parameters
+from mowe.training import metrics as metrics_lib
+from mowe.training import step as step_lib
+from mowe.words import batch_router
+
+# (params, tables) -> numbers by name.
+Evaluation = Callable[[Any, parameters.Tables], dict[str, float]]
+
+
+def sparse_streams(config: Any) -> tuple[str, ...]:
+  """Which of the two stacks have sparse layers that read word experts."""
+  if config.sparse_feed_forward is None or config.routing is None:
+    return ()
+  layers = {
+    'encoder': config.sparse_encoder_layers,
+    'decoder': config.sparse_decoder_layers,
+  }
+  return tuple(name for name, sparse in layers.items() if sparse)
+
+
+def make_router(
+  config: Any, trial_batches: Any, num_microbatches: int = 1
+) -> Callable[[Any], tuple[Any, Any]]:
+  """batch -> (batch with routing ids, plan); plan None for a dense model."""
+  streams = sparse_streams(config)
+  if not streams:
+    return lambda batch: (batch, None)
+  return batch_router.BatchRouter(
+    config.routing,
+    streams=streams,
+    trial_batches=trial_batches,
+    num_microbatches=num_microbatches,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEvaluation:
+  """Loss and accuracy with teacher forcing.
+
+  Attributes:
+    data: every example is read once, in order.
+    num_batches: at most so many; None: all.
+    name: before the metrics' names.
+  """
+
+  data: data_config.DataConfig
+  num_batches: int | None = None
+  name: str = 'validation'
+
+  def prepare(
+    self, model: nn.Module, vocabulary: Any, loss: step_lib.LossConfig
+  ) -> Evaluation:
+    """Makes the batches and their plans once."""
+    batches = list(
+      itertools.islice(
+        self.data.open(vocabulary).eval_batches(), self.num_batches
+      )
+    )
+    router = make_router(model.config, batches)
+    eval_step = jax.jit(step_lib.make_eval_step(model, loss))
+
+    def evaluation(params, tables):
+      totals: dict[str, metrics_lib.Mean] = {}
+      for batch in batches:
+        metrics = eval_step(params, tables, *router(batch))
+        totals = metrics_lib.merge(totals, jax.device_get(metrics))
+      values = metrics_lib.compute(totals)
+      return {f'{self.name}/{key}': value for key, value in values.items()}
+
+    return evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionEvaluation:
+  """Exact match and F1 of greedily generated answers.
+
+  Attributes:
+    data: a token cache of questions.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
+    name: before the metrics' names.
+  """
+
+  data: data_config.DataConfig
+  metric: Callable[..., dict[str, float]] = text_metrics.squad
+  name: str = 'validation'
+
+  def prepare(
+    self, model: nn.Module, vocabulary: Any, loss: step_lib.LossConfig
+  ) -> Evaluation:
+    """Opens the questions once."""
+    del loss
+    cache = self.data.open_cache(self.data.mixture_or_task_name, vocabulary)
+    lengths = self.data.task_feature_lengths
+
+    def evaluation(params, tables):
+      generator = inference.Generator(
+        model,
+        parameters.merge_tables(params, tables),
+        decoding.Greedy(),
+        batch_size=self.data.batch_size,
+        max_target_length=lengths['targets'],
+        input_lengths=(lengths['inputs'],),
+      )
+      result = evaluate.evaluate_questions(
+        generator,
+        cache,
+        vocabulary,
+        metric=self.metric,
+      )
+      return {
+        f'{self.name}/em': result.em,
+        f'{self.name}/f1': result.f1,
+      }
+
+    return evaluation

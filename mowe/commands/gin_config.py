@@ -1,0 +1,126 @@
+"""Gin files and bindings from the command line; the only import of gin."""
+
+import difflib
+import importlib.resources
+import logging
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+
+_MACRO = re.compile(r'([A-Z][A-Z0-9_]*)\s*=')
+
+
+class GinError(ValueError):
+  """A gin file or binding that cannot be used."""
+
+
+def search_paths(extra: Sequence[str] = ()) -> list[str]:
+  """Folders in which `gin_configs/...` and other gin files are looked up.
+
+  The working folder comes first, then `extra`, then the files that are
+  installed with this package (or stand beside it in a checkout).
+  """
+  package = pathlib.Path(str(importlib.resources.files('mowe')))
+  return ['.', *extra, str(package), str(package.parent)]
+
+
+def parse(
+  files: Sequence[str],
+  bindings: Sequence[str] = (),
+  paths: Sequence[str] = (),
+) -> None:
+  """Reads gin files in their order, then bindings such as 'BATCH_SIZE = 8'.
+
+  Raises:
+    GinError: a file is missing or a name in it is unknown (with file and
+      line), or a binding sets a macro that no file knows.
+  """
+  gin.clear_config()
+  # Gin reports each folder in which it looks for a file in vain.
+  quiet = lambda record: 'Path not found' not in str(record.msg)
+  logging.getLogger().addFilter(quiet)
+  for path in search_paths(paths):
+    gin.add_config_file_search_path(path)
+  try:
+    for file in files:
+      gin.parse_config_file(file)
+    _check_macros(bindings)
+    gin.parse_config(list(bindings))
+  except OSError as error:
+    raise GinError(
+      f'A gin file must exist, but {files} led to: {error}. Files are looked '
+      f'up in {search_paths(paths)}; add a folder with --gin_search_paths.'
+    ) from error
+  except GinError:
+    raise
+  except Exception as error:
+    # Gin raises nearly every kind of error, with file and line in its text.
+    raise GinError(
+      f'The gin configuration cannot be read: {error}\nCorrect the name or '
+      'value in the file and line named above.'
+    ) from error
+
+
+def call(function: Callable[..., Any], **arguments: Any) -> Any:
+  """Calls a function with the arguments that gin files gave it.
+
+  Raises:
+    GinError: a value that must be given is missing.
+  """
+  try:
+    configured = gin.get_configurable(function)
+  except ValueError as error:
+    raise GinError(
+      f'A gin file must configure {function.__module__}.{function.__name__}, '
+      f'but none did. Add --gin_file=gin_configs/runs/'
+      f'{_run_file(function)}.gin.'
+    ) from error
+  try:
+    return configured(**arguments)
+  except RuntimeError as error:
+    if 'Required bindings' not in str(error):
+      raise
+    raise GinError(_missing(str(error))) from error
+
+
+def operative_config() -> str:
+  """Everything that was used, as one gin file."""
+  return gin.operative_config_str()
+
+
+def _run_file(function):
+  return {'train': 'pretrain'}.get(function.__name__, function.__name__)
+
+
+def _check_macros(bindings):
+  """A macro that nothing reads is a misspelt one."""
+  known = _known_macros()
+  for binding in bindings:
+    found = _MACRO.match(binding)
+    if not found or found.group(1) in known:
+      continue
+    name = found.group(1)
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f' Did you mean {close[0]}?' if close else ''
+    raise GinError(
+      f'--gin.{name} must set a macro that a gin file reads, but none reads '
+      f'{name}.{hint} Known are {", ".join(sorted(known))}.'
+    )
+
+
+def _known_macros() -> set[str]:
+  text = gin.config_str(max_line_length=10_000)
+  return set(re.findall(r'^([A-Z][A-Z0-9_]*) =', text, re.MULTILINE)) | set(
+    re.findall(r'%([A-Z][A-Z0-9_]*)', text)
+  )
+
+
+def _missing(text: str) -> str:
+  names = re.findall(r"'([\w.]+)'", text.split('\n')[0])
+  return (
+    f'These must be given, but are not: {", ".join(names) or text}. Set the '
+    'macro that feeds them, for example --gin.MODEL_DIR="\'runs/a\'".'
+  )

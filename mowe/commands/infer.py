@@ -1,0 +1,89 @@
+"""`mowe infer`: predictions of a trained model for every example of a task."""
+
+import json
+import pathlib
+
+from mowe.commands import data_config, model_folder
+from mowe.evaluation import inference
+from mowe.models import decoding
+from mowe.training import progress as progress_lib
+
+# Examples written together: what a stopped run has to do again at most.
+_BATCHES_AT_ONCE = 8
+
+
+def infer(
+  *,
+  checkpoint_path: str,
+  output_dir: str,
+  data: data_config.DataConfig,
+  strategy: decoding.Strategy = decoding.Greedy(),
+) -> pathlib.Path:
+  """Writes one line of JSON for each example, in the order of the task.
+
+  A run that was stopped continues behind the last complete line.
+
+  Args:
+    checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
+    output_dir: gets <task>-predictions.jsonl.
+    data: a token cache with inputs.
+    strategy: how outputs are generated.
+
+  Returns:
+    The file: {"index", "inputs", "prediction", "score"} in each line.
+  """
+  loaded = model_folder.load(checkpoint_path)
+  cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
+  lengths = data.task_feature_lengths
+  generator = inference.Generator(
+    loaded.model,
+    loaded.params,
+    strategy,
+    batch_size=data.batch_size,
+    max_target_length=lengths['targets'],
+    input_lengths=(lengths['inputs'],),
+  )
+  name = pathlib.Path(data.mixture_or_task_name).name
+  path = pathlib.Path(output_dir) / f'{name}-predictions.jsonl'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  first = _keep_complete_lines(path)
+  if first:
+    print(f'{path} has {first:,} predictions; continuing behind them.')
+  group = data.batch_size * _BATCHES_AT_ONCE
+  shown = progress_lib.Progress(cache.num_examples, first, log_period=group)
+  decode = loaded.vocabulary.decode
+  with path.open('a', encoding='utf-8') as file, shown:
+    for start in range(first, cache.num_examples, group):
+      indices = range(start, min(start + group, cache.num_examples))
+      inputs = [cache.tokens('inputs', index) for index in indices]
+      generations = generator(inputs)
+      for index, tokens, output, score in zip(
+        indices,
+        inputs,
+        generations.tokens,
+        generations.scores.tolist(),
+        strict=True,
+      ):
+        line = {
+          'index': index,
+          'inputs': decode(tokens),
+          'prediction': decode(output),
+          'score': score,
+        }
+        file.write(json.dumps(line, ensure_ascii=False) + '\n')
+      file.flush()
+      shown.update(indices[-1] + 1)
+  print(f'{path}: {cache.num_examples:,} predictions.')
+  return path
+
+
+def _keep_complete_lines(path: pathlib.Path) -> int:
+  """Cuts off a half-written last line; returns how many lines are left."""
+  if not path.exists():
+    return 0
+  content = path.read_bytes()
+  end = content.rfind(b'\n') + 1
+  if end != len(content):
+    with path.open('r+b') as file:
+      file.truncate(end)
+  return content[:end].count(b'\n')

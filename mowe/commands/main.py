@@ -1,0 +1,323 @@
+"""The `mowe` command: one function for each verb; see README.md."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+# Everything else is imported by the verb that needs it: `mowe --help` is fast.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a verb; returns the exit status.
+
+  Errors of input are shown as one paragraph, without a trace: they say what
+  must hold, what was found and what to do. MOWE_TRACE=1 shows the trace.
+  """
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  parser = _make_parser()
+  options, rest = parser.parse_known_args(arguments)
+  bindings = _take_bindings(rest)
+  if rest:
+    parser.error(
+      f'unknown arguments {rest}. Options of gin are --gin.NAME=VALUE.'
+    )
+  logging.basicConfig(level=logging.WARNING, format='%(message)s')
+  try:
+    options.run(options, bindings)
+  except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    if os.environ.get('MOWE_TRACE'):
+      raise
+    print(f'mowe: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print('mowe: stopped.', file=sys.stderr)
+    return 130
+  return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='mowe', description='Sparse T5-style language models in JAX.'
+  )
+  verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+
+  train = verbs.add_parser('train', help='pretrain or finetune, from gin files')
+  _add_gin(train)
+  train.add_argument(
+    '--dry_run', action='store_true', help='print what would be done'
+  )
+  _add_distributed(train)
+  train.set_defaults(run=_train)
+
+  evaluate = verbs.add_parser('evaluate', help='answer questions and score')
+  _add_gin(evaluate)
+  evaluate.set_defaults(run=_evaluate)
+
+  infer = verbs.add_parser('infer', help='write predictions for a task')
+  _add_gin(infer)
+  infer.set_defaults(run=_infer)
+
+  ask = verbs.add_parser('ask', help='ask a model questions')
+  ask.add_argument('model', help='a model folder, or a checkpoint in it')
+  ask.add_argument(
+    'questions', nargs='*', help='asked at a prompt if none is given'
+  )
+  ask.add_argument(
+    '--prompt', default='question: {question}', help='as in finetuning'
+  )
+  ask.add_argument('--num_beams', type=int, default=1)
+  ask.add_argument('--max_length', type=int, default=32)
+  ask.add_argument(
+    '--explain', action='store_true', help="show the words' experts"
+  )
+  ask.set_defaults(run=_ask)
+
+  words = verbs.add_parser(
+    'build-routing-vocabulary', help='count words and give them experts'
+  )
+  words.add_argument('output', help='the file to write (.npz)')
+  words.add_argument('files', nargs='+', help='.txt or .jsonl, also .gz; globs')
+  words.add_argument(
+    '--vocabulary', required=True, help="SentencePiece model, or 'bytes'"
+  )
+  words.add_argument('--num_experts', type=int, required=True)
+  words.add_argument('--num_words', type=int, default=1_000_000)
+  words.add_argument('--num_skipped', type=int, default=16)
+  words.add_argument(
+    '--names', nargs='*', default=(), help='files of names: only their words'
+  )
+  words.add_argument('--balanced', action='store_true', help='not id modulo')
+  words.add_argument('--field', default='text', help='of .jsonl records')
+  words.add_argument('--num_workers', type=int)
+  words.add_argument('--extra_ids', type=int, default=100)
+  words.set_defaults(run=_build_routing_vocabulary)
+
+  explain = verbs.add_parser(
+    'explain', help='show which expert each word of a text has'
+  )
+  explain.add_argument('routing_vocabulary', help='.npz')
+  explain.add_argument('text')
+  explain.add_argument('--vocabulary', required=True)
+  explain.add_argument('--extra_ids', type=int, default=100)
+  explain.set_defaults(run=_explain)
+
+  cache = verbs.add_parser('cache-task', help='tokenise a task once')
+  cache.add_argument('output', help='the folder to write')
+  cache.add_argument('files', nargs='*', help='.txt or .jsonl, also .gz; globs')
+  cache.add_argument('--vocabulary', required=True)
+  cache.add_argument('--kind', choices=('text', 'questions'), default='text')
+  cache.add_argument('--seqio_task', default='', help='instead of files')
+  cache.add_argument('--task_modules', nargs='*', default=())
+  cache.add_argument('--split', default='train', help='of the seqio task')
+  cache.add_argument('--field', default='text')
+  cache.add_argument('--unit', choices=('line', 'paragraph'), default='line')
+  cache.add_argument('--prompt', default='question: {question}')
+  cache.add_argument('--answers_field', default='answers')
+  cache.add_argument('--overwrite', action='store_true')
+  cache.add_argument('--num_workers', type=int)
+  cache.add_argument('--extra_ids', type=int, default=100)
+  cache.set_defaults(run=_cache_task)
+
+  vocabulary = verbs.add_parser(
+    'train-vocabulary', help='train a SentencePiece vocabulary on text'
+  )
+  vocabulary.add_argument('output', help='the .model file to write')
+  vocabulary.add_argument('files', nargs='+')
+  vocabulary.add_argument('--size', type=int, default=32_000)
+  vocabulary.add_argument('--field', default='text')
+  vocabulary.set_defaults(run=_train_vocabulary)
+
+  quickstart = verbs.add_parser(
+    'quickstart', help='T5 and MoWE of equal FLOPs, from text to answers'
+  )
+  quickstart.add_argument('--output', default='quickstart_output')
+  quickstart.add_argument('--seeds', type=int, default=1)
+  quickstart.add_argument(
+    '--with_longer_t5', action='store_true', help='a T5 trained 3x as long'
+  )
+  quickstart.add_argument(
+    '--with_larger_t5',
+    action='store_true',
+    help='a T5 with as many parameters in all (slow)',
+  )
+  quickstart.add_argument('--steps', type=int, default=None)
+  quickstart.set_defaults(run=_quickstart)
+  return parser
+
+
+def _add_gin(parser):
+  parser.add_argument(
+    '--gin_file', action='append', default=[], help='read in order'
+  )
+  parser.add_argument(
+    '--gin_search_paths', default='', help='folders, joined by commas'
+  )
+  parser.add_argument(
+    '--gin_bindings', action='append', default=[], help='"NAME = VALUE"'
+  )
+
+
+def _add_distributed(parser):
+  parser.add_argument('--coordinator_address', help='host:port, if several')
+  parser.add_argument('--process_count', type=int)
+  parser.add_argument('--process_index', type=int)
+
+
+def _take_bindings(rest: list[str]) -> list[str]:
+  """Removes `--gin.NAME=VALUE` from `rest`; returns them as bindings."""
+  bindings = []
+  for argument in [a for a in rest if a.startswith('--gin.')]:
+    name, equals, value = argument.removeprefix('--gin.').partition('=')
+    if not equals:
+      raise SystemExit(
+        f'mowe: {argument} must be --gin.NAME=VALUE. Put no blank around =.'
+      )
+    bindings.append(f'{name} = {value}')
+    rest.remove(argument)
+  return bindings
+
+
+def _parse_gin(options, bindings):
+  from mowe.commands import gin_config
+
+  paths = [path for path in options.gin_search_paths.split(',') if path]
+  gin_config.parse(options.gin_file, [*options.gin_bindings, *bindings], paths)
+  return gin_config
+
+
+def _train(options, bindings):
+  gin_config = _parse_gin(options, bindings)
+  from mowe.commands import train
+
+  if options.coordinator_address:
+    import jax
+
+    jax.distributed.initialize(
+      options.coordinator_address,
+      options.process_count,
+      options.process_index,
+    )
+  arguments = {'dry_run': True} if options.dry_run else {}
+  gin_config.call(
+    train.train, config_text=gin_config.operative_config, **arguments
+  )
+
+
+def _evaluate(options, bindings):
+  gin_config = _parse_gin(options, bindings)
+  from mowe.commands import evaluate
+
+  gin_config.call(evaluate.evaluate)
+
+
+def _infer(options, bindings):
+  gin_config = _parse_gin(options, bindings)
+  from mowe.commands import infer
+
+  gin_config.call(infer.infer)
+
+
+def _ask(options, bindings):
+  del bindings
+  from mowe.commands import ask
+
+  ask.ask(
+    options.model,
+    options.questions,
+    prompt=options.prompt,
+    num_beams=options.num_beams,
+    max_length=options.max_length,
+    explain=options.explain,
+  )
+
+
+def _build_routing_vocabulary(options, bindings):
+  del bindings
+  from mowe.commands import build_routing_vocabulary as command
+
+  command.build_routing_vocabulary(
+    options.output,
+    options.files,
+    options.vocabulary,
+    num_experts=options.num_experts,
+    num_words=options.num_words,
+    num_skipped=options.num_skipped,
+    names_files=options.names,
+    balanced=options.balanced,
+    field=options.field,
+    num_workers=options.num_workers,
+    extra_ids=options.extra_ids,
+  )
+
+
+def _explain(options, bindings):
+  del bindings
+  from mowe.words import routing_vocabulary, subwords
+
+  routing = routing_vocabulary.load(options.routing_vocabulary)
+  vocabulary = subwords.load_subwords(options.vocabulary, options.extra_ids)
+  rows = routing.explain(options.text, vocabulary)
+  print(routing_vocabulary.format_explanation(rows))
+
+
+def _cache_task(options, bindings):
+  del bindings
+  from mowe.commands import cache_task, show_progress
+
+  with show_progress.counting('records') as progress:
+    cache = cache_task.cache_task(
+      options.output,
+      options.vocabulary,
+      files=options.files,
+      kind=options.kind,
+      seqio_task=options.seqio_task,
+      split=options.split,
+      task_modules=options.task_modules,
+      extra_ids=options.extra_ids,
+      field=options.field,
+      unit=options.unit,
+      prompt=options.prompt,
+      answers_field=options.answers_field,
+      overwrite=options.overwrite,
+      num_workers=options.num_workers,
+      progress=progress,
+    )
+  tokens = ', '.join(
+    f'{int(cache.lengths(name).sum()):,} tokens of {name}'
+    for name in cache.features
+    if name != 'spans'
+  )
+  print(f'{cache.path}: {cache.num_examples:,} examples, {tokens}.')
+
+
+def _train_vocabulary(options, bindings):
+  del bindings
+  from mowe.data import text_files
+  from mowe.words import subwords
+
+  records = text_files.read_records(options.files, fields=(options.field,))
+  vocabulary = subwords.train_sentencepiece(
+    (record[options.field] for record in records),
+    options.output,
+    options.size,
+  )
+  print(f'{options.output}: {vocabulary.size:,} ids with sentinels.')
+
+
+def _quickstart(options, bindings):
+  del bindings
+  from mowe.commands import quickstart
+
+  quickstart.quickstart(
+    options.output,
+    num_seeds=options.seeds,
+    with_longer_t5=options.with_longer_t5,
+    with_larger_t5=options.with_larger_t5,
+    steps=options.steps,
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(main())

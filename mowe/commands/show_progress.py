@@ -1,0 +1,35 @@
+"""A counter for work whose end is not known, such as reading files."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None]]:
+  """Gives a function of the number done so far; shows it now and then.
+
+  In a terminal one line is overwritten; elsewhere a line is written every few
+  seconds. Nothing is shown for work that is over at once.
+  """
+  is_terminal = sys.stderr.isatty()
+  period = 0.2 if is_terminal else _SECONDS_BETWEEN_LINES
+  start = last = time.monotonic()
+  shown = False
+
+  def progress(done: int) -> None:
+    nonlocal last, shown
+    now = time.monotonic()
+    if now - last < period:
+      return
+    last, shown = now, True
+    line = f'{done:,} {what}, {done / (now - start):,.0f}/s'
+    sys.stderr.write(f'\r{line}\033[K' if is_terminal else line + '\n')
+    sys.stderr.flush()
+
+  yield progress
+  if shown and is_terminal:
+    sys.stderr.write('\n')

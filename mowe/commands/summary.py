@@ -1,0 +1,89 @@
+"""What a run is about to do: parameters, FLOPs, batches, devices."""
+
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from mowe.models import costs, t5
+
+
+def show(
+  state: Any,
+  data: Any,
+  batches: Any,
+  mesh: jax.sharding.Mesh,
+  config: t5.T5Config,
+  freeze_experts: bool,
+) -> None:
+  """Prints the table of a run; used before training and by a dry run.
+
+  Args:
+    state: the abstract TrainState.
+    data: the DataConfig.
+    batches: what it opened.
+    mesh: the devices.
+    config: the model.
+    freeze_experts: whether expert tables are frozen.
+  """
+  console = rich.console.Console(highlight=False, soft_wrap=True)
+  cost = costs.model_costs(config)
+  console.print(_parameter_table(state.params, cost, freeze_experts))
+  shapes = ', '.join(
+    f'{name} {tuple(array.shape)}'
+    for name, array in _example_batch(batches).items()
+  )
+  mesh_shape = ' x '.join(f'{n} {name}' for name, n in mesh.shape.items())
+  console.print(f'Batch      {shapes}')
+  console.print(f'Data       {data.mixture_or_task_name}')
+  for task, counts in _reports(batches).items():
+    said = ', '.join(f'{name} {count:,}' for name, count in counts.items())
+    console.print(f'  {task}: {said}')
+  console.print(f'Devices    {mesh_shape}')
+
+
+def _parameter_table(params, cost, freeze_experts):
+  table = rich.table.Table(title='Parameters', title_justify='left')
+  table.add_column('part')
+  for column in ('total', 'active per token', 'frozen'):
+    table.add_column(column, justify='right')
+  groups: dict[str, int] = {}
+  for path, leaf in flax.traverse_util.flatten_dict(params).items():
+    group = '/'.join(path[:1] if path[0] == 'token_embedder' else path[:2])
+    groups[group] = groups.get(group, 0) + int(np.prod(leaf.shape))
+  for group, count in groups.items():
+    table.add_row(group, f'{count:,}', f'{count:,}', '0')
+  if cost.expert_parameters:
+    table.add_row(
+      'experts',
+      f'{cost.expert_parameters:,}',
+      f'{cost.active_expert_parameters:,}',
+      f'{cost.expert_parameters:,}' if freeze_experts else '0',
+    )
+  table.add_section()
+  table.add_row(
+    'all',
+    f'{cost.total_parameters:,}',
+    f'{cost.active_parameters:,}',
+    f'{cost.expert_parameters:,}' if freeze_experts else '0',
+  )
+  table.caption = (
+    f'forward FLOPs: {cost.flops_per_input_token:,} per input token, '
+    f'{cost.flops_per_target_token:,} per target token (without attention '
+    'scores)'
+  )
+  table.caption_justify = 'left'
+  return table
+
+
+def _example_batch(batches):
+  if callable(batches):
+    return batches(0)
+  return next(batches.from_step(0))
+
+
+def _reports(batches):
+  return batches.report() if hasattr(batches, 'report') else {}

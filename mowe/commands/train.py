@@ -1,0 +1,374 @@
+"""`mowe train`: pretraining and finetuning, from scratch, start or resume."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+
+from mowe.commands import data_config, evaluations, model_folder, summary
+from mowe.data import prefetch
+from mowe.models import parameters, t5
+from mowe.training import (
+  checkpoints as checkpoints_lib,
+)
+from mowe.training import (
+  loop,
+  metrics,
+  optimizers,
+  partitioning,
+  progress,
+  row_optimizers,
+  train_state,
+)
+from mowe.training import step as step_lib
+from mowe.words import subwords
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveConfig:
+  """When checkpoints are saved, and which are kept.
+
+  Attributes:
+    period: steps between two of them; the last step is saved always.
+    keep_last: the newest ones that are kept; None: all.
+    best_metric: the best one by this metric of an evaluation is kept besides,
+      such as 'validation/em'.
+    best_mode: 'max' or 'min'.
+  """
+
+  period: int = 1000
+  keep_last: int | None = 3
+  best_metric: str | None = None
+  best_mode: str = 'max'
+
+
+def train(
+  *,
+  model: t5.T5Config,
+  vocabulary: subwords.Subwords,
+  data: data_config.DataConfig,
+  model_dir: str,
+  total_steps: int,
+  optimizer: optimizers.Optimizer,
+  row_optimizer: row_optimizers.RowOptimizer | None = None,
+  loss: step_lib.LossConfig = step_lib.LossConfig(),
+  freeze_experts: bool = False,
+  initial_checkpoint_path: str | None = None,
+  num_microbatches: int = 1,
+  make_mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
+  eval_configs: Sequence[Any] = (),
+  eval_period: int = 1000,
+  save: SaveConfig = SaveConfig(),
+  log_period: int = 100,
+  seed: int = 0,
+  tensorboard: bool = True,
+  dry_run: bool = False,
+  config_text: Callable[[], str] | None = None,
+) -> train_state.TrainState | None:
+  """Trains a model in `model_dir`, continuing what is there.
+
+  The run starts from the latest checkpoint in `model_dir`; else from the
+  parameters at `initial_checkpoint_path` (with a fresh optimizer and step 0);
+  else from fresh parameters. Everything after is a function of the seeds and
+  the step: an interrupted and resumed run ends with the same bits.
+
+  Args:
+    model: sizes and parts.
+    vocabulary: the subword vocabulary.
+    data: training examples.
+    model_dir: where the run lives (see `model_folder`).
+    total_steps: updates in all, those before a resume included.
+    optimizer: of ordinary parameters.
+    row_optimizer: of expert tables; needed if there are any and they train.
+    loss: what is minimised.
+    freeze_experts: expert tables get no gradient and have no optimizer state.
+    initial_checkpoint_path: a model folder or a checkpoint in one.
+    num_microbatches: gradient accumulation over parts of a batch.
+    make_mesh: gives the device mesh.
+    eval_configs: evaluations, each with `prepare(model, vocabulary, loss)`.
+    eval_period: steps between evaluations.
+    save: when checkpoints are saved.
+    log_period: steps between two lines of metrics.
+    seed: of parameters and dropout.
+    tensorboard: also write TensorBoard events.
+    dry_run: print what would be done, and stop.
+    config_text: gives the text that is kept as `config.gin`.
+
+  Returns:
+    The last state; None after a dry run.
+
+  Raises:
+    ValueError: parts that do not fit together, before anything is written or
+      compiled.
+  """
+  module = t5.T5(model)
+  mesh = make_mesh()
+  has_tables = bool(evaluations.sparse_streams(model))
+  row_optimizer = _check(
+      model, vocabulary, data, mesh, num_microbatches,
+      has_tables, row_optimizer, freeze_experts,
+  )  # fmt: skip
+  batches = data.open(vocabulary)
+  router = evaluations.make_router(
+    model, _trial_batches(batches, data.trial_steps), num_microbatches
+  )
+  setup = _State.make(module, optimizer, row_optimizer, mesh, seed)
+  summary.show(setup.abstract, data, batches, mesh, model, freeze_experts)
+  if dry_run:
+    return None
+
+  folder = model_folder.create(model_dir, model, vocabulary)
+  if config_text is not None:
+    (folder / 'config.gin').write_text(config_text())
+  described = {
+    'model': model_folder.describe(model, vocabulary),
+    'data': data.describe(vocabulary),
+    'seed': seed,
+    'freeze_experts': freeze_experts,
+    'num_microbatches': num_microbatches,
+  }
+  with checkpoints_lib.Checkpoints(
+    folder, save.keep_last, save.best_metric, save.best_mode
+  ) as checkpoints:
+    state, frozen = setup.start(checkpoints, described, initial_checkpoint_path)
+    first_step = int(state.step)
+    latest: dict[str, float] = {}
+
+    def save_checkpoint(step, state):
+      whole = state.replace(tables=state.tables or frozen)
+      checkpoints.save(step, whole, latest or None, described)
+
+    writers = [
+      metrics.JsonLinesWriter(folder / 'train_metrics.jsonl', first_step)
+    ]
+    if tensorboard:
+      writers.append(
+        metrics.TensorBoardWriter(folder / 'tensorboard', first_step)
+      )
+    evaluate = _Evaluations(
+      [e.prepare(module, vocabulary, loss) for e in eval_configs],
+      metrics.JsonLinesWriter(folder / 'eval_metrics.jsonl', first_step),
+      writers[1:],
+      frozen,
+      latest,
+    )
+    batch_sharding = partitioning.batch_sharding(mesh)
+    everywhere = partitioning.replicated(mesh)
+    stop = loop.StopSignal()
+    shown = progress.Progress(total_steps, first_step, log_period)
+    with prefetch.Prefetcher(
+      data_config.batch_maker(batches, first_step),
+      first_step,
+      total_steps,
+      transform=router,
+    ) as prefetched:
+      state = loop.run(
+        state,
+        frozen,
+        train_step=setup.jitted_step(
+          step_lib.make_train_step(
+            module,
+            optimizer=setup.optimizer,
+            row_optimizer=row_optimizer,
+            loss=loss,
+            seed=seed,
+            num_microbatches=num_microbatches,
+          )
+        ),
+        batches=prefetched,
+        total_steps=total_steps,
+        put=lambda batch, plan: (
+          partitioning.put_batch(batch, batch_sharding),
+          partitioning.put_batch(plan, everywhere),
+        ),
+        actions=[
+          loop.Every(eval_period, evaluate),
+          loop.Every(save.period, save_checkpoint),
+        ],
+        writers=writers,
+        progress=shown,
+        log_period=log_period,
+        stop=stop,
+      )
+    checkpoints.wait()
+    for writer in (*writers, evaluate.writer):
+      writer.close()
+    _say_how_it_ended(int(state.step), total_steps, folder, stop)
+  return state.replace(tables=state.tables or frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+  """How the train state is made and where it lies."""
+
+  module: t5.T5
+  optimizer: Any
+  row_optimizer: Any
+  seed: int
+  abstract: train_state.TrainState
+  shardings: train_state.TrainState
+  tables: parameters.Tables
+  table_shardings: Any
+
+  @classmethod
+  def make(cls, module, optimizer, row_optimizer, mesh, seed) -> '_State':
+    key = jax.random.key(seed)
+    variables = jax.eval_shape(
+      lambda key: parameters.initial_variables(module, key), key
+    )
+    axes = partitioning.parameter_axes(variables['params_axes'])
+    ordinary, tables = parameters.split_tables(variables['params'])
+    nested = flax.traverse_util.unflatten_dict(
+      {path: axes[path] for path in flax.traverse_util.flatten_dict(ordinary)}
+    )
+    built = optimizer.build(nested)
+    abstract = jax.eval_shape(
+      lambda key: train_state.create(
+        module, key, optimizer=built, row_optimizer=row_optimizer
+      ),
+      key,
+    )
+    return cls(
+      module,
+      built,
+      row_optimizer,
+      seed,
+      abstract,
+      partitioning.state_shardings(abstract, axes, mesh),
+      tables,
+      partitioning.state_shardings({'tables': tables}, axes, mesh)['tables'],
+    )
+
+  def start(self, checkpoints, described, initial_path):
+    """State and frozen tables: resumed, from other weights, or fresh."""
+    frozen_here = self.row_optimizer is None
+    shardings = self.shardings
+    abstract = self.abstract
+    if frozen_here:
+      abstract = abstract.replace(tables=self.tables)
+      shardings = shardings.replace(tables=self.table_shardings)
+    target = jax.tree.map(_with_sharding, abstract, shardings)
+    if checkpoints.latest_step() is not None:
+      checkpoints.check_metadata(described)
+      state = checkpoints.restore(target)
+      print(f'Resumed {checkpoints.folder} at step {int(state.step)}.')
+    else:
+      state = self._fresh(frozen_here and initial_path is None)
+      if initial_path is not None:
+        state = _with_parameters(state, target, initial_path)
+    if not frozen_here:
+      return state, {}
+    return state.replace(tables={}), state.tables
+
+  def _fresh(self, with_tables: bool) -> train_state.TrainState:
+    key = jax.random.key(self.seed)
+    state = jax.jit(
+      lambda key: train_state.create(
+        self.module,
+        key,
+        optimizer=self.optimizer,
+        row_optimizer=self.row_optimizer,
+      ),
+      out_shardings=self.shardings,
+    )(key)
+    if with_tables:
+      tables = jax.jit(
+        lambda key: parameters.split_tables(
+          parameters.initial_variables(self.module, key)['params']
+        )[1],
+        out_shardings=self.table_shardings,
+      )(key)
+      state = state.replace(tables=tables)
+    return state
+
+  def jitted_step(self, train_step):
+    return jax.jit(
+      train_step,
+      donate_argnums=0,
+      out_shardings=(self.shardings, None),
+    )
+
+
+class _Evaluations:
+  """Runs all evaluations, shows and writes their numbers."""
+
+  def __init__(self, prepared, writer, writers, frozen, latest):
+    self._prepared = prepared
+    self.writer = writer
+    self._writers = [writer, *writers]
+    self._frozen = frozen
+    self._latest = latest
+
+  def __call__(self, step: int, state: train_state.TrainState) -> None:
+    if not self._prepared:
+      return
+    self._latest.clear()
+    for evaluation in self._prepared:
+      self._latest.update(
+        evaluation(state.params, state.tables or self._frozen)
+      )
+    for writer in self._writers:
+      writer.write(step, self._latest)
+    numbers = '  '.join(
+      f'{name} {value:.4g}' for name, value in self._latest.items()
+    )
+    print(f'step {step}  {numbers}', flush=True)
+
+
+def _with_parameters(state, target, path):
+  """Replaces parameters (and tables) by those of another run."""
+  folder, step = model_folder.split_checkpoint_path(path)
+  wanted = {'params': target.params, 'tables': target.tables}
+  with checkpoints_lib.Checkpoints(folder) as source:
+    parts = source.restore_parameters(wanted, step)
+    step = source.latest_step() if step is None else step
+  print(f'Started from {folder}, step {step}.')
+  return state.replace(params=parts['params'], tables=parts['tables'])
+
+
+def _with_sharding(leaf, sharding):
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _trial_batches(batches, number):
+  make = data_config.batch_maker(batches, 0)
+  return (make(step) for step in range(number))
+
+
+def _check(
+    model, vocabulary, data, mesh, num_microbatches,
+    has_tables, row_optimizer, freeze_experts,
+):  # fmt: skip
+  """Refuses what cannot work; returns the row optimizer that is used."""
+  if model.vocab_size < vocabulary.size:
+    raise ValueError(
+      'vocab_size must be at least the size of the subword vocabulary with '
+      f'its sentinels, {vocabulary.size}, but is {model.vocab_size}. Set it '
+      f'to {-(-vocabulary.size // 128) * 128}, the next multiple of 128.'
+    )
+  if model.routing is not None:
+    model.routing.check_subwords(vocabulary)
+  partitioning.check_batch_size(data.batch_size, mesh, num_microbatches)
+  if not has_tables or freeze_experts:
+    return None
+  if row_optimizer is None:
+    raise ValueError(
+      'A model with word experts needs a row_optimizer for their table, but '
+      'got None. Give one, such as RowAdafactor, or set freeze_experts.'
+    )
+  return row_optimizer
+
+
+def _say_how_it_ended(step, total_steps, folder: pathlib.Path, stop) -> None:
+  if step < total_steps and stop.requested:
+    print(
+      f'Stopped after step {step} of {total_steps}; saved in {folder}. '
+      'Run the same command to continue.',
+      file=sys.stderr,
+    )
+  else:
+    print(f'Finished step {step}; saved in {folder}.')

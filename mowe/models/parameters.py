@@ -1,0 +1,49 @@
+"""The parameter tree of a model: ordinary parameters, and expert tables."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# Module name of every expert table: `experts/wi_0`, `.../mlp/experts/wo`.
+_TABLE = 'experts'
+
+# Path of a table, such as `experts` -> its kernels by name.
+Tables = dict[str, dict[str, jax.Array]]
+
+
+def split_tables(params: Any) -> tuple[Any, Tables]:
+  """Takes the expert tables out of a model's parameters."""
+  ordinary, tables = {}, {}
+  for path, value in flax.traverse_util.flatten_dict(params).items():
+    if len(path) > 1 and path[-2] == _TABLE:
+      tables.setdefault('/'.join(path[:-1]), {})[path[-1]] = value
+    else:
+      ordinary[path] = value
+  return flax.traverse_util.unflatten_dict(ordinary), tables
+
+
+def merge_tables(params: Any, tables: Tables) -> Any:
+  """Inverse of `split_tables`; the tables may be compact ones."""
+  flat = flax.traverse_util.flatten_dict(params)
+  for name, kernels in tables.items():
+    for kernel, value in kernels.items():
+      flat[(*name.split('/'), kernel)] = value
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+def initial_variables(model: nn.Module, key: jax.Array) -> Any:
+  """The model's variables; wrap in `jit` or `eval_shape`.
+
+  Lengths do not matter to any parameter, so tiny inputs do.
+  """
+  ids = jnp.ones((1, 2), jnp.int32)
+  routing = {}
+  if model.config.sparse_feed_forward is not None:
+    routing = {
+      'encoder_routing_ids': jnp.zeros((1, 2), jnp.int32),
+      'decoder_routing_ids': jnp.zeros((1, 2), jnp.int32),
+    }
+  return model.init(key, ids, ids, ids, enable_dropout=False, **routing)

@@ -1,0 +1,153 @@
+"""The training loop: steps, actions with a period, and a clean stop."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mowe.models import parameters
+from mowe.training import metrics as metrics_lib
+from mowe.training import progress as progress_lib
+from mowe.training import train_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+  """An action that is due every `period` steps, and after the last one.
+
+  Attributes:
+    period: steps; 0 for never but at the end.
+    action: called with the number of steps done and the state.
+  """
+
+  period: int
+  action: Callable[[int, train_state.TrainState], None]
+
+  def is_due(self, step: int, is_last: bool) -> bool:
+    return is_last or bool(self.period and step % self.period == 0)
+
+
+class StopSignal:
+  """Ends the loop after the step that is being done.
+
+  SIGINT (Ctrl-C) and SIGTERM set it; a second Ctrl-C stops at once.
+  """
+
+  def __init__(self):
+    self.requested = False
+
+  @contextlib.contextmanager
+  def listening(self) -> Iterator[None]:
+    """Catches the signals as long as the context lasts."""
+    old = {
+      number: signal.signal(number, self._catch)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+      yield
+    finally:
+      for number, handler in old.items():
+        signal.signal(number, handler)
+
+  def _catch(self, number, frame):
+    del frame
+    if self.requested and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.requested = True
+
+
+class DivergedError(FloatingPointError):
+  """The loss is no longer a number."""
+
+
+def run(
+  state: train_state.TrainState,
+  frozen: parameters.Tables,
+  *,
+  train_step: Callable[..., tuple[train_state.TrainState, dict[str, Any]]],
+  batches: Iterable[tuple[dict[str, np.ndarray], Any]],
+  total_steps: int,
+  put: Callable[[Any, Any], tuple[Any, Any]],
+  actions: Sequence[Every] = (),
+  writers: Sequence[metrics_lib.Writer] = (),
+  progress: progress_lib.Progress,
+  log_period: int = 100,
+  stop: StopSignal | None = None,
+) -> train_state.TrainState:
+  """Trains until `total_steps` updates are made or a stop is asked for.
+
+  Args:
+    state: where to begin; donated.
+    frozen: expert tables that are read but not trained.
+    train_step: as made by `step.make_train_step`, jitted.
+    batches: batches with their plans, beginning at `state.step`.
+    total_steps: updates of the whole run, those before this call included.
+    put: brings a host batch and its plan to the devices.
+    actions: what is done between steps.
+    writers: get the metrics of each log period.
+    progress: shows them.
+    log_period: steps between two lines of metrics.
+    stop: asked after every step.
+
+  Returns:
+    The last state.
+
+  Raises:
+    DivergedError: the loss of a period is not finite; nothing is saved then.
+  """
+  stop = stop or StopSignal()
+  step = int(state.step)
+  pending = []
+  with stop.listening(), progress:
+    for batch, plan in batches:
+      if step >= total_steps or stop.requested:
+        break
+      num_tokens = _num_tokens(batch)
+      state, metrics = train_step(state, frozen, *put(batch, plan))
+      step += 1
+      pending.append(metrics)
+      is_last = step == total_steps or stop.requested
+      values = None
+      if step % log_period == 0 or is_last:
+        # Only here does the host wait for the device.
+        values = _mean_values(pending)
+        pending = []
+        _check_finite(step, values)
+        for writer in writers:
+          writer.write(step, values)
+        values = {'loss': values['loss'], 'accuracy': values['accuracy']}
+      progress.update(step, num_tokens, values)
+      for action in actions:
+        if action.is_due(step, is_last):
+          action.action(step, state)
+      if is_last:
+        break
+  return state
+
+
+def _mean_values(pending) -> dict[str, float]:
+  totals: dict[str, metrics_lib.Mean] = {}
+  for metrics in jax.device_get(pending):
+    totals = metrics_lib.merge(totals, metrics)
+  return metrics_lib.compute(totals)
+
+
+def _num_tokens(batch) -> int:
+  return int(
+    np.count_nonzero(batch['encoder_input_tokens'])
+    + np.count_nonzero(batch['decoder_target_tokens'])
+  )
+
+
+def _check_finite(step, values):
+  if not math.isfinite(values['loss']):
+    raise DivergedError(
+      f'The loss must stay finite, but is {values["loss"]} after step '
+      f'{step}. Lower the learning rate or clip gradients; the checkpoints '
+      'before this step are untouched.'
+    )

@@ -1,0 +1,140 @@
+"""The device mesh, and one table from logical axes to mesh axes."""
+
+from typing import Any
+
+import flax
+import jax
+from flax.linen import partitioning as flax_partitioning
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ('data', 'expert', 'model')
+
+# Logical axis -> mesh axis. A new sharding is a new row.
+LOGICAL_AXIS_RULES = (
+    ('batch', ('data', 'expert')),
+    ('vocab', 'model'),
+    ('mlp', 'model'),
+    ('heads', 'model'),
+    ('joined_kv', 'model'),
+    ('expert', 'expert'),
+    ('expert_mlp', 'model'),
+    ('embed', None),
+    ('kv', None),
+    ('length', None),
+    ('relpos_buckets', None),
+)
+
+
+def make_mesh(
+    data: int | None = None,
+    expert: int = 1,
+    model: int = 1,
+    devices: list[Any] | None = None,
+) -> Mesh:
+  """Mesh with axes data, expert and model.
+
+  Args:
+    data: devices along which the batch is split; by default all that are left.
+    expert: devices along which expert tables are split; splits the batch too.
+    model: devices along which kernels are split.
+    devices: all devices by default.
+
+  Raises:
+    ValueError: the product of the axes is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if data is None:
+    data = max(1, len(devices) // (expert * model))
+  if data * expert * model != len(devices):
+    raise ValueError(
+        'The mesh must use every device: data x expert x model must be '
+        f'{len(devices)}, but is {data} x {expert} x {model} = '
+        f'{data * expert * model}. Leave out `data` or change the others.'
+    )
+  # Auto: explicit axes, jax's default, refuse gathers from a sharded table.
+  return jax.make_mesh(
+      (data, expert, model),
+      MESH_AXES,
+      axis_types=(AxisType.Auto,) * 3,
+      devices=devices,
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch go to the data and expert axes together."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'expert')))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int) -> None:
+  """Raises ValueError unless every device gets rows of every microbatch."""
+  unit = mesh.shape['data'] * mesh.shape['expert'] * num_microbatches
+  if batch_size % unit:
+    raise ValueError(
+        'The batch size must be a multiple of data x expert x microbatches = '
+        f"{mesh.shape['data']} x {mesh.shape['expert']} x {num_microbatches} = "
+        f'{unit}, but is {batch_size}. Use {batch_size // unit * unit + unit}.'
+    )
+
+
+def parameter_axes(params_axes: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
+  """Logical axes of every parameter, by path, from the model's `params_axes`."""
+  names = flax_partitioning.get_axis_names(params_axes)
+  return {
+      path: tuple(spec)
+      for path, spec in flax.traverse_util.flatten_dict(
+          flax.core.unfreeze(names)
+      ).items()
+  }
+
+
+def sharding_of_axes(axes: tuple[str, ...], mesh: Mesh) -> NamedSharding:
+  """Sharding of an array with these logical axes."""
+  spec = flax_partitioning.logical_to_mesh_axes(axes, LOGICAL_AXIS_RULES)
+  return NamedSharding(mesh, spec)
+
+
+def state_shardings(
+    state: Any, axes: dict[tuple[str, ...], tuple[str, ...]], mesh: Mesh
+) -> Any:
+  """Shardings of a train state's leaves.
+
+  A leaf that ends with the path of a parameter and has its shape (the
+  parameter, or a moment of it) is sharded like it. Row state, with the rows of
+  its table, is split by expert. Everything else is replicated.
+  """
+  by_name = {'/'.join(path): names for path, names in axes.items()}
+
+  def sharding(path, leaf):
+    keys = '/'.join(_key_name(key) for key in path)
+    for name, names in by_name.items():
+      if keys.endswith(name) and len(names) == leaf.ndim:
+        return sharding_of_axes(names, mesh)
+    if keys.startswith('table_state/') and leaf.ndim:
+      spec = PartitionSpec('expert', *[None] * (leaf.ndim - 1))
+      return NamedSharding(mesh, spec)
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _key_name(key) -> str:
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def put_batch(batch: Any, sharding: NamedSharding) -> Any:
+  """Host arrays to global device arrays; each process keeps its own rows."""
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  return jax.tree.map(
+      lambda x: jax.make_array_from_callback(
+          x.shape, sharding, lambda index: x[index]
+      ),
+      batch,
+  )

@@ -1,0 +1,246 @@
+"""One training step: gather planned rows, differentiate, update in place."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from mowe.models import parameters
+from mowe.training import losses, row_optimizers, train_state
+from mowe.training.metrics import Mean
+from mowe.words import plan as plans
+
+Metrics = dict[str, Mean]
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """What is minimised.
+
+  Attributes:
+    label_smoothing: probability mass of all wrong tokens together.
+    z_loss: coefficient of log(Z)^2.
+  """
+
+  label_smoothing: float = 0.0
+  z_loss: float = 1e-4
+
+
+def make_train_step(
+    model: nn.Module,
+    *,
+    optimizer: optax.GradientTransformation,
+    row_optimizer: row_optimizers.RowOptimizer | None,
+    loss: LossConfig,
+    seed: int,
+    num_microbatches: int = 1,
+) -> Callable[..., tuple[train_state.TrainState, Metrics]]:
+  """The step `(state, frozen, batch, plan) -> (state, metrics)`.
+
+  The loss is the mean over the target tokens of the whole batch: gradients of
+  sums are added over microbatches and divided once, so that the number of
+  microbatches changes nothing but memory.
+
+  Args:
+    model: the model.
+    optimizer: of the ordinary parameters.
+    row_optimizer: of the planned rows of expert tables; None: frozen.
+    loss: what is minimised.
+    seed: of dropout; the stream of a step depends on (seed, step) alone.
+    num_microbatches: parts that are computed one after another.
+
+  Returns:
+    A function to be jitted with the state donated. `frozen` holds the tables
+    when they are frozen (they must not be outputs: they would be copied), else
+    it is {}. `plan` is None for a model without word experts.
+  """
+
+  def loss_of_part(params, rows, batch, streams, key):
+    return _summed_loss(model, loss, params, rows, batch, streams, key)
+
+  def train_step(state, frozen, batch, plan):
+    rows = gather_rows(state.tables or frozen, plan)
+    trained = (state.params, rows if state.tables else {})
+    held = {} if state.tables else rows
+
+    def summed_loss(trained, batch, streams, key):
+      params, rows = trained
+      return loss_of_part(params, rows or held, batch, streams, key)
+
+    gradient = jax.grad(summed_loss, has_aux=True)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    streams = _streams(plan)
+    if num_microbatches == 1:
+      grads, metrics = gradient(trained, batch, streams, key)
+    else:
+      grads, metrics = _accumulate(
+          gradient, trained, batch, streams, key, num_microbatches
+      )
+    num_tokens = jnp.maximum(metrics['loss'].count, 1.0)
+    grads = jax.tree.map(lambda g: g / num_tokens, grads)
+    param_grads, row_grads = grads
+
+    metrics['gradient_norm'] = Mean(
+        optax.global_norm(param_grads), jnp.ones(())
+    )
+    updates, opt_state = optimizer.update(
+        param_grads, state.opt_state, state.params
+    )
+    tables, table_state = state.tables, state.table_state
+    if state.tables:
+      tables, table_state = _update_rows(
+          row_optimizer, state, row_grads, rows, plan
+      )
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        tables=tables,
+        table_state=table_state,
+    )
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(
+    model: nn.Module, loss: LossConfig
+) -> Callable[..., Metrics]:
+  """The step `(params, tables, batch, plan) -> metrics`, without dropout."""
+
+  def eval_step(params, tables, batch, plan):
+    rows = gather_rows(tables, plan)
+    _, metrics = _summed_loss(
+        model, loss, params, rows, batch, _streams(plan), None
+    )
+    return metrics
+
+  return eval_step
+
+
+def gather_rows(
+    tables: parameters.Tables, plan: plans.ExpertPlan | None
+) -> parameters.Tables:
+  """The planned rows of every table; zeros in rows that are not used."""
+  if not tables or plan is None:
+    return tables
+  return jax.tree.map(
+      lambda table: jnp.take(
+          table, plan.experts, axis=0, mode='fill', fill_value=0
+      ),
+      tables,
+  )
+
+
+def _summed_loss(model, loss, params, rows, batch, streams, key):
+  """Sum over target tokens, and metrics as sums and counts."""
+  targets = batch['decoder_target_tokens']
+  weights = batch['decoder_loss_weights']
+  names = (
+      'encoder_segment_ids',
+      'decoder_segment_ids',
+      'encoder_routing_ids',
+      'decoder_routing_ids',
+  )
+  logits = model.apply(
+      {'params': parameters.merge_tables(params, rows)},
+      batch['encoder_input_tokens'],
+      batch['decoder_input_tokens'],
+      targets,
+      enable_dropout=key is not None,
+      rngs=None if key is None else {'dropout': key},
+      **{name: batch[name] for name in names if name in batch} | streams,
+  )
+  entropy, z_loss = losses.cross_entropy(
+      logits,
+      targets,
+      label_smoothing=loss.label_smoothing,
+      z_loss=loss.z_loss,
+  )
+  num_tokens = jnp.sum(weights)
+  right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  summed = lambda values: Mean(jnp.sum(values * weights), num_tokens)
+  metrics = {
+      'loss': summed(entropy),
+      'z_loss': summed(z_loss),
+      'accuracy': summed(right),
+  }
+  metrics |= _routing_metrics(model, batch)
+  return jnp.sum((entropy + z_loss) * weights), metrics
+
+
+def _routing_metrics(model, batch):
+  """Shares of tokens that had an expert: routed + skipped + padding = all."""
+  metrics = {}
+  for stream in ('encoder', 'decoder'):
+    ids = batch.get(f'{stream}_routing_ids')
+    if ids is None or model.config.routing is None:
+      continue
+    num_experts = model.config.routing.num_experts
+    total = jnp.asarray(ids.size, jnp.float32)
+    share = lambda which, total=total: Mean(
+        jnp.sum(which.astype(jnp.float32)), total
+    )
+    metrics[f'{stream}_routed'] = share((ids >= 0) & (ids < num_experts))
+    metrics[f'{stream}_skipped'] = share(ids >= num_experts)
+    metrics[f'{stream}_padding'] = share(ids < 0)
+  return metrics
+
+
+def _streams(plan):
+  if plan is None:
+    return {}
+  return {
+      f'{name}_routing_ids': stream
+      for name in ('encoder', 'decoder')
+      if (stream := getattr(plan, name)) is not None
+  }
+
+
+def _accumulate(gradient, trained, batch, streams, key, num_microbatches):
+  """Adds gradients and metrics of the parts of a batch, in float32."""
+  # [batch, ...] -> [parts, batch / parts, ...]; plans are already cut.
+  # Every part takes rows from all over the batch, so from every device.
+  cut = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+  parts = (jax.tree.map(cut, batch), streams, jnp.arange(num_microbatches))
+
+  def one(part):
+    batch, streams, number = part
+    return gradient(trained, batch, streams, jax.random.fold_in(key, number))
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, one(part)), None
+
+  first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _update_rows(row_optimizer, state, grads, rows, plan):
+  """Updates the planned rows of each table and writes them back in place."""
+  present = plan.experts < _num_experts(state.tables)
+  gather = lambda x: jnp.take(x, plan.experts, axis=0, mode='clip')
+  # Unused rows have numbers beyond the table and are dropped.
+  write = lambda whole, rows: whole.at[plan.experts].set(
+      rows, mode='drop', unique_indices=True
+  )
+  tables, table_state = {}, {}
+  for name, table in state.tables.items():
+    old_state = jax.tree.map(gather, state.table_state[name])
+    new_rows, new_state = row_optimizer.update(
+        grads[name], old_state, rows[name], state.step, present
+    )
+    tables[name] = jax.tree.map(write, table, new_rows)
+    table_state[name] = jax.tree.map(
+        write, state.table_state[name], new_state
+    )
+  return tables, table_state
+
+
+def _num_experts(tables):
+  return jax.tree.leaves(tables)[0].shape[0]

@@ -1,0 +1,65 @@
+"""What training changes: ordinary parameters, and rows of expert tables."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from mowe.models import parameters
+from mowe.training import row_optimizers
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a checkpoint has to hold to continue to the same bits.
+
+  Attributes:
+    step: <int32>[], number of updates made.
+    params: ordinary parameters, nested as in the model.
+    opt_state: the optax state of `params`.
+    tables: path of a table, such as `experts` -> its kernels
+      <float32>[num_experts, ...] by name. Empty when experts are frozen.
+    table_state: path of a table -> state of the row optimizer, every leaf with
+      a leading axis of experts.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  tables: parameters.Tables
+  table_state: dict[str, Any]
+
+
+def create(
+    model: nn.Module,
+    key: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    row_optimizer: row_optimizers.RowOptimizer | None,
+) -> TrainState:
+  """A fresh state; wrap in `jit` or `eval_shape`.
+
+  Args:
+    model: the model.
+    key: seed of the parameters.
+    optimizer: of the ordinary parameters.
+    row_optimizer: of the expert tables; None if they are frozen, and then the
+      state holds none of them.
+  """
+  params, tables = parameters.split_tables(
+      parameters.initial_variables(model, key)['params']
+  )
+  table_state = {}
+  if row_optimizer is None:
+    tables = {}
+  else:
+    table_state = {name: row_optimizer.init(t) for name, t in tables.items()}
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      tables=tables,
+      table_state=table_state,
+  )

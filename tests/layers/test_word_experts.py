@@ -1,0 +1,195 @@
+"""MoWE layer against a float64 loop over tokens, values and gradients."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mowe.layers import feed_forward, word_experts
+from mowe.words import plan as plans
+
+BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 2, 9, 5, 3, 11
+
+KERNELS = {
+    ('gelu', 'linear'): ('wi_0', 'wi_1'),
+    ('relu',): ('wi',),
+}
+
+
+def gelu(x):
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_slope(x, step=1e-6):
+  return (gelu(x + step) - gelu(x - step)) / (2 * step)
+
+
+def oracle(tokens, ids, table, cotangent):
+  """Outputs and gradients, one token at a time, in float64."""
+  table = {name: np.asarray(w, np.float64) for name, w in table.items()}
+  tokens = np.asarray(tokens, np.float64)
+  outputs = np.zeros(tokens.shape)
+  d_tokens = np.zeros(tokens.shape)
+  d_table = {name: np.zeros(w.shape) for name, w in table.items()}
+  for at in np.ndindex(ids.shape):
+    e, x, g = ids[at], tokens[at], cotangent[at]
+    if not 0 <= e < NUM_EXPERTS:
+      continue
+    if 'wi' in table:
+      a = x @ table['wi'][e]
+      hidden = np.maximum(a, 0)
+    else:
+      a, b = x @ table['wi_0'][e], x @ table['wi_1'][e]
+      hidden = gelu(a) * b
+    outputs[at] = hidden @ table['wo'][e]
+    d_hidden = table['wo'][e] @ g
+    d_table['wo'][e] += np.outer(hidden, g)
+    if 'wi' in table:
+      d_inputs = {'wi': d_hidden * (a > 0)}
+    else:
+      d_inputs = {
+          'wi_0': d_hidden * b * gelu_slope(a),
+          'wi_1': d_hidden * gelu(a),
+      }
+    for name, d in d_inputs.items():
+      d_table[name][e] += np.outer(x, d)
+      d_tokens[at] += table[name][e] @ d
+  return outputs, d_tokens, d_table
+
+
+def make_case(seed, activations):
+  rng = np.random.default_rng(seed)
+  tokens = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
+  cotangent = rng.normal(size=tokens.shape).astype(np.float32)
+  # Skewed, with padding and skipped words; several experts stay absent.
+  ids = rng.choice(
+      [-1, NUM_EXPERTS, 0, 2, 2, 2, 2, 5, 7, 10], size=(BATCH, LENGTH)
+  ).astype(np.int32)
+  layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM, activations)
+  params = layer.init(jax.random.key(seed), tokens, ids)['params']
+  return layer, params, tokens, ids, cotangent
+
+
+def close(actual, expected):
+  expected = np.asarray(expected)
+  np.testing.assert_allclose(
+      actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+  )
+
+
+@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
+@pytest.mark.parametrize('seed', range(3))
+def test_by_token_equals_the_loop(seed, activations):
+  layer, params, tokens, ids, cotangent = make_case(seed, activations)
+  outputs, backward = jax.vjp(
+      lambda p, x: layer.apply({'params': p}, x, ids), params, tokens
+  )
+  d_params, d_tokens = backward(cotangent)
+  expected = oracle(tokens, ids, params['experts'], cotangent)
+  close(outputs, expected[0])
+  close(d_tokens, expected[1])
+  for name, d in expected[2].items():
+    close(d_params['experts'][name], d)
+
+
+@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('as_decoder', [False, True])
+def test_planned_equals_the_loop(seed, activations, as_decoder):
+  layer, params, tokens, ids, cotangent = make_case(seed, activations)
+  batch = {'encoder': ids}
+  if as_decoder:
+    # The decoder picks its rows out of a table laid out for the encoder.
+    rng = np.random.default_rng(seed)
+    other = rng.integers(0, NUM_EXPERTS, (BATCH, 4)).astype(np.int32)
+    batch = {'encoder': other, 'decoder': ids}
+  planner = plans.Planner(
+      plans.profile_ladder([batch], NUM_EXPERTS), NUM_EXPERTS
+  )
+  plan = planner(batch)
+  stream = plan.decoder if as_decoder else plan.encoder
+  rows = jax.tree.map(
+      lambda w: jnp.take(w, plan.experts, axis=0, mode='fill', fill_value=0),
+      params,
+  )
+  outputs, backward = jax.vjp(
+      lambda p, x: layer.apply({'params': p}, x, stream), rows, tokens
+  )
+  d_rows, d_tokens = backward(cotangent)
+  expected = oracle(tokens, ids, params['experts'], cotangent)
+  close(outputs, expected[0])
+  close(d_tokens, expected[1])
+  real = plan.experts < NUM_EXPERTS
+  for name, d in expected[2].items():
+    close(d_rows['experts'][name][real], d[plan.experts[real]])
+    np.testing.assert_array_equal(d_rows['experts'][name][~real], 0)
+
+
+def test_tokens_without_an_expert_give_zero():
+  layer, params, tokens, _, _ = make_case(0, ('gelu', 'linear'))
+  ids = np.full((BATCH, LENGTH), NUM_EXPERTS, np.int32)
+  ids[0] = -1
+  outputs = layer.apply({'params': params}, tokens, ids)
+  np.testing.assert_array_equal(outputs, 0)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_renumbering_experts_changes_nothing(seed):
+  layer, params, tokens, ids, _ = make_case(seed, ('gelu', 'linear'))
+  order = np.random.default_rng(seed).permutation(NUM_EXPERTS)
+  new_number = np.append(np.argsort(order), [NUM_EXPERTS, -1]).astype(np.int32)
+  renumbered = jax.tree.map(lambda w: w[order], params)
+  actual = layer.apply({'params': renumbered}, tokens, new_number[ids])
+  expected = layer.apply({'params': params}, tokens, ids)
+  np.testing.assert_array_equal(actual, expected)
+
+
+def test_one_expert_is_the_dense_feed_forward():
+  tokens = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, EMBED))
+  ids = jnp.zeros((BATCH, LENGTH), jnp.int32)
+  layer = word_experts.MoweLayer(1, EXPERT_DIM)
+  params = layer.init(jax.random.key(1), tokens, ids)['params']
+  dense = {
+      name: {'kernel': kernel[0]} for name, kernel in params['experts'].items()
+  }
+  expected = feed_forward.DenseFeedForward(EXPERT_DIM).apply(
+      {'params': dense}, tokens
+  )
+  close(layer.apply({'params': params}, tokens, ids), expected)
+
+
+def test_many_tokens_are_read_in_chunks_without_a_change():
+  layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM)
+  rng = np.random.default_rng(0)
+  tokens = rng.normal(size=(3, 211, EMBED)).astype(np.float32)
+  ids = rng.integers(-1, NUM_EXPERTS + 1, (3, 211)).astype(np.int32)
+  params = layer.init(jax.random.key(0), tokens[:, :5], ids[:, :5])['params']
+  whole = layer.apply({'params': params}, tokens, ids)
+  parts = [
+      layer.apply({'params': params}, tokens[:, i : i + 50], ids[:, i : i + 50])
+      for i in range(0, 211, 50)
+  ]
+  close(whole, jnp.concatenate(parts, axis=1))
+
+
+def test_axes_of_the_table():
+  layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM)
+  ids = jnp.zeros((1, 2), jnp.int32)
+  variables = layer.init(jax.random.key(0), jnp.ones((1, 2, EMBED)), ids)
+  axes = flax.traverse_util.flatten_dict(variables['params_axes'], sep='/')
+  assert axes['experts/wi_0_axes'].names == ('expert', 'embed', 'expert_mlp')
+  assert axes['experts/wo_axes'].names == ('expert', 'expert_mlp', 'embed')
+
+
+def test_bad_routing_ids_are_named():
+  layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM)
+  init = functools.partial(
+      layer.init, jax.random.key(0), jnp.ones((2, 4, EMBED))
+  )
+  with pytest.raises(ValueError, match='T5Config.routing'):
+    init(None)
+  with pytest.raises(ValueError, match='RoutingVocabulary.encoder_ids'):
+    init(jnp.zeros((4, 2), jnp.int32))
