@@ -86,6 +86,11 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
     raise GinError(_missing(str(error))) from error
 
 
+def macro(name: str) -> Any:
+  """The value of a macro in what was parsed last."""
+  return gin.query_parameter(f'%{name}')
+
+
 def operative_config() -> str:
   """Everything that was used, as one gin file."""
   return gin.operative_config_str()

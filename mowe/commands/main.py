@@ -133,16 +133,27 @@ def _make_parser() -> argparse.ArgumentParser:
     'quickstart', help='T5 and MoWE of equal FLOPs, from text to answers'
   )
   quickstart.add_argument('--output', default='quickstart_output')
-  quickstart.add_argument('--seeds', type=int, default=1)
+  quickstart.add_argument(
+    '--data_dir', help='documents, qa_train, qa_validation .jsonl of your own'
+  )
+  quickstart.add_argument(
+    '--recipe', default='world', help='gin_configs/examples/<recipe>_*.gin'
+  )
+  quickstart.add_argument('--vocabulary', help='default: trained on the text')
+  quickstart.add_argument('--vocabulary_size', type=int, default=1000)
+  quickstart.add_argument('--num_experts', type=int, default=2048)
+  quickstart.add_argument('--names_files', nargs='*', default=())
+  quickstart.add_argument('--num_seeds', type=int, default=1)
   quickstart.add_argument(
     '--with_longer_t5', action='store_true', help='a T5 trained 3x as long'
   )
   quickstart.add_argument(
     '--with_larger_t5',
     action='store_true',
-    help='a T5 with as many parameters in all (slow)',
+    help='a T5 with as many parameters in all (hours on a CPU)',
   )
-  quickstart.add_argument('--steps', type=int, default=None)
+  quickstart.add_argument('--steps', type=int, help='of pretraining')
+  quickstart.add_argument('--finetune_steps', type=int)
   quickstart.set_defaults(run=_quickstart)
   return parser
 
@@ -310,13 +321,10 @@ def _quickstart(options, bindings):
   del bindings
   from mowe.commands import quickstart
 
-  quickstart.quickstart(
-    options.output,
-    num_seeds=options.seeds,
-    with_longer_t5=options.with_longer_t5,
-    with_larger_t5=options.with_larger_t5,
-    steps=options.steps,
-  )
+  settings = vars(options)
+  for name in ('verb', 'run'):
+    del settings[name]
+  quickstart.quickstart(settings.pop('output'), **settings)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,15 @@
+# Sourced by the other scripts: an environment with this checkout installed.
+# The first argument names extras, such as '[test]'.
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+  if [ ! -x .venv/bin/python ]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+      echo "mowe needs Python 3.11 or newer, but ${PYTHON:-python3} is" \
+        "$("${PYTHON:-python3}" --version). Name another: PYTHON=python3.11" >&2
+      exit 1
+    }
+    "${PYTHON:-python3}" -m venv .venv
+  fi
+  source .venv/bin/activate
+fi
+echo "Installing mowe and what it needs in $VIRTUAL_ENV"
+python -m pip install --quiet --disable-pip-version-check -e ".${1:-}"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# All tests, the slow ones too. Makes .venv unless a virtual environment is
+# active, installs, and runs. Options go to pytest, for example:
+# bash scripts/test.sh -k plan
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh '[test]'
+ruff check .
+ruff format --check .
+python -m pytest --slow "$@"
