@@ -6,9 +6,11 @@ where it was when it is started again.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -24,11 +26,15 @@ from mowe.commands import (
   train,
 )
 from mowe.data import generated_world, text_files
-from mowe.evaluation import report
+from mowe.evaluation import evaluate as evaluate_lib
+from mowe.evaluation import inference, report
 from mowe.models import costs, t5
 from mowe.training import metrics as metrics_lib
 from mowe.words import subwords
 
+# Examples of the pretraining text on which recall is measured.
+_RECALL_EXAMPLES = 1024
+_DATE = re.compile(r'\d{1,2} [A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}, \d{4}')
 _FILES = ('documents', 'qa_train', 'qa_validation')
 
 
@@ -200,6 +206,7 @@ class _Runs:
     base = self._folder_of(one.name, seed)
     start = time.monotonic()
     self._train(one, seed, 'pretrain', self.steps, base / 'pretrained')
+    _show_recall(base, gin_config.call(data_config.DataConfig))
     self._train(
       one,
       seed,
@@ -209,17 +216,15 @@ class _Runs:
       INITIAL_CHECKPOINT_PATH=str(base / 'pretrained'),
     )
     seconds = time.monotonic() - start
-    lengths = gin_config.macro('TASK_FEATURE_LENGTHS')
+    data = gin_config.call(
+      data_config.DataConfig, mixture_or_task_name='qa_validation'
+    )
     result = evaluate.evaluate(
       checkpoint_path=str(base / 'finetuned'),
       output_dir=str(base / 'evaluation'),
-      data=data_config.DataConfig(
-        'qa_validation',
-        lengths,
-        batch_size=gin_config.macro('BATCH_SIZE'),
-        cache_dir=self.macros['CACHE_DIR'],
-      ),
+      data=data,
     )
+    lengths = data.task_feature_lengths
     cost = costs.model_costs(self._config(base))
     return report.ModelResult(
       name=one.name,
@@ -288,6 +293,43 @@ class _Runs:
 
   def _config(self, base: pathlib.Path) -> t5.T5Config:
     return model_folder.load_config(base / 'pretrained')[0]
+
+
+def _show_recall(base: pathlib.Path, data: data_config.DataConfig) -> None:
+  """What the model can fill in of the text it was pretrained on.
+
+  A model may have stored what it cannot yet be asked for.
+  """
+  loaded = model_folder.load(str(base / 'pretrained'))
+  lengths = data.task_feature_lengths
+  generator = inference.Generator(
+    loaded.model,
+    loaded.params,
+    batch_size=data.batch_size,
+    max_target_length=lengths['targets'],
+    input_lengths=(lengths['inputs'],),
+  )
+  batches = list(
+    itertools.islice(
+      data.open(loaded.vocabulary).eval_batches(),
+      _RECALL_EXAMPLES // data.batch_size,
+    )
+  )
+  recalls = {}
+  for name, counts in (('all spans', None), ('whole dates', _is_date)):
+    found = evaluate_lib.span_recall(
+      generator, batches, loaded.vocabulary, counts=counts
+    )
+    recalls[name] = dataclasses.asdict(found)
+    print(
+      f'Recall of masked text, {name}: {found.recall:.3f} '
+      f'({found.num_right:,} of {found.num_spans:,})'
+    )
+  (base / 'recall.json').write_text(json.dumps(recalls, indent=2) + '\n')
+
+
+def _is_date(text: str) -> bool:
+  return bool(_DATE.fullmatch(text.strip()))
 
 
 def _mean(results: Sequence[report.ModelResult]) -> report.ModelResult:
