@@ -9,6 +9,7 @@ from mowe.data import cache_builders, text_files
 from mowe.words import subwords as subwords_lib
 
 KINDS = ('text', 'questions')
+TASK_MODULES = ('mowe.tasks.pretraining', 'mowe.tasks.closed_book_qa')
 # Below this a process pool costs more than it saves.
 _BYTES_WORTH_WORKERS = 32 * 2**20
 
@@ -22,6 +23,7 @@ def cache_task(
   seqio_task: str = '',
   split: str = 'train',
   task_modules: Sequence[str] = (),
+  tfds_data_dir: str | None = None,
   extra_ids: int = 100,
   field: str = 'text',
   unit: str = 'line',
@@ -40,7 +42,10 @@ def cache_task(
     kind: of files: 'text' for pretraining, 'questions' for question answering.
     seqio_task: name of a registered task; loads TensorFlow.
     split: of the seqio task.
-    task_modules: imported first, to register the seqio task.
+    task_modules: imported first, to register the seqio task; one that has a
+      function `register_tfds_tasks` is told the vocabulary by a call of it.
+      None: mowe's own, TASK_MODULES.
+    tfds_data_dir: where TFDS keeps its data sets.
     extra_ids: sentinels of the vocabulary.
     field: of kind 'text', holds the text.
     unit: of text files: 'line' or 'paragraph' is one record.
@@ -71,8 +76,13 @@ def cache_task(
     # Only here: TensorFlow takes seconds to load.
     from mowe.data import seqio_stream
 
-    for module in task_modules:
-      importlib.import_module(module)
+    if tfds_data_dir:
+      _, seqio = seqio_stream.import_seqio()
+      seqio.set_tfds_data_dir_override(tfds_data_dir)
+    for name in task_modules or TASK_MODULES:
+      module = importlib.import_module(name)
+      if hasattr(module, 'register_tfds_tasks'):
+        module.register_tfds_tasks(subwords)
     return seqio_stream.cache_seqio_task(
       seqio_task,
       output,

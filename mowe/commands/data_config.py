@@ -31,6 +31,8 @@ class DataConfig:
     split: of a seqio mixture.
     seed: of the order of examples and of masking.
     trial_steps: batches looked at before a run, to size the expert plan.
+    registered_tasks: not read. A gin file calls here what registers its seqio
+      tasks, such as `(@pretraining.register_tfds_tasks(),)`.
   """
 
   mixture_or_task_name: str | Mapping[str, float]
@@ -43,6 +45,7 @@ class DataConfig:
   split: str = 'train'
   seed: int = 0
   trial_steps: int = 20
+  registered_tasks: Any = None
 
   def open(self, vocabulary: Any) -> Any:
     """The batches; caches are checked against the subword vocabulary."""

@@ -48,6 +48,7 @@ def _make_parser() -> argparse.ArgumentParser:
   train.add_argument(
     '--dry_run', action='store_true', help='print what would be done'
   )
+  train.add_argument('--tfds_data_dir', help='where TFDS keeps its data sets')
   _add_distributed(train)
   train.set_defaults(run=_train)
 
@@ -109,7 +110,10 @@ def _make_parser() -> argparse.ArgumentParser:
   cache.add_argument('--vocabulary', required=True)
   cache.add_argument('--kind', choices=('text', 'questions'), default='text')
   cache.add_argument('--seqio_task', default='', help='instead of files')
-  cache.add_argument('--task_modules', nargs='*', default=())
+  cache.add_argument(
+    '--task_modules', nargs='*', default=(), help="default: mowe's own tasks"
+  )
+  cache.add_argument('--tfds_data_dir', help='where TFDS keeps its data sets')
   cache.add_argument('--split', default='train', help='of the seqio task')
   cache.add_argument('--field', default='text')
   cache.add_argument('--unit', choices=('line', 'paragraph'), default='line')
@@ -210,6 +214,11 @@ def _train(options, bindings):
       options.process_count,
       options.process_index,
     )
+  if options.tfds_data_dir:
+    from mowe.data import seqio_stream
+
+    _, seqio = seqio_stream.import_seqio()
+    seqio.set_tfds_data_dir_override(options.tfds_data_dir)
   arguments = {'dry_run': True} if options.dry_run else {}
   gin_config.call(
     train.train, config_text=gin_config.operative_config, **arguments
@@ -286,6 +295,7 @@ def _cache_task(options, bindings):
       seqio_task=options.seqio_task,
       split=options.split,
       task_modules=options.task_modules,
+      tfds_data_dir=options.tfds_data_dir,
       extra_ids=options.extra_ids,
       field=options.field,
       unit=options.unit,

@@ -1,17 +1,23 @@
 """`mowe train`: pretraining and finetuning, from scratch, start or resume."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
 import jax
 
-from mowe.commands import data_config, evaluations, model_folder, summary
+from mowe.commands import (
+  data_config,
+  evaluations,
+  initial_state,
+  model_folder,
+  summary,
+)
 from mowe.data import prefetch
-from mowe.models import parameters, t5
+from mowe.models import t5
 from mowe.training import (
   checkpoints as checkpoints_lib,
 )
@@ -116,13 +122,14 @@ def train(
   router = evaluations.make_router(
     model, _trial_batches(batches, data.trial_steps), num_microbatches
   )
-  setup = _State.make(module, optimizer, row_optimizer, mesh, seed)
+  setup = initial_state.Setup.make(module, optimizer, row_optimizer, mesh, seed)
   summary.show(setup.abstract, data, batches, mesh, model, freeze_experts)
   if dry_run:
     return None
 
   folder = model_folder.create(model_dir, model, vocabulary)
-  if config_text is not None:
+  folder = model_folder.create(model_dir, model, vocabulary)
+  if config_text is not None and jax.process_index() == 0:
     (folder / 'config.gin').write_text(config_text())
   described = {
     'model': model_folder.describe(model, vocabulary),
@@ -131,207 +138,113 @@ def train(
     'freeze_experts': freeze_experts,
     'num_microbatches': num_microbatches,
   }
-  with checkpoints_lib.Checkpoints(
-    folder, save.keep_last, save.best_metric, save.best_mode
-  ) as checkpoints:
+  with (
+    checkpoints_lib.Checkpoints(
+      folder, save.keep_last, save.best_metric, save.best_mode
+    ) as checkpoints,
+    contextlib.ExitStack() as closing,
+  ):
     state, frozen = setup.start(checkpoints, described, initial_checkpoint_path)
     first_step = int(state.step)
-    latest: dict[str, float] = {}
+    writers = _open_writers(folder, first_step, tensorboard, closing)
+    evaluate = _Evaluations(
+      [one.prepare(module, vocabulary, loss) for one in eval_configs],
+      writers['eval'],
+      frozen,
+    )
 
     def save_checkpoint(step, state):
       whole = state.replace(tables=state.tables or frozen)
-      checkpoints.save(step, whole, latest or None, described)
+      checkpoints.save(step, whole, evaluate.of_step(step), described)
 
-    writers = [
-      metrics.JsonLinesWriter(folder / 'train_metrics.jsonl', first_step)
-    ]
-    if tensorboard:
-      writers.append(
-        metrics.TensorBoardWriter(folder / 'tensorboard', first_step)
-      )
-    evaluate = _Evaluations(
-      [e.prepare(module, vocabulary, loss) for e in eval_configs],
-      metrics.JsonLinesWriter(folder / 'eval_metrics.jsonl', first_step),
-      writers[1:],
-      frozen,
-      latest,
-    )
+    # The best checkpoint must be one that was evaluated.
+    save_period = eval_period if save.best_metric else save.period
     batch_sharding = partitioning.batch_sharding(mesh)
     everywhere = partitioning.replicated(mesh)
     stop = loop.StopSignal()
-    shown = progress.Progress(total_steps, first_step, log_period)
-    with prefetch.Prefetcher(
-      data_config.batch_maker(batches, first_step),
-      first_step,
-      total_steps,
-      transform=router,
-    ) as prefetched:
-      state = loop.run(
-        state,
-        frozen,
-        train_step=setup.jitted_step(
-          step_lib.make_train_step(
-            module,
-            optimizer=setup.optimizer,
-            row_optimizer=row_optimizer,
-            loss=loss,
-            seed=seed,
-            num_microbatches=num_microbatches,
-          )
-        ),
-        batches=prefetched,
-        total_steps=total_steps,
-        put=lambda batch, plan: (
-          partitioning.put_batch(batch, batch_sharding),
-          partitioning.put_batch(plan, everywhere),
-        ),
-        actions=[
-          loop.Every(eval_period, evaluate),
-          loop.Every(save.period, save_checkpoint),
-        ],
-        writers=writers,
-        progress=shown,
-        log_period=log_period,
-        stop=stop,
+    prefetched = closing.enter_context(
+      prefetch.Prefetcher(
+        data_config.batch_maker(batches, first_step),
+        first_step,
+        total_steps,
+        transform=router,
       )
+    )
+    train_step = step_lib.make_train_step(
+      module,
+      optimizer=setup.optimizer,
+      row_optimizer=row_optimizer,
+      loss=loss,
+      seed=seed,
+      num_microbatches=num_microbatches,
+    )
+    state = loop.run(
+      state,
+      frozen,
+      train_step=setup.jit(train_step),
+      batches=prefetched,
+      total_steps=total_steps,
+      put=lambda batch, plan: (
+        partitioning.put_batch(batch, batch_sharding),
+        partitioning.put_batch(plan, everywhere),
+      ),
+      actions=[
+        loop.Every(eval_period, evaluate),
+        loop.Every(save_period, save_checkpoint),
+      ],
+      writers=writers['train'],
+      progress=progress.Progress(total_steps, first_step, log_period),
+      log_period=log_period,
+      stop=stop,
+    )
     checkpoints.wait()
-    for writer in (*writers, evaluate.writer):
-      writer.close()
-    _say_how_it_ended(int(state.step), total_steps, folder, stop)
+  _say_how_it_ended(int(state.step), total_steps, folder, stop)
   return state.replace(tables=state.tables or frozen)
 
 
-@dataclasses.dataclass(frozen=True)
-class _State:
-  """How the train state is made and where it lies."""
-
-  module: t5.T5
-  optimizer: Any
-  row_optimizer: Any
-  seed: int
-  abstract: train_state.TrainState
-  shardings: train_state.TrainState
-  tables: parameters.Tables
-  table_shardings: Any
-
-  @classmethod
-  def make(cls, module, optimizer, row_optimizer, mesh, seed) -> '_State':
-    key = jax.random.key(seed)
-    variables = jax.eval_shape(
-      lambda key: parameters.initial_variables(module, key), key
-    )
-    axes = partitioning.parameter_axes(variables['params_axes'])
-    ordinary, tables = parameters.split_tables(variables['params'])
-    nested = flax.traverse_util.unflatten_dict(
-      {path: axes[path] for path in flax.traverse_util.flatten_dict(ordinary)}
-    )
-    built = optimizer.build(nested)
-    abstract = jax.eval_shape(
-      lambda key: train_state.create(
-        module, key, optimizer=built, row_optimizer=row_optimizer
-      ),
-      key,
-    )
-    return cls(
-      module,
-      built,
-      row_optimizer,
-      seed,
-      abstract,
-      partitioning.state_shardings(abstract, axes, mesh),
-      tables,
-      partitioning.state_shardings({'tables': tables}, axes, mesh)['tables'],
-    )
-
-  def start(self, checkpoints, described, initial_path):
-    """State and frozen tables: resumed, from other weights, or fresh."""
-    frozen_here = self.row_optimizer is None
-    shardings = self.shardings
-    abstract = self.abstract
-    if frozen_here:
-      abstract = abstract.replace(tables=self.tables)
-      shardings = shardings.replace(tables=self.table_shardings)
-    target = jax.tree.map(_with_sharding, abstract, shardings)
-    if checkpoints.latest_step() is not None:
-      checkpoints.check_metadata(described)
-      state = checkpoints.restore(target)
-      print(f'Resumed {checkpoints.folder} at step {int(state.step)}.')
-    else:
-      state = self._fresh(frozen_here and initial_path is None)
-      if initial_path is not None:
-        state = _with_parameters(state, target, initial_path)
-    if not frozen_here:
-      return state, {}
-    return state.replace(tables={}), state.tables
-
-  def _fresh(self, with_tables: bool) -> train_state.TrainState:
-    key = jax.random.key(self.seed)
-    state = jax.jit(
-      lambda key: train_state.create(
-        self.module,
-        key,
-        optimizer=self.optimizer,
-        row_optimizer=self.row_optimizer,
-      ),
-      out_shardings=self.shardings,
-    )(key)
-    if with_tables:
-      tables = jax.jit(
-        lambda key: parameters.split_tables(
-          parameters.initial_variables(self.module, key)['params']
-        )[1],
-        out_shardings=self.table_shardings,
-      )(key)
-      state = state.replace(tables=tables)
-    return state
-
-  def jitted_step(self, train_step):
-    return jax.jit(
-      train_step,
-      donate_argnums=0,
-      out_shardings=(self.shardings, None),
-    )
+def _open_writers(folder, first_step, tensorboard, closing):
+  """Files of metrics of training and evaluation; process 0 writes them."""
+  writers = {'train': [], 'eval': []}
+  if jax.process_index() != 0:
+    return writers
+  for name, opened in writers.items():
+    path = folder / f'{name}_metrics.jsonl'
+    opened.append(metrics.JsonLinesWriter(path, first_step))
+  if tensorboard:
+    board = metrics.TensorBoardWriter(folder / 'tensorboard', first_step)
+    for opened in writers.values():
+      opened.append(board)
+  for writer in {id(w): w for ws in writers.values() for w in ws}.values():
+    closing.callback(writer.close)
+  return writers
 
 
 class _Evaluations:
   """Runs all evaluations, shows and writes their numbers."""
 
-  def __init__(self, prepared, writer, writers, frozen, latest):
+  def __init__(self, prepared, writers, frozen):
     self._prepared = prepared
-    self.writer = writer
-    self._writers = [writer, *writers]
+    self._writers = writers
     self._frozen = frozen
-    self._latest = latest
+    self._latest: tuple[int, dict[str, float]] | None = None
 
   def __call__(self, step: int, state: train_state.TrainState) -> None:
     if not self._prepared:
       return
-    self._latest.clear()
+    values: dict[str, float] = {}
     for evaluation in self._prepared:
-      self._latest.update(
-        evaluation(state.params, state.tables or self._frozen)
-      )
+      values |= evaluation(state.params, state.tables or self._frozen)
+    self._latest = step, values
     for writer in self._writers:
-      writer.write(step, self._latest)
-    numbers = '  '.join(
-      f'{name} {value:.4g}' for name, value in self._latest.items()
-    )
+      writer.write(step, values)
+    numbers = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
     print(f'step {step}  {numbers}', flush=True)
 
-
-def _with_parameters(state, target, path):
-  """Replaces parameters (and tables) by those of another run."""
-  folder, step = model_folder.split_checkpoint_path(path)
-  wanted = {'params': target.params, 'tables': target.tables}
-  with checkpoints_lib.Checkpoints(folder) as source:
-    parts = source.restore_parameters(wanted, step)
-    step = source.latest_step() if step is None else step
-  print(f'Started from {folder}, step {step}.')
-  return state.replace(params=parts['params'], tables=parts['tables'])
-
-
-def _with_sharding(leaf, sharding):
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  def of_step(self, step: int) -> dict[str, float] | None:
+    """The numbers of this very step, if it was evaluated."""
+    if self._latest is None or self._latest[0] != step:
+      return None
+    return self._latest[1]
 
 
 def _trial_batches(batches, number):

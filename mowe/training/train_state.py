@@ -11,6 +11,7 @@ from flax import linen as nn
 from mowe.models import parameters
 from mowe.training import row_optimizers
 
+
 @flax.struct.dataclass
 class TrainState:
   """All that a checkpoint has to hold to continue to the same bits.
@@ -33,11 +34,11 @@ class TrainState:
 
 
 def create(
-    model: nn.Module,
-    key: jax.Array,
-    *,
-    optimizer: optax.GradientTransformation,
-    row_optimizer: row_optimizers.RowOptimizer | None,
+  model: nn.Module,
+  key: jax.Array,
+  *,
+  optimizer: optax.GradientTransformation,
+  row_optimizer: row_optimizers.RowOptimizer | None,
 ) -> TrainState:
   """A fresh state; wrap in `jit` or `eval_shape`.
 
@@ -45,21 +46,19 @@ def create(
     model: the model.
     key: seed of the parameters.
     optimizer: of the ordinary parameters.
-    row_optimizer: of the expert tables; None if they are frozen, and then the
-      state holds none of them.
+    row_optimizer: of the expert tables; None if they are frozen: they have no
+      state then, and are to be taken out of the state that is trained.
   """
   params, tables = parameters.split_tables(
-      parameters.initial_variables(model, key)['params']
+    parameters.initial_variables(model, key)['params']
   )
   table_state = {}
-  if row_optimizer is None:
-    tables = {}
-  else:
+  if row_optimizer is not None:
     table_state = {name: row_optimizer.init(t) for name, t in tables.items()}
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=optimizer.init(params),
-      tables=tables,
-      table_state=table_state,
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    tables=tables,
+    table_state=table_state,
   )
