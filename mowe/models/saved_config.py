@@ -4,6 +4,7 @@ Reading one can make nothing but the classes of this package: a file that came
 with downloaded weights is data, never code.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -11,6 +12,7 @@ import json
 from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from mowe.models import t5
 
@@ -73,15 +75,17 @@ def _layer_to_json(layer) -> dict[str, Any]:
 
 def _layer_from_json(tree: dict[str, Any]):
   module, _, name = tree['class'].rpartition('.')
-  if not module.startswith('mowe.layers.'):
+  layer = None
+  if module.startswith('mowe.layers.'):
+    with contextlib.suppress(ImportError):
+      layer = getattr(importlib.import_module(module), name, None)
+  if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
     raise ValueError(
       'A saved feed-forward must be a class in mowe.layers, but is '
       f'{tree["class"]!r}. Make the config in code instead of loading it.'
     )
   fields = {key: _tuples(value) for key, value in tree['fields'].items()}
-  return functools.partial(
-    getattr(importlib.import_module(module), name), **fields
-  )
+  return functools.partial(layer, **fields)
 
 
 def _tuples(value):

@@ -62,7 +62,7 @@ class StopSignal:
 
 
 class DivergedError(FloatingPointError):
-  """The loss is no longer a number."""
+  """The loss or the gradients are no longer numbers."""
 
 
 def run(
@@ -98,33 +98,39 @@ def run(
     The last state.
 
   Raises:
-    DivergedError: the loss of a period is not finite; nothing is saved then.
+    DivergedError: the loss or the gradients of a period are not finite;
+      nothing is saved then.
   """
   stop = stop or StopSignal()
   step = int(state.step)
   pending = []
   with stop.listening(), progress:
     for batch, plan in batches:
-      if step >= total_steps or stop.requested:
+      # A stop that came since the last step is seen after this one: leaving
+      # here would lose the steps since the last checkpoint.
+      if step >= total_steps:
         break
       num_tokens = _num_tokens(batch)
       state, metrics = train_step(state, frozen, *put(batch, plan))
       step += 1
       pending.append(metrics)
       is_last = step == total_steps or stop.requested
-      values = None
-      if step % log_period == 0 or is_last:
-        # Only here does the host wait for the device.
+      is_logged = step % log_period == 0 or is_last
+      due = [action for action in actions if action.is_due(step, is_last)]
+      shown = None
+      if is_logged or due:
+        # Only here does the host wait for the device. Before every action, so
+        # that no checkpoint is saved of a run that has diverged.
         values = _mean_values(pending)
-        pending = []
         _check_finite(step, values)
+      if is_logged:
+        pending = []
         for writer in writers:
           writer.write(step, values)
-        values = {'loss': values['loss'], 'accuracy': values['accuracy']}
-      progress.update(step, num_tokens, values)
-      for action in actions:
-        if action.is_due(step, is_last):
-          action.action(step, state)
+        shown = {'loss': values['loss'], 'accuracy': values['accuracy']}
+      progress.update(step, num_tokens, shown)
+      for action in due:
+        action.action(step, state)
       if is_last:
         break
   return state
@@ -145,9 +151,11 @@ def _num_tokens(batch) -> int:
 
 
 def _check_finite(step, values):
-  if not math.isfinite(values['loss']):
-    raise DivergedError(
-      f'The loss must stay finite, but is {values["loss"]} after step '
-      f'{step}. Lower the learning rate or clip gradients; the checkpoints '
-      'before this step are untouched.'
-    )
+  """The loss is that of the parameters before the step; gradients tell more."""
+  for name in ('loss', 'gradient_norm'):
+    if not math.isfinite(values[name]):
+      raise DivergedError(
+        f'{name} must stay finite, but is {values[name]} after step {step}. '
+        'Lower the learning rate or clip gradients; the checkpoints before '
+        'this step are untouched.'
+      )

@@ -111,7 +111,7 @@ def state_shardings(
   def sharding(path, leaf):
     keys = '/'.join(_key_name(key) for key in path)
     for name, names in by_name.items():
-      if keys.endswith(name) and len(names) == leaf.ndim:
+      if f'/{keys}'.endswith(f'/{name}') and len(names) == leaf.ndim:
         return sharding_of_axes(names, mesh)
     if keys.startswith('table_state/') and leaf.ndim:
       spec = PartitionSpec('expert', *[None] * (leaf.ndim - 1))

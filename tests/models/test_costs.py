@@ -1,0 +1,138 @@
+"""Parameters and FLOPs of tiny models, counted by hand."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mowe.layers import word_experts
+from mowe.models import costs, parameters, t5
+
+_V, _D, _H, _K, _F = 11, 6, 2, 5, 7
+_E, _X = 13, 3  # Experts, and hidden units of one.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Routing:
+  num_experts: int = _E
+
+
+def _config(**changes):
+  sizes = {
+    'vocab_size': _V,
+    'emb_dim': _D,
+    'num_heads': _H,
+    'head_dim': _K,
+    'mlp_dim': _F,
+    'num_encoder_layers': 3,
+    'num_decoder_layers': 2,
+  }
+  return t5.T5Config(**(sizes | changes))
+
+
+def _mowe(**layer):
+  return _config(
+    sparse_feed_forward=functools.partial(
+      word_experts.MoweLayer, _E, _X, **layer
+    ),
+    sparse_encoder_layers=(0, 2),
+    sparse_decoder_layers=(1,),
+    routing=_Routing(),
+  )
+
+
+_ATTENTION = 4 * _D * _H * _K
+_MLP = 3 * _D * _F
+# Two norms in an encoder block, three in a decoder block, one at each end.
+_NORMS = (3 * 2 + 2 * 3 + 2) * _D
+_RELPOS = 2 * 32 * _H
+
+
+def test_a_dense_model_by_hand():
+  cost = costs.model_costs(_config())
+  kernels = 3 * (_ATTENTION + _MLP) + 2 * (2 * _ATTENTION + _MLP)
+  assert cost.total_parameters == kernels + _NORMS + _RELPOS + 2 * _V * _D
+  assert cost.active_parameters == cost.total_parameters
+  assert cost.expert_parameters == cost.active_expert_parameters == 0
+  # An input token passes the encoder, and is projected to a key and a value
+  # in each decoder block.
+  memory = 2 * 2 * _D * _H * _K
+  assert cost.flops_per_input_token == 2 * (3 * (_ATTENTION + _MLP) + memory)
+  assert cost.flops_per_target_token == 2 * (
+    2 * (2 * _ATTENTION + _MLP) - memory + _V * _D
+  )
+  assert cost.flops_per_example(5, 4) == (
+    5 * cost.flops_per_input_token + 4 * cost.flops_per_target_token
+  )
+
+
+def test_logits_from_the_embedding_cost_as_much_and_have_no_parameters():
+  own = costs.model_costs(_config())
+  shared = costs.model_costs(_config(logits_via_embedding=True))
+  assert own.total_parameters - shared.total_parameters == _V * _D
+  assert own.flops_per_target_token == shared.flops_per_target_token
+
+
+def test_a_shared_table_is_stored_and_counted_once():
+  dense, cost = costs.model_costs(_config()), costs.model_costs(_mowe())
+  row = 3 * _D * _X
+  assert cost.expert_parameters == _E * row
+  assert cost.active_expert_parameters == row
+  assert cost.total_parameters == dense.total_parameters - 3 * _MLP + _E * row
+  assert cost.active_parameters == dense.total_parameters - 3 * _MLP + row
+  # It is read in two encoder blocks and in one decoder block.
+  assert cost.flops_per_input_token == dense.flops_per_input_token + 2 * 2 * (
+    row - _MLP
+  )
+  assert cost.flops_per_target_token == dense.flops_per_target_token + 2 * (
+    row - _MLP
+  )
+
+
+def test_tables_of_single_layers_are_counted_for_each():
+  shared = costs.model_costs(_mowe())
+  single = costs.model_costs(_mowe(share_experts=False))
+  assert single.expert_parameters == 3 * shared.expert_parameters
+  assert single.active_expert_parameters == 3 * shared.active_expert_parameters
+  assert single.flops_per_input_token == shared.flops_per_input_token
+  assert single.flops_per_target_token == shared.flops_per_target_token
+
+
+def test_equal_widths_are_equal_flops():
+  config = dataclasses.replace(
+    _mowe(),
+    sparse_feed_forward=functools.partial(word_experts.MoweLayer, _E, _F),
+  )
+  dense, sparse = costs.model_costs(_config()), costs.model_costs(config)
+  assert sparse.flops_per_input_token == dense.flops_per_input_token
+  assert sparse.flops_per_target_token == dense.flops_per_target_token
+  assert sparse.total_parameters > dense.total_parameters
+
+
+def test_the_formula_is_what_the_compiled_program_counts():
+  """One encoder block more; attention scores and small things differ."""
+  width = {'emb_dim': 64, 'num_heads': 4, 'head_dim': 16, 'mlp_dim': 128}
+  length, batch = 4, 8
+
+  def compiled_flops(depth):
+    config = _config(**width, num_encoder_layers=depth)
+    model = t5.T5(config)
+    variables = jax.eval_shape(
+      lambda key: parameters.initial_variables(model, key), jax.random.key(0)
+    )
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    encode = lambda params, ids: model.apply(
+      {'params': params}, ids, enable_dropout=False, method='encode'
+    )
+    lowered = jax.jit(encode).lower(variables['params'], ids)
+    return lowered.cost_analysis()['flops']
+
+  more, less = (
+    costs.model_costs(_config(**width, num_encoder_layers=depth))
+    for depth in (2, 1)
+  )
+  counted = compiled_flops(2) - compiled_flops(1)
+  expected = more.flops_per_input_token - less.flops_per_input_token
+  assert counted == pytest.approx(batch * length * expected, rel=0.1)

@@ -1,0 +1,204 @@
+"""The loop: order of actions, clean stops, divergence, resuming."""
+
+import io
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mowe.training import loop, progress, train_state
+from mowe.training.metrics import Mean
+
+
+def _batch(number):
+  """Four tokens: three of inputs, one of targets."""
+  return {
+    'encoder_input_tokens': np.array([[5, 6, 1, 0]]),
+    'decoder_target_tokens': np.array([[7, 0]]),
+    'number': number,
+  }
+
+
+class _Recorder:
+  """A writer that remembers."""
+
+  def __init__(self):
+    self.lines = []
+
+  def write(self, step, values):
+    self.lines.append((step, dict(values)))
+
+
+def _run(
+  total_steps,
+  *,
+  first_step=0,
+  losses=None,
+  norms=None,
+  actions=(),
+  log_period=1,
+  on_step=None,
+  stop=None,
+):
+  """Runs fake steps whose loss in step n is `losses[n]`, else n."""
+  seen = []
+
+  def train_step(state, frozen, batch, plan):
+    assert frozen == {'frozen': 1} and plan == batch['number'] + 100
+    number = batch['number']
+    seen.append(number)
+    if on_step:
+      on_step(number)
+    loss = (losses or {}).get(number, float(number))
+    metrics = {
+      'loss': Mean(jnp.float32(loss * 2), jnp.float32(2)),
+      'accuracy': Mean(jnp.float32(1), jnp.float32(2)),
+      'gradient_norm': Mean(
+        jnp.float32((norms or {}).get(number, 1.0)), jnp.float32(1)
+      ),
+    }
+    return state.replace(step=state.step + 1), metrics
+
+  writer = _Recorder()
+  stream = io.StringIO()
+  state = train_state.TrainState(jnp.int32(first_step), {}, {}, {}, {})
+  error = None
+  try:
+    state = loop.run(
+      state,
+      {'frozen': 1},
+      train_step=train_step,
+      batches=((_batch(n), n + 100) for n in range(first_step, total_steps)),
+      total_steps=total_steps,
+      put=lambda batch, plan: (batch, plan),
+      actions=actions,
+      writers=[writer],
+      progress=progress.Progress(total_steps, first_step, log_period, stream),
+      log_period=log_period,
+      stop=stop,
+    )
+  except loop.DivergedError as diverged:
+    error = diverged
+  return state, seen, writer.lines, error
+
+
+def _recording(period):
+  done = []
+  return done, loop.Every(period, lambda step, state: done.append(step))
+
+
+def test_actions_are_due_every_period_and_at_the_end():
+  saved, save = _recording(3)
+  never, only_last = _recording(0)
+  state, seen, lines, _ = _run(7, actions=[save, only_last])
+  assert seen == list(range(7)) and int(state.step) == 7
+  assert saved == [3, 6, 7]
+  assert never == [7]
+  assert [step for step, _ in lines] == list(range(1, 8))
+
+
+def test_an_action_gets_the_state_after_its_step():
+  states = []
+  save = loop.Every(2, lambda step, state: states.append((step, state)))
+  _run(4, actions=[save])
+  assert [(step, int(state.step)) for step, state in states] == [(2, 2), (4, 4)]
+
+
+def test_metrics_are_means_over_the_log_period():
+  _, _, lines, _ = _run(5, log_period=2)
+  # Losses 0 to 4, in pairs; the last step has a line of its own.
+  assert [(step, values['loss']) for step, values in lines] == [
+    (2, 0.5),
+    (4, 2.5),
+    (5, 4.0),
+  ]
+
+
+def test_a_resumed_run_makes_the_remaining_steps():
+  saved, save = _recording(2)
+  state, seen, _, _ = _run(5, first_step=3, actions=[save])
+  assert seen == [3, 4] and saved == [4, 5] and int(state.step) == 5
+
+
+def test_a_finished_run_does_nothing():
+  saved, save = _recording(2)
+  state, seen, lines, _ = _run(4, first_step=4, actions=[save])
+  assert (seen, saved, lines) == ([], [], []) and int(state.step) == 4
+
+
+def _kill(number):
+  def on_step(step):
+    if step == number:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  return on_step
+
+
+def test_a_signal_ends_the_run_after_its_step_and_saves():
+  saved, save = _recording(100)
+  stop = loop.StopSignal()
+  before = signal.getsignal(signal.SIGTERM)
+  state, seen, lines, _ = _run(
+    9, actions=[save], log_period=4, on_step=_kill(1), stop=stop
+  )
+  assert stop.requested
+  assert seen == [0, 1] and saved == [2] and int(state.step) == 2
+  assert [step for step, _ in lines] == [2]
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_during_an_action_loses_no_step():
+  # It comes after the loop has decided whether step 2 is the last.
+  saved, save = _recording(100)
+  interrupt = loop.Every(
+    2, lambda step, state: os.kill(os.getpid(), signal.SIGTERM)
+  )
+  state, seen, _, _ = _run(9, actions=[interrupt, save])
+  assert saved and saved[-1] == int(state.step) == len(seen)
+  assert len(seen) <= 3
+
+
+def test_a_second_ctrl_c_stops_at_once():
+  def on_step(step):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(KeyboardInterrupt):
+    _run(9, on_step=on_step)
+
+
+@pytest.mark.parametrize('loss', [float('nan'), float('inf')])
+def test_divergence_is_an_error_and_nothing_is_saved(loss):
+  saved, save = _recording(1)
+  _, seen, _, error = _run(5, losses={2: loss}, actions=[save])
+  assert seen == [0, 1, 2] and saved == [1, 2]
+  assert 'after step 3' in str(error) and 'learning rate' in str(error)
+
+
+def test_divergence_between_two_log_lines_is_not_saved():
+  saved, save = _recording(3)
+  _, _, lines, error = _run(
+    20, losses={4: float('nan')}, actions=[save], log_period=10
+  )
+  assert saved == [3] and lines == []
+  assert 'after step 6' in str(error)
+
+
+def test_gradients_that_are_not_finite_are_not_saved():
+  # The loss is of the parameters before the update: these are lost already.
+  saved, save = _recording(3)
+  _, _, _, error = _run(
+    20, norms={2: float('nan')}, actions=[save], log_period=10
+  )
+  assert saved == [] and 'gradient' in str(error)
+
+
+def test_looking_at_the_loss_before_a_save_does_not_change_the_log():
+  _, save = _recording(1)
+  _, _, lines, _ = _run(4, log_period=2, actions=[save])
+  assert [(step, values['loss']) for step, values in lines] == [
+    (2, 0.5),
+    (4, 2.5),
+  ]
