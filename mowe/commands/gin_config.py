@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.resources
-import logging
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -39,9 +38,9 @@ def parse(
       line), or a binding sets a macro that no file knows.
   """
   gin.clear_config()
-  # Gin reports each folder in which it looks for a file in vain.
-  quiet = lambda record: 'Path not found' not in str(record.msg)
-  logging.getLogger().addFilter(quiet)
+  # Gin's second reader takes a path for a Python package: it fails where the
+  # folder gin_configs can be imported, and complains of every other folder.
+  del gin.config._FILE_READERS[1:]
   for path in search_paths(paths):
     gin.add_config_file_search_path(path)
   try:
