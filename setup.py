@@ -45,6 +45,8 @@ setuptools.setup(
         'absl-py',
         'flax>=0.10.6',
         'gin-config>=0.5.0',
+        # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
+        'importlib_resources',
         'jax>=0.6.0',
         'matplotlib',
         'numpy>=2.0',

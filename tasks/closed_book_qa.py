@@ -4,13 +4,14 @@ Local JSON lines: `register_question_task` ({"question", "answers"}) and
 `register_claim_task` ({"claim", "label"}, FEVER). TFDS: `register_tfds_tasks`.
 Importing this module registers nothing and reads no file.
 
-Prompts, splits and targets of the TFDS tasks are those of the closed-book QA
-experiments of T5 (Roberts et al. 2020): the model learns the first answer, and
-a prediction is right if it equals any of the answers. As the test sets of
+Prompts, splits and targets of the TFDS questions are those of the closed-book
+QA experiments of T5 (Roberts et al. 2020): the model learns the first answer,
+and a prediction is right if it equals any of the answers. As the test sets of
 these collections are not public or used up, `NAME` holds out the last tenth
 of the training questions (the numbers are ORQA's) and keeps the public
 validation set as 'test'; `NAME_test` trains on everything and reports on the
-split that papers report.
+split that papers report. The claims of FEVER, 'supports', 'refutes' or 'not
+enough info', are split in the same way; `fever` is ours, built by `fever.py`.
 
 | task | train | validation | test |
 |---|---|---|---|
@@ -20,8 +21,8 @@ split that papers report.
 | natural_questions_open_test | train | validation | - |
 | web_questions_open | train[:3417] | train[3417:] | test |
 | web_questions_open_test | train | test | - |
-
-FEVER is in no TFDS release: get its JSON lines and use `register_claim_task`.
+| fever | train[:130904] | train[130904:] | validation |
+| fever_test | train | validation | - |
 """
 
 import functools
@@ -31,6 +32,8 @@ from typing import Any
 
 from mowe.data import seqio_stream, text_files
 from mowe.words import subwords as subwords_lib
+
+from . import fever
 
 tf, seqio = seqio_stream.import_seqio()
 
@@ -136,14 +139,15 @@ def register_claim_task(
 def register_tfds_tasks(vocabulary: Vocabulary) -> list[str]:
   """Registers the TFDS tasks above, unless they are registered already.
 
-  Also the mixtures 'closed_book_qa' and 'closed_book_qa_test' of the three,
-  each task at the rate of its number of examples.
+  Also the mixtures 'closed_book_qa' and 'closed_book_qa_test' of the three
+  collections of questions, each at the rate of its number of examples.
 
   Returns:
     The names of the tasks.
   """
   tasks = {}
-  for name, tfds_name, prepare, metric, splits, test_splits in _TFDS:
+  for row in (*_QUESTIONS, _CLAIMS):
+    name, tfds_name, prepare, metric, splits, test_splits = row
     for suffix, table in (('', splits), ('_test', test_splits)):
       tasks[name + suffix] = tfds_name, table, prepare, metric
   for name, (tfds_name, table, prepare, metric) in tasks.items():
@@ -154,7 +158,7 @@ def register_tfds_tasks(vocabulary: Vocabulary) -> list[str]:
     if f'closed_book_qa{suffix}' not in seqio.MixtureRegistry.names():
       seqio.MixtureRegistry.add(
         f'closed_book_qa{suffix}',
-        [row[0] + suffix for row in _TFDS],
+        [row[0] + suffix for row in _QUESTIONS],
         default_rate=seqio.mixing_rate_num_examples,
       )
   return list(tasks)
@@ -257,8 +261,15 @@ def _web_questions(example):
   return _asked('wq question: ', example['question'], answers[0], answers)
 
 
+@seqio.map_over_dataset
+def _fever(example):
+  targets = tf.constant([CLAIM_TARGETS[label] for label in fever.LABELS])
+  target = targets[example['label']]
+  return _asked('fever claim: ', example['claim'], target, [target])
+
+
 # Name, TFDS name, conversion, metric, splits, splits of NAME_test.
-_TFDS = (
+_QUESTIONS = (
   (
     'trivia_qa_open',
     'trivia_qa/unfiltered.nocontext:1.1.0',
@@ -291,4 +302,16 @@ _TFDS = (
     {'train': 'train[:3417]', 'validation': 'train[3417:]', 'test': 'test'},
     {'train': 'train', 'validation': 'test'},
   ),
+)
+_CLAIMS = (
+  'fever',
+  'fever:1.0.0',
+  _fever,
+  accuracy,
+  {
+    'train': 'train[:130904]',
+    'validation': 'train[130904:]',
+    'test': 'validation',
+  },
+  {'train': 'train', 'validation': 'validation'},
 )

@@ -96,9 +96,12 @@ def register_tfds_tasks(
   Returns:
     The names.
   """
-  c4 = seqio.TfdsDataSource(tfds_name=f'c4/en:{c4_version}')
+  # Splits by name: those of TFDS are unknown before it has prepared the data.
+  c4 = seqio.TfdsDataSource(
+    tfds_name=f'c4/en:{c4_version}', splits=('train', 'validation')
+  )
   wikipedia = seqio.TfdsDataSource(
-    tfds_name='salient_span_wikipedia/sentences:1.0.0'
+    tfds_name='salient_span_wikipedia/sentences:1.0.0', splits=('train',)
   )
   tasks = {
     'c4_span_corruption': (c4, [_text_alone], 'span_corruption'),

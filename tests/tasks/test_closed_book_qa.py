@@ -133,7 +133,7 @@ def tfds_tasks():
 
 def test_tfds_tasks_and_mixtures_are_registered(tfds_tasks):
   assert tfds_tasks == [
-    base + suffix for base in _RAW for suffix in ('', '_test')
+    base + suffix for base in (*_RAW, 'fever') for suffix in ('', '_test')
   ]
   mixture = seqio.get_mixture_or_task('closed_book_qa')
   assert {task.name for task in mixture.tasks} == set(_RAW)
