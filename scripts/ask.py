@@ -1,0 +1,8 @@
+"""`mowe ask` from a checkout."""
+
+import sys
+
+from mowe.commands import main
+
+if __name__ == '__main__':
+  sys.exit(main.main(['ask', *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`mowe cache-task` from a checkout."""
+
+import sys
+
+from mowe.commands import main
+
+if __name__ == '__main__':
+  sys.exit(main.main(['cache-task', *sys.argv[1:]]))
