@@ -353,7 +353,9 @@ def _samples(
 ) -> list[report.SampleQuestion]:
   """Questions spread over the file, the same for every model."""
   lines = path.read_text(encoding='utf-8').splitlines()
-  chosen = [json.loads(lines[i * len(lines) // number]) for i in range(number)]
+  # One further each time, as questions go round the relations.
+  places = [(i * len(lines) // number + i) % len(lines) for i in range(number)]
+  chosen = [json.loads(lines[place]) for place in places]
   return [
     report.SampleQuestion(
       line['question'], tuple(line['answers']), line['prediction']
