@@ -1,7 +1,6 @@
 """Which examples a run reads: token caches, or any seqio mixture."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,6 +8,9 @@ from typing import Any
 from mowe.data import batches as batches_lib
 from mowe.data import cache as cache_lib
 from mowe.data import tasks as tasks_lib
+
+# What a folder with a token cache holds.
+_CACHE_FILE = 'cache.json'
 
 # Kinds of a cache that hold finished inputs and targets.
 _TEXT_TO_TEXT = ('questions', 'text_to_text')
@@ -79,12 +81,13 @@ class DataConfig:
     path = pathlib.Path(self.cache_dir or '.') / name
     if not path.is_dir():
       folder = path.parent
-      found = (
-        sorted(os.listdir(folder)) if folder.is_dir() else 'no such folder'
+      found = sorted(
+        str(summary.parent.relative_to(folder))
+        for summary in folder.glob(f'*/{_CACHE_FILE}')
       )
       raise FileNotFoundError(
-        f'A task must have a token cache at {path}, but {folder} has '
-        f'{found}. Build it with `mowe cache-task`, or set '
+        f'A task must have a token cache at {path}, but the caches in '
+        f'{folder} are {found}. Build it with `mowe cache-task`, or set '
         'USE_CACHED_TASKS = False to stream it with seqio.'
       )
     return cache_lib.TokenCache.open(path, vocabulary)

@@ -10,6 +10,7 @@ from typing import Any
 import gin
 
 _MACRO = re.compile(r'([A-Z][A-Z0-9_]*)\s*=')
+_REQUIRED = '%gin.REQUIRED'
 
 
 class GinError(ValueError):
@@ -46,21 +47,28 @@ def parse(
   try:
     for file in files:
       gin.parse_config_file(file)
-    _check_macros(bindings)
-    gin.parse_config(list(bindings))
   except OSError as error:
     raise GinError(
       f'A gin file must exist, but {files} led to: {error}. Files are looked '
       f'up in {search_paths(paths)}; add a folder with --gin_search_paths.'
     ) from error
-  except GinError:
-    raise
+  # Gin raises nearly every kind of error, with file and line in its text.
   except Exception as error:
-    # Gin raises nearly every kind of error, with file and line in its text.
     raise GinError(
       f'The gin configuration cannot be read: {error}\nCorrect the name or '
       'value in the file and line named above.'
     ) from error
+  _check_macros(bindings)
+  for binding in bindings:
+    try:
+      gin.parse_config(binding)
+    except Exception as error:
+      name, _, value = binding.partition(' = ')
+      raise GinError(
+        f'--gin.{name} must have a value that gin can read, but {value} led '
+        f'to: {error}\nCorrect it; a text stands in quotes, as in '
+        '--gin.MODEL_DIR="\'runs/a\'".'
+      ) from error
 
 
 def call(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -77,12 +85,8 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
       f'but none did. Add --gin_file=gin_configs/runs/'
       f'{_run_file(function)}.gin.'
     ) from error
-  try:
-    return configured(**arguments)
-  except RuntimeError as error:
-    if 'Required bindings' not in str(error):
-      raise
-    raise GinError(_missing(str(error))) from error
+  _check_all_given()
+  return configured(**arguments)
 
 
 def macro(name: str) -> Any:
@@ -122,9 +126,21 @@ def _known_macros() -> set[str]:
   )
 
 
-def _missing(text: str) -> str:
-  names = re.findall(r"'([\w.]+)'", text.split('\n')[0])
-  return (
-    f'These must be given, but are not: {", ".join(names) or text}. Set the '
-    'macro that feeds them, for example --gin.MODEL_DIR="\'runs/a\'".'
-  )
+def _check_all_given():
+  """Gin itself would pass on a placeholder, or fail deep inside a call."""
+  text = gin.config_str(max_line_length=10_000)
+  given = dict(re.findall(r'^([A-Z][A-Z0-9_]*) = (.*)$', text, re.MULTILINE))
+  required = [name for name, value in given.items() if value == _REQUIRED]
+  if required:
+    raise GinError(
+      f'These macros must be given, but are not: {", ".join(required)}. Add '
+      'them to the command, for example --gin.MODEL_DIR="\'runs/a\'".'
+    )
+  missing = set(re.findall(r'%([A-Z][A-Z0-9_]*)', text)) - set(given)
+  if missing:
+    raise GinError(
+      f'Some gin file must provide {", ".join(sorted(missing))}, but none of '
+      'those that were read does. MODEL and VOCABULARY are in gin_configs/'
+      'models/, OPTIMIZER and ROW_OPTIMIZER in gin_configs/optimizers/: put '
+      'a --gin_file of these before the one of the run.'
+    )

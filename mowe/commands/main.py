@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (ValueError, FileNotFoundError, FloatingPointError) as error:
     if os.environ.get('MOWE_TRACE'):
       raise
-    print(f'mowe: {error}', file=sys.stderr)
+    # Gin adds to every error through which of its calls it came.
+    text = re.sub(r'\n\s*In call to configurable .*', '', str(error))
+    print(f'mowe: {text}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     print('mowe: stopped.', file=sys.stderr)

@@ -128,9 +128,6 @@ def train(
     return None
 
   folder = model_folder.create(model_dir, model, vocabulary)
-  folder = model_folder.create(model_dir, model, vocabulary)
-  if config_text is not None and jax.process_index() == 0:
-    (folder / 'config.gin').write_text(config_text())
   described = {
     'model': model_folder.describe(model, vocabulary),
     'data': data.describe(vocabulary),
@@ -146,6 +143,9 @@ def train(
   ):
     state, frozen = setup.start(checkpoints, described, initial_checkpoint_path)
     first_step = int(state.step)
+    # Not before: a refused resume leaves the folder as it was.
+    if config_text is not None and jax.process_index() == 0:
+      (folder / 'config.gin').write_text(config_text())
     writers = _open_writers(folder, first_step, tensorboard, closing)
     evaluate = _Evaluations(
       [one.prepare(module, vocabulary, loss) for one in eval_configs],

@@ -1,0 +1,280 @@
+"""Every gin file: it parses, and the models are what their text files say.
+
+`python tests/test_gin_files.py /tmp` writes tests/golden/parameters_<model>.txt anew,
+for a change of a model that is meant.
+"""
+
+import copy
+import pathlib
+import re
+import sys
+
+import flax
+import jax
+import pytest
+
+from mowe.commands import data_config, gin_config
+from mowe.models import costs, parameters, t5
+from mowe.training import partitioning
+from mowe.words import build, subwords
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_GOLDEN = _ROOT / 'tests' / 'golden'
+_MODELS = sorted(p.stem for p in (_ROOT / 'gin_configs' / 'models').iterdir())
+_EXPERTS = {'mowe_tiny': 2048, 'mowe_base': 32768, 'mowe_large': 32768}
+# Public sizes of T5 1.1, of google/t5-v1_1-* and T5X's t5_1_1/*.gin.
+_RELEASED = {
+  't5_small': 76_961_152,
+  't5_base': 247_577_856,
+  't5_large': 783_150_080,
+  't5_xl': 2_849_757_184,
+}
+# emb_dim, heads, head_dim, mlp_dim, layers of each stack: T5X's t5_1_1/*.gin.
+_SIZES = {
+  't5_tiny': (64, 4, 16, 128, 3),
+  't5_small': (512, 6, 64, 1024, 8),
+  't5_base': (768, 12, 64, 2048, 12),
+  't5_large': (1024, 16, 64, 2816, 24),
+  't5_xl': (2048, 32, 64, 5120, 24),
+}
+_VOCAB = 32128
+
+
+def _write_routing(path, num_experts):
+  routing, _ = build.build_routing_vocabulary(
+    ['a few words and a few more'],
+    subwords.ByteVocabulary(),
+    num_words=5,
+    num_experts=num_experts,
+    num_skipped=1,
+  )
+  routing.save(path)
+
+
+@pytest.fixture(scope='session')
+def routing_paths(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('routing')
+  paths = {}
+  for number in set(_EXPERTS.values()):
+    paths[number] = folder / f'{number}.npz'
+    _write_routing(paths[number], number)
+  return paths
+
+
+def _config(name, routing_paths):
+  bindings = ["VOCABULARY_PATH = 'bytes'", "DTYPE = 'float32'"]
+  if name in _EXPERTS:
+    path = routing_paths[_EXPERTS[name]]
+    bindings.append(f'ROUTING_VOCABULARY = {str(path)!r}')
+  gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
+  return gin_config.call(t5.T5Config)
+
+
+def _describe(config):
+  """A line for each parameter: name, shape, logical axes; and their number."""
+  model = t5.T5(config)
+  variables = jax.eval_shape(
+    lambda key: parameters.initial_variables(model, key), jax.random.key(0)
+  )
+  axes = partitioning.parameter_axes(variables['params_axes'])
+  leaves = flax.traverse_util.flatten_dict(variables['params'])
+  lines, total = [], 0
+  for path in sorted(leaves):
+    leaf = leaves[path]
+    total += leaf.size
+    assert str(leaf.dtype) == 'float32'
+    lines.append(_line('/'.join(path), leaf.shape, axes[path]))
+  return '\n'.join([*lines, f'total {total:,}']) + '\n'
+
+
+def _line(name, shape, axes):
+  return f'{name} {tuple(shape)} {" ".join(axes)}'
+
+
+@pytest.mark.parametrize('name', _MODELS)
+def test_parameters_of_a_model_are_those_of_its_text_file(name, routing_paths):
+  described = _describe(_config(name, routing_paths))
+  assert described == (_GOLDEN / f'parameters_{name}.txt').read_text()
+
+
+def test_every_text_file_has_a_model():
+  found = sorted(
+    path.stem.removeprefix('parameters_')
+    for path in _GOLDEN.glob('parameters_*.txt')
+  )
+  assert found == _MODELS
+
+
+@pytest.mark.parametrize('name', _SIZES)
+def test_text_files_of_t5_are_the_tree_of_t5x(name):
+  """The names, shapes and axes that a released checkpoint has."""
+  embed, heads, head_dim, mlp, depth = _SIZES[name]
+  joined = heads * head_dim
+  expected = {
+    'token_embedder/embedding': ((_VOCAB, embed), 'vocab embed'),
+    'encoder/encoder_norm/scale': ((embed,), 'embed'),
+    'decoder/decoder_norm/scale': ((embed,), 'embed'),
+    'decoder/logits_dense/kernel': ((embed, _VOCAB), 'embed vocab'),
+  }
+
+  def add_norm(path):
+    expected[f'{path}/scale'] = ((embed,), 'embed')
+
+  def add_attention(path):
+    for part in ('query', 'key', 'value'):
+      expected[f'{path}/{part}/kernel'] = ((embed, joined), 'embed joined_kv')
+    expected[f'{path}/out/kernel'] = ((joined, embed), 'joined_kv embed')
+
+  for stack in ('encoder', 'decoder'):
+    expected[f'{stack}/relpos_bias/rel_embedding'] = (
+      (heads, 32),
+      'heads relpos_buckets',
+    )
+    for i in range(depth):
+      layer = f'{stack}/layers_{i}'
+      for part in ('wi_0', 'wi_1'):
+        expected[f'{layer}/mlp/{part}/kernel'] = ((embed, mlp), 'embed mlp')
+      expected[f'{layer}/mlp/wo/kernel'] = ((mlp, embed), 'mlp embed')
+      add_norm(f'{layer}/pre_mlp_layer_norm')
+      if stack == 'encoder':
+        add_norm(f'{layer}/pre_attention_layer_norm')
+        add_attention(f'{layer}/attention')
+      else:
+        add_norm(f'{layer}/pre_self_attention_layer_norm')
+        add_norm(f'{layer}/pre_cross_attention_layer_norm')
+        add_attention(f'{layer}/self_attention')
+        add_attention(f'{layer}/encoder_decoder_attention')
+
+  *lines, total = (_GOLDEN / f'parameters_{name}.txt').read_text().splitlines()
+  assert sorted(lines) == sorted(
+    f'{path} {shape} {axes}' for path, (shape, axes) in expected.items()
+  )
+  if name in _RELEASED:
+    assert total == f'total {_RELEASED[name]:,}'
+
+
+@pytest.mark.parametrize(
+  ('name', 'billions', 'dense'),
+  # The paper's sizes; 4 dense feed-forwards fewer than T5.
+  [('mowe_base', 31.0, 't5_base'), ('mowe_large', 45.5, 't5_large')],
+)
+def test_mowe_has_the_size_of_the_paper(name, billions, dense, routing_paths):
+  config = _config(name, routing_paths)
+  cost = costs.model_costs(config)
+  assert cost.total_parameters / 1e9 == pytest.approx(billions, abs=0.1)
+  rest = cost.total_parameters - cost.expert_parameters
+  assert rest == _RELEASED[dense] - 4 * 3 * config.emb_dim * config.mlp_dim
+  assert len(config.sparse_encoder_layers) == 2
+  assert len(config.sparse_decoder_layers) == 2
+  # One table of 32K experts, read by all four layers.
+  layer = config.make_sparse_feed_forward()
+  assert cost.expert_parameters == (
+    32768 * 3 * config.emb_dim * layer.expert_dim
+  )
+
+
+def test_tiny_models_cost_the_same(routing_paths):
+  dense, sparse = (
+    costs.model_costs(_config(name, routing_paths))
+    for name in ('t5_tiny', 'mowe_tiny')
+  )
+  assert sparse.flops_per_input_token == dense.flops_per_input_token
+  assert sparse.flops_per_target_token == dense.flops_per_target_token
+  assert sparse.total_parameters > 3 * dense.total_parameters
+
+
+def _names(folder):
+  return sorted(
+    path.relative_to(_ROOT).as_posix()
+    for path in (_ROOT / 'gin_configs' / folder).rglob('*.gin')
+  )
+
+
+_REQUIRED = {
+  'VOCABULARY_PATH': 'bytes',
+  'MODEL_DIR': 'runs/a',
+  'INITIAL_CHECKPOINT_PATH': 'runs/b',
+  'CHECKPOINT_PATH': 'runs/a',
+  'MIXTURE_OR_TASK_NAME': 'text',
+  'EVAL_TASK_NAME': 'questions',
+  'EVAL_OUTPUT_DIR': 'runs/eval',
+  'INFER_OUTPUT_DIR': 'runs/infer',
+  'TASK_FEATURE_LENGTHS': {'inputs': 5, 'targets': 4},
+  'TRAIN_STEPS': 30,
+}
+
+
+def _parse(files, routing_paths):
+  """Parses with all that is required and known, and nothing else."""
+  gin_config.parse(files)
+  text = gin_config.gin.config_str(max_line_length=1000)
+  required = re.findall(r'^([A-Z_]+) = %gin.REQUIRED$', text, re.MULTILINE)
+  values = {k: v for k, v in _REQUIRED.items() if k in required}
+  if 'ROUTING_VOCABULARY' in required:
+    number = gin_config.macro('NUM_EXPERTS')
+    values['ROUTING_VOCABULARY'] = str(routing_paths[number])
+  gin_config.parse(files, [f'{k} = {v!r}' for k, v in values.items()])
+
+
+def _made(name):
+  """What a macro stands for: copying a reference calls it."""
+  return copy.deepcopy(gin_config.macro(name))
+
+
+def _complete(file):
+  """The file, and before it those that its header asks for."""
+  text = (_ROOT / file).read_text()
+  parts = [file]
+  if 'runs/' in file:
+    parts.insert(0, 'gin_configs/optimizers/adamw.gin')
+  if 'gin_configs/models/' not in text:
+    parts.insert(0, 'gin_configs/models/mowe_tiny.gin')
+  return parts
+
+
+@pytest.mark.parametrize('file', _names('runs') + _names('examples'))
+def test_a_run_parses_and_its_parts_can_be_made(file, routing_paths):
+  alone = {'gin_configs/runs/evaluate.gin', 'gin_configs/runs/infer.gin'}
+  _parse([file] if file in alone else _complete(file), routing_paths)
+  data = gin_config.call(data_config.DataConfig)
+  assert data.batch_size > 0 and set(data.task_feature_lengths) == {
+    'inputs',
+    'targets',
+  }
+  if file in alone:
+    return
+  assert isinstance(_made('MODEL'), t5.T5Config)
+  # A macro that nothing reads would be set in vain.
+  for name in ('OPTIMIZER', 'ROW_OPTIMIZER', 'OBJECTIVE'):
+    assert _made(name) is not None
+  assert _made('TRAIN_STEPS') > 0
+
+
+@pytest.mark.parametrize('file', _names(''))
+def test_a_header_says_what_a_file_is(file):
+  first = (_ROOT / file).read_text().splitlines()[0]
+  assert first.startswith('# ') and len(first) > 10
+
+
+@pytest.mark.parametrize('file', _names('optimizers'))
+def test_an_optimizer_has_both_parts(file, routing_paths):
+  _parse([file], routing_paths)
+  _made('OPTIMIZER').build({'scale': ('embed',)})
+  assert _made('ROW_OPTIMIZER').learning_rate(10) > 0
+
+
+def test_dropout_is_off_in_pretraining_and_on_in_finetuning(routing_paths):
+  for run, rate in (('pretrain', 0.0), ('finetune', 0.1)):
+    _parse(_complete(f'gin_configs/runs/{run}.gin'), routing_paths)
+    assert _made('MODEL').dropout_rate == rate
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_platforms', 'cpu')
+  folder = pathlib.Path(sys.argv[1])
+  written = {n: folder / f'{n}.npz' for n in set(_EXPERTS.values())}
+  for number, path in written.items():
+    _write_routing(path, number)
+  for model in _MODELS:
+    target = _GOLDEN / f'parameters_{model}.txt'
+    target.write_text(_describe(_config(model, written)))

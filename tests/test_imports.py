@@ -1,0 +1,194 @@
+"""Arrows between packages, and what may be loaded when."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_PACKAGE = _ROOT / 'mowe'
+_HEAVY = ('tensorflow', 'tensorflow_datasets', 'seqio', 't5x', 'torch')
+
+# What each package may import of mowe.
+_ARROWS = {
+  'words': {'words'},
+  'layers': {'layers', 'words'},
+  'models': {'models', 'layers', 'words'},
+  'training': {'training', 'models', 'layers', 'words'},
+  'data': {'data', 'words'},
+  'evaluation': {'evaluation', 'data', 'models', 'layers', 'words'},
+}
+
+
+def _files(package):
+  return sorted((_PACKAGE / package).rglob('*.py'))
+
+
+def _imports(path):
+  """Modules that a file imports, wherever in it: `a.b` for `from a import b`."""
+  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{path} has a relative import'
+      for alias in node.names:
+        yield f'{node.module}.{alias.name}'
+
+
+def _packages_of_mowe(path):
+  return {
+    name.split('.')[1] for name in _imports(path) if name.startswith('mowe.')
+  }
+
+
+def _outer(path):
+  names = {name.split('.')[0] for name in _imports(path)}
+  return names - set(sys.stdlib_module_names) - {'mowe'}
+
+
+@pytest.mark.parametrize('package', _ARROWS)
+def test_arrows_point_down(package):
+  files = _files(package)
+  assert files
+  for path in files:
+    wrong = _packages_of_mowe(path) - _ARROWS[package]
+    assert not wrong, f'{path} imports {wrong}'
+
+
+def test_every_package_has_its_arrows():
+  folders = {path.parent.name for path in _PACKAGE.glob('*/__init__.py')}
+  assert folders - {'commands'} <= set(_ARROWS) | {'interop'}
+
+
+def test_words_import_numpy_and_sentencepiece_only():
+  for path in _files('words'):
+    assert _outer(path) <= {'numpy', 'sentencepiece'}, path
+
+
+@pytest.mark.parametrize(
+  'package', ['words', 'layers', 'models', 'training', 'evaluation']
+)
+def test_heavy_packages_stay_out(package):
+  for path in _files(package):
+    assert not _outer(path) & {*_HEAVY, 'gin'}, path
+
+
+def test_gin_and_tensorflow_have_one_place_each():
+  gin, tensorflow = set(), set()
+  for path in _PACKAGE.rglob('*.py'):
+    name = path.relative_to(_PACKAGE).as_posix()
+    if 'gin' in _outer(path):
+      gin.add(name)
+    if _outer(path) & set(_HEAVY):
+      tensorflow.add(name)
+  assert gin == {'commands/gin_config.py'}
+  assert {n for n in tensorflow if not n.startswith('interop/')} <= {
+    'data/seqio_stream.py'
+  }
+
+
+def _run(code, *arguments, timeout=300):
+  """Runs code in a fresh process; returns what it printed."""
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+    cwd=_ROOT,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
+
+
+def test_importing_mowe_is_quick():
+  seconds = _run("""
+    import time
+    import jax
+    start = time.process_time()
+    import mowe
+    print(time.process_time() - start)
+  """)
+  assert float(seconds) < 2
+
+
+def test_the_core_loads_nothing_heavy():
+  loaded = _run("""
+    import sys
+    from mowe.commands import main, train, evaluate, infer, ask, cache_task
+    from mowe.data import batches
+    from mowe.models import decoding
+    heavy = ('tensorflow', 'tensorflow_datasets', 'seqio', 't5x', 'torch', 'gin')
+    print([name for name in heavy if name in sys.modules])
+  """)
+  assert loaded.strip() == '[]'
+
+
+def test_help_needs_no_jax():
+  loaded = _run("""
+    import contextlib
+    import sys
+    from mowe.commands import main
+    with contextlib.suppress(SystemExit):
+      main.main(['--help'])
+    print('jax' in sys.modules)
+  """)
+  assert loaded.strip().endswith('False')
+
+
+@pytest.mark.slow
+def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
+  """From text to a cache, a trained step and a generated answer."""
+  printed = _run(
+    """
+    import functools, json, pathlib, sys
+    for name in ('tensorflow', 'seqio', 'tensorflow_datasets', 'gin', 't5x'):
+      sys.modules[name] = None
+    import jax
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_disable_most_optimizations', True)
+    from mowe.commands import ask, cache_task, data_config, train
+    from mowe.layers import word_experts
+    from mowe.models import t5
+    from mowe.training import optimizers, row_optimizers
+    from mowe.words import build, subwords
+
+    folder = pathlib.Path(sys.argv[1])
+    texts = [f'Zorblat of town {n} met Quimby.' for n in range(30)]
+    file = folder / 'text.jsonl'
+    file.write_text(''.join(json.dumps({'text': t}) + '\\n' for t in texts))
+    vocabulary = subwords.load_subwords('bytes')
+    routing, _ = build.build_routing_vocabulary(
+      texts, vocabulary, num_words=9, num_experts=8, num_skipped=2
+    )
+    cache_task.cache_task(folder / 'cache' / 'text', 'bytes', files=[str(file)])
+    train.train(
+      model=t5.T5Config(
+        384, 8, 2, 3, 9, 1, 1,
+        sparse_feed_forward=functools.partial(word_experts.MoweLayer, 8, 4),
+        sparse_encoder_layers=(0,),
+        sparse_decoder_layers=(0,),
+        routing=routing,
+      ),
+      vocabulary=vocabulary,
+      data=data_config.DataConfig(
+        'text', {'inputs': 24, 'targets': 12}, 4, str(folder / 'cache')
+      ),
+      model_dir=str(folder / 'run'),
+      total_steps=1,
+      optimizer=optimizers.AdamW(1e-3),
+      row_optimizer=row_optimizers.RowAdafactor(1e-3),
+    )
+    answers = ask.ask(
+      str(folder / 'run'), ['Who met Quimby?'], max_length=4, explain=True
+    )
+    assert len(answers) == 1
+    print('answered', [name for name in sys.modules if name == 'tensorflow'
+                       and sys.modules[name] is not None])
+    """,
+    tmp_path,
+  )
+  assert 'answered []' in printed and 'Finished step 1' in printed
