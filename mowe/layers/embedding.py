@@ -23,16 +23,24 @@ class Embedding(nn.Module):
 
   def setup(self):
     self.embedding = partitioning.param_with_axes(
-        'embedding',
-        nn.initializers.normal(stddev=1.0),
-        (self.vocab_size, self.embed_dim),
-        jnp.float32,
-        axes=('vocab', 'embed'),
+      'embedding',
+      nn.initializers.normal(stddev=1.0),
+      (self.vocab_size, self.embed_dim),
+      jnp.float32,
+      axes=('vocab', 'embed'),
     )
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    return jnp.take(self.embedding, ids, axis=0, mode='clip').astype(
-        self.dtype
+    return jnp.take(self.embedding, ids, axis=0, mode='clip').astype(self.dtype)
+
+  def both(
+    self, ids: jax.Array, others: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Vectors of two arrays of ids: one gradient of the table, not two."""
+    vectors = self(jnp.concatenate([ids.reshape(-1), others.reshape(-1)]))
+    return (
+      vectors[: ids.size].reshape(*ids.shape, -1),
+      vectors[ids.size :].reshape(*others.shape, -1),
     )
 
   def attend(self, tokens: jax.Array) -> jax.Array:

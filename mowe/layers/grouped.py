@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Up to this many slots, a group's weight gradient is a sum of outer products:
 # XLA's batched product over such thin tiles is several times slower on CPU.
@@ -17,7 +18,7 @@ _THIN = 4
 
 
 def dispatch(
-    tokens: jax.Array, sources: tuple[jax.Array, ...], slots: jax.Array
+  tokens: jax.Array, sources: tuple[jax.Array, ...], slots: jax.Array
 ) -> list[jax.Array]:
   """Tokens in their slots, zeros in empty ones.
 
@@ -42,7 +43,7 @@ def dispatch(
 
 
 def combine(
-    parts: list[jax.Array], sources: tuple[jax.Array, ...], slots: jax.Array
+  parts: list[jax.Array], sources: tuple[jax.Array, ...], slots: jax.Array
 ) -> jax.Array:
   """Inverse of `dispatch`: <float>[tokens, embed], zeros without a slot."""
   flat = jnp.concatenate([source.reshape(-1) for source in sources])
@@ -69,46 +70,62 @@ def _permute_backward(residuals, cotangent):
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
+@jax.custom_vjp
 def grouped_product(
-    parts: list[jax.Array], kernels: jax.Array
+  parts: list[jax.Array], kernels: jax.Array
 ) -> list[jax.Array]:
   """Product of every slot with the kernel of its group.
 
   Args:
     parts: one <float>[groups, room, in] for each size class.
     kernels: <float>[all groups, in, out], groups in the order of the classes.
+      Further kernels are not read and have gradient zero.
 
   Returns:
     One <float>[groups, room, out] for each size class.
   """
-  products, at = [], 0
-  for part in parts:
-    products.append(_class_product(part, kernels[at : at + part.shape[0]]))
-    at += part.shape[0]
-  return products
+  return [
+    jnp.einsum('ecm,emf->ecf', part, own)
+    for part, own in zip(parts, _of_classes(kernels, parts), strict=True)
+  ]
 
 
-@jax.custom_vjp
-def _class_product(part, kernels):
-  return jnp.einsum('ecm,emf->ecf', part, kernels)
+def _grouped_product_forward(parts, kernels):
+  return grouped_product(parts, kernels), (parts, kernels)
 
 
-def _class_product_forward(part, kernels):
-  return _class_product(part, kernels), (part, kernels)
+def _grouped_product_backward(residuals, cotangents):
+  parts, kernels = residuals
+  d_parts = [
+    jnp.einsum('ecf,emf->ecm', cotangent, own)
+    for cotangent, own in zip(
+      cotangents, _of_classes(kernels, parts), strict=True
+    )
+  ]
+  # One concatenation: transposed slices would be padded and added up.
+  d_kernels = [
+    _kernel_gradient(part, cotangent)
+    for part, cotangent in zip(parts, cotangents, strict=True)
+  ]
+  unread = kernels.shape[0] - sum(part.shape[0] for part in parts)
+  d_kernels.append(jnp.zeros((unread, *kernels.shape[1:]), kernels.dtype))
+  return d_parts, jnp.concatenate(d_kernels)
 
 
-def _class_product_backward(residuals, cotangent):
-  part, kernels = residuals
-  d_part = jnp.einsum('ecf,emf->ecm', cotangent, kernels)
+grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
+
+
+def _of_classes(kernels, parts):
+  ends = np.cumsum([part.shape[0] for part in parts])
+  return [
+    kernels[end - part.shape[0] : end]
+    for part, end in zip(parts, ends, strict=True)
+  ]
+
+
+def _kernel_gradient(part, cotangent):
   room = part.shape[1]
-  if room <= _THIN:
-    outer = [
-        part[:, c, :, None] * cotangent[:, c, None, :] for c in range(room)
-    ]
-    d_kernels = functools.reduce(jnp.add, outer)
-  else:
-    d_kernels = jnp.einsum('ecm,ecf->emf', part, cotangent)
-  return d_part, d_kernels
-
-
-_class_product.defvjp(_class_product_forward, _class_product_backward)
+  if room > _THIN:
+    return jnp.einsum('ecm,ecf->emf', part, cotangent)
+  outer = [part[:, c, :, None] * cotangent[:, c, None, :] for c in range(room)]
+  return functools.reduce(jnp.add, outer)

@@ -13,9 +13,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 # T5's two initialisers: attention draws from a normal, the rest from a
 # truncated normal, both with variance 1 / fan-in.
 attention_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-dense_init = nn.initializers.variance_scaling(
-    1.0, 'fan_in', 'truncated_normal'
-)
+dense_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
 class Dense(nn.Module):
@@ -38,10 +36,43 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     kernel = partitioning.param_with_axes(
-        'kernel',
-        self.kernel_init,
-        (inputs.shape[-1], self.features),
-        jnp.float32,
-        axes=self.kernel_axes,
+      'kernel',
+      self.kernel_init,
+      (inputs.shape[-1], self.features),
+      jnp.float32,
+      axes=self.kernel_axes,
     )
-    return jnp.matmul(inputs.astype(self.dtype), kernel.astype(self.dtype))
+    return project(inputs.astype(self.dtype), kernel.astype(self.dtype))
+
+
+@jax.custom_vjp
+def project(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+  """inputs <float>[..., in] kernel <float>[in, out], to <float>[..., out].
+
+  Its own gradient, because XLA on CPU copies the first factor of inputs^T
+  cotangent to another layout, slowly, together with all that made it. JAX
+  always puts the cotangent first; here it is the narrower of the two.
+  """
+  return jnp.matmul(inputs, kernel)
+
+
+def _project_forward(inputs, kernel):
+  return project(inputs, kernel), (inputs, kernel)
+
+
+def _project_backward(residuals, cotangent):
+  inputs, kernel = residuals
+  leading = tuple(range(inputs.ndim - 1))
+  over_tokens = lambda first, second: jax.lax.dot_general(
+    first, second, ((leading, leading), ((), ()))
+  )
+  d_inputs = jax.lax.dot_general(
+    cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ()))
+  )
+  # Several kernels often share their inputs, so one copy: hence the 1.5.
+  if kernel.shape[0] > 1.5 * kernel.shape[1]:
+    return d_inputs, over_tokens(cotangent, inputs).T
+  return d_inputs, over_tokens(inputs, cotangent)
+
+
+project.defvjp(_project_forward, _project_backward)

@@ -425,13 +425,19 @@ class T5(nn.Module):
       decode: prepares the cache for step-by-step decoding.
     """
     del encoder_positions, decoder_positions
-    encoded = self.encode(
+    embedded, decoder_embedded = self.token_embedder.both(
+      encoder_input_tokens.astype(jnp.int32),
+      decoder_input_tokens.astype(jnp.int32),
+    )
+    encoded = self._encode(
+      embedded,
       encoder_input_tokens,
       encoder_segment_ids,
       encoder_routing_ids=encoder_routing_ids,
       enable_dropout=enable_dropout,
     )
-    return self.decode(
+    return self._decode(
+      decoder_embedded,
       encoded,
       encoder_input_tokens,
       decoder_input_tokens,
@@ -441,6 +447,7 @@ class T5(nn.Module):
       decoder_routing_ids=decoder_routing_ids,
       enable_dropout=enable_dropout,
       decode=decode,
+      max_decode_length=None,
     )
 
   def encode(
@@ -452,6 +459,23 @@ class T5(nn.Module):
     enable_dropout: bool = True,
   ) -> jax.Array:
     """Encoder outputs <dtype>[batch, inputs, embed]."""
+    return self._encode(
+      self.token_embedder(encoder_input_tokens.astype(jnp.int32)),
+      encoder_input_tokens,
+      encoder_segment_ids,
+      encoder_routing_ids=encoder_routing_ids,
+      enable_dropout=enable_dropout,
+    )
+
+  def _encode(
+    self,
+    embedded,
+    encoder_input_tokens,
+    encoder_segment_ids,
+    *,
+    encoder_routing_ids,
+    enable_dropout,
+  ):
     ids = encoder_input_tokens.astype(jnp.int32)
     real = ids > 0
     mask = real[:, None, :, None] & real[:, None, None, :]
@@ -461,7 +485,7 @@ class T5(nn.Module):
         'encoder_ids', ids, encoder_segment_ids
       )
     return self.encoder(
-      self.token_embedder(ids),
+      embedded,
       mask,
       encoder_routing_ids,
       not enable_dropout,
@@ -488,6 +512,35 @@ class T5(nn.Module):
     the targets are not looked at.
     """
     del decoder_positions
+    return self._decode(
+      self.token_embedder(decoder_input_tokens.astype(jnp.int32)),
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_routing_ids=decoder_routing_ids,
+      enable_dropout=enable_dropout,
+      decode=decode,
+      max_decode_length=max_decode_length,
+    )
+
+  def _decode(
+    self,
+    embedded,
+    encoded,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    encoder_segment_ids,
+    decoder_segment_ids,
+    *,
+    decoder_routing_ids,
+    enable_dropout,
+    decode,
+    max_decode_length,
+  ):
     inputs = decoder_input_tokens.astype(jnp.int32)
     memory = encoder_input_tokens.astype(jnp.int32) > 0
     if decode:
@@ -507,7 +560,7 @@ class T5(nn.Module):
         inputs, decoder_segment_ids, decode
       )
     tokens = self.decoder(
-      self.token_embedder(inputs),
+      embedded,
       encoded,
       mask,
       cross_mask,

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +31,19 @@ class LossConfig:
 
 
 def make_train_step(
-    model: nn.Module,
-    *,
-    optimizer: optax.GradientTransformation,
-    row_optimizer: row_optimizers.RowOptimizer | None,
-    loss: LossConfig,
-    seed: int,
-    num_microbatches: int = 1,
+  model: nn.Module,
+  *,
+  optimizer: optax.GradientTransformation,
+  row_optimizer: row_optimizers.RowOptimizer | None,
+  loss: LossConfig,
+  seed: int,
+  num_microbatches: int = 1,
 ) -> Callable[..., tuple[train_state.TrainState, Metrics]]:
   """The step `(state, frozen, batch, plan) -> (state, metrics)`.
 
-  The loss is the mean over the target tokens of the whole batch: gradients of
-  sums are added over microbatches and divided once, so that the number of
-  microbatches changes nothing but memory.
+  The loss is the mean over the target tokens of the whole batch: the sum
+  of each part is divided by the tokens of the whole batch, so that the number
+  of microbatches changes nothing but memory.
 
   Args:
     model: the model.
@@ -68,40 +67,40 @@ def make_train_step(
     trained = (state.params, rows if state.tables else {})
     held = {} if state.tables else rows
 
-    def summed_loss(trained, batch, streams, key):
-      params, rows = trained
-      return loss_of_part(params, rows or held, batch, streams, key)
+    num_tokens = jnp.maximum(jnp.sum(batch['decoder_loss_weights']), 1.0)
 
-    gradient = jax.grad(summed_loss, has_aux=True)
+    def part_of_mean_loss(trained, batch, streams, key):
+      params, rows = trained
+      total, metrics = loss_of_part(params, rows or held, batch, streams, key)
+      # Here rather than in the gradients: one number instead of all of them.
+      return total / num_tokens, metrics
+
+    gradient = jax.grad(part_of_mean_loss, has_aux=True)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     streams = _streams(plan)
     if num_microbatches == 1:
       grads, metrics = gradient(trained, batch, streams, key)
     else:
       grads, metrics = _accumulate(
-          gradient, trained, batch, streams, key, num_microbatches
+        gradient, trained, batch, streams, key, num_microbatches
       )
-    num_tokens = jnp.maximum(metrics['loss'].count, 1.0)
-    grads = jax.tree.map(lambda g: g / num_tokens, grads)
     param_grads, row_grads = grads
 
-    metrics['gradient_norm'] = Mean(
-        optax.global_norm(param_grads), jnp.ones(())
-    )
+    metrics['gradient_norm'] = Mean(_global_norm(param_grads), jnp.ones(()))
     updates, opt_state = optimizer.update(
-        param_grads, state.opt_state, state.params
+      param_grads, state.opt_state, state.params
     )
     tables, table_state = state.tables, state.table_state
     if state.tables:
       tables, table_state = _update_rows(
-          row_optimizer, state, row_grads, rows, plan
+        row_optimizer, state, row_grads, rows, plan
       )
     state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        tables=tables,
-        table_state=table_state,
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      tables=tables,
+      table_state=table_state,
     )
     return state, metrics
 
@@ -109,14 +108,14 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nn.Module, loss: LossConfig
+  model: nn.Module, loss: LossConfig
 ) -> Callable[..., Metrics]:
   """The step `(params, tables, batch, plan) -> metrics`, without dropout."""
 
   def eval_step(params, tables, batch, plan):
     rows = gather_rows(tables, plan)
     _, metrics = _summed_loss(
-        model, loss, params, rows, batch, _streams(plan), None
+      model, loss, params, rows, batch, _streams(plan), None
     )
     return metrics
 
@@ -124,16 +123,15 @@ def make_eval_step(
 
 
 def gather_rows(
-    tables: parameters.Tables, plan: plans.ExpertPlan | None
+  tables: parameters.Tables, plan: plans.ExpertPlan | None
 ) -> parameters.Tables:
-  """The planned rows of every table; zeros in rows that are not used."""
+  """The planned rows of every table; any row where none is used."""
   if not tables or plan is None:
     return tables
+  # No zeros in unused rows: the comparison costs another pass over all rows,
+  # and nothing comes of them, as their slots are empty.
   return jax.tree.map(
-      lambda table: jnp.take(
-          table, plan.experts, axis=0, mode='fill', fill_value=0
-      ),
-      tables,
+    lambda table: jnp.take(table, plan.experts, axis=0, mode='clip'), tables
   )
 
 
@@ -142,33 +140,33 @@ def _summed_loss(model, loss, params, rows, batch, streams, key):
   targets = batch['decoder_target_tokens']
   weights = batch['decoder_loss_weights']
   names = (
-      'encoder_segment_ids',
-      'decoder_segment_ids',
-      'encoder_routing_ids',
-      'decoder_routing_ids',
+    'encoder_segment_ids',
+    'decoder_segment_ids',
+    'encoder_routing_ids',
+    'decoder_routing_ids',
   )
   logits = model.apply(
-      {'params': parameters.merge_tables(params, rows)},
-      batch['encoder_input_tokens'],
-      batch['decoder_input_tokens'],
-      targets,
-      enable_dropout=key is not None,
-      rngs=None if key is None else {'dropout': key},
-      **{name: batch[name] for name in names if name in batch} | streams,
+    {'params': parameters.merge_tables(params, rows)},
+    batch['encoder_input_tokens'],
+    batch['decoder_input_tokens'],
+    targets,
+    enable_dropout=key is not None,
+    rngs=None if key is None else {'dropout': key},
+    **{name: batch[name] for name in names if name in batch} | streams,
   )
   entropy, z_loss = losses.cross_entropy(
-      logits,
-      targets,
-      label_smoothing=loss.label_smoothing,
-      z_loss=loss.z_loss,
+    logits,
+    targets,
+    label_smoothing=loss.label_smoothing,
+    z_loss=loss.z_loss,
   )
   num_tokens = jnp.sum(weights)
-  right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  right = losses.is_right(logits, targets).astype(jnp.float32)
   summed = lambda values: Mean(jnp.sum(values * weights), num_tokens)
   metrics = {
-      'loss': summed(entropy),
-      'z_loss': summed(z_loss),
-      'accuracy': summed(right),
+    'loss': summed(entropy),
+    'z_loss': summed(z_loss),
+    'accuracy': summed(right),
   }
   metrics |= _routing_metrics(model, batch)
   return jnp.sum((entropy + z_loss) * weights), metrics
@@ -184,7 +182,7 @@ def _routing_metrics(model, batch):
     num_experts = model.config.routing.num_experts
     total = jnp.asarray(ids.size, jnp.float32)
     share = lambda which, total=total: Mean(
-        jnp.sum(which.astype(jnp.float32)), total
+      jnp.sum(which.astype(jnp.float32)), total
     )
     metrics[f'{stream}_routed'] = share((ids >= 0) & (ids < num_experts))
     metrics[f'{stream}_skipped'] = share(ids >= num_experts)
@@ -196,10 +194,15 @@ def _streams(plan):
   if plan is None:
     return {}
   return {
-      f'{name}_routing_ids': stream
-      for name in ('encoder', 'decoder')
-      if (stream := getattr(plan, name)) is not None
+    f'{name}_routing_ids': stream
+    for name in ('encoder', 'decoder')
+    if (stream := getattr(plan, name)) is not None
   }
+
+
+def _global_norm(tree):
+  # Products rather than squares: no squared copy of a gradient is written.
+  return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
 
 
 def _accumulate(gradient, trained, batch, streams, key, num_microbatches):
@@ -227,18 +230,16 @@ def _update_rows(row_optimizer, state, grads, rows, plan):
   gather = lambda x: jnp.take(x, plan.experts, axis=0, mode='clip')
   # Unused rows have numbers beyond the table and are dropped.
   write = lambda whole, rows: whole.at[plan.experts].set(
-      rows, mode='drop', unique_indices=True
+    rows, mode='drop', unique_indices=True
   )
   tables, table_state = {}, {}
   for name, table in state.tables.items():
     old_state = jax.tree.map(gather, state.table_state[name])
     new_rows, new_state = row_optimizer.update(
-        grads[name], old_state, rows[name], state.step, present
+      grads[name], old_state, rows[name], state.step, present
     )
     tables[name] = jax.tree.map(write, table, new_rows)
-    table_state[name] = jax.tree.map(
-        write, state.table_state[name], new_state
-    )
+    table_state[name] = jax.tree.map(write, state.table_state[name], new_state)
   return tables, table_state
 
 
