@@ -30,6 +30,7 @@ def ask(
   Returns:
     The answers.
   """
+  _check_prompt(prompt)
   loaded = model_folder.load(model)
   vocabulary = loaded.vocabulary
   strategy = (
@@ -58,6 +59,18 @@ def ask(
       rows = routing.explain(inputs, vocabulary)
       print(routing_vocabulary.format_explanation(rows))
   return answers
+
+
+def _check_prompt(prompt: str) -> None:
+  try:
+    has_question = '?!' in prompt.format(question='?!')
+  except (LookupError, ValueError):
+    has_question = False
+  if not has_question:
+    raise ValueError(
+      'The prompt must hold {question} and nothing else in braces, but is '
+      f'{prompt!r}. The default is "question: {{question}}".'
+    )
 
 
 def _read_lines() -> Iterator[str]:

@@ -24,10 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error(
       f'unknown arguments {rest}. Options of gin are --gin.NAME=VALUE.'
     )
+  if bindings and not hasattr(options, 'gin_file'):
+    parser.error(f'{options.verb} reads no gin, but has {bindings}.')
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   try:
     options.run(options, bindings)
-  except (ValueError, FileNotFoundError, FloatingPointError) as error:
+  except (ValueError, OSError, FloatingPointError) as error:
     if os.environ.get('MOWE_TRACE'):
       raise
     # Gin adds to every error through which of its calls it came.

@@ -352,7 +352,8 @@ def _samples(
   path: pathlib.Path, number: int = 3
 ) -> list[report.SampleQuestion]:
   """Questions spread over the file, the same for every model."""
-  lines = path.read_text(encoding='utf-8').splitlines()
+  # Not splitlines: texts may hold other line ends than this one.
+  lines = path.read_text(encoding='utf-8').rstrip('\n').split('\n')
   # One further each time, as questions go round the relations.
   places = [(i * len(lines) // number + i) % len(lines) for i in range(number)]
   chosen = [json.loads(lines[place]) for place in places]

@@ -20,12 +20,12 @@ _TOKENS_AT_ONCE = 256
 
 def _expert_init(scale: float):
   return nn.initializers.variance_scaling(
-      scale**2,
-      'fan_in',
-      'truncated_normal',
-      in_axis=-2,
-      out_axis=-1,
-      batch_axis=(0,),
+    scale**2,
+    'fan_in',
+    'truncated_normal',
+    in_axis=-2,
+    out_axis=-1,
+    batch_axis=(0,),
   )
 
 
@@ -52,13 +52,13 @@ class ExpertTable(nn.Module):
   def __call__(self) -> dict[str, jax.Array]:
     names = feed_forward.kernel_names(self.activations)
     kernels = {
-        name: self._kernel(
-            name, 1.0, (self.embed_dim, self.expert_dim), 'embed', 'expert_mlp'
-        )
-        for name in names
+      name: self._kernel(
+        name, 1.0, (self.embed_dim, self.expert_dim), 'embed', 'expert_mlp'
+      )
+      for name in names
     }
     kernels['wo'] = self._kernel(
-        'wo', _WO_SCALE, (self.expert_dim, self.embed_dim), 'expert_mlp', 'embed'
+      'wo', _WO_SCALE, (self.expert_dim, self.embed_dim), 'expert_mlp', 'embed'
     )
     return kernels
 
@@ -67,11 +67,11 @@ class ExpertTable(nn.Module):
     if self.has_variable('params', name):
       return self.get_variable('params', name)
     return partitioning.param_with_axes(
-        name,
-        _expert_init(scale),
-        (self.num_experts, *shape),
-        jnp.float32,
-        axes=('expert', *axes),
+      name,
+      _expert_init(scale),
+      (self.num_experts, *shape),
+      jnp.float32,
+      axes=('expert', *axes),
     )
 
 
@@ -108,19 +108,11 @@ class MoweLayer(nn.Module):
   dtype: Any = jnp.float32
   table: ExpertTable | None = None
 
-  def make_table(self, embed_dim: int) -> ExpertTable:
-    """A table, not yet bound, that fits this layer."""
-    return ExpertTable(
-        self.num_experts,
-        embed_dim,
-        self.expert_dim,
-        self.activations,
-        parent=None,
-    )
-
   def make_shared(self, embed_dim: int) -> dict[str, nn.Module]:
     """Modules that the stack owns once and hands to all layers, by name."""
-    return {'experts': self.make_table(embed_dim)} if self.share_experts else {}
+    if not self.share_experts:
+      return {}
+    return {'experts': self._make_table(embed_dim, parent=None)}
 
   def with_shared(self, shared: dict[str, nn.Module]) -> 'MoweLayer':
     """This layer, not yet bound, reading the stack's shared modules."""
@@ -128,16 +120,16 @@ class MoweLayer(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens: jax.Array,
-      routing_ids: jax.Array | plans.StreamPlan | None = None,
-      *,
-      deterministic: bool = True,
+    self,
+    tokens: jax.Array,
+    routing_ids: jax.Array | plans.StreamPlan | None = None,
+    *,
+    deterministic: bool = True,
   ) -> jax.Array:
     _check_routing_ids(tokens, routing_ids)
     table = self.table
     if table is None:
-      table = self.make_table(tokens.shape[-1]).clone(name='experts')
+      table = self._make_table(tokens.shape[-1], name='experts')
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(self.dtype)
     dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
     if isinstance(routing_ids, plans.StreamPlan):
@@ -145,6 +137,15 @@ class MoweLayer(nn.Module):
     else:
       outputs = self._by_token(flat, routing_ids.reshape(-1), table, dropout)
     return outputs.reshape(tokens.shape)
+
+  def _make_table(self, embed_dim, **place):
+    return ExpertTable(
+      self.num_experts,
+      embed_dim,
+      self.expert_dim,
+      self.activations,
+      **place,
+    )
 
   def _planned(self, tokens, plan, table, dropout):
     """One batched product for each size class of the plan."""
@@ -154,18 +155,18 @@ class MoweLayer(nn.Module):
     else:
       select = lambda kernel: jnp.take(kernel, plan.rows, axis=0, mode='clip')
     kernels = {
-        name: select(kernel).astype(self.dtype)
-        for name, kernel in kernels.items()
+      name: select(kernel).astype(self.dtype)
+      for name, kernel in kernels.items()
     }
     slots = plan.slots.reshape(-1)
     parts = grouped.dispatch(tokens, plan.sources, slots)
     projections = [
-        grouped.grouped_product(parts, kernels[name])
-        for name in feed_forward.kernel_names(self.activations)
+      grouped.grouped_product(parts, kernels[name])
+      for name in feed_forward.kernel_names(self.activations)
     ]
     hidden = [
-        dropout(feed_forward.activate(list(same_class), self.activations))
-        for same_class in zip(*projections, strict=True)
+      dropout(feed_forward.activate(list(same_class), self.activations))
+      for same_class in zip(*projections, strict=True)
     ]
     outputs = grouped.grouped_product(hidden, kernels['wo'])
     return grouped.combine(outputs, plan.sources, slots)
@@ -176,19 +177,19 @@ class MoweLayer(nn.Module):
 
     def some_tokens(tokens, experts):
       read = lambda name: jnp.take(
-          kernels[name],
-          # Negative ids would count from the end.
-          jnp.where(experts < 0, self.num_experts, experts),
-          axis=0,
-          mode='fill',
-          fill_value=0,
+        kernels[name],
+        # Negative ids would count from the end.
+        jnp.where(experts < 0, self.num_experts, experts),
+        axis=0,
+        mode='fill',
+        fill_value=0,
       ).astype(self.dtype)
       hidden = feed_forward.activate(
-          [
-              jnp.einsum('tm,tmf->tf', tokens, read(name))
-              for name in feed_forward.kernel_names(self.activations)
-          ],
-          self.activations,
+        [
+          jnp.einsum('tm,tmf->tf', tokens, read(name))
+          for name in feed_forward.kernel_names(self.activations)
+        ],
+        self.activations,
       )
       return jnp.einsum('tf,tfm->tm', dropout(hidden), read('wo'))
 
@@ -205,11 +206,11 @@ def _in_chunks(function, tokens, experts):
   tokens = jnp.pad(tokens, ((0, missing), (0, 0)))
   experts = jnp.pad(experts, (0, missing), constant_values=-1)
   outputs = jax.lax.map(
-      lambda pair: function(*pair),
-      (
-          tokens.reshape(-1, _TOKENS_AT_ONCE, tokens.shape[-1]),
-          experts.reshape(-1, _TOKENS_AT_ONCE),
-      ),
+    lambda pair: function(*pair),
+    (
+      tokens.reshape(-1, _TOKENS_AT_ONCE, tokens.shape[-1]),
+      experts.reshape(-1, _TOKENS_AT_ONCE),
+    ),
   )
   return outputs.reshape(-1, outputs.shape[-1])[:num_tokens]
 
@@ -217,18 +218,18 @@ def _in_chunks(function, tokens, experts):
 def _check_routing_ids(tokens, routing_ids):
   if routing_ids is None:
     raise ValueError(
-        'MoweLayer needs the routing ids of its tokens, but got None. Set '
-        'T5Config.routing to a RoutingVocabulary, or give '
-        'encoder_routing_ids and decoder_routing_ids with the batch.'
+      'MoweLayer needs the routing ids of its tokens, but got None. Set '
+      'T5Config.routing to a RoutingVocabulary, or give '
+      'encoder_routing_ids and decoder_routing_ids with the batch.'
     )
   ids = (
-      routing_ids.slots
-      if isinstance(routing_ids, plans.StreamPlan)
-      else routing_ids
+    routing_ids.slots
+    if isinstance(routing_ids, plans.StreamPlan)
+    else routing_ids
   )
   if ids.shape != tokens.shape[:2]:
     raise ValueError(
-        'routing_ids must have the [batch, length] shape of tokens, '
-        f'{tokens.shape[:2]}, but has {ids.shape}. Encode the same batch with '
-        'RoutingVocabulary.encoder_ids or decoder_ids.'
+      'routing_ids must have the [batch, length] shape of tokens, '
+      f'{tokens.shape[:2]}, but has {ids.shape}. Encode the same batch with '
+      'RoutingVocabulary.encoder_ids or decoder_ids.'
     )
