@@ -189,7 +189,7 @@ def train(
         partitioning.put_batch(plan, everywhere),
       ),
       actions=[
-        loop.Every(eval_period, evaluate),
+        loop.Every(eval_period, evaluate, at_stop=False),
         loop.Every(save_period, save_checkpoint),
       ],
       writers=writers['train'],

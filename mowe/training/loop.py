@@ -23,13 +23,17 @@ class Every:
   Attributes:
     period: steps; 0 for never but at the end.
     action: called with the number of steps done and the state.
+    at_stop: also due when a signal ends the run early: saving is, what takes
+      long is not, as who sends SIGTERM does not wait long.
   """
 
   period: int
   action: Callable[[int, train_state.TrainState], None]
+  at_stop: bool = True
 
-  def is_due(self, step: int, is_last: bool) -> bool:
-    return is_last or bool(self.period and step % self.period == 0)
+  def is_due(self, step: int, is_end: bool, is_stop: bool = False) -> bool:
+    is_period = self.period and step % self.period == 0
+    return bool(is_end or is_period or (is_stop and self.at_stop))
 
 
 class StopSignal:
@@ -114,9 +118,9 @@ def run(
       state, metrics = train_step(state, frozen, *put(batch, plan))
       step += 1
       pending.append(metrics)
-      is_last = step == total_steps or stop.requested
-      is_logged = step % log_period == 0 or is_last
-      due = [action for action in actions if action.is_due(step, is_last)]
+      is_end, is_stop = step == total_steps, stop.requested
+      is_logged = step % log_period == 0 or is_end or is_stop
+      due = [one for one in actions if one.is_due(step, is_end, is_stop)]
       shown = None
       if is_logged or due:
         # Only here does the host wait for the device. Before every action, so
@@ -131,7 +135,7 @@ def run(
       progress.update(step, num_tokens, shown)
       for action in due:
         action.action(step, state)
-      if is_last:
+      if is_end or is_stop:
         break
   return state
 

@@ -160,6 +160,23 @@ def test_a_signal_during_an_action_loses_no_step():
   assert len(seen) <= 3
 
 
+def test_what_takes_long_is_not_done_at_a_stop():
+  saved, save = _recording(100)
+  evaluated = []
+  evaluate = loop.Every(
+    3, lambda step, state: evaluated.append(step), at_stop=False
+  )
+  _run(9, actions=[evaluate, save], on_step=_kill(3))
+  assert evaluated == [3] and saved == [4]
+  evaluated.clear()
+  # But it is at the end, and when it is due anyway.
+  _run(4, actions=[evaluate])
+  assert evaluated == [3, 4]
+  evaluated.clear()
+  _run(9, actions=[evaluate], on_step=_kill(2))
+  assert evaluated == [3]
+
+
 def test_a_second_ctrl_c_stops_at_once():
   def on_step(step):
     os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,147 @@
+"""Runs in processes of their own that are stopped and killed, then rerun."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mowe.training import checkpoints, metrics
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings('ignore:Sharding info not provided'),
+]
+
+_TOTAL = 240
+_SECONDS = 240
+
+
+def _command(world, folder):
+  sizes = 'mowe.models.t5.T5Config'
+  bindings = {
+    'VOCABULARY_PATH': world.vocabulary_path,
+    'VOCAB_SIZE': 256,
+    'ROUTING_VOCABULARY': world.routing_path,
+    'NUM_EXPERTS': world.routing.num_experts,
+    'EXPERT_DIM': 4,
+    'MODEL_DIR': str(folder),
+    'CACHE_DIR': world.cache_dir,
+    'MIXTURE_OR_TASK_NAME': 'text',
+    'TASK_FEATURE_LENGTHS': {'inputs': 18, 'targets': 11},
+    'TRAIN_STEPS': _TOTAL,
+    'BATCH_SIZE': 4,
+    'DROPOUT_RATE': 0.1,
+    'SAVE_PERIOD': 40,
+    'LOG_PERIOD': 5,
+    f'{sizes}.num_encoder_layers': 1,
+    f'{sizes}.num_decoder_layers': 1,
+    f'{sizes}.sparse_encoder_layers': (0,),
+    f'{sizes}.sparse_decoder_layers': (0,),
+  }
+  return [
+    sys.executable,
+    '-m',
+    'mowe.commands.main',
+    'train',
+    '--gin_file=gin_configs/examples/text_pretrain_mowe.gin',
+    *(f'--gin.{name}={value!r}' for name, value in bindings.items()),
+  ]
+
+
+def _start(world, folder):
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  }
+  return subprocess.Popen(
+    _command(world, folder),
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def _finish(process):
+  output, _ = process.communicate(timeout=_SECONDS)
+  return output
+
+
+def _wait_until(is_there, process):
+  start = time.monotonic()
+  while not is_there():
+    assert process.poll() is None, _finish(process)
+    assert time.monotonic() - start < _SECONDS
+    time.sleep(0.002)
+
+
+def _final(folder):
+  with checkpoints.Checkpoints(folder) as saved:
+    assert saved.latest_step() == _TOTAL
+  state = folder / f'checkpoint_{_TOTAL}' / 'state'
+  return jax.device_get(ocp.PyTreeCheckpointer().restore(state))
+
+
+@pytest.fixture(scope='module')
+def straight(world, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('uninterrupted') / 'run'
+  process = _start(world, folder)
+  output = _finish(process)
+  assert process.returncode == 0, output
+  return _final(folder)
+
+
+def _rerun_and_compare(world, folder, expected, resumed_at):
+  process = _start(world, folder)
+  output = _finish(process)
+  assert process.returncode == 0, output
+  assert f'at step {resumed_at}.' in output
+  actual = _final(folder)
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  assert set(actual) == {
+    'step', 'params', 'opt_state', 'tables', 'table_state'
+  }  # fmt: skip
+  for (path, want), got in zip(
+    jax.tree_util.tree_leaves_with_path(expected),
+    jax.tree.leaves(actual),
+    strict=True,
+  ):
+    same = np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    assert same, jax.tree_util.keystr(path)
+  lines = metrics.read_json_lines(folder / 'train_metrics.jsonl')
+  steps = [line['step'] for line in lines]
+  assert steps == sorted(set(steps)) and steps[-1] == _TOTAL
+
+
+def test_a_stopped_run_saves_and_goes_on(world, straight, tmp_path):
+  folder = tmp_path / 'run'
+  process = _start(world, folder)
+  log = folder / 'train_metrics.jsonl'
+  _wait_until(lambda: log.exists() and log.stat().st_size > 0, process)
+  process.terminate()
+  output = _finish(process)
+  assert process.returncode == 0, output
+  with checkpoints.Checkpoints(folder) as saved:
+    step = saved.latest_step()
+  assert 0 < step < _TOTAL
+  assert f'Stopped after step {step} of {_TOTAL}; saved' in output
+  _rerun_and_compare(world, folder, straight, step)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(world, straight, tmp_path):
+  folder = tmp_path / 'run'
+  process = _start(world, folder)
+  saved = checkpoints.Checkpoints(folder)
+  _wait_until(saved.latest_step, process)
+  process.kill()
+  _finish(process)
+  step = saved.latest_step()
+  saved.close()
+  assert process.returncode == -signal.SIGKILL and step < _TOTAL
+  _rerun_and_compare(world, folder, straight, step)
