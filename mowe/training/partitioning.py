@@ -11,25 +11,25 @@ MESH_AXES = ('data', 'expert', 'model')
 
 # Logical axis -> mesh axis. A new sharding is a new row.
 LOGICAL_AXIS_RULES = (
-    ('batch', ('data', 'expert')),
-    ('vocab', 'model'),
-    ('mlp', 'model'),
-    ('heads', 'model'),
-    ('joined_kv', 'model'),
-    ('expert', 'expert'),
-    ('expert_mlp', 'model'),
-    ('embed', None),
-    ('kv', None),
-    ('length', None),
-    ('relpos_buckets', None),
+  ('batch', ('data', 'expert')),
+  ('vocab', 'model'),
+  ('mlp', 'model'),
+  ('heads', 'model'),
+  ('joined_kv', 'model'),
+  ('expert', 'expert'),
+  ('expert_mlp', 'model'),
+  ('embed', None),
+  ('kv', None),
+  ('length', None),
+  ('relpos_buckets', None),
 )
 
 
 def make_mesh(
-    data: int | None = None,
-    expert: int = 1,
-    model: int = 1,
-    devices: list[Any] | None = None,
+  data: int | None = None,
+  expert: int = 1,
+  model: int = 1,
+  devices: list[Any] | None = None,
 ) -> Mesh:
   """Mesh with axes data, expert and model.
 
@@ -47,16 +47,16 @@ def make_mesh(
     data = max(1, len(devices) // (expert * model))
   if data * expert * model != len(devices):
     raise ValueError(
-        'The mesh must use every device: data x expert x model must be '
-        f'{len(devices)}, but is {data} x {expert} x {model} = '
-        f'{data * expert * model}. Leave out `data` or change the others.'
+      'The mesh must use every device: data x expert x model must be '
+      f'{len(devices)}, but is {data} x {expert} x {model} = '
+      f'{data * expert * model}. Leave out `data` or change the others.'
     )
   # Auto: explicit axes, jax's default, refuse gathers from a sharded table.
   return jax.make_mesh(
-      (data, expert, model),
-      MESH_AXES,
-      axis_types=(AxisType.Auto,) * 3,
-      devices=devices,
+    (data, expert, model),
+    MESH_AXES,
+    axis_types=(AxisType.Auto,) * 3,
+    devices=devices,
   )
 
 
@@ -69,14 +69,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'expert')))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, num_microbatches: int) -> None:
+def check_batch_size(
+  batch_size: int, mesh: Mesh, num_microbatches: int
+) -> None:
   """Raises ValueError unless every device gets rows of every microbatch."""
   unit = mesh.shape['data'] * mesh.shape['expert'] * num_microbatches
   if batch_size % unit:
     raise ValueError(
-        'The batch size must be a multiple of data x expert x microbatches = '
-        f"{mesh.shape['data']} x {mesh.shape['expert']} x {num_microbatches} = "
-        f'{unit}, but is {batch_size}. Use {batch_size // unit * unit + unit}.'
+      'The batch size must be a multiple of data x expert x microbatches = '
+      f'{mesh.shape["data"]} x {mesh.shape["expert"]} x {num_microbatches} = '
+      f'{unit}, but is {batch_size}. Use {batch_size // unit * unit + unit}.'
     )
 
 
@@ -84,10 +86,10 @@ def parameter_axes(params_axes: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
   """Logical axes of every parameter, by path, from the model's `params_axes`."""
   names = flax_partitioning.get_axis_names(params_axes)
   return {
-      path: tuple(spec)
-      for path, spec in flax.traverse_util.flatten_dict(
-          flax.core.unfreeze(names)
-      ).items()
+    path: tuple(spec)
+    for path, spec in flax.traverse_util.flatten_dict(
+      flax.core.unfreeze(names)
+    ).items()
   }
 
 
@@ -98,7 +100,7 @@ def sharding_of_axes(axes: tuple[str, ...], mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(
-    state: Any, axes: dict[tuple[str, ...], tuple[str, ...]], mesh: Mesh
+  state: Any, axes: dict[tuple[str, ...], tuple[str, ...]], mesh: Mesh
 ) -> Any:
   """Shardings of a train state's leaves.
 
@@ -133,8 +135,8 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
   return jax.tree.map(
-      lambda x: jax.make_array_from_callback(
-          x.shape, sharding, lambda index: x[index]
-      ),
-      batch,
+    lambda x: jax.make_array_from_callback(
+      x.shape, sharding, lambda index: x[index]
+    ),
+    batch,
   )
