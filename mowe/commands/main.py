@@ -208,17 +208,10 @@ def _parse_gin(options, bindings):
 
 
 def _train(options, bindings):
+  _join_processes(options)
   gin_config = _parse_gin(options, bindings)
   from mowe.commands import train
 
-  if options.coordinator_address:
-    import jax
-
-    jax.distributed.initialize(
-      options.coordinator_address,
-      options.process_count,
-      options.process_index,
-    )
   if options.tfds_data_dir:
     from mowe.data import seqio_stream
 
@@ -228,6 +221,19 @@ def _train(options, bindings):
   gin_config.call(
     train.train, config_text=gin_config.operative_config, **arguments
   )
+
+
+def _join_processes(options):
+  """Connects the processes of a multi-host run; the first one speaks."""
+  if options.coordinator_address is None:
+    return
+  import jax
+
+  jax.distributed.initialize(
+    options.coordinator_address, options.process_count, options.process_index
+  )
+  if jax.process_index() != 0:
+    sys.stdout = open(os.devnull, 'w')
 
 
 def _evaluate(options, bindings):

@@ -13,13 +13,13 @@ _MASKED = -1e10
 
 
 def dot_product_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    dropout=lambda weights: weights,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  bias: jax.Array | None,
+  mask: jax.Array | None,
+  dropout=lambda weights: weights,
 ) -> jax.Array:
   """softmax(query key^T + bias) value, with no division by sqrt(kv).
 
@@ -70,11 +70,11 @@ class MultiHeadAttention(nn.Module):
   def setup(self):
     joined = self.num_heads * self.head_dim
     project = lambda init: linear.Dense(
-        joined, ('embed', 'joined_kv'), init, self.dtype
+      joined, ('embed', 'joined_kv'), init, self.dtype
     )
     # The 1 / sqrt(kv) of scaled dot products lives in the query's initialiser.
     self.query = project(
-        lambda *args: linear.attention_init(*args) * self.head_dim**-0.5
+      lambda *args: linear.attention_init(*args) * self.head_dim**-0.5
     )
     self.key = project(linear.attention_init)
     self.value = project(linear.attention_init)
@@ -83,11 +83,11 @@ class MultiHeadAttention(nn.Module):
   @nn.compact
   def _out(self, attended: jax.Array, features: int) -> jax.Array:
     return linear.Dense(
-        features,
-        ('joined_kv', 'embed'),
-        linear.attention_init,
-        self.dtype,
-        name='out',
+      features,
+      ('joined_kv', 'embed'),
+      linear.attention_init,
+      self.dtype,
+      name='out',
     )(attended)
 
   def _split_heads(self, joined: jax.Array) -> jax.Array:
@@ -97,56 +97,56 @@ class MultiHeadAttention(nn.Module):
   def project_memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values <dtype>[batch, key, heads, kv] of a memory."""
     return (
-        self._split_heads(self.key(memory)),
-        self._split_heads(self.value(memory)),
+      self._split_heads(self.key(memory)),
+      self._split_heads(self.value(memory)),
     )
 
   def attend(
-      self,
-      queries: jax.Array,
-      keys: jax.Array,
-      values: jax.Array,
-      *,
-      bias: jax.Array | None = None,
-      mask: jax.Array | None = None,
-      deterministic: bool = True,
+    self,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    deterministic: bool = True,
   ) -> jax.Array:
     """Attention of `queries` to projected keys and values."""
     attended = dot_product_attention(
-        self._split_heads(self.query(queries)),
-        keys,
-        values,
-        bias=bias,
-        mask=mask,
-        dropout=lambda weights: self.weights_dropout(
-            weights, deterministic=deterministic
-        ),
+      self._split_heads(self.query(queries)),
+      keys,
+      values,
+      bias=bias,
+      mask=mask,
+      dropout=lambda weights: self.weights_dropout(
+        weights, deterministic=deterministic
+      ),
     )
     # [batch, query, heads, kv] -> [batch, query, joined_kv]
     attended = attended.reshape(*attended.shape[:2], -1)
     return self._out(attended, queries.shape[-1])
 
   def __call__(
-      self,
-      queries: jax.Array,
-      memory: jax.Array,
-      *,
-      bias: jax.Array | None = None,
-      mask: jax.Array | None = None,
-      decode: bool = False,
-      deterministic: bool = True,
+    self,
+    queries: jax.Array,
+    memory: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    decode: bool = False,
+    deterministic: bool = True,
   ) -> jax.Array:
     keys, values = self.project_memory(memory)
     if decode:
       keys, values, written = self._update_cache(keys, values)
       mask = written if mask is None else mask & written
     return self.attend(
-        queries,
-        keys,
-        values,
-        bias=bias,
-        mask=mask,
-        deterministic=deterministic,
+      queries,
+      keys,
+      values,
+      bias=bias,
+      mask=mask,
+      deterministic=deterministic,
     )
 
   def _update_cache(self, keys, values):
@@ -163,7 +163,7 @@ class MultiHeadAttention(nn.Module):
 
     def append(name, new):
       cached = jax.lax.dynamic_update_slice(
-          self.get_variable('cache', name), new, (0, position, 0, 0)
+        self.get_variable('cache', name), new, (0, position, 0, 0)
       )
       self.put_variable('cache', name, cached)
       return cached

@@ -9,10 +9,10 @@ from flax import linen as nn
 from mowe.layers import linear
 
 _ACTIVATIONS = {
-    'relu': jax.nn.relu,
-    'gelu': lambda x: jax.nn.gelu(x, approximate=True),
-    'silu': jax.nn.silu,
-    'linear': lambda x: x,
+  'relu': jax.nn.relu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=True),
+  'silu': jax.nn.silu,
+  'linear': lambda x: x,
 }
 
 
@@ -21,8 +21,8 @@ def check_activations(activations: tuple[str, ...]) -> None:
   unknown = [name for name in activations if name not in _ACTIVATIONS]
   if unknown or not activations:
     raise ValueError(
-        f'activations must be names out of {sorted(_ACTIVATIONS)}, but are '
-        f"{activations}. T5 1.0 uses ('relu',), T5 1.1 ('gelu', 'linear')."
+      f'activations must be names out of {sorted(_ACTIVATIONS)}, but are '
+      f"{activations}. T5 1.0 uses ('relu',), T5 1.1 ('gelu', 'linear')."
     )
 
 
@@ -34,7 +34,7 @@ def kernel_names(activations: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def activate(
-    projections: list[jax.Array], activations: tuple[str, ...]
+  projections: list[jax.Array], activations: tuple[str, ...]
 ) -> jax.Array:
   """Product of the activated projections: gelu(x wi_0) * (x wi_1) if gated."""
   hidden = _ACTIVATIONS[activations[0]](projections[0])
@@ -65,23 +65,23 @@ class DenseFeedForward(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      tokens: jax.Array,
-      routing_ids: Any = None,
-      *,
-      deterministic: bool = True,
+    self,
+    tokens: jax.Array,
+    routing_ids: Any = None,
+    *,
+    deterministic: bool = True,
   ) -> jax.Array:
     del routing_ids
     projections = [
-        linear.Dense(
-            self.mlp_dim, ('embed', 'mlp'), dtype=self.dtype, name=name
-        )(tokens)
-        for name in kernel_names(self.activations)
+      linear.Dense(self.mlp_dim, ('embed', 'mlp'), dtype=self.dtype, name=name)(
+        tokens
+      )
+      for name in kernel_names(self.activations)
     ]
     hidden = activate(projections, self.activations)
     hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-        hidden, deterministic=deterministic
+      hidden, deterministic=deterministic
     )
     return linear.Dense(
-        tokens.shape[-1], ('mlp', 'embed'), dtype=self.dtype, name='wo'
+      tokens.shape[-1], ('mlp', 'embed'), dtype=self.dtype, name='wo'
     )(hidden)

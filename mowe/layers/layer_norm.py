@@ -24,16 +24,16 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     scale = partitioning.param_with_axes(
-        'scale',
-        nn.initializers.ones,
-        (tokens.shape[-1],),
-        jnp.float32,
-        axes=('embed',),
+      'scale',
+      nn.initializers.ones,
+      (tokens.shape[-1],),
+      jnp.float32,
+      axes=('embed',),
     )
     tokens = tokens.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(tokens), axis=-1, keepdims=True)
     normed = (tokens * jax.lax.rsqrt(mean_square + self.epsilon)).astype(
-        self.dtype
+      self.dtype
     )
     leading = tuple(range(normed.ndim - 1))
     return normed * jnp.expand_dims(scale.astype(self.dtype), leading)

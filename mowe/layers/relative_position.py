@@ -10,11 +10,11 @@ from flax.linen import partitioning
 
 
 def position_bucket(
-    relative_position: jax.Array,
-    *,
-    bidirectional: bool,
-    num_buckets: int = 32,
-    max_distance: int = 128,
+  relative_position: jax.Array,
+  *,
+  bidirectional: bool,
+  num_buckets: int = 32,
+  max_distance: int = 128,
 ) -> jax.Array:
   """Bucket of a distance: exact when near, logarithmic when far.
 
@@ -42,9 +42,9 @@ def position_bucket(
   # The epsilon keeps log(0) finite; near distances do not use this branch.
   ratio = distance.astype(jnp.float32) / num_exact + np.finfo(np.float32).eps
   far = num_exact + (
-      jnp.log(ratio)
-      / np.log(max_distance / num_exact)
-      * (num_buckets - num_exact)
+    jnp.log(ratio)
+    / np.log(max_distance / num_exact)
+    * (num_buckets - num_exact)
   ).astype(jnp.int32)
   far = jnp.minimum(far, num_buckets - 1)
   return offset + jnp.where(distance < num_exact, distance, far)
@@ -65,20 +65,20 @@ class RelativePositionBias(nn.Module):
 
   @nn.compact
   def __call__(
-      self, query_positions: jax.Array, key_positions: jax.Array
+    self, query_positions: jax.Array, key_positions: jax.Array
   ) -> jax.Array:
     table = partitioning.param_with_axes(
-        'rel_embedding',
-        nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
-        (self.num_heads, self.num_buckets),
-        jnp.float32,
-        axes=('heads', 'relpos_buckets'),
+      'rel_embedding',
+      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+      axes=('heads', 'relpos_buckets'),
     )
     buckets = position_bucket(
-        key_positions[None, :] - query_positions[:, None],
-        bidirectional=self.bidirectional,
-        num_buckets=self.num_buckets,
-        max_distance=self.max_distance,
+      key_positions[None, :] - query_positions[:, None],
+      bidirectional=self.bidirectional,
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
     )
     # A product with one-hot buckets: its transpose is a product as well,
     # where the transpose of a gather is a slow scatter of query x key rows.

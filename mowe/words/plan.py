@@ -21,8 +21,11 @@ import numpy as np
 # Room of a class grows by a third to a half: at most a third of all slots
 # stay empty, and the number of classes stays logarithmic.
 _CAPACITIES = tuple(
-    sorted({2**k for k in range(25)} | {3 * 2**k for k in range(24)})
+  sorted({2**k for k in range(25)} | {3 * 2**k for k in range(24)})
 )
+
+# Rows come in such multiples: a step may work on equal parts of them.
+_ROWS_UNIT = 64
 
 # Profiles of growing size before the one that holds anything.
 _NUM_SCALED_PROFILES = 6
@@ -93,17 +96,17 @@ def count_classes(routing_ids: np.ndarray, num_experts: int) -> np.ndarray:
   """Number of present experts in each size class, <int64>[classes]."""
   _, counts = _present(routing_ids, num_experts)
   return np.bincount(
-      np.searchsorted(_CAPACITIES, counts), minlength=len(_CAPACITIES)
+    np.searchsorted(_CAPACITIES, counts), minlength=len(_CAPACITIES)
   )
 
 
 def profile_ladder(
-    batches: Iterable[dict[str, np.ndarray]],
-    num_experts: int,
-    *,
-    num_microbatches: int = 1,
-    slack: float = 1.1,
-    growth: float = 1.3,
+  batches: Iterable[dict[str, np.ndarray]],
+  num_experts: int,
+  *,
+  num_microbatches: int = 1,
+  slack: float = 1.1,
+  growth: float = 1.3,
 ) -> tuple[CapacityProfile, ...]:
   """Profiles from trial batches: the first holds them all, the last anything.
 
@@ -133,20 +136,20 @@ def profile_ladder(
         num_tokens[name] = part.size
   if not largest:
     raise ValueError(
-        'A capacity profile needs at least one trial batch with routing ids, '
-        'but there was none. Give batches with encoder_routing_ids.'
+      'A capacity profile needs at least one trial batch with routing ids, '
+      'but there was none. Give batches with encoder_routing_ids.'
     )
   ladder = []
   for factor in slack * growth ** np.arange(_NUM_SCALED_PROFILES):
     streams = tuple(
-        (name, _scaled(counts, factor, num_experts, num_tokens[name]))
-        for name, counts in largest.items()
+      (name, _scaled(counts, factor, num_experts, num_tokens[name]))
+      for name, counts in largest.items()
     )
     ladder.append(_profile(streams, int(np.ceil(num_rows * factor)) + 1))
   # Slow, and hardly ever taken: holds whatever a batch of this shape can be.
   streams = tuple(
-      (name, StreamProfile(_classes(_largest_counts(tokens, num_experts))))
-      for name, tokens in num_tokens.items()
+    (name, StreamProfile(_classes(_largest_counts(tokens, num_experts))))
+    for name, tokens in num_tokens.items()
   )
   most_rows = num_microbatches * sum(num_tokens.values())
   ladder.append(_profile(streams, min(num_experts, most_rows)))
@@ -155,15 +158,16 @@ def profile_ladder(
 
 def _profile(streams, num_rows):
   # The first stream's classes are slices of the compact table.
-  return CapacityProfile(streams, max(num_rows, streams[0][1].num_experts))
+  num_rows = max(num_rows, streams[0][1].num_experts)
+  return CapacityProfile(streams, -(-num_rows // _ROWS_UNIT) * _ROWS_UNIT)
 
 
 def make_plan(
-    batch: dict[str, np.ndarray],
-    profile: CapacityProfile,
-    num_experts: int,
-    *,
-    num_microbatches: int = 1,
+  batch: dict[str, np.ndarray],
+  profile: CapacityProfile,
+  num_experts: int,
+  *,
+  num_microbatches: int = 1,
 ) -> ExpertPlan | None:
   """Plan of a batch in the sizes of `profile`, or None if it does not fit.
 
@@ -190,16 +194,18 @@ def make_plan(
   first = placed[profile.streams[0][0]]
   slices = len(first) == 1
   row_of_expert = _lay_out_rows(
-      fixed=first[0] if slices else None,
-      present=np.unique(
-          np.concatenate([one.present for ones in placed.values() for one in ones])
-      ),
-      num_rows=profile.num_rows,
+    fixed=first[0] if slices else None,
+    present=np.unique(
+      np.concatenate([one.present for ones in placed.values() for one in ones])
+    ),
+    num_rows=profile.num_rows,
   )
   if row_of_expert is None:
     return None
   present, rows = row_of_expert
-  experts = np.arange(num_experts, num_experts + profile.num_rows, dtype=np.int32)
+  experts = np.arange(
+    num_experts, num_experts + profile.num_rows, dtype=np.int32
+  )
   experts[rows] = present
 
   plans = {}
@@ -215,9 +221,9 @@ def make_plan(
         plans[name] = parts[0]._replace(rows=None)
     else:
       plans[name] = StreamPlan(
-          tuple(np.stack(arrays) for arrays in zip(*(p.sources for p in parts))),
-          np.stack([p.slots for p in parts]),
-          np.stack([p.rows for p in parts]),
+        tuple(np.stack(arrays) for arrays in zip(*(p.sources for p in parts))),
+        np.stack([p.slots for p in parts]),
+        np.stack([p.rows for p in parts]),
       )
   return ExpertPlan(experts, plans.get('encoder'), plans.get('decoder'))
 
@@ -233,11 +239,11 @@ class Planner:
   """
 
   def __init__(
-      self,
-      ladder: tuple[CapacityProfile, ...],
-      num_experts: int,
-      *,
-      num_microbatches: int = 1,
+    self,
+    ladder: tuple[CapacityProfile, ...],
+    num_experts: int,
+    *,
+    num_microbatches: int = 1,
   ):
     self._ladder = ladder
     self._num_experts = num_experts
@@ -248,19 +254,19 @@ class Planner:
     """Plan of stream name -> routing ids <int32>[batch, length]."""
     for k, profile in enumerate(self._ladder):
       plan = make_plan(
-          batch,
-          profile,
-          self._num_experts,
-          num_microbatches=self._num_microbatches,
+        batch,
+        profile,
+        self._num_experts,
+        num_microbatches=self._num_microbatches,
       )
       if plan is not None:
         self.profiles_used[k] = self.profiles_used.get(k, 0) + 1
         return plan
     shapes = {name: ids.shape for name, ids in batch.items()}
     raise ValueError(
-        'Every batch must have the shape of the trial batches from which the '
-        f'capacity profiles were made, but one with {shapes} fits none of '
-        'them. Make the ladder with profile_ladder from batches of this shape.'
+      'Every batch must have the shape of the trial batches from which the '
+      f'capacity profiles were made, but one with {shapes} fits none of '
+      'them. Make the ladder with profile_ladder from batches of this shape.'
     )
 
 
@@ -287,9 +293,7 @@ def _lay_out_rows(fixed, present, num_rows):
   rows = np.empty(present.size, np.int64)
   is_fixed = np.isin(present, fixed.present, assume_unique=True)
   rows[is_fixed] = fixed.positions
-  spare = np.setdiff1d(
-      np.arange(num_rows), fixed.positions, assume_unique=True
-  )
+  spare = np.setdiff1d(np.arange(num_rows), fixed.positions, assume_unique=True)
   num_new = present.size - fixed.present.size
   if num_new > spare.size:
     return None
@@ -319,7 +323,7 @@ def _scaled(counts, factor, num_experts, num_tokens):
   reach = hottest + 2 + int(2 * np.log2(factor))
   wanted[:reach] = np.maximum(wanted[:reach], 1)
   return StreamProfile(
-      _classes(np.minimum(wanted, _largest_counts(num_tokens, num_experts)))
+    _classes(np.minimum(wanted, _largest_counts(num_tokens, num_experts)))
   )
 
 
@@ -349,7 +353,7 @@ def _place(routing_ids, stream, num_experts):
   per_class = per_class[:-1]
   class_of = np.repeat(np.arange(len(rooms)), per_class)
   within = np.arange(class_of.size) - np.repeat(
-      np.cumsum(per_class) - per_class, per_class
+    np.cumsum(per_class) - per_class, per_class
   )
   first_position = np.cumsum(sizes) - sizes
   first_slot = np.cumsum(sizes * rooms) - sizes * rooms
@@ -369,13 +373,11 @@ def _place(routing_ids, stream, num_experts):
   sources[slots[token]] = token
   per_class_sources, at = [], 0
   for room, size in zip(rooms.tolist(), sizes.tolist(), strict=True):
-    per_class_sources.append(
-        sources[at : at + room * size].reshape(size, room)
-    )
+    per_class_sources.append(sources[at : at + room * size].reshape(size, room))
     at += room * size
   return _Placed(
-      present,
-      positions,
-      tuple(per_class_sources),
-      slots.reshape(routing_ids.shape),
+    present,
+    positions,
+    tuple(per_class_sources),
+    slots.reshape(routing_ids.shape),
   )
