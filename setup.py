@@ -18,63 +18,63 @@ def _version() -> str:
 # inside the package: a wheel must not own a top-level name as common as `tasks`.
 _PACKAGES = setuptools.find_packages(include=['mowe', 'mowe.*'])
 _GIN_FOLDERS = [
-    path.relative_to(_HERE)
-    for path in sorted((_HERE / 'gin_configs').glob('**'))
-    if path.is_dir()
+  path.relative_to(_HERE)
+  for path in sorted((_HERE / 'gin_configs').glob('**'))
+  if path.is_dir()
 ]
 
 setuptools.setup(
-    name='mowe',
-    version=_version(),
-    description='Sparse T5-style language models in JAX: word experts, '
-    'mixtures of experts, and the dense baselines beside them.',
-    long_description=(_HERE / 'README.md').read_text(),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    python_requires='>=3.11',
-    packages=_PACKAGES
-    + ['mowe.tasks']
-    + ['.'.join(('mowe', *path.parts)) for path in _GIN_FOLDERS],
-    package_dir={
-        'mowe': 'mowe',
-        'mowe.tasks': 'tasks',
-        'mowe.gin_configs': 'gin_configs',
-    },
-    package_data={'': ['*.gin']},
-    install_requires=[
-        'absl-py',
-        'flax>=0.10.6',
-        'gin-config>=0.5.0',
-        # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
-        'importlib_resources',
-        'jax>=0.6.0',
-        'matplotlib',
-        'numpy>=2.0',
-        'optax>=0.2.4',
-        'orbax-checkpoint>=0.11.0',
-        'rich',
-        'sentencepiece>=0.2.0',
-        'seqio>=0.0.19',
-        'tensorboardX',
-        'tensorflow',
-        'tensorflow-datasets',
+  name='mowe',
+  version=_version(),
+  description='Sparse T5-style language models in JAX: word experts, '
+  'mixtures of experts, and the dense baselines beside them.',
+  long_description=(_HERE / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=_PACKAGES
+  + ['mowe.tasks']
+  + ['.'.join(('mowe', *path.parts)) for path in _GIN_FOLDERS],
+  package_dir={
+    'mowe': 'mowe',
+    'mowe.tasks': 'tasks',
+    'mowe.gin_configs': 'gin_configs',
+  },
+  package_data={'': ['*.gin']},
+  install_requires=[
+    'absl-py',
+    'flax>=0.10.6',
+    'gin-config>=0.5.0',
+    # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
+    'importlib_resources',
+    'jax>=0.6.0',
+    'matplotlib',
+    'numpy>=2.0',
+    'optax>=0.2.4',
+    'orbax-checkpoint>=0.11.0',
+    'rich',
+    'sentencepiece>=0.2.0',
+    'seqio>=0.0.19',
+    'tensorboardX',
+    'tensorflow',
+    'tensorflow-datasets',
+  ],
+  extras_require={
+    'gpu': ['jax[cuda12]'],
+    'tpu': ['jax[tpu]'],
+    'test': [
+      'hypothesis',
+      'pytest',
+      'pytest-timeout',
+      'ruff',
+      'safetensors',
     ],
-    extras_require={
-        'gpu': ['jax[cuda12]'],
-        'tpu': ['jax[tpu]'],
-        'test': [
-            'hypothesis',
-            'pytest',
-            'pytest-timeout',
-            'ruff',
-            'safetensors',
-        ],
-    },
-    entry_points={'console_scripts': ['mowe = mowe.commands.main:main']},
-    classifiers=[
-        'Programming Language :: Python :: 3.11',
-        'Programming Language :: Python :: 3.12',
-        'Programming Language :: Python :: 3.13',
-        'Topic :: Scientific/Engineering :: Artificial Intelligence',
-    ],
+  },
+  entry_points={'console_scripts': ['mowe = mowe.commands.main:main']},
+  classifiers=[
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+  ],
 )

@@ -18,7 +18,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
   parser.addoption(
-      '--slow', action='store_true', help='also run the tests marked slow'
+    '--slow', action='store_true', help='also run the tests marked slow'
   )
 
 

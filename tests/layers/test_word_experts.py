@@ -14,8 +14,8 @@ from mowe.words import plan as plans
 BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 2, 9, 5, 3, 11
 
 KERNELS = {
-    ('gelu', 'linear'): ('wi_0', 'wi_1'),
-    ('relu',): ('wi',),
+  ('gelu', 'linear'): ('wi_0', 'wi_1'),
+  ('relu',): ('wi',),
 }
 
 
@@ -51,8 +51,8 @@ def oracle(tokens, ids, table, cotangent):
       d_inputs = {'wi': d_hidden * (a > 0)}
     else:
       d_inputs = {
-          'wi_0': d_hidden * b * gelu_slope(a),
-          'wi_1': d_hidden * gelu(a),
+        'wi_0': d_hidden * b * gelu_slope(a),
+        'wi_1': d_hidden * gelu(a),
       }
     for name, d in d_inputs.items():
       d_table[name][e] += np.outer(x, d)
@@ -66,7 +66,7 @@ def make_case(seed, activations):
   cotangent = rng.normal(size=tokens.shape).astype(np.float32)
   # Skewed, with padding and skipped words; several experts stay absent.
   ids = rng.choice(
-      [-1, NUM_EXPERTS, 0, 2, 2, 2, 2, 5, 7, 10], size=(BATCH, LENGTH)
+    [-1, NUM_EXPERTS, 0, 2, 2, 2, 2, 5, 7, 10], size=(BATCH, LENGTH)
   ).astype(np.int32)
   layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM, activations)
   params = layer.init(jax.random.key(seed), tokens, ids)['params']
@@ -76,7 +76,7 @@ def make_case(seed, activations):
 def close(actual, expected):
   expected = np.asarray(expected)
   np.testing.assert_allclose(
-      actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
   )
 
 
@@ -85,7 +85,7 @@ def close(actual, expected):
 def test_by_token_equals_the_loop(seed, activations):
   layer, params, tokens, ids, cotangent = make_case(seed, activations)
   outputs, backward = jax.vjp(
-      lambda p, x: layer.apply({'params': p}, x, ids), params, tokens
+    lambda p, x: layer.apply({'params': p}, x, ids), params, tokens
   )
   d_params, d_tokens = backward(cotangent)
   expected = oracle(tokens, ids, params['experts'], cotangent)
@@ -107,16 +107,16 @@ def test_planned_equals_the_loop(seed, activations, as_decoder):
     other = rng.integers(0, NUM_EXPERTS, (BATCH, 4)).astype(np.int32)
     batch = {'encoder': other, 'decoder': ids}
   planner = plans.Planner(
-      plans.profile_ladder([batch], NUM_EXPERTS), NUM_EXPERTS
+    plans.profile_ladder([batch], NUM_EXPERTS), NUM_EXPERTS
   )
   plan = planner(batch)
   stream = plan.decoder if as_decoder else plan.encoder
   rows = jax.tree.map(
-      lambda w: jnp.take(w, plan.experts, axis=0, mode='fill', fill_value=0),
-      params,
+    lambda w: jnp.take(w, plan.experts, axis=0, mode='fill', fill_value=0),
+    params,
   )
   outputs, backward = jax.vjp(
-      lambda p, x: layer.apply({'params': p}, x, stream), rows, tokens
+    lambda p, x: layer.apply({'params': p}, x, stream), rows, tokens
   )
   d_rows, d_tokens = backward(cotangent)
   expected = oracle(tokens, ids, params['experts'], cotangent)
@@ -153,10 +153,10 @@ def test_one_expert_is_the_dense_feed_forward():
   layer = word_experts.MoweLayer(1, EXPERT_DIM)
   params = layer.init(jax.random.key(1), tokens, ids)['params']
   dense = {
-      name: {'kernel': kernel[0]} for name, kernel in params['experts'].items()
+    name: {'kernel': kernel[0]} for name, kernel in params['experts'].items()
   }
   expected = feed_forward.DenseFeedForward(EXPERT_DIM).apply(
-      {'params': dense}, tokens
+    {'params': dense}, tokens
   )
   close(layer.apply({'params': params}, tokens, ids), expected)
 
@@ -169,8 +169,8 @@ def test_many_tokens_are_read_in_chunks_without_a_change():
   params = layer.init(jax.random.key(0), tokens[:, :5], ids[:, :5])['params']
   whole = layer.apply({'params': params}, tokens, ids)
   parts = [
-      layer.apply({'params': params}, tokens[:, i : i + 50], ids[:, i : i + 50])
-      for i in range(0, 211, 50)
+    layer.apply({'params': params}, tokens[:, i : i + 50], ids[:, i : i + 50])
+    for i in range(0, 211, 50)
   ]
   close(whole, jnp.concatenate(parts, axis=1))
 
@@ -187,7 +187,7 @@ def test_axes_of_the_table():
 def test_bad_routing_ids_are_named():
   layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM)
   init = functools.partial(
-      layer.init, jax.random.key(0), jnp.ones((2, 4, EMBED))
+    layer.init, jax.random.key(0), jnp.ones((2, 4, EMBED))
   )
   with pytest.raises(ValueError, match='T5Config.routing'):
     init(None)

@@ -24,8 +24,8 @@ def owner_of_slots(plan, stream, microbatch=None):
   num_groups = sum(s.shape[0] for s in sources)
   rows = np.arange(num_groups) if rows is None else rows
   owners = np.repeat(
-      plan.experts[rows],
-      np.concatenate([np.full(s.shape[0], s.shape[1]) for s in sources]),
+    plan.experts[rows],
+    np.concatenate([np.full(s.shape[0], s.shape[1]) for s in sources]),
   )
   return owners, np.concatenate([s.reshape(-1) for s in sources])
 
@@ -49,7 +49,7 @@ def test_three_tokens_by_hand():
   # Expert 2 has two tokens, expert 0 one, the last token none.
   ids = np.array([[2, 0, 2, 3]], np.int32)
   profile = plans.CapacityProfile(
-      (('encoder', plans.StreamProfile(((1, 2), (2, 1)))),), num_rows=3
+    (('encoder', plans.StreamProfile(((1, 2), (2, 1)))),), num_rows=3
   )
   plan = plans.make_plan({'encoder': ids}, profile, num_experts=3)
   # Rows: class 1 holds expert 0 and an unused place (number 3 + 1),
@@ -64,7 +64,7 @@ def test_three_tokens_by_hand():
 def test_an_expert_without_room_moves_up_a_class():
   ids = np.array([[0, 1, 2]], np.int32)
   profile = plans.CapacityProfile(
-      (('encoder', plans.StreamProfile(((1, 2), (3, 1)))),), num_rows=3
+    (('encoder', plans.StreamProfile(((1, 2), (3, 1)))),), num_rows=3
   )
   plan = plans.make_plan({'encoder': ids}, profile, num_experts=3)
   check(plan, plan.encoder, ids, 3)
@@ -73,7 +73,7 @@ def test_an_expert_without_room_moves_up_a_class():
 
 def test_a_batch_that_does_not_fit_gives_no_plan():
   profile = plans.CapacityProfile(
-      (('encoder', plans.StreamProfile(((1, 1),))),), num_rows=1
+    (('encoder', plans.StreamProfile(((1, 1),))),), num_rows=1
   )
   for ids in ([[0, 0]], [[0, 1]]):
     batch = {'encoder': np.array(ids, np.int32)}
@@ -82,39 +82,37 @@ def test_a_batch_that_does_not_fit_gives_no_plan():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 2**31),
-    st.integers(1, 300),
-    st.sampled_from([1, 2]),
+  st.integers(0, 2**31),
+  st.integers(1, 300),
+  st.sampled_from([1, 2]),
 )
 def test_every_batch_of_the_shape_is_planned(seed, num_experts, microbatches):
   rng = np.random.default_rng(seed)
   shapes = {'encoder': (4, 11), 'decoder': (4, 5)}
   trial = {
-      name: routing(rng, *shape, num_experts) for name, shape in shapes.items()
+    name: routing(rng, *shape, num_experts) for name, shape in shapes.items()
   }
   ladder = plans.profile_ladder(
-      [trial], num_experts, num_microbatches=microbatches
+    [trial], num_experts, num_microbatches=microbatches
   )
   planner = plans.Planner(ladder, num_experts, num_microbatches=microbatches)
   hostile = [
-      trial,
-      {name: np.zeros(shape, np.int32) for name, shape in shapes.items()},
-      {
-          name: (np.arange(np.prod(shape)).reshape(shape) % num_experts).astype(
-              np.int32
-          )
-          for name, shape in shapes.items()
-      },
-      {name: np.full(shape, -1, np.int32) for name, shape in shapes.items()},
+    trial,
+    {name: np.zeros(shape, np.int32) for name, shape in shapes.items()},
+    {
+      name: (np.arange(np.prod(shape)).reshape(shape) % num_experts).astype(
+        np.int32
+      )
+      for name, shape in shapes.items()
+    },
+    {name: np.full(shape, -1, np.int32) for name, shape in shapes.items()},
   ]
   for batch in hostile:
     plan = planner(batch)
     for name in shapes:
       stream = getattr(plan, name)
       for m, part in enumerate(plans.microbatches(batch[name], microbatches)):
-        check(
-            plan, stream, part, num_experts, m if microbatches > 1 else None
-        )
+        check(plan, stream, part, num_experts, m if microbatches > 1 else None)
     inside = plan.experts[plan.experts < num_experts]
     # Unused rows have numbers of their own, so that a scatter may rely on it.
     assert np.unique(plan.experts).size == plan.experts.size
