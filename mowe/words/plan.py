@@ -221,7 +221,10 @@ def make_plan(
         plans[name] = parts[0]._replace(rows=None)
     else:
       plans[name] = StreamPlan(
-        tuple(np.stack(arrays) for arrays in zip(*(p.sources for p in parts))),
+        tuple(
+          np.stack(arrays)
+          for arrays in zip(*(p.sources for p in parts), strict=True)
+        ),
         np.stack([p.slots for p in parts]),
         np.stack([p.rows for p in parts]),
       )
