@@ -102,13 +102,12 @@ class DataConfig:
     }
     if not self.use_cached_tasks:
       return described | {'task': self.mixture_or_task_name}
-    return described | {
-      'rates': self._rates(),
-      'fingerprints': {
-        name: self.open_cache(name, vocabulary).fingerprint
-        for name in self._rates()
-      },
-    }
+    described |= {'rates': self._rates(), 'fingerprints': {}, 'tasks': {}}
+    for name in self._rates():
+      cache = self.open_cache(name, vocabulary)
+      described['fingerprints'][name] = cache.fingerprint
+      described['tasks'][name] = _settings(self._task(cache, name))
+    return described
 
   def _rates(self) -> dict[str, float]:
     if isinstance(self.mixture_or_task_name, str):
@@ -120,6 +119,15 @@ class DataConfig:
     if cache.kind in _TEXT_TO_TEXT:
       make = tasks_lib.TextToTextTask
     return make(cache, self.task_feature_lengths, name=name)
+
+
+def _settings(task: tasks_lib.Task) -> dict[str, Any]:
+  """Class and numbers of a task, such as its noise density."""
+  return {'class': type(task).__name__} | {
+    field.name: getattr(task, field.name)
+    for field in dataclasses.fields(task)
+    if field.name not in ('cache', 'feature_lengths', 'name')
+  }
 
 
 def batch_maker(batches: Any, first_step: int) -> Callable[[int], Any]:

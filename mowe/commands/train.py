@@ -118,6 +118,12 @@ def train(
       model, vocabulary, data, mesh, num_microbatches,
       has_tables, row_optimizer, freeze_experts,
   )  # fmt: skip
+  if save.best_metric and not eval_configs:
+    raise ValueError(
+      'The best checkpoint needs an evaluation that gives its metric, but '
+      f'best_metric is {save.best_metric!r} and eval_configs is empty. Add '
+      'one, such as evaluations.QuestionEvaluation, or leave best_metric out.'
+    )
   batches = data.open(vocabulary)
   router = evaluations.make_router(
     model, _trial_batches(batches, data.trial_steps), num_microbatches

@@ -229,16 +229,13 @@ class T5(nn.Module):
     self.decoder.remember(encoded)
 
   def _routing_ids(self, method, ids, segment_ids):
+    # Layers that need the ids say so; those with a router of their own do not.
     if self.config.routing is None:
-      raise ValueError(
-        'A model with sparse layers needs routing ids, but the batch has '
-        'none and T5Config.routing is None. Set T5Config.routing to a '
-        'RoutingVocabulary, or give the ids with the batch.'
-      )
+      return None
     return getattr(self.config.routing, method)(ids, segment_ids)
 
   def _decoder_routing_ids(self, inputs, segment_ids, decode):
-    if not decode:
+    if not decode or self.config.routing is None:
       return self._routing_ids('decoder_ids', inputs, segment_ids)
     if not self.has_variable('cache', 'word_so_far'):
       ids = self._routing_ids('decoder_ids', inputs, segment_ids)

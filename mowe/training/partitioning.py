@@ -107,17 +107,31 @@ def state_shardings(
   A leaf that ends with the path of a parameter and has its shape (the
   parameter, or a moment of it) is sharded like it. Row state, with the rows of
   its table, is split by expert. Everything else is replicated.
+
+  Raises:
+    ValueError: an axis does not divide evenly over its part of the mesh.
   """
   by_name = {'/'.join(path): names for path, names in axes.items()}
+
+  def checked(keys, leaf, placed):
+    for size, axis in zip(leaf.shape, placed.spec, strict=False):
+      parts = mesh.shape.get(axis, 1)
+      if size % parts:
+        raise ValueError(
+          f'Every array must divide evenly over the mesh, but {keys} has an '
+          f'axis of {size} for {parts} devices of the mesh axis {axis!r}. '
+          f'Make it {-(-size // parts) * parts}, or change the mesh.'
+        )
+    return placed
 
   def sharding(path, leaf):
     keys = '/'.join(_key_name(key) for key in path)
     for name, names in by_name.items():
       if f'/{keys}'.endswith(f'/{name}') and len(names) == leaf.ndim:
-        return sharding_of_axes(names, mesh)
+        return checked(keys, leaf, sharding_of_axes(names, mesh))
     if keys.startswith('table_state/') and leaf.ndim:
       spec = PartitionSpec('expert', *[None] * (leaf.ndim - 1))
-      return NamedSharding(mesh, spec)
+      return checked(keys, leaf, NamedSharding(mesh, spec))
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(sharding, state)

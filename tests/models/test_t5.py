@@ -208,7 +208,9 @@ def test_configs_that_cannot_work_are_refused(changes, message):
 def test_a_sparse_model_without_routing_needs_ids():
   model = t5.T5(_config(True, routing=None))
   ids = jnp.ones((1, 2), jnp.int32)
-  with pytest.raises(ValueError, match='T5Config.routing is None'):
+  with pytest.raises(
+    ValueError, match='Set T5Config.routing to a RoutingVocabulary'
+  ):
     jax.eval_shape(
       functools.partial(model.apply, enable_dropout=False),
       {'params': _params(True)},

@@ -229,3 +229,11 @@ def test_batch_sizes():
     partitioning.check_batch_size(20, mesh, 3)
   with pytest.raises(ValueError, match='Use 12.'):
     partitioning.check_batch_size(3, mesh, 3)
+
+
+def test_an_axis_that_does_not_divide_is_named():
+  mesh = partitioning.make_mesh(data=1, expert=4, model=2)
+  state = {'tables': {'experts': {'wo': np.zeros((6, 4, 3))}}}
+  axes = {('experts', 'wo'): ('expert', 'expert_mlp', 'embed')}
+  with pytest.raises(ValueError, match=r"axis of 6 .* 'expert'. Make it 8"):
+    partitioning.state_shardings(state, axes, mesh)
