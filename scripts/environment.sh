@@ -1,5 +1,6 @@
 # Sourced by the other scripts: an environment with this checkout installed.
-# The first argument names extras, such as '[test]'.
+# `extras` names extras to install, such as '[test]'. (Not an argument: without
+# one, a sourced script sees those of its caller.)
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -12,4 +13,4 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   source .venv/bin/activate
 fi
 echo "Installing mowe and what it needs in $VIRTUAL_ENV"
-python -m pip install --quiet --disable-pip-version-check -e ".${1:-}"
+python -m pip install --quiet --disable-pip-version-check -e ".${extras:-}"

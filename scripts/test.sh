@@ -4,7 +4,8 @@
 # bash scripts/test.sh -k plan
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh '[test]'
+extras='[test]'
+source scripts/environment.sh
 ruff check .
 ruff format --check .
 python -m pytest --slow "$@"
