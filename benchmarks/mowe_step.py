@@ -135,11 +135,14 @@ def steps_for(arguments: argparse.Namespace) -> dict[str, tuple]:
   )
   start = time.perf_counter()
   made = make_plans(arguments, arguments.num_experts)
-  present = np.mean([(p.experts < arguments.num_experts).sum() for p in made])
-  slots = sum(source.size for source in made[0].encoder.sources)
+  num_present = lambda plan: sum(
+    (experts < arguments.num_experts).sum() for experts in plan.updates.experts
+  )
+  sources = made[0].encoder.classes.sources
+  slots = sum(source.size for source in sources)
   print(
-    f'plans: {made[0].experts.size} rows, {present:.0f} experts present, '
-    f'{len(made[0].encoder.sources)} size classes and {slots} slots for '
+    f'plans: {np.mean([num_present(p) for p in made]):.0f} experts present, '
+    f'{len(sources)} size classes and {slots} slots for '
     f'{made[0].encoder.slots.size} tokens of the encoder; '
     f'{time.perf_counter() - start:.1f} s for trial batches and plans'
   )

@@ -1,141 +1,181 @@
-"""Moving tokens into slots, and products of slots with one kernel per group.
+"""Products of every token with the kernel of its own expert.
 
-The three steps of a planned sparse layer: `dispatch` brings each token to its
-slot, `grouped_product` multiplies every slot with the kernel of its group,
-`combine` brings the results back. A token has at most one slot, so the
-transpose of a gather is again a gather: no scatter-add is left.
+Experts come in size classes (`words/plan.py`). A class is one batched product:
+the kernels of its experts and the tokens in its slots are gathered and
+multiplied, a few experts at a time, so that what is gathered is still in the
+cache when it is multiplied, and no copy of all present experts is ever made. A
+token has at most one slot, so the transpose of a gather is again a gather: no
+scatter-add is left.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from mowe.words import plan as plans
+
+# Numbers of kernels that are gathered at a time: 4 MB stay in a CPU's cache;
+# elsewhere the bound is on temporary memory, and a loop should be short.
+_CACHED_NUMBERS = 2**20
+_MOST_NUMBERS = 2**26
 
 # Up to this many slots, gradients go slot by slot: XLA's batched products over
 # such thin tiles are two to ten times slower on CPU.
 _THIN = 8
 
 
-def dispatch(
-  tokens: jax.Array, sources: tuple[jax.Array, ...], slots: jax.Array
-) -> list[jax.Array]:
-  """Tokens in their slots, zeros in empty ones.
+class Factors(NamedTuple):
+  """What the gradient of all kernels follows from.
 
-  Args:
-    tokens: <float>[tokens, embed].
-    sources: one <int32>[groups, room] for each size class: the token in each
-      slot, `tokens.shape[0]` for an empty slot.
-    slots: <int32>[tokens], the slot of each token, counted over all classes;
-      the number of slots for a token without one.
+  The gradient of an expert's kernel is the sum of the outer products of
+  `inputs` and `cotangents` over its tokens.
 
-  Returns:
-    One <float>[groups, room, embed] for each size class.
+  Attributes:
+    inputs: <float>[tokens, in].
+    cotangents: <float>[tokens, out].
   """
-  flat = jnp.concatenate([source.reshape(-1) for source in sources])
-  moved = _permute(tokens, flat, slots)
-  parts, at = [], 0
-  for source in sources:
-    part = moved[at : at + source.size]
-    parts.append(part.reshape(*source.shape, tokens.shape[-1]))
-    at += source.size
-  return parts
+
+  inputs: jax.Array
+  cotangents: jax.Array
 
 
-def combine(
-  parts: list[jax.Array], sources: tuple[jax.Array, ...], slots: jax.Array
+def experts_at_once(numbers_of_one: int) -> int:
+  """How many experts of so many numbers are worked on at a time."""
+  on_cpu = jax.default_backend() == 'cpu'
+  most = _CACHED_NUMBERS if on_cpu else _MOST_NUMBERS
+  return max(1, most // numbers_of_one)
+
+
+@jax.custom_vjp
+def expert_product(
+  tokens: jax.Array,
+  kernels: jax.Array,
+  plan: plans.StreamPlan,
+  factors: Factors | None = None,
 ) -> jax.Array:
-  """Inverse of `dispatch`: <float>[tokens, embed], zeros without a slot."""
-  flat = jnp.concatenate([source.reshape(-1) for source in sources])
-  moved = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
-  return _permute(moved, slots, flat)
-
-
-@jax.custom_vjp
-def _permute(rows, index, inverse):
-  """rows[index], zeros where the index is out of range."""
-  del inverse
-  return jnp.take(rows, index, axis=0, mode='fill', fill_value=0)
-
-
-def _permute_forward(rows, index, inverse):
-  return _permute(rows, index, inverse), (index, inverse)
-
-
-def _permute_backward(residuals, cotangent):
-  index, inverse = residuals
-  return _permute(cotangent, inverse, index), None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
-
-
-@jax.custom_vjp
-def grouped_product(
-  parts: list[jax.Array], kernels: jax.Array
-) -> list[jax.Array]:
-  """Product of every slot with the kernel of its group.
+  """Product of every token with the kernel of its expert.
 
   Args:
-    parts: one <float>[groups, room, in] for each size class.
-    kernels: <float>[all groups, in, out], groups in the order of the classes.
-      Further kernels are not read and have gradient zero.
+    tokens: <float>[tokens, in].
+    kernels: <float>[num_experts, in, out]; read in the dtype of `tokens`.
+    plan: of these tokens.
+    factors: without, `kernels` have a gradient as large as themselves. With
+      zeros in the shapes of Factors, they have none; the gradient of `factors`
+      are the Factors from which `kernel_gradient` makes that of a few experts.
 
   Returns:
-    One <float>[groups, room, out] for each size class.
+    <float>[tokens, out], zeros for tokens without an expert.
   """
-  return [
-    jnp.einsum('ecm,emf->ecf', part, own)
-    for part, own in zip(parts, _of_classes(kernels, parts), strict=True)
-  ]
+  del factors
+  return _multiply(tokens, kernels, plan, _product)
 
 
-def _grouped_product_forward(parts, kernels):
-  return grouped_product(parts, kernels), (parts, kernels)
+def _forward(tokens, kernels, plan, factors):
+  outputs = expert_product(tokens, kernels, plan, factors)
+  marker = None if factors is None else ()
+  return outputs, (tokens, kernels, plan, marker)
 
 
-def _grouped_product_backward(residuals, cotangents):
-  parts, kernels = residuals
-  d_parts = [
-    _input_gradient(cotangent, own)
-    for cotangent, own in zip(
-      cotangents, _of_classes(kernels, parts), strict=True
+def _backward(residuals, cotangents):
+  tokens, kernels, plan, marker = residuals
+  d_tokens = _multiply(cotangents, kernels, plan, _transposed_product)
+  factors = Factors(tokens, cotangents)
+  if marker is not None:
+    return d_tokens, None, None, factors
+  d_kernels = jnp.zeros_like(kernels)
+  for experts, sources in zip(*plan.classes, strict=True):
+    d_kernels = d_kernels.at[experts].set(
+      kernel_gradient([factors], sources).astype(kernels.dtype),
+      mode='drop',
+      unique_indices=True,
     )
-  ]
-  # One concatenation: transposed slices would be padded and added up.
-  d_kernels = [
-    _kernel_gradient(part, cotangent)
-    for part, cotangent in zip(parts, cotangents, strict=True)
-  ]
-  unread = kernels.shape[0] - sum(part.shape[0] for part in parts)
-  d_kernels.append(jnp.zeros((unread, *kernels.shape[1:]), kernels.dtype))
-  return d_parts, jnp.concatenate(d_kernels)
+  return d_tokens, d_kernels, None, None
 
 
-grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
+expert_product.defvjp(_forward, _backward)
 
 
-def _of_classes(kernels, parts):
-  ends = np.cumsum([part.shape[0] for part in parts])
-  return [
-    kernels[end - part.shape[0] : end]
-    for part, end in zip(parts, ends, strict=True)
-  ]
+def kernel_gradient(factors: list[Factors], sources: jax.Array) -> jax.Array:
+  """Gradient of the kernels of some experts.
 
+  Args:
+    factors: of each layer that shares these kernels.
+    sources: <int32>[experts, room], their tokens; out of range: none.
 
-def _input_gradient(cotangent, kernels):
-  room = cotangent.shape[1]
+  Returns:
+    <float32>[experts, in, out].
+  """
+  inputs, cotangents = (
+    jnp.concatenate([_rows(one, sources) for one in same_field], axis=1).astype(
+      jnp.float32
+    )
+    for same_field in zip(*factors, strict=True)
+  )
+  room = inputs.shape[1]
   if room > _THIN:
-    return jnp.einsum('ecf,emf->ecm', cotangent, kernels)
+    return jnp.einsum('ecm,ecf->emf', inputs, cotangents)
+  outer = [
+    inputs[:, c, :, None] * cotangents[:, c, None, :] for c in range(room)
+  ]
+  return functools.reduce(jnp.add, outer)
+
+
+def _multiply(tokens, kernels, plan, product):
+  """Applies `product` to the slots and kernels of all experts."""
+  at_once = experts_at_once(kernels[0].size)
+
+  def some_experts(experts, sources):
+    own = jnp.take(kernels, experts, axis=0, mode='clip')
+    return product(_rows(tokens, sources), own.astype(tokens.dtype))
+
+  parts = [
+    _in_chunks(some_experts, at_once, experts, sources)
+    for experts, sources in zip(*plan.classes, strict=True)
+  ]
+  slots = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
+  return _rows(slots, plan.slots.reshape(-1))
+
+
+def _product(tokens, kernels):
+  return jnp.einsum('ecm,emf->ecf', tokens, kernels)
+
+
+def _transposed_product(cotangents, kernels):
+  room = cotangents.shape[1]
+  if room > _THIN:
+    return jnp.einsum('ecf,emf->ecm', cotangents, kernels)
   by_slot = [
-    jnp.einsum('ef,emf->em', cotangent[:, c], kernels) for c in range(room)
+    jnp.einsum('ef,emf->em', cotangents[:, c], kernels) for c in range(room)
   ]
   return jnp.stack(by_slot, axis=1)
 
 
-def _kernel_gradient(part, cotangent):
-  room = part.shape[1]
-  if room > _THIN:
-    return jnp.einsum('ecm,ecf->emf', part, cotangent)
-  outer = [part[:, c, :, None] * cotangent[:, c, None, :] for c in range(room)]
-  return functools.reduce(jnp.add, outer)
+def _rows(rows, index):
+  """rows[index], zeros where the index is out of range."""
+  return jnp.take(rows, index, axis=0, mode='fill', fill_value=0)
+
+
+def _in_chunks(
+  function: Callable[..., jax.Array], at_once: int, *arrays: jax.Array
+) -> jax.Array:
+  """function(*arrays), of so many rows at a time."""
+  num_rows = arrays[0].shape[0]
+  if num_rows <= at_once:
+    return function(*arrays)
+
+  def cut(start):
+    return (jax.lax.dynamic_slice_in_dim(a, start, at_once) for a in arrays)
+
+  def some(number, outputs):
+    # The last rows are computed twice rather than in a program of their own.
+    start = jnp.minimum(number * at_once, num_rows - at_once)
+    return jax.lax.dynamic_update_slice_in_dim(
+      outputs, function(*cut(start)), start, 0
+    )
+
+  one = jax.eval_shape(lambda: function(*cut(0)))
+  outputs = jnp.zeros((num_rows, *one.shape[1:]), one.dtype)
+  return jax.lax.fori_loop(0, -(-num_rows // at_once), some, outputs)

@@ -14,6 +14,9 @@ from mowe.words import plan as plans
 # initialiser thousands of unread experts add noise that training has to undo.
 _WO_SCALE = 0.1
 
+# Collection in which a train step gives each product its `grouped.Factors`.
+FACTORS = 'kernel_gradient_factors'
+
 # Tokens whose kernels are gathered at a time without a plan: bounds memory.
 _TOKENS_AT_ONCE = 256
 
@@ -39,8 +42,7 @@ class ExpertTable(nn.Module):
     activations: as in the dense feed-forward: gated with two names.
 
   Call: a dict of <float32>[rows, embed, expert_dim] (`wi_0`, `wi_1`, or `wi`)
-    and <float32>[rows, expert_dim, embed] (`wo`): the rows that the caller
-    gave as parameters, which are a plan's few in a planned step.
+    and <float32>[rows, expert_dim, embed] (`wo`).
   """
 
   num_experts: int
@@ -63,9 +65,6 @@ class ExpertTable(nn.Module):
     return kernels
 
   def _kernel(self, name, scale, shape, *axes):
-    # Linen would refuse a compact table for its number of rows.
-    if self.has_variable('params', name):
-      return self.get_variable('params', name)
     return partitioning.param_with_axes(
       name,
       _expert_init(scale),
@@ -92,8 +91,7 @@ class MoweLayer(nn.Module):
     table: the shared ExpertTable; given by the stack.
 
   Call: tokens <float>[batch, length, embed] and routing_ids, either
-    <int32>[batch, length] (the full table is read) or the StreamPlan of these
-    tokens (the parameters hold the plan's compact table), to
+    <int32>[batch, length] or the StreamPlan of these tokens, to
     <dtype>[batch, length, embed].
 
   Raises:
@@ -150,26 +148,31 @@ class MoweLayer(nn.Module):
   def _planned(self, tokens, plan, table, dropout):
     """One batched product for each size class of the plan."""
     kernels = table()
-    if plan.rows is None:
-      select = lambda kernel: kernel
-    else:
-      select = lambda kernel: jnp.take(kernel, plan.rows, axis=0, mode='clip')
-    kernels = {
-      name: select(kernel).astype(self.dtype)
-      for name, kernel in kernels.items()
-    }
-    slots = plan.slots.reshape(-1)
-    parts = grouped.dispatch(tokens, plan.sources, slots)
-    projections = [
-      grouped.grouped_product(parts, kernels[name])
-      for name in feed_forward.kernel_names(self.activations)
-    ]
-    hidden = [
-      dropout(feed_forward.activate(list(same_class), self.activations))
-      for same_class in zip(*projections, strict=True)
-    ]
-    outputs = grouped.grouped_product(hidden, kernels['wo'])
-    return grouped.combine(outputs, plan.sources, slots)
+
+    def product(name, tokens):
+      return grouped.expert_product(
+        tokens, kernels[name], plan, self._factors(name, kernels[name], tokens)
+      )
+
+    names = feed_forward.kernel_names(self.activations)
+    projections = [product(name, tokens) for name in names]
+    hidden = dropout(feed_forward.activate(projections, self.activations))
+    return product('wo', hidden)
+
+  def _factors(self, name, kernel, tokens):
+    """Zeros whose gradient are the factors of the kernels' gradient."""
+    if self.is_mutable_collection(FACTORS):
+      width = (tokens.shape[0], kernel.shape[-1])
+      return self.variable(
+        FACTORS,
+        name,
+        lambda: grouped.Factors(
+          jnp.zeros_like(tokens), jnp.zeros(width, tokens.dtype)
+        ),
+      ).value
+    if self.has_variable(FACTORS, name):
+      return self.get_variable(FACTORS, name)
+    return None
 
   def _by_token(self, tokens, experts, table, dropout):
     """Gathers the kernels of each token: for decoding and short inputs."""

@@ -1,21 +1,17 @@
-"""One training step: gather planned rows, differentiate, update in place."""
+"""One training step: differentiate, update, experts in place."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from mowe.layers import word_experts
 from mowe.models import parameters
-from mowe.training import losses, row_optimizers, train_state
+from mowe.training import losses, row_optimizers, table_updates, train_state
 from mowe.training.metrics import Mean
-from mowe.words import plan as plans
-
-# Parameters of experts that the row optimizer takes together: 4 MB.
-_NUMBERS_AT_ONCE = 2**20
 
 Metrics = dict[str, Mean]
 Batch = dict[str, jax.Array]
@@ -63,47 +59,58 @@ def make_train_step(
     it is {}. `plan` is None for a model without word experts.
   """
 
-  def loss_of_part(params, rows, batch, streams, key):
-    return _summed_loss(model, loss, params, rows, batch, streams, key)
-
   def train_step(state, frozen, batch, plan):
-    rows = gather_rows(state.tables or frozen, plan)
-    trained = (state.params, rows if state.tables else {})
-    held = {} if state.tables else rows
-
+    tables = state.tables or frozen
     num_tokens = jnp.maximum(jnp.sum(batch['decoder_loss_weights']), 1.0)
 
     def part_of_mean_loss(trained, batch, streams, key):
-      params, rows = trained
-      total, metrics = loss_of_part(params, rows or held, batch, streams, key)
+      params, factors = trained
+      total, metrics = _summed_loss(
+        model, loss, params, tables, factors, batch, streams, key
+      )
       # Here rather than in the gradients: one number instead of all of them.
       return total / num_tokens, metrics
 
-    gradient = jax.grad(part_of_mean_loss, has_aux=True)
+    def gradients(batch, streams, key):
+      """Of parameters; factors of those of tables; metrics."""
+      factors = {}
+      if state.tables:
+        factors = _zero_factors(model, state.params, tables, batch, streams)
+      (grads, factors), metrics = jax.grad(part_of_mean_loss, has_aux=True)(
+        (state.params, factors), batch, streams, key
+      )
+      return (grads, metrics), factors
+
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     streams = _streams(plan)
     if num_microbatches == 1:
-      grads, metrics = gradient(trained, batch, streams, key)
+      (grads, metrics), factors = gradients(batch, streams, key)
     else:
-      grads, metrics = _accumulate(
-        gradient, trained, batch, streams, key, num_microbatches
+      (grads, metrics), factors = _accumulate(
+        gradients, batch, streams, key, num_microbatches
       )
-    param_grads, row_grads = grads
 
-    metrics['gradient_norm'] = Mean(_global_norm(param_grads), jnp.ones(()))
-    updates, opt_state = optimizer.update(
-      param_grads, state.opt_state, state.params
-    )
-    tables, table_state = state.tables, state.table_state
-    if state.tables:
-      tables, table_state = _update_rows(
-        row_optimizer, state, row_grads, rows, plan
+    metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # Also a dependency: the backward pass reads the tables, and would be given
+    # a copy of them if it could end after they change.
+    usable = jnp.isfinite(metrics['gradient_norm'].total)
+    new_tables, table_state = {}, {}
+    for name, of_layers in parameters.by_table(factors, state.tables).items():
+      new_tables[name], table_state[name] = table_updates.update_table(
+        row_optimizer,
+        state.tables[name],
+        state.table_state[name],
+        of_layers,
+        plan,
+        usable,
+        state.step,
       )
     state = state.replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
-      tables=tables,
+      tables=new_tables,
       table_state=table_state,
     )
     return state, metrics
@@ -117,47 +124,60 @@ def make_eval_step(
   """The step `(params, tables, batch, plan) -> metrics`, without dropout."""
 
   def eval_step(params, tables, batch, plan):
-    rows = gather_rows(tables, plan)
     _, metrics = _summed_loss(
-      model, loss, params, rows, batch, _streams(plan), None
+      model, loss, params, tables, {}, batch, _streams(plan), None
     )
     return metrics
 
   return eval_step
 
 
-def gather_rows(
-  tables: parameters.Tables, plan: plans.ExpertPlan | None
-) -> parameters.Tables:
-  """The planned rows of every table; any row where none is used."""
-  if not tables or plan is None:
-    return tables
-  # No zeros in unused rows: the comparison costs another pass over all rows,
-  # and nothing comes of them, as their slots are empty.
-  return jax.tree.map(
-    lambda table: jnp.take(table, plan.experts, axis=0, mode='clip'), tables
-  )
-
-
-def _summed_loss(model, loss, params, rows, batch, streams, key):
-  """Sum over target tokens, and metrics as sums and counts."""
-  targets = batch['decoder_target_tokens']
-  weights = batch['decoder_loss_weights']
+def _apply(model, params, tables, factors, batch, streams, key, **options):
   names = (
     'encoder_segment_ids',
     'decoder_segment_ids',
     'encoder_routing_ids',
     'decoder_routing_ids',
   )
-  logits = model.apply(
-    {'params': parameters.merge_tables(params, rows)},
+  return model.apply(
+    {
+      'params': parameters.merge_tables(params, tables),
+      word_experts.FACTORS: factors,
+    },
     batch['encoder_input_tokens'],
     batch['decoder_input_tokens'],
-    targets,
+    batch['decoder_target_tokens'],
     enable_dropout=key is not None,
     rngs=None if key is None else {'dropout': key},
     **{name: batch[name] for name in names if name in batch} | streams,
+    **options,
   )
+
+
+def _zero_factors(model, params, tables, batch, streams):
+  """Zeros in the shapes of what every product with an expert table leaves."""
+  _, variables = jax.eval_shape(
+    lambda: _apply(
+      model,
+      params,
+      tables,
+      {},
+      batch,
+      streams,
+      None,
+      mutable=[word_experts.FACTORS],
+    )
+  )
+  return jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), variables[word_experts.FACTORS]
+  )
+
+
+def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
+  """Sum over target tokens, and metrics as sums and counts."""
+  targets = batch['decoder_target_tokens']
+  weights = batch['decoder_loss_weights']
+  logits = _apply(model, params, tables, factors, batch, streams, key)
   entropy, z_loss = losses.cross_entropy(
     logits,
     targets,
@@ -209,8 +229,8 @@ def _global_norm(tree):
   return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
 
 
-def _accumulate(gradient, trained, batch, streams, key, num_microbatches):
-  """Adds gradients and metrics of the parts of a batch, in float32."""
+def _accumulate(gradients, batch, streams, key, num_microbatches):
+  """Adds up gradients and metrics of the parts; joins factors of tokens."""
   # [batch, ...] -> [parts, batch / parts, ...]; plans are already cut.
   # Every part takes rows from all over the batch, so from every device.
   cut = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
@@ -218,62 +238,15 @@ def _accumulate(gradient, trained, batch, streams, key, num_microbatches):
 
   def one(part):
     batch, streams, number = part
-    return gradient(trained, batch, streams, jax.random.fold_in(key, number))
+    return gradients(batch, streams, jax.random.fold_in(key, number))
 
   def add(total, part):
-    return jax.tree.map(jnp.add, total, one(part)), None
+    summed, factors = one(part)
+    return jax.tree.map(jnp.add, total, summed), factors
 
-  first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+  first, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-  return jax.lax.scan(add, zeros, parts)[0]
-
-
-def _update_rows(row_optimizer, state, grads, rows, plan):
-  """Updates the planned rows of each table and writes them back in place.
-
-  On CPU a few experts at a time: the row optimizer passes several times over
-  its arguments, which stay in the cache then.
-  """
-  tables, table_state = {}, {}
-  for name, table in state.tables.items():
-    num_rows = plan.experts.size
-    at_once = num_rows
-    if jax.default_backend() == 'cpu':
-      at_once = _rows_at_once(num_rows, rows[name])
-
-    def update_some(number, carry, at_once=at_once, name=name):
-      table, table_state = carry
-      take = lambda x: jax.lax.dynamic_slice_in_dim(
-        x, number * at_once, at_once
-      )
-      experts = take(plan.experts)
-      new_rows, new_state = row_optimizer.update(
-        jax.tree.map(take, grads[name]),
-        jax.tree.map(
-          lambda x: jnp.take(x, experts, axis=0, mode='clip'), table_state
-        ),
-        jax.tree.map(take, rows[name]),
-        state.step,
-      )
-      # Unused rows have numbers beyond the table and are dropped.
-      write = lambda whole, rows: whole.at[experts].set(
-        rows, mode='drop', unique_indices=True
-      )
-      return (
-        jax.tree.map(write, table, new_rows),
-        jax.tree.map(write, table_state, new_state),
-      )
-
-    tables[name], table_state[name] = jax.lax.fori_loop(
-      0, num_rows // at_once, update_some, (table, state.table_state[name])
-    )
-  return tables, table_state
-
-
-def _rows_at_once(num_rows: int, rows: Any) -> int:
-  """Largest divisor of the planned rows that keeps to `_NUMBERS_AT_ONCE`."""
-  size_of_row = sum(x[0].size for x in jax.tree.leaves(rows))
-  most = max(1, _NUMBERS_AT_ONCE // size_of_row)
-  return max(
-    n for n in range(1, num_rows + 1) if num_rows % n == 0 and n <= most
-  )
+  summed, factors = jax.lax.scan(add, zeros, parts)
+  # [parts, tokens of one, width] -> [tokens, width]
+  join = lambda x: x.reshape(-1, x.shape[-1])
+  return summed, jax.tree.map(join, factors)

@@ -2,11 +2,10 @@
 
 The host decides; the device only moves and multiplies. Experts that are
 present are sorted into *size classes* with room for 1, 2, 3, 4, 6, 8, ...
-tokens each, so that a class is one contiguous slice of the compact table and
-one batched product. All sizes are static (a `CapacityProfile`): a step is
-compiled once. A batch that does not fit takes the next profile of a fixed
-ladder, so that the choice depends on the batch alone and a resumed run makes
-the same one. No token is ever dropped.
+tokens each, so that a class is one batched product. All sizes are static (a
+`CapacityProfile`): a step is compiled once. A batch that does not fit takes the
+next profile of a fixed ladder, so that the choice depends on the batch alone
+and a resumed run makes the same one. No token is ever dropped.
 
 A plan's pieces are NamedTuples of arrays: jax takes them as step arguments.
 All static sizes are shapes.
@@ -24,55 +23,62 @@ _CAPACITIES = tuple(
   sorted({2**k for k in range(25)} | {3 * 2**k for k in range(24)})
 )
 
-# Rows come in such multiples: a step may work on equal parts of them.
-_ROWS_UNIT = 64
+# In the order in which a plan counts their tokens.
+_STREAMS = ('encoder', 'decoder')
 
 # Profiles of growing size before the one that holds anything.
 _NUM_SCALED_PROFILES = 6
+
+
+class SizeClasses(NamedTuple):
+  """Experts by the room that their tokens need.
+
+  Attributes:
+    experts: one array <int32>[experts] for each size class; unused places
+      have distinct numbers from `num_experts` on, so that a scatter drops
+      them.
+    sources: one array <int32>[experts, room] for each size class: the flat
+      index of the token in each slot; the number of tokens if it is empty.
+  """
+
+  experts: tuple[np.ndarray, ...]
+  sources: tuple[np.ndarray, ...]
 
 
 class StreamPlan(NamedTuple):
   """Slots of one stream of tokens (the encoder's or the decoder's).
 
   Attributes:
-    sources: one array <int32>[experts, room] for each size class: the flat
-      index of the token in each slot; `batch * length` if the slot is empty.
+    classes: experts of the stream's tokens.
     slots: <int32>[batch, length], the slot of each token, counted over all
       classes; the number of slots for a token without an expert.
-    rows: <int32>[experts of all classes], the row of the compact table of each
-      expert; None where it is the expert's own position.
   """
 
-  sources: tuple[np.ndarray, ...]
+  classes: SizeClasses
   slots: np.ndarray
-  rows: np.ndarray | None
 
 
 class ExpertPlan(NamedTuple):
   """All that a step has to know about the experts of its batch.
 
   Attributes:
-    experts: <int32>[planned], expert of each row of the compact table; unused
-      rows have distinct numbers from `num_experts` on, so that a gather fills
-      and a scatter drops them.
     encoder: slots of the encoder's tokens, or None without sparse layers there.
     decoder: slots of the decoder's tokens, or None.
+    updates: experts of all streams and microbatches, each once: what is to be
+      updated. Tokens count through the encoder's, then the decoder's, in each
+      microbatch by microbatch.
   """
 
-  experts: np.ndarray
   encoder: StreamPlan | None
   decoder: StreamPlan | None
+  updates: SizeClasses
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamProfile:
-  """Static sizes of a stream: (room, number of experts) of each size class."""
+class ClassSizes:
+  """Static sizes: (room, number of experts) of each size class."""
 
   classes: tuple[tuple[int, int], ...]
-
-  @property
-  def num_experts(self) -> int:
-    return sum(count for _, count in self.classes)
 
   @property
   def num_slots(self) -> int:
@@ -85,11 +91,11 @@ class CapacityProfile:
 
   Attributes:
     streams: sizes of each planned stream, by name (`encoder`, `decoder`).
-    num_rows: rows of the compact table, for the union of all streams.
+    updates: sizes for the experts of all streams together.
   """
 
-  streams: tuple[tuple[str, StreamProfile], ...]
-  num_rows: int
+  streams: tuple[tuple[str, ClassSizes], ...]
+  updates: ClassSizes
 
 
 def count_classes(routing_ids: np.ndarray, num_experts: int) -> np.ndarray:
@@ -125,41 +131,43 @@ def profile_ladder(
   """
   largest: dict[str, np.ndarray] = {}
   num_tokens: dict[str, int] = {}
-  num_rows = 0
+
+  def see(name, ids):
+    counts = count_classes(ids, num_experts)
+    largest[name] = np.maximum(largest.get(name, 0), counts)
+    num_tokens[name] = ids.size
+
+  names: tuple[str, ...] = ()
   for batch in batches:
-    union = [_present(ids, num_experts)[0] for ids in batch.values()]
-    num_rows = max(num_rows, np.unique(np.concatenate(union)).size)
-    for name, ids in batch.items():
-      for part in microbatches(ids, num_microbatches):
-        counts = count_classes(part, num_experts)
-        largest[name] = np.maximum(largest.get(name, 0), counts)
-        num_tokens[name] = part.size
-  if not largest:
+    names = tuple(name for name in _STREAMS if name in batch)
+    for name in names:
+      for part in microbatches(batch[name], num_microbatches):
+        see(name, part)
+    see('updates', _all_tokens(batch, names, num_microbatches))
+  if not names:
     raise ValueError(
       'A capacity profile needs at least one trial batch with routing ids, '
       'but there was none. Give batches with encoder_routing_ids.'
     )
   ladder = []
   for factor in slack * growth ** np.arange(_NUM_SCALED_PROFILES):
-    streams = tuple(
-      (name, _scaled(counts, factor, num_experts, num_tokens[name]))
+    sizes = {
+      name: _scaled(counts, factor, num_experts, num_tokens[name])
       for name, counts in largest.items()
-    )
-    ladder.append(_profile(streams, int(np.ceil(num_rows * factor)) + 1))
+    }
+    ladder.append(_profile(sizes, names))
   # Slow, and hardly ever taken: holds whatever a batch of this shape can be.
-  streams = tuple(
-    (name, StreamProfile(_classes(_largest_counts(tokens, num_experts))))
+  sizes = {
+    name: ClassSizes(_classes(_largest_counts(tokens, num_experts)))
     for name, tokens in num_tokens.items()
-  )
-  most_rows = num_microbatches * sum(num_tokens.values())
-  ladder.append(_profile(streams, min(num_experts, most_rows)))
+  }
+  ladder.append(_profile(sizes, names))
   return tuple(ladder)
 
 
-def _profile(streams, num_rows):
-  # The first stream's classes are slices of the compact table.
-  num_rows = max(num_rows, streams[0][1].num_experts)
-  return CapacityProfile(streams, -(-num_rows // _ROWS_UNIT) * _ROWS_UNIT)
+def _profile(sizes, names):
+  streams = tuple((name, sizes[name]) for name in names)
+  return CapacityProfile(streams, sizes['updates'])
 
 
 def make_plan(
@@ -176,59 +184,29 @@ def make_plan(
     profile: static sizes.
     num_experts: rows of the expert table.
     num_microbatches: parts into which the step cuts the batch. With more than
-      one, the streams' arrays get a leading axis [num_microbatches]; all parts
-      share one compact table.
+      one, the streams' arrays get a leading axis [num_microbatches].
 
   Returns:
     The plan; equal batches give equal plans.
   """
-  placed: dict[str, list[_Placed]] = {}
-  for name, stream in profile.streams:
-    placed[name] = []
-    for part in microbatches(batch[name], num_microbatches):
-      one = _place(part, stream, num_experts)
-      if one is None:
-        return None
-      placed[name].append(one)
-
-  first = placed[profile.streams[0][0]]
-  slices = len(first) == 1
-  row_of_expert = _lay_out_rows(
-    fixed=first[0] if slices else None,
-    present=np.unique(
-      np.concatenate([one.present for ones in placed.values() for one in ones])
-    ),
-    num_rows=profile.num_rows,
+  names = tuple(name for name, _ in profile.streams)
+  updates = _place(
+    _all_tokens(batch, names, num_microbatches), profile.updates, num_experts
   )
-  if row_of_expert is None:
+  if updates is None:
     return None
-  present, rows = row_of_expert
-  experts = np.arange(
-    num_experts, num_experts + profile.num_rows, dtype=np.int32
+  streams = {}
+  for name, sizes in profile.streams:
+    parts = [
+      _place(part, sizes, num_experts)
+      for part in microbatches(batch[name], num_microbatches)
+    ]
+    if any(part is None for part in parts):
+      return None
+    streams[name] = parts[0] if num_microbatches == 1 else _stack(parts)
+  return ExpertPlan(
+    streams.get('encoder'), streams.get('decoder'), updates.classes
   )
-  experts[rows] = present
-
-  plans = {}
-  for name, stream in profile.streams:
-    parts = []
-    for one in placed[name]:
-      stream_rows = np.zeros(stream.num_experts, np.int32)
-      stream_rows[one.positions] = rows[np.searchsorted(present, one.present)]
-      parts.append(StreamPlan(one.sources, one.slots, stream_rows))
-    if num_microbatches == 1:
-      plans[name] = parts[0]
-      if placed[name] is first:
-        plans[name] = parts[0]._replace(rows=None)
-    else:
-      plans[name] = StreamPlan(
-        tuple(
-          np.stack(arrays)
-          for arrays in zip(*(p.sources for p in parts), strict=True)
-        ),
-        np.stack([p.slots for p in parts]),
-        np.stack([p.rows for p in parts]),
-      )
-  return ExpertPlan(experts, plans.get('encoder'), plans.get('decoder'))
 
 
 class Planner:
@@ -278,30 +256,25 @@ def microbatches(ids: np.ndarray, number: int) -> list[np.ndarray]:
   return [ids[part::number] for part in range(number)]
 
 
-class _Placed(NamedTuple):
-  """A stream's experts, their positions, and the slots of its tokens."""
+def _all_tokens(batch, names, num_microbatches):
+  """Routing ids of all tokens, <int32>[tokens], in the order of a plan."""
+  return np.concatenate(
+    [
+      part.reshape(-1)
+      for name in names
+      for part in microbatches(batch[name], num_microbatches)
+    ]
+  )
 
-  present: np.ndarray
-  positions: np.ndarray
-  sources: tuple[np.ndarray, ...]
-  slots: np.ndarray
 
-
-def _lay_out_rows(fixed, present, num_rows):
-  """Row of each present expert; experts of `fixed` sit at their positions."""
-  if fixed is None:
-    if present.size > num_rows:
-      return None
-    return present, np.arange(present.size)
-  rows = np.empty(present.size, np.int64)
-  is_fixed = np.isin(present, fixed.present, assume_unique=True)
-  rows[is_fixed] = fixed.positions
-  spare = np.setdiff1d(np.arange(num_rows), fixed.positions, assume_unique=True)
-  num_new = present.size - fixed.present.size
-  if num_new > spare.size:
-    return None
-  rows[~is_fixed] = spare[:num_new]
-  return present, rows
+def _stack(parts):
+  classes = [
+    tuple(np.stack(arrays) for arrays in zip(*same_field, strict=True))
+    for same_field in zip(*(part.classes for part in parts), strict=True)
+  ]
+  return StreamPlan(
+    SizeClasses(*classes), np.stack([part.slots for part in parts])
+  )
 
 
 def _present(routing_ids, num_experts):
@@ -325,7 +298,7 @@ def _scaled(counts, factor, num_experts, num_tokens):
   hottest = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
   reach = hottest + 2 + int(2 * np.log2(factor))
   wanted[:reach] = np.maximum(wanted[:reach], 1)
-  return StreamProfile(
+  return ClassSizes(
     _classes(np.minimum(wanted, _largest_counts(num_tokens, num_experts)))
   )
 
@@ -335,11 +308,11 @@ def _classes(counts):
   return tuple((room, count) for room, count in pairs if count)
 
 
-def _place(routing_ids, stream, num_experts):
-  """Positions and slots of a stream's experts, or None without room."""
+def _place(routing_ids, sizes, num_experts):
+  """StreamPlan of these tokens, or None without room."""
   present, counts = _present(routing_ids, num_experts)
-  rooms = np.array([room for room, _ in stream.classes], np.int64)
-  sizes = np.array([count for _, count in stream.classes], np.int64)
+  rooms = np.array([room for room, _ in sizes.classes], np.int64)
+  places = np.array([count for _, count in sizes.classes], np.int64)
   wanted = np.searchsorted(rooms, counts)
   # Ordered by class; what a class cannot hold moves up to the next one.
   order = np.argsort(wanted, kind='stable')
@@ -347,7 +320,7 @@ def _place(routing_ids, stream, num_experts):
   if per_class[-1]:
     return None
   carried = 0
-  for k, size in enumerate(sizes):
+  for k, size in enumerate(places):
     waiting = per_class[k] + carried
     per_class[k] = min(waiting, size)
     carried = waiting - per_class[k]
@@ -358,15 +331,16 @@ def _place(routing_ids, stream, num_experts):
   within = np.arange(class_of.size) - np.repeat(
     np.cumsum(per_class) - per_class, per_class
   )
-  first_position = np.cumsum(sizes) - sizes
-  first_slot = np.cumsum(sizes * rooms) - sizes * rooms
-  positions = np.empty(present.size, np.int64)
+  first_place = np.cumsum(places) - places
+  first_slot = np.cumsum(places * rooms) - places * rooms
+  num_places = int(places.sum())
+  experts = np.arange(num_experts, num_experts + num_places, dtype=np.int32)
+  experts[first_place[class_of] + within] = present[order]
   starts = np.empty(present.size, np.int64)
-  positions[order] = first_position[class_of] + within
   starts[order] = first_slot[class_of] + within * rooms[class_of]
 
   flat = routing_ids.reshape(-1)
-  num_slots = stream.num_slots
+  num_slots = sizes.num_slots
   token = np.flatnonzero((flat >= 0) & (flat < num_experts))
   token = token[np.argsort(flat[token], kind='stable')]
   rank = np.arange(token.size) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -374,13 +348,14 @@ def _place(routing_ids, stream, num_experts):
   slots[token] = np.repeat(starts, counts) + rank
   sources = np.full(num_slots, flat.size, np.int32)
   sources[slots[token]] = token
-  per_class_sources, at = [], 0
-  for room, size in zip(rooms.tolist(), sizes.tolist(), strict=True):
-    per_class_sources.append(sources[at : at + room * size].reshape(size, room))
-    at += room * size
-  return _Placed(
-    present,
-    positions,
-    tuple(per_class_sources),
-    slots.reshape(routing_ids.shape),
+  cut = lambda whole, ends: tuple(np.split(whole, ends[:-1]))
+  classes = SizeClasses(
+    cut(experts, np.cumsum(places)),
+    tuple(
+      part.reshape(-1, room)
+      for part, room in zip(
+        cut(sources, np.cumsum(places * rooms)), rooms.tolist(), strict=True
+      )
+    ),
   )
+  return StreamPlan(classes, slots.reshape(routing_ids.shape))

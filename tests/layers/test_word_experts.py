@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import feed_forward, word_experts
+from mowe.layers import feed_forward, grouped, word_experts
 from mowe.words import plan as plans
 
 BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 2, 9, 5, 3, 11
@@ -95,37 +95,61 @@ def test_by_token_equals_the_loop(seed, activations):
     close(d_params['experts'][name], d)
 
 
-@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
-@pytest.mark.parametrize('seed', range(3))
-@pytest.mark.parametrize('as_decoder', [False, True])
-def test_planned_equals_the_loop(seed, activations, as_decoder):
-  layer, params, tokens, ids, cotangent = make_case(seed, activations)
-  batch = {'encoder': ids}
-  if as_decoder:
-    # The decoder picks its rows out of a table laid out for the encoder.
-    rng = np.random.default_rng(seed)
-    other = rng.integers(0, NUM_EXPERTS, (BATCH, 4)).astype(np.int32)
-    batch = {'encoder': other, 'decoder': ids}
+def make_plan(ids):
   planner = plans.Planner(
-    plans.profile_ladder([batch], NUM_EXPERTS), NUM_EXPERTS
+    plans.profile_ladder([{'encoder': ids}], NUM_EXPERTS), NUM_EXPERTS
   )
-  plan = planner(batch)
-  stream = plan.decoder if as_decoder else plan.encoder
-  rows = jax.tree.map(
-    lambda w: jnp.take(w, plan.experts, axis=0, mode='fill', fill_value=0),
-    params,
-  )
+  return planner({'encoder': ids})
+
+
+@pytest.fixture(params=[1, 2, 1000])
+def experts_at_once(request, monkeypatch):
+  """Numbers of experts per chunk: every one, an uneven last one, all."""
+  monkeypatch.setattr(grouped, 'experts_at_once', lambda _: request.param)
+
+
+@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
+@pytest.mark.parametrize('seed', range(2))
+def test_planned_equals_the_loop(seed, activations, experts_at_once):
+  layer, params, tokens, ids, cotangent = make_case(seed, activations)
+  stream = make_plan(ids).encoder
   outputs, backward = jax.vjp(
-    lambda p, x: layer.apply({'params': p}, x, stream), rows, tokens
+    lambda p, x: layer.apply({'params': p}, x, stream), params, tokens
   )
-  d_rows, d_tokens = backward(cotangent)
+  d_params, d_tokens = backward(cotangent)
   expected = oracle(tokens, ids, params['experts'], cotangent)
   close(outputs, expected[0])
   close(d_tokens, expected[1])
-  real = plan.experts < NUM_EXPERTS
   for name, d in expected[2].items():
-    close(d_rows['experts'][name][real], d[plan.experts[real]])
-    np.testing.assert_array_equal(d_rows['experts'][name][~real], 0)
+    close(d_params['experts'][name], d)
+
+
+@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
+def test_gradients_of_some_experts_follow_from_the_factors(activations):
+  layer, params, tokens, ids, cotangent = make_case(0, activations)
+  plan = make_plan(ids)
+  _, zeros = layer.apply(
+    {'params': params}, tokens, plan.encoder, mutable=[word_experts.FACTORS]
+  )
+  _, backward = jax.vjp(
+    lambda p, f: layer.apply({'params': p} | f, tokens, plan.encoder),
+    params,
+    zeros,
+  )
+  d_params, factors = backward(cotangent)
+  factors = factors[word_experts.FACTORS]
+  expected = oracle(tokens, ids, params['experts'], cotangent)[2]
+  for name, d in expected.items():
+    # The tables themselves have no gradient any more.
+    assert not d_params['experts'][name].any()
+    for experts, sources in zip(*plan.updates, strict=True):
+      got = grouped.kernel_gradient([factors[name]] * 2, sources)
+      real = experts < NUM_EXPERTS
+      # Twice the same layer: the sum over the layers that share a table.
+      np.testing.assert_allclose(
+        got[real], 2 * d[experts[real]], rtol=0, atol=1e-5 * np.abs(d).max()
+      )
+      np.testing.assert_array_equal(got[~real], 0)
 
 
 def test_tokens_without_an_expert_give_zero():

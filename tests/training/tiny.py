@@ -85,9 +85,10 @@ def stream_ids(batch):
 
 
 # Two size classes hold any batch: few classes compile in a few seconds.
-_STREAM = plans.StreamProfile(((4, EXPERTS), (BATCH * INPUTS, EXPERTS)))
+_STREAM = plans.ClassSizes(((4, EXPERTS), (BATCH * INPUTS, EXPERTS)))
 _PROFILE = plans.CapacityProfile(
-  (('encoder', _STREAM), ('decoder', _STREAM)), _STREAM.num_experts + 1
+  (('encoder', _STREAM), ('decoder', _STREAM)),
+  updates=plans.ClassSizes(((4, EXPERTS), (2 * BATCH * INPUTS, EXPERTS))),
 )
 
 

@@ -82,13 +82,12 @@ def test_every_token_finds_its_expert_in_the_plan(routing, make_batch, number):
     ids = batch[f'{name}_routing_ids']
     for part in range(number):
       take = lambda x, part=part: x if number == 1 else x[part]
-      rows = stream.rows
-      experts = plan.experts if rows is None else plan.experts[take(rows)]
       # Expert of each slot, class after class.
-      sizes = [take(source).shape for source in stream.sources]
-      of_slot = np.repeat(
-        experts[: sum(count for count, _ in sizes)],
-        np.concatenate([[room] * count for count, room in sizes]),
+      of_slot = np.concatenate(
+        [
+          np.repeat(take(experts), take(sources).shape[1])
+          for experts, sources in zip(*stream.classes, strict=True)
+        ]
       )
       slots, wanted = take(stream.slots), ids[part::number]
       real = (wanted >= 0) & (wanted < routing.num_experts)
@@ -105,8 +104,8 @@ def test_a_stream_without_sparse_layers_is_not_planned(routing, make_batch):
   assert 'encoder_routing_ids' in batch
   present = np.unique(batch['decoder_routing_ids'])
   present = present[(present >= 0) & (present < routing.num_experts)]
-  planned = plan.experts[plan.experts < routing.num_experts]
-  assert set(present) == set(planned)
+  planned = np.concatenate(plan.updates.experts)
+  assert set(present) == set(planned[planned < routing.num_experts])
 
 
 def test_threads_and_order_change_no_plan(routing, make_batch):
@@ -117,7 +116,10 @@ def test_threads_and_order_change_no_plan(routing, make_batch):
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     threaded = list(pool.map(lambda b: fresh(b)[1], reversed(batches)))
   for plan, other in zip(one_by_one, reversed(threaded), strict=True):
-    np.testing.assert_array_equal(plan.experts, other.experts)
+    for experts, same in zip(
+      plan.updates.experts, other.updates.experts, strict=True
+    ):
+      np.testing.assert_array_equal(experts, same)
     np.testing.assert_array_equal(plan.encoder.slots, other.encoder.slots)
     np.testing.assert_array_equal(plan.decoder.slots, other.decoder.slots)
 

@@ -15,69 +15,108 @@ def routing(rng, batch, length, num_experts=NUM_EXPERTS):
   return rng.integers(-1, num_experts + 1, (batch, length)).astype(np.int32)
 
 
-def owner_of_slots(plan, stream, microbatch=None):
-  """Expert of each slot, and the token in it, read back from a plan."""
-  sources, rows = stream.sources, stream.rows
-  if microbatch is not None:
-    sources = [s[microbatch] for s in sources]
-    rows = rows[microbatch]
-  num_groups = sum(s.shape[0] for s in sources)
-  rows = np.arange(num_groups) if rows is None else rows
-  owners = np.repeat(
-    plan.experts[rows],
-    np.concatenate([np.full(s.shape[0], s.shape[1]) for s in sources]),
+def cut(stream, microbatch):
+  """The plan of one microbatch."""
+  return plans.StreamPlan(
+    plans.SizeClasses(
+      *(tuple(x[microbatch] for x in field) for field in stream.classes)
+    ),
+    stream.slots[microbatch],
   )
-  return owners, np.concatenate([s.reshape(-1) for s in sources])
 
 
-def check(plan, stream, ids, num_experts, microbatch=None):
-  owners, tokens = owner_of_slots(plan, stream, microbatch)
-  slots = stream.slots if microbatch is None else stream.slots[microbatch]
+def owners_and_tokens(classes):
+  """Expert of each slot, and the token in it, read back from a plan."""
+  owners = [
+    np.repeat(experts, sources.shape[1])
+    for experts, sources in zip(*classes, strict=True)
+  ]
+  tokens = [sources.reshape(-1) for sources in classes.sources]
+  return np.concatenate(owners), np.concatenate(tokens)
+
+
+def check_classes(classes, ids, num_experts):
+  """Every routed token has one slot, of its expert; each expert one place."""
   flat = ids.reshape(-1)
+  owners, tokens = owners_and_tokens(classes)
+  filled = tokens < flat.size
+  # All other slots are empty, and say so by the same number.
+  assert (tokens[~filled] == flat.size).all()
+  np.testing.assert_array_equal(
+    np.sort(tokens[filled]),
+    np.flatnonzero((flat >= 0) & (flat < num_experts)),
+  )
+  np.testing.assert_array_equal(owners[filled], flat[tokens[filled]])
+  experts = np.concatenate(classes.experts)
+  # Unused places have numbers of their own, so that a scatter may rely on it.
+  assert np.unique(experts).size == experts.size
+  present = np.unique(flat)
+  present = present[(present >= 0) & (present < num_experts)]
+  np.testing.assert_array_equal(
+    np.sort(experts[experts < num_experts]), present
+  )
+
+
+def check_stream(stream, ids, num_experts):
+  check_classes(stream.classes, ids, num_experts)
+  _, tokens = owners_and_tokens(stream.classes)
+  assert stream.slots.shape == ids.shape
+  slots, flat = stream.slots.reshape(-1), ids.reshape(-1)
   routed = (flat >= 0) & (flat < num_experts)
-  slots = slots.reshape(-1)
-  # Tokens without an expert have no slot, the others one each.
-  assert (slots[~routed] == owners.size).all()
-  assert np.unique(slots[routed]).size == routed.sum()
-  np.testing.assert_array_equal(owners[slots[routed]], flat[routed])
+  assert (slots[~routed] == tokens.size).all()
   np.testing.assert_array_equal(tokens[slots[routed]], np.flatnonzero(routed))
-  # All other slots are empty.
-  assert (np.delete(tokens, slots[routed]) == flat.size).all()
+
+
+def profile(*classes):
+  """The same sizes for an encoder, and for its updates."""
+  sizes = plans.ClassSizes(classes)
+  return plans.CapacityProfile((('encoder', sizes),), updates=sizes)
 
 
 def test_three_tokens_by_hand():
   # Expert 2 has two tokens, expert 0 one, the last token none.
   ids = np.array([[2, 0, 2, 3]], np.int32)
-  profile = plans.CapacityProfile(
-    (('encoder', plans.StreamProfile(((1, 2), (2, 1)))),), num_rows=3
-  )
-  plan = plans.make_plan({'encoder': ids}, profile, num_experts=3)
-  # Rows: class 1 holds expert 0 and an unused place (number 3 + 1),
-  # class 2 holds expert 2.
-  np.testing.assert_array_equal(plan.experts, [0, 4, 2])
-  np.testing.assert_array_equal(plan.encoder.sources[0], [[1], [4]])
-  np.testing.assert_array_equal(plan.encoder.sources[1], [[0, 2]])
+  plan = plans.make_plan({'encoder': ids}, profile((1, 2), (2, 1)), 3)
+  # Class 1 holds expert 0 and an unused place (number 3 + 1), class 2 holds
+  # expert 2.
+  classes = plan.encoder.classes
+  np.testing.assert_array_equal(classes.experts[0], [0, 4])
+  np.testing.assert_array_equal(classes.experts[1], [2])
+  np.testing.assert_array_equal(classes.sources[0], [[1], [4]])
+  np.testing.assert_array_equal(classes.sources[1], [[0, 2]])
   np.testing.assert_array_equal(plan.encoder.slots, [[2, 0, 3, 4]])
   assert plan.decoder is None
 
 
+def test_updates_count_the_tokens_of_all_streams():
+  # Expert 1 is in both streams; the decoder's tokens follow the encoder's 3.
+  ids = {
+    'encoder': np.array([[1, 0, 2]], np.int32),
+    'decoder': np.array([[2, 1]], np.int32),
+  }
+  sizes = plans.ClassSizes(((1, 2), (2, 1)))
+  plan = plans.make_plan(
+    ids,
+    plans.CapacityProfile((('encoder', sizes), ('decoder', sizes)), sizes),
+    num_experts=2,
+  )
+  np.testing.assert_array_equal(plan.updates.experts[0], [0, 3])
+  np.testing.assert_array_equal(plan.updates.experts[1], [1])
+  np.testing.assert_array_equal(plan.updates.sources[0], [[1], [5]])
+  np.testing.assert_array_equal(plan.updates.sources[1], [[0, 4]])
+
+
 def test_an_expert_without_room_moves_up_a_class():
   ids = np.array([[0, 1, 2]], np.int32)
-  profile = plans.CapacityProfile(
-    (('encoder', plans.StreamProfile(((1, 2), (3, 1)))),), num_rows=3
-  )
-  plan = plans.make_plan({'encoder': ids}, profile, num_experts=3)
-  check(plan, plan.encoder, ids, 3)
-  np.testing.assert_array_equal(plan.encoder.sources[1], [[2, 3, 3]])
+  plan = plans.make_plan({'encoder': ids}, profile((1, 2), (3, 1)), 3)
+  check_stream(plan.encoder, ids, 3)
+  np.testing.assert_array_equal(plan.encoder.classes.sources[1], [[2, 3, 3]])
 
 
 def test_a_batch_that_does_not_fit_gives_no_plan():
-  profile = plans.CapacityProfile(
-    (('encoder', plans.StreamProfile(((1, 1),))),), num_rows=1
-  )
   for ids in ([[0, 0]], [[0, 1]]):
     batch = {'encoder': np.array(ids, np.int32)}
-    assert plans.make_plan(batch, profile, num_experts=2) is None
+    assert plans.make_plan(batch, profile((1, 1)), num_experts=2) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,16 +148,14 @@ def test_every_batch_of_the_shape_is_planned(seed, num_experts, microbatches):
   ]
   for batch in hostile:
     plan = planner(batch)
+    everything = []
     for name in shapes:
       stream = getattr(plan, name)
       for m, part in enumerate(plans.microbatches(batch[name], microbatches)):
-        check(plan, stream, part, num_experts, m if microbatches > 1 else None)
-    inside = plan.experts[plan.experts < num_experts]
-    # Unused rows have numbers of their own, so that a scatter may rely on it.
-    assert np.unique(plan.experts).size == plan.experts.size
-    present = np.unique(np.concatenate([v.reshape(-1) for v in batch.values()]))
-    present = present[(present >= 0) & (present < num_experts)]
-    np.testing.assert_array_equal(np.sort(inside), present)
+        one = cut(stream, m) if microbatches > 1 else stream
+        check_stream(one, part, num_experts)
+        everything.append(part.reshape(-1))
+    check_classes(plan.updates, np.concatenate(everything), num_experts)
 
 
 def test_the_trial_batch_takes_the_first_profile():
@@ -138,8 +175,10 @@ def test_the_same_batch_gives_the_same_plan_after_any_history():
   one, other = plans.Planner(ladder, 500), plans.Planner(ladder, 500)
   other({'encoder': np.zeros((4, 32), np.int32)})
   a, b = one(trials[1]), other(trials[1])
-  np.testing.assert_array_equal(a.experts, b.experts)
   np.testing.assert_array_equal(a.encoder.slots, b.encoder.slots)
+  for field, other_field in zip(a.updates, b.updates, strict=True):
+    for array, other_array in zip(field, other_field, strict=True):
+      np.testing.assert_array_equal(array, other_array)
 
 
 def test_no_trial_batches_is_an_error():

@@ -1,0 +1,155 @@
+"""Updating the experts of a batch in their tables, in place.
+
+The gradient of all present experts would be as large as they are. Instead the
+backward pass leaves the factors of it (`layers/grouped.py`), and for a few
+experts at a time the gradient of all layers that share the table is formed, the
+row optimizer applied, and the result written back.
+
+Source: deferred weight gradients; the sum over layers is exact, because the
+gradient of a shared kernel is the sum over its uses.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mowe.layers import grouped
+from mowe.models import parameters
+from mowe.training import row_optimizers
+from mowe.words import plan as plans
+
+# Out of the range of all tokens.
+_NO_TOKEN = np.iinfo(np.int32).max
+
+
+def update_table(
+  row_optimizer: row_optimizers.RowOptimizer,
+  table: dict[str, jax.Array],
+  table_state: Any,
+  factors: parameters.TableFactors,
+  plan: plans.ExpertPlan,
+  usable: jax.Array,
+  learning_rate_step: jax.Array,
+) -> tuple[dict[str, jax.Array], Any]:
+  """Returns the table and its state after one step.
+
+  Args:
+    row_optimizer: of the rows.
+    table: kernel name -> <float>[num_experts, in, out].
+    table_state: of the whole table.
+    factors: of the layers that use the table, each over all tokens of its
+      stream, microbatch by microbatch.
+    plan: of the batch.
+    usable: <bool>[]; without it nothing is changed.
+    learning_rate_step: <int32>[], the global step, from 0.
+  """
+  num_before = 0 if plan.encoder is None else plan.encoder.slots.size
+  num_after = 0 if plan.decoder is None else plan.decoder.slots.size
+  first = 0 if 'encoder' in factors else num_before
+  last = num_before + (num_after if 'decoder' in factors else 0)
+  layers = _over_all_tokens(factors, num_before)
+  chunks = _Chunks(plan.updates, sum(k[0].size for k in table.values()))
+
+  def gradients(experts, sources, is_new):
+    """Experts of one chunk, those that change, and their gradients."""
+    # A table of one stream leaves alone what only the other stream has.
+    used = ((sources >= first) & (sources < last)).any(axis=1)
+    of_kernels = {
+      name: grouped.kernel_gradient([layer[name] for layer in layers], sources)
+      for name in table
+    }
+    return experts, used & is_new, of_kernels
+
+  def update_chunk(number, carry):
+    experts, changed, of_kernels = chunks.call(number, gradients)
+    read = lambda whole: jnp.take(whole, experts, axis=0, mode='clip')
+    table, table_state = carry
+    new_rows, new_state = row_optimizer.update(
+      of_kernels,
+      jax.tree.map(read, table_state),
+      jax.tree.map(read, table),
+      learning_rate_step,
+    )
+    # Numbers beyond the table are dropped; each of its own, as promised.
+    beyond = jnp.iinfo(jnp.int32).max - jnp.arange(experts.size)
+    written = jnp.where(changed & usable, experts, beyond)
+    write = lambda whole, rows: whole.at[written].set(
+      rows, mode='drop', unique_indices=True
+    )
+    return (
+      jax.tree.map(write, table, new_rows),
+      jax.tree.map(write, table_state, new_state),
+    )
+
+  return jax.lax.fori_loop(0, chunks.number, update_chunk, (table, table_state))
+
+
+class _Chunks:
+  """Experts of all classes, a few of one class at a time.
+
+  One loop goes over all, so that what the classes have in common, the row
+  optimizer, is compiled once.
+  """
+
+  def __init__(self, classes: plans.SizeClasses, numbers_of_one: int):
+    sizes = [experts.size for experts in classes.experts]
+    # Small enough that the last chunks of the classes, which are not full,
+    # cost little beside the others.
+    even = -(-sum(sizes) // (2 * len(sizes)))
+    self._size = min(grouped.experts_at_once(numbers_of_one), even)
+    self._classes = classes
+    of_class = [-(-size // self._size) for size in sizes]
+    self.number = sum(of_class)
+    self._class = np.repeat(np.arange(len(sizes)), of_class)
+    self._first = self._size * np.concatenate(
+      [np.arange(number) for number in of_class]
+    )
+
+  def call(self, number: jax.Array, function: Callable[..., Any]) -> Any:
+    """function(experts, sources, is_new) on a chunk of so many experts."""
+
+    def of_class(experts, sources, first):
+      missing = max(0, self._size - experts.size)
+      experts = jnp.pad(experts, (0, missing))
+      sources = jnp.pad(
+        sources, ((0, missing), (0, 0)), constant_values=_NO_TOKEN
+      )
+      # The last chunk overlaps the one before, and must not update it again.
+      start = jnp.minimum(first, experts.size - self._size)
+      is_new = start + jnp.arange(self._size) >= first
+      cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, self._size)
+      return function(cut(experts), cut(sources), is_new)
+
+    branches = [
+      functools.partial(of_class, *same_class)
+      for same_class in zip(*self._classes, strict=True)
+    ]
+    return jax.lax.switch(
+      jnp.asarray(self._class)[number],
+      branches,
+      jnp.asarray(self._first)[number],
+    )
+
+
+def _over_all_tokens(factors, num_before):
+  """Factors of the n-th layers of both streams, joined, for each n.
+
+  Tokens of the encoder come before those of the decoder, as in the plan.
+  Tokens of a stream without an n-th layer are out of range, or zeros.
+  """
+  encoder, decoder = factors.get('encoder', []), factors.get('decoder', [])
+  layers = []
+  for before, after in itertools.zip_longest(encoder, decoder):
+    if before is None:
+      before = jax.tree.map(
+        lambda x: jnp.zeros((num_before, *x.shape[1:]), x.dtype), after
+      )
+    if after is not None:
+      before = jax.tree.map(lambda *x: jnp.concatenate(x), before, after)
+    layers.append(before)
+  return layers
