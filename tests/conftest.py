@@ -20,6 +20,12 @@ def pytest_addoption(parser):
   parser.addoption(
     '--slow', action='store_true', help='also run the tests marked slow'
   )
+  parser.addoption(
+    '--golden_dir',
+    default=str(_ROOT.parent / 'shared' / 'golden'),
+    help='folder of <name>.npz and <name>.json for tests/parity; '
+    'by default ../shared/golden',
+  )
 
 
 def pytest_collection_modifyitems(config, items):

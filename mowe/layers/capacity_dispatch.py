@@ -1,0 +1,137 @@
+"""A fixed number of slots for each expert and group; the rest is dropped."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mowe.layers import feed_forward, routing, slots
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityDispatch:
+  """Slots for an even share of the choices, times a factor.
+
+  Pairs get slots in order of priority. A dropped token gets zero from the
+  layer: only the residual remains.
+
+  Source: Switch, arXiv 2101.03961. The share grows with the choices of a token,
+  as everywhere but in flaxformer.
+
+  Attributes:
+    train_factor: slots relative to an even share of all choices, in training.
+    eval_factor: likewise without dropout.
+    min_capacity: slots of an expert in a group at least.
+
+  Raises:
+    ValueError: a factor is not positive.
+  """
+
+  train_factor: float = 1.25
+  eval_factor: float = 2.0
+  min_capacity: int = 4
+
+  def __post_init__(self):
+    if self.train_factor <= 0 or self.eval_factor <= 0:
+      raise ValueError(
+        'Capacity factors must be positive, but are train_factor='
+        f'{self.train_factor}, eval_factor={self.eval_factor}. 1.0 is an even '
+        'share; DroplessDispatch has no capacity.'
+      )
+
+  def check(self, router: routing.Router) -> None:
+    """Raises ValueError if slots would be fewer than a router always fills."""
+    factor = min(self.train_factor, self.eval_factor)
+    if router.is_learned and router.is_balanced and factor < 1:
+      raise ValueError(
+        'With ExpertsChoose every expert fills its share, so a capacity factor '
+        f'must be at least 1, but is {factor}. Set it to 1.0, and factor of '
+        'ExpertsChoose to the tokens that experts shall take.'
+      )
+
+  def capacity(
+    self, router: routing.Router, group_size: int, num_experts: int, factor
+  ) -> int:
+    """Slots of one expert in one group."""
+    share = router.num_pairs(group_size, num_experts) / num_experts
+    return min(max(round(factor * share), self.min_capacity), group_size)
+
+  def plan(
+    self,
+    choices: routing.Choices,
+    router: routing.Router,
+    *,
+    num_experts: int,
+    training: bool,
+  ) -> slots.SlotPlan:
+    """Slots <int32>[experts * groups * capacity], those of an expert together.
+
+    Raises:
+      ValueError: the capacity is below one slot.
+    """
+    num_groups, group_size, _ = choices.pairs.shape
+    factor = self.train_factor if training else self.eval_factor
+    room = self.capacity(router, group_size, num_experts, factor)
+    if room < 1:
+      raise ValueError(
+        'An expert must have at least one slot in each group, but capacity '
+        f'factor {factor} gives none for {group_size} tokens and {num_experts} '
+        'experts. Raise min_capacity, the factor or the size of the groups.'
+      )
+    order, places, counts = slots.sort_by_expert(choices.experts, num_experts)
+    num_pairs = order.shape[1]
+    starts = jnp.cumsum(counts, axis=1) - counts
+    group = jnp.arange(num_groups, dtype=jnp.int32)
+    # [groups, experts, capacity] -> [experts, groups, capacity]
+    slot = jnp.arange(room, dtype=jnp.int32)[None, None, :]
+    at = (starts[:, :, None] + slot).reshape(num_groups, -1)
+    pairs = jnp.take_along_axis(order, at, axis=1, mode='clip')
+    pairs = pairs.reshape(num_groups, num_experts, room)
+    pairs = jnp.where(
+      slot < counts[:, :, None],
+      pairs + group[:, None, None] * num_pairs,
+      num_groups * num_pairs,
+    ).swapaxes(0, 1)
+    # The sentinel of pairs without an expert reads any start.
+    own_start = jnp.take_along_axis(
+      starts, choices.experts, axis=1, mode='clip'
+    )
+    position = places - own_start
+    slots_of_pairs = jnp.where(
+      (choices.experts < num_experts) & (position < room),
+      (choices.experts * num_groups + group[:, None]) * room + position,
+      pairs.size,
+    )
+    return slots.make_plan(
+      choices,
+      pairs.reshape(-1),
+      slots_of_pairs.reshape(-1),
+      group_sizes=jnp.sum(jnp.minimum(counts, room), axis=0),
+      num_slots=pairs.size,
+    )
+
+  def compute(
+    self,
+    rows: jax.Array,
+    kernels: dict[str, jax.Array],
+    plan: slots.SlotPlan,
+    keep: jax.Array | None,
+    activations: tuple[str, ...],
+  ) -> jax.Array:
+    """Experts' outputs <float>[slots, embed], one batched product per kernel."""
+    del plan
+    num_experts = kernels['wo'].shape[0]
+    # [slots, embed] -> [experts, groups * capacity, embed]
+    by_expert = lambda x: x.reshape(num_experts, -1, x.shape[-1])
+    tokens = by_expert(rows)
+    hidden = feed_forward.activate(
+      [
+        jnp.einsum('ecm,emf->ecf', tokens, kernels[name])
+        for name in feed_forward.kernel_names(activations)
+      ],
+      activations,
+    )
+    if keep is not None:
+      hidden *= by_expert(keep)
+    outputs = jnp.einsum('ecf,efm->ecm', hidden, kernels['wo'])
+    return outputs.reshape(rows.shape)

@@ -1,0 +1,69 @@
+"""Every choice is computed: pairs sorted by expert, experts one by one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mowe.layers import routing, slots, sorted_experts
+
+
+@dataclasses.dataclass(frozen=True)
+class DroplessDispatch:
+  """Slots in order of the experts, as many for each as it was chosen.
+
+  Source: MegaBlocks, arXiv 2211.15841. Groups play no part in it.
+  """
+
+  def check(self, router: routing.Router) -> None:
+    """Accepts any router."""
+
+  def plan(
+    self,
+    choices: routing.Choices,
+    router: routing.Router,
+    *,
+    num_experts: int,
+    training: bool,
+  ) -> slots.SlotPlan:
+    """One slot for each pair, and empty ones up to the size of a tile."""
+    del router, training
+    experts = choices.experts.reshape(1, -1)
+    num_pairs = experts.size
+    order, places, counts = slots.sort_by_expert(experts, num_experts)
+    counts = counts[0]
+    num_slots = num_pairs + _tiles(num_pairs, num_experts)[-1]
+    # Pairs without an expert were sorted behind all others.
+    slot = jnp.arange(num_slots, dtype=jnp.int32)
+    pairs = jnp.where(
+      slot < jnp.sum(counts),
+      jnp.take(order[0], slot, mode='clip'),
+      num_pairs,
+    )
+    slots_of_pairs = jnp.where(experts < num_experts, places, num_slots)
+    return slots.make_plan(
+      choices,
+      pairs,
+      slots_of_pairs.reshape(-1),
+      group_sizes=counts,
+      num_slots=jnp.sum(counts),
+    )
+
+  def compute(
+    self,
+    rows: jax.Array,
+    kernels: dict[str, jax.Array],
+    plan: slots.SlotPlan,
+    keep: jax.Array | None,
+    activations: tuple[str, ...],
+  ) -> jax.Array:
+    """Experts' outputs <float>[slots, embed]."""
+    num_experts = kernels['wo'].shape[0]
+    tiles = _tiles(plan.slots_of_pairs.size, num_experts)
+    return sorted_experts.feed_forward_by_expert(
+      rows, kernels, plan.group_sizes, keep, activations, tiles
+    )
+
+
+def _tiles(num_pairs, num_experts):
+  return sorted_experts.tile_sizes(num_pairs, num_experts)

@@ -1,0 +1,113 @@
+"""Each expert chooses its tokens: balanced by construction."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mowe.layers import routing
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsChoose:
+  """Every expert takes the tokens of its group that have most of it.
+
+  A token may have any number of experts, or none. For encoders: which experts
+  a token has depends on later tokens.
+
+  Source: Expert Choice, arXiv 2202.09368.
+
+  Attributes:
+    factor: experts of a token on average.
+    min_tokens: tokens of an expert at least.
+    jitter: noise on the router's inputs in training.
+    use_bias: the router's projection has a bias.
+    routes_padding: padding may be chosen, with weight zero, where real tokens
+      are too few or have none of an expert, as in flaxformer.
+
+  Raises:
+    ValueError: values that cannot work.
+  """
+
+  factor: float = 1.0
+  min_tokens: int = 1
+  jitter: float = 0.0
+  use_bias: bool = False
+  routes_padding: bool = False
+
+  is_learned = True
+  is_balanced = True
+  looks_ahead = True
+  bias_rate = 0.0
+
+  def __post_init__(self):
+    if self.factor <= 0 or self.min_tokens < 1 or not 0 <= self.jitter < 1:
+      raise ValueError(
+        'factor must be positive, min_tokens at least 1 and jitter in 0..1, '
+        f'but they are {self.factor}, {self.min_tokens}, {self.jitter}. '
+        'factor 1.0 is one expert per token on average.'
+      )
+
+  def check(self, num_experts: int) -> None:
+    """Accepts any number of experts."""
+
+  def tokens_per_expert(self, group_size: int, num_experts: int) -> int:
+    """Tokens that one expert takes from one group."""
+    tokens = round(self.factor * group_size / num_experts)
+    return min(max(tokens, self.min_tokens), group_size)
+
+  def num_pairs(self, group_size: int, num_experts: int) -> int:
+    """Pairs of one group."""
+    return num_experts * self.tokens_per_expert(group_size, num_experts)
+
+  def __call__(
+    self,
+    logits: jax.Array,
+    *,
+    num_experts: int,
+    is_valid: jax.Array,
+    routing_ids: jax.Array | None = None,
+    selection_bias: jax.Array | None = None,
+  ) -> routing.Choices:
+    """Choices of all groups; see `routing.Router`."""
+    del routing_ids, selection_bias
+    num_groups, num_tokens, _ = logits.shape
+    probs = jax.nn.softmax(logits)
+    if self.routes_padding:
+      probs *= is_valid[:, :, None]
+    # [groups, tokens, experts] -> [groups, experts, tokens]
+    weights = probs.swapaxes(1, 2)
+    scores = jax.lax.stop_gradient(weights)
+    if not self.routes_padding:
+      # Below every probability: chosen only when real tokens run out.
+      scores = jnp.where(is_valid[:, None, :], scores, -1.0)
+    best, tokens = jax.lax.top_k(
+      scores, self.tokens_per_expert(num_tokens, num_experts)
+    )
+    is_real = best >= 0
+    weights = jnp.take_along_axis(weights, tokens, axis=2) * is_real
+    own = jnp.arange(num_experts, dtype=jnp.int32)[None, :, None]
+    experts = jnp.where(is_real, own, num_experts)
+    flat = lambda x: x.reshape(num_groups, -1)
+    return routing.Choices(
+      tokens=flat(tokens),
+      experts=flat(experts),
+      weights=flat(weights),
+      pairs=_pairs_of_tokens(tokens, is_real, num_tokens),
+      probs=probs,
+    )
+
+
+def _pairs_of_tokens(tokens, is_real, num_tokens):
+  """One column per expert, the pair in which it chose the token."""
+  num_groups, num_experts, room = tokens.shape
+  num_pairs = num_experts * room
+  pair = jnp.arange(num_pairs, dtype=jnp.int32).reshape(1, num_experts, room)
+  # Out of range, so that the pair is not written.
+  tokens = jnp.where(is_real, tokens, num_tokens)
+  group = jnp.arange(num_groups)[:, None, None]
+  expert = jnp.arange(num_experts)[None, :, None]
+  table = jnp.full((num_groups, num_tokens, num_experts), num_pairs, jnp.int32)
+  return table.at[group, tokens, expert].set(
+    jnp.broadcast_to(pair, tokens.shape), mode='drop', unique_indices=True
+  )

@@ -1,0 +1,226 @@
+"""Losses and statistics of a router, as sums that can be added up.
+
+Every number is a sum over tokens or groups. Stats of microbatches, devices and
+steps are added, and only then divided, by `losses` and `metrics`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mowe.layers import routing, slots
+
+# The collection that a layer sows its stats into, and their name there.
+COLLECTION = 'router_stats'
+NAME = 'stats'
+
+
+class RouterStats(NamedTuple):
+  """Sums of one layer; all <float32>[] but for the two per expert.
+
+  tokens = padding + skipped + left behind + computed, and
+  choices = sum(load) + sum(dropped).
+
+  Attributes:
+    num_tokens: all positions.
+    num_padding: those that are not routed.
+    num_skipped: routed tokens that chose no expert, or that none chose.
+    num_left_behind: tokens all of whose choices were dropped.
+    num_choices: pairs of a token and an expert.
+    load: <float32>[experts], choices that were computed.
+    dropped: <float32>[experts], choices without a slot.
+    num_slots: slots that were computed, filled or not.
+    weight: combine weights of computed choices.
+    entropy: of the routed tokens' probabilities, in nats.
+    load_balance: load-balancing loss times `num_loss_tokens`.
+    importance: squared coefficient of variation of the experts' probabilities,
+      times `num_loss_tokens`.
+    z_loss: squared log-sum-exp of the logits.
+    num_loss_tokens: what the three losses are to be divided by.
+    num_not_finite: routed tokens with an infinite or NaN logit. A trainer
+      refuses to go on if there is one.
+  """
+
+  num_tokens: jax.Array
+  num_padding: jax.Array
+  num_skipped: jax.Array
+  num_left_behind: jax.Array
+  num_choices: jax.Array
+  load: jax.Array
+  dropped: jax.Array
+  num_slots: jax.Array
+  weight: jax.Array
+  entropy: jax.Array
+  load_balance: jax.Array
+  importance: jax.Array
+  z_loss: jax.Array
+  num_loss_tokens: jax.Array
+  num_not_finite: jax.Array
+
+
+def add(first: RouterStats, second: RouterStats) -> RouterStats:
+  """Stats of both."""
+  return jax.tree.map(jnp.add, first, second)
+
+
+def losses(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Sum and count of each loss; only these have gradients."""
+  count = stats.num_loss_tokens
+  return {
+    'load_balance_loss': (stats.load_balance, count),
+    'router_z_loss': (stats.z_loss, count),
+    'importance_loss': (stats.importance, count),
+  }
+
+
+def metrics(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Sum and count of each metric; `load` has one of each per expert.
+
+  `load` and `dropped` are shares of all choices and of an expert's choices;
+  `usage` is the share of slots that are filled.
+  """
+  routed = stats.num_tokens - stats.num_padding
+  load = jnp.sum(stats.load)
+  return {
+    'load': (stats.load, jnp.broadcast_to(load, stats.load.shape)),
+    'dropped_by_expert': (stats.dropped, stats.load + stats.dropped),
+    'dropped': (jnp.sum(stats.dropped), stats.num_choices),
+    'left_behind': (stats.num_left_behind, routed),
+    'skipped': (stats.num_skipped, routed),
+    'padding': (stats.num_padding, stats.num_tokens),
+    'usage': (load, stats.num_slots),
+    'confidence': (stats.weight, load),
+    'entropy': (stats.entropy, routed),
+    'not_finite': (stats.num_not_finite, routed),
+  } | losses(stats)
+
+
+def balanced_bias(
+  bias: jax.Array, stats: RouterStats, rate: float
+) -> jax.Array:
+  """Next selection bias: experts above the mean load become less likely.
+
+  Source: loss-free balancing, arXiv 2408.15664. Called once per step, with the
+  stats of the whole batch.
+
+  Args:
+    bias: <float32>[experts], the collection `router_state`.
+    stats: of the layer; dropped choices count, as they were chosen.
+    rate: `TokensChoose.bias_rate`.
+  """
+  chosen = stats.load + stats.dropped
+  return bias + rate * jnp.sign(jnp.mean(chosen, keepdims=True) - chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterLosses:
+  """Losses over real tokens, one at perfect balance for any k.
+
+  Source: load balance: Switch, arXiv 2101.03961, equation 4; z-loss: ST-MoE,
+  arXiv 2202.08906; importance: arXiv 1701.06538, equation 7.
+  """
+
+  def sums(
+    self,
+    logits: jax.Array,
+    probs: jax.Array,
+    num_chosen: jax.Array,
+    is_valid: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """The four loss fields of `RouterStats`.
+
+    Args:
+      logits: <float32>[groups, tokens, experts].
+      probs: likewise, adding up to one.
+      num_chosen: <int32>[groups, experts], choices before any is dropped.
+      is_valid: <bool>[groups, tokens].
+    """
+    num_experts = probs.shape[-1]
+    num_valid = jnp.sum(is_valid, axis=1).astype(jnp.float32)
+    # [groups, experts]; groups weigh as much as they have real tokens.
+    total_probs = jnp.sum(probs * is_valid[:, :, None], axis=1)
+    shares = _ratio(num_chosen, jnp.sum(num_chosen, axis=1, keepdims=True))
+    squares = num_experts * jnp.sum(total_probs**2, axis=1)
+    z = jax.nn.logsumexp(logits, axis=-1)
+    return {
+      'load_balance': num_experts * jnp.sum(shares * total_probs),
+      'importance': jnp.sum(_ratio(squares, num_valid) - num_valid),
+      'z_loss': jnp.sum(jnp.where(is_valid, z**2, 0)),
+      'num_loss_tokens': jnp.sum(num_valid),
+    }
+
+
+def measure(
+  logits: jax.Array | None,
+  choices: routing.Choices,
+  plan: slots.SlotPlan,
+  *,
+  router: routing.Router,
+  router_losses: RouterLosses,
+  is_valid: jax.Array,
+) -> RouterStats:
+  """Stats of one call of a layer.
+
+  Args:
+    logits: <float32>[groups, tokens, experts], None without weights.
+    choices: the router's answer.
+    plan: what was computed of it.
+    router: the router.
+    router_losses: how the losses are formed.
+    is_valid: <bool>[groups, tokens].
+  """
+  num_experts = plan.group_sizes.shape[0]
+  is_routed = jnp.ones_like(is_valid) if router.routes_padding else is_valid
+  count = lambda what: jnp.sum(what, dtype=jnp.float32)
+  num_chosen = slots.count_choices(choices.experts, num_experts)
+  num_pairs, num_slots = choices.experts.shape[1], plan.sources.size
+  own_experts = jnp.take_along_axis(
+    choices.experts,
+    choices.pairs.reshape(choices.pairs.shape[0], -1),
+    axis=1,
+    mode='clip',
+  ).reshape(choices.pairs.shape)
+  has_choice = jnp.any(
+    (choices.pairs < num_pairs) & (own_experts < num_experts), axis=-1
+  )
+  has_slot = jnp.any(plan.slots_of_tokens < num_slots, axis=-1)
+  load = plan.group_sizes.astype(jnp.float32)
+  chosen = count(num_chosen)
+  zero = jnp.zeros((), jnp.float32)
+  sums = dict.fromkeys(
+    ('load_balance', 'importance', 'z_loss', 'num_loss_tokens', 'entropy'), zero
+  )
+  num_not_finite = zero
+  if logits is not None:
+    sums |= router_losses.sums(logits, choices.probs, num_chosen, is_valid)
+    sums['entropy'] = jnp.sum(_entropy(choices.probs) * is_valid)
+    num_not_finite = count(is_routed & ~jnp.all(jnp.isfinite(logits), axis=-1))
+  if router.is_balanced:
+    sums['load_balance'] = zero
+  weights = jnp.where(
+    plan.slots_of_pairs < num_slots, choices.weights.reshape(-1), 0
+  )
+  return RouterStats(
+    num_tokens=jnp.asarray(is_valid.size, jnp.float32),
+    num_padding=count(~is_routed),
+    num_skipped=count(is_routed & ~has_choice),
+    num_left_behind=count(has_choice & ~has_slot.reshape(is_valid.shape)),
+    num_choices=chosen,
+    load=load,
+    dropped=jnp.sum(num_chosen, axis=0).astype(jnp.float32) - load,
+    num_slots=jnp.asarray(plan.num_slots, jnp.float32),
+    weight=jax.lax.stop_gradient(jnp.sum(weights)),
+    num_not_finite=num_not_finite,
+    **(sums | {'entropy': jax.lax.stop_gradient(sums['entropy'])}),
+  )
+
+
+def _ratio(total, count):
+  """total / count, zero where nothing was counted."""
+  return jnp.where(count > 0, total / jnp.maximum(count, 1), 0)
+
+
+def _entropy(probs):
+  return -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1)

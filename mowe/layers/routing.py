@@ -1,0 +1,177 @@
+"""What every router answers, and the weights that learned routers read.
+
+A router only decides: it answers with `Choices`. A dispatch gives the choices
+slots and moves tokens; experts only compute. Any router works with any
+dispatch.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+
+class Choices(NamedTuple):
+  """Pairs of a token and an expert, per group, in order of priority.
+
+  Attributes:
+    tokens: <int32>[groups, pairs], position of the pair's token in its group.
+    experts: <int32>[groups, pairs], the expert; the number of experts where
+      the pair stands for nothing, as for padding.
+    weights: <float32>[groups, pairs] of the expert's output in the token's sum.
+    pairs: <int32>[groups, tokens, width], the pairs of each token; the number
+      of pairs where there is none.
+    probs: <float32>[groups, tokens, experts], adding up to one over the
+      experts, for losses and metrics; None if nothing is learned.
+  """
+
+  tokens: jax.Array
+  experts: jax.Array
+  weights: jax.Array
+  pairs: jax.Array
+  probs: jax.Array | None
+
+
+class Router(Protocol):
+  """A frozen class that decides; it holds settings and no arrays.
+
+  Attributes:
+    is_learned: reads logits; otherwise it reads routing ids.
+    is_balanced: needs no load-balancing loss.
+    looks_ahead: a token's experts may depend on later tokens of its group, so
+      that a decoder would learn from the future.
+    routes_padding: padding is given to experts, with weight zero.
+  """
+
+  is_learned: bool
+  is_balanced: bool
+  looks_ahead: bool
+  routes_padding: bool
+
+  def check(self, num_experts: int) -> None:
+    """Raises ValueError if this router cannot serve so many experts."""
+
+  def num_pairs(self, group_size: int, num_experts: int) -> int:
+    """Pairs of one group: the slots that all its choices need."""
+
+  def __call__(
+    self,
+    logits: jax.Array | None,
+    *,
+    num_experts: int,
+    is_valid: jax.Array,
+    routing_ids: jax.Array | None,
+    selection_bias: jax.Array | None,
+  ) -> Choices:
+    """Choices of all groups.
+
+    Args:
+      logits: <float32>[groups, tokens, experts] of a learned router.
+      num_experts: experts to choose from.
+      is_valid: <bool>[groups, tokens], False for padding.
+      routing_ids: <int32>[groups, tokens], or None.
+      selection_bias: <float32>[experts] added to the scores when experts are
+        selected, and not to the weights; or None.
+    """
+
+
+class RouterWeights(nn.Module):
+  """Router logits, in float32: equal bfloat16 logits are frequent.
+
+  Attributes:
+    num_experts: size of the last axis of the result.
+    use_bias: adds a learned bias, as flaxformer can.
+    jitter: in training, inputs are multiplied by numbers drawn evenly from
+      1 - jitter .. 1 + jitter, out of the `dropout` stream. Experts get the
+      tokens without it.
+
+  Call: tokens <float>[groups, tokens, embed] to <float32>[groups, tokens,
+    experts].
+  """
+
+  num_experts: int
+  use_bias: bool = False
+  jitter: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self, tokens: jax.Array, *, deterministic: bool = True
+  ) -> jax.Array:
+    tokens = tokens.astype(jnp.float32)
+    if self.jitter > 0 and not deterministic:
+      tokens *= jax.random.uniform(
+        self.make_rng('dropout'),
+        tokens.shape,
+        minval=1 - self.jitter,
+        maxval=1 + self.jitter,
+      )
+    return _Projection(self.num_experts, self.use_bias, name='w')(tokens)
+
+
+class _Projection(nn.Module):
+  """A module of its own only for flaxformer's name, `router_weights/w`."""
+
+  features: int
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self, inputs):
+    make = lambda name, init, shape, axes: partitioning.param_with_axes(
+      name, init, shape, jnp.float32, axes=axes
+    )
+    # 0.02, as in flaxformer: the first choices are nearly even.
+    normal = nn.initializers.normal(0.02)
+    shape = (inputs.shape[-1], self.features)
+    kernel = make('kernel', normal, shape, ('embed', 'unmodeled'))
+    logits = jnp.matmul(inputs, kernel, precision=jax.lax.Precision.HIGHEST)
+    if self.use_bias:
+      bias = make('bias', nn.initializers.zeros, (shape[1],), ('unmodeled',))
+      logits += bias[None, None, :]
+    return logits
+
+
+class LearnedRouting(nn.Module):
+  """A learned router with its weights and its selection bias.
+
+  The bias is no parameter: no gradient reaches it. It lives in the collection
+  `router_state`, and `router_losses.balanced_bias` gives its next value.
+
+  Attributes:
+    router: what decides.
+    num_experts: experts to choose from.
+
+  Call: as `Router`, with tokens in place of logits; returns logits, choices.
+  """
+
+  router: Any
+  num_experts: int
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    *,
+    is_valid: jax.Array,
+    deterministic: bool,
+  ) -> tuple[jax.Array, Choices]:
+    logits = RouterWeights(
+      self.num_experts,
+      self.router.use_bias,
+      self.router.jitter,
+      name='router_weights',
+    )(tokens, deterministic=deterministic)
+    bias = None
+    if self.router.bias_rate > 0:
+      bias = self.variable(
+        'router_state', 'selection_bias', jnp.zeros, (self.num_experts,)
+      ).value
+    choices = self.router(
+      logits,
+      num_experts=self.num_experts,
+      is_valid=is_valid,
+      routing_ids=None,
+      selection_bias=bias,
+    )
+    return logits, choices

@@ -1,0 +1,46 @@
+"""Groups of tokens that are routed together."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenGroups:
+  """As few groups of at most `size` consecutive tokens as there can be.
+
+  Capacity, balance and the choices of experts are per group. A group depends
+  on the shape of the batch alone, never on devices.
+
+  Attributes:
+    size: tokens of a group at most; 4096 is flaxformer's usual size.
+
+  Raises:
+    ValueError: `size` is not positive.
+  """
+
+  size: int = 4096
+
+  # What fills the last group up is not routed.
+  routes_filling = False
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise ValueError(
+        f'size must be at least one token, but is {self.size}. 4096 is usual.'
+      )
+
+  def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
+    """[batch, length, ...] to [groups, tokens, ...], filled up with `fill`."""
+    num_tokens = array.shape[0] * array.shape[1]
+    num_groups = -(-num_tokens // self.size)
+    flat = array.reshape(num_tokens, *array.shape[2:])
+    missing = [(0, -num_tokens % num_groups)] + [(0, 0)] * (flat.ndim - 1)
+    flat = jnp.pad(flat, missing, constant_values=fill)
+    return flat.reshape(num_groups, -1, *array.shape[2:])
+
+  def merge(self, groups: jax.Array, batch: int, length: int) -> jax.Array:
+    """Inverse of `split`, without what was filled up."""
+    flat = groups.reshape(-1, *groups.shape[2:])[: batch * length]
+    return flat.reshape(batch, length, *groups.shape[2:])

@@ -1,0 +1,132 @@
+"""Each token chooses its k experts: Switch (k = 1), GShard, DeepSeek."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mowe.layers import routing
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensChoose:
+  """The k best scores of each token; all first choices come before any second.
+
+  Source: Switch, arXiv 2101.03961; batch priority: V-MoE, arXiv 2106.05974;
+  sigmoid scores and the selection bias: DeepSeek-V3, arXiv 2412.19437.
+
+  Attributes:
+    k: experts of a token.
+    sigmoid: scores are sigmoids of the logits instead of their softmax.
+    renormalize: the k weights of a token are divided by their sum.
+    batch_prioritized: tokens with larger first scores get slots first, instead
+      of earlier ones. Encoders only: it looks ahead.
+    bias_rate: step of the selection bias that balances loads without a loss;
+      0 has no bias.
+    jitter: noise on the router's inputs in training.
+    use_bias: the router's projection has a bias.
+    routes_padding: padding chooses as other tokens do, with weight zero, as in
+      flaxformer's scatter dispatch.
+
+  Raises:
+    ValueError: values that cannot work, alone or together.
+  """
+
+  k: int = 1
+  sigmoid: bool = False
+  renormalize: bool = False
+  batch_prioritized: bool = False
+  bias_rate: float = 0.0
+  jitter: float = 0.0
+  use_bias: bool = False
+  routes_padding: bool = False
+
+  is_learned = True
+  is_balanced = False
+
+  def __post_init__(self):
+    if self.k < 1:
+      raise ValueError(
+        f'k must be at least 1, but is {self.k}. Switch has 1, GShard 2.'
+      )
+    if self.renormalize and self.k == 1:
+      raise ValueError(
+        'renormalize must come with k of at least 2, but k is 1: the only '
+        'weight would always be 1, and no gradient would reach the router. '
+        'Leave renormalize out, or raise k.'
+      )
+    if not 0 <= self.jitter < 1 or self.bias_rate < 0:
+      raise ValueError(
+        'jitter must lie in 0..1 and bias_rate must not be negative, but they '
+        f'are {self.jitter} and {self.bias_rate}. 0.01 and 0.001 are usual.'
+      )
+
+  @property
+  def looks_ahead(self) -> bool:
+    return self.batch_prioritized
+
+  def check(self, num_experts: int) -> None:
+    """Raises ValueError if there are fewer than k experts."""
+    if self.k > num_experts:
+      raise ValueError(
+        f'k must be at most the number of experts, {num_experts}, but is '
+        f'{self.k}. Lower k of TokensChoose or raise num_experts.'
+      )
+
+  def num_pairs(self, group_size: int, num_experts: int) -> int:
+    """Pairs of one group."""
+    del num_experts
+    return group_size * self.k
+
+  def __call__(
+    self,
+    logits: jax.Array,
+    *,
+    num_experts: int,
+    is_valid: jax.Array,
+    routing_ids: jax.Array | None = None,
+    selection_bias: jax.Array | None = None,
+  ) -> routing.Choices:
+    """Choices of all groups; see `routing.Router`."""
+    del routing_ids
+    scores = jax.nn.sigmoid(logits) if self.sigmoid else jax.nn.softmax(logits)
+    # The mask comes first: padding then has equal scores, all zero.
+    if self.routes_padding:
+      scores *= is_valid[:, :, None]
+    selected = jax.lax.stop_gradient(scores)
+    if selection_bias is not None:
+      selected += selection_bias[None, None, :]
+    experts = jax.lax.top_k(selected, self.k)[1]
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if self.renormalize:
+      weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+    weights *= is_valid[:, :, None]
+    if not self.routes_padding:
+      experts = jnp.where(is_valid[:, :, None], experts, num_experts)
+    probs = scores
+    if self.sigmoid:
+      probs /= jnp.sum(scores, axis=-1, keepdims=True) + 1e-20
+    return self._in_order(experts, weights, probs)
+
+  def _in_order(self, experts, weights, probs):
+    num_groups, num_tokens, k = experts.shape
+    order = jnp.broadcast_to(
+      jnp.arange(num_tokens, dtype=jnp.int32), (num_groups, num_tokens)
+    )
+    rank = order
+    if self.batch_prioritized:
+      first = jax.lax.stop_gradient(weights[:, :, 0])
+      order = jnp.argsort(-first, axis=1, stable=True)
+      rank = jnp.argsort(order, axis=1)
+      experts = jnp.take_along_axis(experts, order[:, :, None], axis=1)
+      weights = jnp.take_along_axis(weights, order[:, :, None], axis=1)
+    # [groups, tokens, k] -> [groups, k * tokens]
+    by_choice = lambda x: x.swapaxes(1, 2).reshape(num_groups, -1)
+    firsts = jnp.arange(k, dtype=jnp.int32)[None, None] * num_tokens
+    return routing.Choices(
+      tokens=jnp.tile(order, (1, k)),
+      experts=by_choice(experts),
+      weights=by_choice(weights),
+      pairs=firsts + rank[:, :, None],
+      probs=probs,
+    )

@@ -1,0 +1,359 @@
+"""Every case of moe_routers.json against its arrays, made with flaxformer.
+
+Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR`. The
+options of a case come from the JSON file alone.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mowe.layers import (
+  capacity_dispatch,
+  experts_choose,
+  flaxformer_moe,
+  moe,
+  router_losses,
+  tokens_choose,
+)
+
+_ACTIVATIONS = {'gelu_tanh': 'gelu', 'relu': 'relu', 'linear': 'linear'}
+
+
+def pytest_generate_tests(metafunc):
+  """One test per case of the folder; one that skips if it is not there."""
+  path = metafunc.config.parity_dir / 'moe_routers.json'
+  if not path.is_file():
+    reason = f'needs {path}; name its folder with --golden_dir'
+    skip = pytest.param(None, marks=pytest.mark.skip(reason=reason))
+    metafunc.parametrize('case', [skip])
+    return
+  cases = json.loads(path.read_text())['cases']
+  kind = 'router' if metafunc.function is test_router else 'layer'
+  names = [name for name, case in cases.items() if case['kind'] == kind]
+  metafunc.parametrize('case', names)
+
+
+@pytest.fixture(scope='module')
+def golden(request):
+  folder = request.config.parity_dir
+  with np.load(folder / 'moe_routers.npz') as arrays:
+    arrays = dict(arrays)
+  return json.loads((folder / 'moe_routers.json').read_text()), arrays
+
+
+@pytest.fixture(autouse=True)
+def highest_precision():
+  with jax.default_matmul_precision('highest'):
+    yield
+
+
+def test_router(case, golden):
+  options, arrays, check = load(golden, case)
+  inputs = arrays['inputs']['inputs']
+  num_experts, capacity = options['num_experts'], options['capacity']
+  router = make_router(options, options['group_size'], capacity)
+  is_valid = is_not_padding(inputs, options)
+
+  @jax.jit
+  def run(params):
+    logits = router_logits(inputs, params)
+    choices = router(
+      logits,
+      num_experts=num_experts,
+      is_valid=is_valid,
+      routing_ids=None,
+      selection_bias=None,
+    )
+    plan = Exactly(room=capacity).plan(
+      choices, router, num_experts=num_experts, training=True
+    )
+    stats = router_losses.measure(
+      logits,
+      choices,
+      plan,
+      router=router,
+      router_losses=flaxformer_moe.FlaxformerLosses(),
+      is_valid=is_valid,
+    )
+    return choices, plan, losses_of(stats)
+
+  choices, plan, losses = run(arrays['params'])
+  if options['dispatch'] == 'mask':
+    found = as_masks(choices, plan, num_experts, capacity)
+  else:
+    found = as_indices(choices, plan, num_experts, capacity)
+  check('outputs', found | losses)
+  check_gradients(
+    options, check, lambda params: run(params)[-1], arrays['params']
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Exactly(capacity_dispatch.CapacityDispatch):
+  """The capacity of the case, whatever it follows from."""
+
+  room: int = 0
+
+  def capacity(self, router, group_size, num_experts, factor):
+    return self.room
+
+
+def test_layer(case, golden):
+  options, arrays, check = load(golden, case)
+  tokens = arrays['inputs']['inputs']
+  layer = make_layer(options)
+  training = options['mode'] == 'train'
+  assert layer.groups.split(tokens, 0).shape[:2] == (
+    options['num_groups'],
+    options['group_size'],
+  )
+  factors = options['capacity_factors']
+  assert options['capacity'] == layer.dispatch.capacity(
+    layer.routing,
+    options['group_size'],
+    options['num_experts'],
+    factors[options['mode']],
+  )
+  is_real = is_not_padding(tokens, options)
+  ids = None
+  if options['ignore_padding']:
+    ids = jnp.where(is_real, 0, -1)
+
+  @jax.jit
+  def run(trained):
+    params, tokens = trained['params'], trained['inputs']
+    outputs, sown = layer.apply(
+      {'params': as_tree(params)},
+      tokens,
+      ids,
+      deterministic=not training,
+      mutable=['router_stats'],
+    )
+    stats = sown['router_stats']['stats']
+    metrics = flaxformer_metrics(options, stats, is_real)
+    return {'outputs': outputs} | losses_of(stats) | metrics
+
+  trained = {'params': arrays['params'], 'inputs': tokens}
+  found = run(trained)
+  (weights,) = options['objectives'].values()
+  found['loss'] = objective(weights, found, arrays['cotangents'])
+  check('outputs', found)
+  check_gradients(
+    options,
+    check,
+    lambda trained: run({'params': trained, 'inputs': trained['inputs']}),
+    arrays['params'] | {'inputs': tokens},
+    arrays['cotangents'],
+  )
+
+
+def make_router(options, group_size, capacity):
+  """The router of a case; experts choose `capacity` tokens."""
+  # Only flaxformer's masked tokens-choose leaves padding out altogether.
+  routes_padding = options['ignore_padding'] and not (
+    options['router'] == 'tokens_choose' and options['dispatch'] == 'mask'
+  )
+  common = {
+    'use_bias': options['router_bias'],
+    'routes_padding': routes_padding,
+  }
+  if options['router'] == 'experts_choose':
+    factor = capacity * options['num_experts'] / group_size
+    return experts_choose.ExpertsChoose(factor, **common)
+  assert options['router'] == 'tokens_choose', options['router']
+  assert options['score_function'] in ('softmax', 'sigmoid')
+  return tokens_choose.TokensChoose(
+    options['k'],
+    sigmoid=options['score_function'] == 'sigmoid',
+    renormalize=options['renormalize_gates'],
+    batch_prioritized=options['batch_prioritized'],
+    **common,
+  )
+
+
+def make_layer(options):
+  assert not options['expert_bias'], 'our experts have no bias'
+  # flaxformer counts the devices; the arrays were made on one.
+  devices = options['num_expert_partitions'] * options['num_model_partitions']
+  copies = max(1, 1 // devices)
+  dispatch = capacity_dispatch.CapacityDispatch
+  if not options['capacity_scaled_by_k']:
+    dispatch = flaxformer_moe.FlaxformerCapacity
+  return moe.MoeLayer(
+    options['num_experts'],
+    options['mlp_dim'],
+    tuple(_ACTIVATIONS[name] for name in options['activations']),
+    routing=make_router(options, options['group_size'], options['capacity']),
+    dispatch=dispatch(
+      options['capacity_factors']['train'],
+      options['capacity_factors']['eval'],
+      options['min_capacity'],
+    ),
+    groups=flaxformer_moe.FlaxformerGroups(
+      options['max_group_size'], options['num_experts'] * copies
+    ),
+    losses=flaxformer_moe.FlaxformerLosses(),
+  )
+
+
+def is_not_padding(tokens, options):
+  if not options['ignore_padding']:
+    return jnp.ones(tokens.shape[:2], bool)
+  return jnp.sum(jnp.abs(tokens), axis=-1) > 0
+
+
+def router_logits(inputs, params):
+  logits = jnp.einsum('gtm,me->gte', inputs, params['router_kernel'])
+  if 'router_bias' in params:
+    logits += params['router_bias'][None, None, :]
+  return logits
+
+
+def as_tree(params):
+  """The case's parameters under the layer's names."""
+  w = {'kernel': params['router_kernel']}
+  if 'router_bias' in params:
+    w['bias'] = params['router_bias']
+  return {
+    'router': {'router_weights': {'w': w}},
+    'expert': {
+      name: {'kernel': kernel}
+      for name, kernel in params.items()
+      if name.startswith('w')
+    },
+  }
+
+
+def losses_of(stats):
+  losses = router_losses.losses(stats)
+  ratio = lambda name: losses[name][0] / losses[name][1]
+  return {
+    'auxiliary_loss': ratio('load_balance_loss'),
+    'router_z_loss': ratio('router_z_loss'),
+  }
+
+
+def flaxformer_metrics(options, stats, is_real):
+  computed = (
+    stats.num_tokens
+    - stats.num_padding
+    - stats.num_skipped
+    - stats.num_left_behind
+  )
+  num_tokens = stats.num_tokens
+  if options['ignore_padding']:
+    num_tokens = jnp.sum(is_real)
+    # flaxformer's scatter dispatch counts the tokens after repeating them.
+    if options['dispatch'] == 'scatter':
+      num_tokens *= options['k']
+  load = jnp.sum(stats.load)
+  always_full = options['router'] == 'experts_choose'
+  return {
+    'fraction_tokens_left_behind': 1 - computed / num_tokens,
+    'router_confidence': stats.weight / load,
+    'expert_usage': 1.0 if always_full else load / stats.num_slots,
+  }
+
+
+def as_masks(choices, plan, num_experts, capacity):
+  """flaxformer's arrays [groups, tokens, experts, capacity]."""
+  num_groups, num_tokens, _ = choices.pairs.shape
+  sources = np.asarray(plan.sources)
+  mask = np.zeros((num_groups, num_tokens, num_experts, capacity))
+  combined = mask.copy()
+  shape = (num_experts, num_groups, capacity)
+  weights = np.append(choices.weights, 0)[np.asarray(plan.pairs)]
+  for slot in np.flatnonzero(sources < num_groups * num_tokens):
+    expert, group, position = np.unravel_index(slot, shape)
+    at = (group, sources[slot] % num_tokens, expert, position)
+    mask[at], combined[at] = 1, weights[slot]
+  return {'dispatch_mask': mask.astype(np.uint8), 'combine_array': combined}
+
+
+def as_indices(choices, plan, num_experts, capacity):
+  """flaxformer's arrays [groups, tokens, k, 2] and [groups, tokens, k]."""
+  num_groups, num_pairs = choices.experts.shape
+  pairs = np.asarray(choices.pairs)
+  group = np.arange(num_groups)[:, None, None]
+  slots = np.asarray(plan.slots_of_pairs).reshape(num_groups, num_pairs)
+  slots = slots[group, pairs]
+  has_slot = slots < plan.sources.size
+  position = np.where(has_slot, slots % capacity, capacity)
+  experts = np.asarray(choices.experts)[group, pairs]
+  weights = np.asarray(choices.weights)[group, pairs] * has_slot
+  return {
+    'dispatch_indices': np.stack([experts, position], -1).astype(np.int32),
+    'combine_weights': weights,
+  }
+
+
+def objective(weights, found, cotangents):
+  """The weighted sum that is differentiated."""
+  total = 0.0
+  for name, weight in weights.items():
+    if name == 'cotangents':
+      for output, cotangent in cotangents.items():
+        total += weight * jnp.sum(found[output] * cotangent)
+    else:
+      total += weight * found[name]
+  return total
+
+
+def check_gradients(options, check, run, params, cotangents=None):
+  for name, weights in options['objectives'].items():
+    gradient = jax.grad(lambda p, w=weights: objective(w, run(p), cotangents))
+    check('grads', gradient(params), name)
+
+
+def load(golden, case):
+  """Options and arrays by role, and what compares found arrays with them."""
+  document, arrays = golden
+  options = document['cases'][case]
+  read = lambda roles: {role: arrays[name] for role, name in roles.items()}
+  groups = options['arrays']
+  given = {
+    part: jax.tree.map(jnp.asarray, read(groups[part]))
+    for part in ('inputs', 'params', 'cotangents')
+  }
+
+  def check(part, found, key=None):
+    roles = groups[part] if key is None else groups[part][key]
+    rules = options['comparison']
+    for role, expected in read(roles).items():
+      rule = rules.get(role)
+      if role not in found and rule == 'optional':
+        continue
+      compare(
+        np.asarray(found[role]),
+        expected,
+        rule=rule,
+        tolerance=document['tolerances'][part],
+        capacity=options['capacity'],
+        what=f'{case}: {part} {role}',
+      )
+
+  return options, given, check
+
+
+def compare(found, expected, *, rule, tolerance, capacity, what):
+  assert found.shape == expected.shape, what
+  if rule == 'clip_positions':
+    clip = functools.partial(np.minimum, [np.iinfo(np.int32).max, capacity])
+    found, expected = clip(found), clip(expected)
+  if np.issubdtype(expected.dtype, np.integer):
+    np.testing.assert_array_equal(found, expected, err_msg=what)
+    return
+  largest = np.abs(expected).max(initial=0)
+  np.testing.assert_allclose(
+    found,
+    expected,
+    rtol=tolerance['rtol'],
+    atol=tolerance['atol'] + tolerance['max_rtol'] * largest,
+    err_msg=what,
+  )
