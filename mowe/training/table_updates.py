@@ -98,10 +98,14 @@ class _Chunks:
 
   def __init__(self, classes: plans.SizeClasses, numbers_of_one: int):
     sizes = [experts.size for experts in classes.experts]
-    # Small enough that the last chunks of the classes, which are not full,
+    # Half of what a product takes: the row optimizer goes several times over
+    # gradients and rows.
+    cached = grouped.experts_at_once(numbers_of_one) // 2
+    # And few enough that the last chunks of the classes, which are not full,
     # cost little beside the others.
     even = -(-sum(sizes) // (2 * len(sizes)))
-    self._size = min(grouped.experts_at_once(numbers_of_one), even)
+    # XLA compiles the update of a single expert to code 50 times slower.
+    self._size = max(2, min(cached, even))
     self._classes = classes
     of_class = [-(-size // self._size) for size in sizes]
     self.number = sum(of_class)
