@@ -5,9 +5,12 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from flax import linen as nn
+
 from mowe.data import batches as batches_lib
 from mowe.data import cache as cache_lib
 from mowe.data import tasks as tasks_lib
+from mowe.evaluation import inference
 
 # What a folder with a token cache holds.
 _CACHE_FILE = 'cache.json'
@@ -91,6 +94,20 @@ class DataConfig:
         'USE_CACHED_TASKS = False to stream it with seqio.'
       )
     return cache_lib.TokenCache.open(path, vocabulary)
+
+  def make_generator(
+    self, model: nn.Module, params: Any, **options: Any
+  ) -> inference.Generator:
+    """A Generator in the sizes of these examples; `options`: its others."""
+    lengths = self.task_feature_lengths
+    return inference.Generator(
+      model,
+      params,
+      batch_size=self.batch_size,
+      max_target_length=lengths['targets'],
+      input_lengths=(lengths['inputs'],),
+      **options,
+    )
 
   def describe(self, vocabulary: Any) -> dict[str, Any]:
     """What must stay the same when a run is resumed."""

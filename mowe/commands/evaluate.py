@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from mowe.commands import data_config, model_folder, show_progress
 from mowe.evaluation import evaluate as evaluate_lib
-from mowe.evaluation import inference, text_metrics
+from mowe.evaluation import text_metrics
 from mowe.models import decoding
 
 
@@ -27,14 +27,8 @@ def evaluate(
   """
   loaded = model_folder.load(checkpoint_path)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
-  lengths = data.task_feature_lengths
-  generator = inference.Generator(
-    loaded.model,
-    loaded.params,
-    strategy,
-    batch_size=data.batch_size,
-    max_target_length=lengths['targets'],
-    input_lengths=(lengths['inputs'],),
+  generator = data.make_generator(
+    loaded.model, loaded.params, strategy=strategy
   )
   with show_progress.counting('questions') as progress:
     result = evaluate_lib.evaluate_questions(

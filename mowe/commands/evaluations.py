@@ -9,8 +9,8 @@ import jax
 from flax import linen as nn
 
 from mowe.commands import data_config
-from mowe.evaluation import evaluate, inference, text_metrics
-from mowe.models import decoding, parameters
+from mowe.evaluation import evaluate, text_metrics
+from mowe.models import parameters
 from mowe.training import metrics as metrics_lib
 from mowe.training import step as step_lib
 from mowe.words import batch_router
@@ -102,16 +102,10 @@ class QuestionEvaluation:
     """Opens the questions once."""
     del loss
     cache = self.data.open_cache(self.data.mixture_or_task_name, vocabulary)
-    lengths = self.data.task_feature_lengths
 
     def evaluation(params, tables):
-      generator = inference.Generator(
-        model,
-        parameters.merge_tables(params, tables),
-        decoding.Greedy(),
-        batch_size=self.data.batch_size,
-        max_target_length=lengths['targets'],
-        input_lengths=(lengths['inputs'],),
+      generator = self.data.make_generator(
+        model, parameters.merge_tables(params, tables)
       )
       result = evaluate.evaluate_questions(
         generator,

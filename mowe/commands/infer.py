@@ -4,7 +4,6 @@ import json
 import pathlib
 
 from mowe.commands import data_config, model_folder
-from mowe.evaluation import inference
 from mowe.models import decoding
 from mowe.training import progress as progress_lib
 
@@ -34,14 +33,8 @@ def infer(
   """
   loaded = model_folder.load(checkpoint_path)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
-  lengths = data.task_feature_lengths
-  generator = inference.Generator(
-    loaded.model,
-    loaded.params,
-    strategy,
-    batch_size=data.batch_size,
-    max_target_length=lengths['targets'],
-    input_lengths=(lengths['inputs'],),
+  generator = data.make_generator(
+    loaded.model, loaded.params, strategy=strategy
   )
   name = pathlib.Path(data.mixture_or_task_name).name
   path = pathlib.Path(output_dir) / f'{name}-predictions.jsonl'

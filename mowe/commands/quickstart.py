@@ -27,7 +27,7 @@ from mowe.commands import (
 )
 from mowe.data import generated_world, text_files
 from mowe.evaluation import evaluate as evaluate_lib
-from mowe.evaluation import inference, report
+from mowe.evaluation import report
 from mowe.models import costs, t5
 from mowe.training import metrics as metrics_lib
 from mowe.words import subwords
@@ -301,14 +301,7 @@ def _show_recall(base: pathlib.Path, data: data_config.DataConfig) -> None:
   A model may have stored what it cannot yet be asked for.
   """
   loaded = model_folder.load(str(base / 'pretrained'))
-  lengths = data.task_feature_lengths
-  generator = inference.Generator(
-    loaded.model,
-    loaded.params,
-    batch_size=data.batch_size,
-    max_target_length=lengths['targets'],
-    input_lengths=(lengths['inputs'],),
-  )
+  generator = data.make_generator(loaded.model, loaded.params)
   batches = list(
     itertools.islice(
       data.open(loaded.vocabulary).eval_batches(),
