@@ -136,6 +136,9 @@ def _make_parser() -> argparse.ArgumentParser:
   vocabulary.add_argument('files', nargs='+')
   vocabulary.add_argument('--size', type=int, default=32_000)
   vocabulary.add_argument('--field', default='text')
+  vocabulary.add_argument(
+    '--questions', nargs='+', default=(), help='.jsonl files with questions'
+  )
   vocabulary.set_defaults(run=_train_vocabulary)
 
   quickstart = verbs.add_parser(
@@ -326,14 +329,14 @@ def _cache_task(options, bindings):
 
 def _train_vocabulary(options, bindings):
   del bindings
-  from mowe.data import text_files
-  from mowe.words import subwords
+  from mowe.commands import train_vocabulary
 
-  records = text_files.read_records(options.files, fields=(options.field,))
-  vocabulary = subwords.train_sentencepiece(
-    (record[options.field] for record in records),
+  vocabulary = train_vocabulary.train_vocabulary(
     options.output,
-    options.size,
+    options.files,
+    size=options.size,
+    field=options.field,
+    questions=options.questions,
   )
   print(f'{options.output}: {vocabulary.size:,} ids with sentinels.')
 

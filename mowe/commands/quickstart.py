@@ -24,8 +24,9 @@ from mowe.commands import (
   gin_config,
   model_folder,
   train,
+  train_vocabulary,
 )
-from mowe.data import generated_world, text_files
+from mowe.data import generated_world
 from mowe.evaluation import evaluate as evaluate_lib
 from mowe.evaluation import report
 from mowe.models import costs, t5
@@ -153,10 +154,18 @@ def _prepare(folder, files, vocabulary, size, num_experts, names_files):
   if vocabulary is None:
     vocabulary = folder / 'vocabulary.model'
     if not vocabulary.exists():
-      _say('train-vocabulary', vocabulary, files['documents'], size=size)
-      records = text_files.read_records([files['documents']])
-      subwords.train_sentencepiece(
-        (record['text'] for record in records), vocabulary, size
+      _say(
+        'train-vocabulary',
+        vocabulary,
+        files['documents'],
+        size=size,
+        questions=files['qa_train'],
+      )
+      train_vocabulary.train_vocabulary(
+        vocabulary,
+        [files['documents']],
+        size=size,
+        questions=[files['qa_train']],
       )
   loaded = subwords.load_subwords(vocabulary)
   words = folder / 'routing_vocabulary.npz'

@@ -280,6 +280,19 @@ def test_train_vocabulary(world, tmp_path, capsys):
   assert '9000' in text and 'or less' in text
 
 
+def test_a_vocabulary_knows_the_characters_of_questions(world, tmp_path):
+  output = tmp_path / 'own.model'
+  asked = tmp_path / 'questions.jsonl'
+  asked.write_text('{"question": "who is it\u00bf\u00bf\u00bf"}\n' * 20)
+  arguments = ('train-vocabulary', output, world.folder / 'text.jsonl')
+  assert _run(*arguments, '--size', 40) == 0
+  unknown = subwords.load_subwords(output)
+  assert unknown.decode(unknown.encode('it\u00bf')) != 'it\u00bf'
+  assert _run(*arguments, '--size', 40, '--questions', asked) == 0
+  known = subwords.load_subwords(output)
+  assert known.decode(known.encode('it\u00bf')) == 'it\u00bf'
+
+
 # Verbs on a trained model.
 
 
