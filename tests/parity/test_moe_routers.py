@@ -60,7 +60,6 @@ def test_router(case, golden):
   router = make_router(options, options['group_size'], capacity)
   is_valid = is_not_padding(inputs, options)
 
-  @jax.jit
   def run(params):
     logits = router_logits(inputs, params)
     choices = router(
@@ -81,17 +80,14 @@ def test_router(case, golden):
       router_losses=flaxformer_moe.FlaxformerLosses(),
       is_valid=is_valid,
     )
-    return choices, plan, losses_of(stats)
+    return losses_of(stats) | {'choices': choices, 'plan': plan}
 
-  choices, plan, losses = run(arrays['params'])
-  if options['dispatch'] == 'mask':
-    found = as_masks(choices, plan, num_experts, capacity)
-  else:
-    found = as_indices(choices, plan, num_experts, capacity)
-  check('outputs', found | losses)
-  check_gradients(
-    options, check, lambda params: run(params)[-1], arrays['params']
-  )
+  found, grads = values_and_gradients(options, run, arrays['params'])
+  as_arrays = as_masks if options['dispatch'] == 'mask' else as_indices
+  found |= as_arrays(found['choices'], found['plan'], num_experts, capacity)
+  check('outputs', found)
+  for name, gradient in grads.items():
+    check('grads', gradient, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +121,10 @@ def test_layer(case, golden):
   if options['ignore_padding']:
     ids = jnp.where(is_real, 0, -1)
 
-  @jax.jit
-  def run(trained):
-    params, tokens = trained['params'], trained['inputs']
+  def run(params):
     outputs, sown = layer.apply(
       {'params': as_tree(params)},
-      tokens,
+      params['inputs'],
       ids,
       deterministic=not training,
       mutable=['router_stats'],
@@ -139,18 +133,13 @@ def test_layer(case, golden):
     metrics = flaxformer_metrics(options, stats, is_real)
     return {'outputs': outputs} | losses_of(stats) | metrics
 
-  trained = {'params': arrays['params'], 'inputs': tokens}
-  found = run(trained)
-  (weights,) = options['objectives'].values()
-  found['loss'] = objective(weights, found, arrays['cotangents'])
-  check('outputs', found)
-  check_gradients(
-    options,
-    check,
-    lambda trained: run({'params': trained, 'inputs': trained['inputs']}),
-    arrays['params'] | {'inputs': tokens},
-    arrays['cotangents'],
+  params = arrays['params'] | {'inputs': tokens}
+  found, grads = values_and_gradients(
+    options, run, params, arrays['cotangents']
   )
+  check('outputs', found)
+  for name, gradient in grads.items():
+    check('grads', gradient, name)
 
 
 def make_router(options, group_size, capacity):
@@ -293,22 +282,24 @@ def as_indices(choices, plan, num_experts, capacity):
   }
 
 
-def objective(weights, found, cotangents):
-  """The weighted sum that is differentiated."""
-  total = 0.0
-  for name, weight in weights.items():
-    if name == 'cotangents':
-      for output, cotangent in cotangents.items():
-        total += weight * jnp.sum(found[output] * cotangent)
-    else:
-      total += weight * found[name]
-  return total
-
-
-def check_gradients(options, check, run, params, cotangents=None):
+def values_and_gradients(options, run, params, cotangents=None):
+  """What `run` finds, with the objectives, and their gradients by name."""
+  found, grads = {}, {}
   for name, weights in options['objectives'].items():
-    gradient = jax.grad(lambda p, w=weights: objective(w, run(p), cotangents))
-    check('grads', gradient(params), name)
+
+    def objective(params, weights=weights):
+      found = run(params)
+      total = 0.0
+      for role, weight in weights.items():
+        parts = {role: 1.0} if role in found else cotangents
+        for output, cotangent in parts.items():
+          total += weight * jnp.sum(found[output] * cotangent)
+      return total, found
+
+    differentiated = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (total, values), grads[name] = differentiated(params)
+    found |= values | {name: total}
+  return found, grads
 
 
 def load(golden, case):

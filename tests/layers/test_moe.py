@@ -1,0 +1,396 @@
+"""MoeLayer against a float64 loop over tokens, and its properties.
+
+The loop knows nothing of slots: it takes the router's logits, decides pair by
+pair, and computes one token with one expert at a time.
+"""
+
+import dataclasses
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mowe.layers import (
+  capacity_dispatch,
+  dropless_dispatch,
+  experts_choose,
+  feed_forward,
+  hash_routing,
+  moe,
+  router_losses,
+  token_groups,
+  tokens_choose,
+)
+
+BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 3, 14, 5, 3, 4
+NUM_IDS = 9
+
+ROUTERS = {
+  'top1': tokens_choose.TokensChoose(),
+  'top2': tokens_choose.TokensChoose(2, renormalize=True),
+  'top3_priority': tokens_choose.TokensChoose(3, batch_prioritized=True),
+  'sigmoid': tokens_choose.TokensChoose(2, sigmoid=True, bias_rate=0.01),
+  'experts': experts_choose.ExpertsChoose(1.5),
+  'hash': hash_routing.HashRouter(NUM_IDS),
+  'table': hash_routing.HashRouter(
+    NUM_IDS, table=hash_routing.balanced_table(np.arange(NUM_IDS), NUM_EXPERTS)
+  ),
+}
+DISPATCHES = {
+  'dropless': dropless_dispatch.DroplessDispatch(),
+  'tight': capacity_dispatch.CapacityDispatch(0.5, 0.5, 1),
+  'ample': capacity_dispatch.CapacityDispatch(9.0, 9.0),
+}
+COMBINATIONS = [
+  (router, dispatch)
+  for router in ROUTERS
+  for dispatch in DISPATCHES
+  if (router, dispatch) != ('experts', 'tight')
+]
+
+
+def make_case(seed, router, dispatch, **fields):
+  """A layer of two groups, 20 + 22 tokens with padding, and its inputs."""
+  rng = np.random.default_rng(seed)
+  fields = {'groups': token_groups.TokenGroups(22)} | fields
+  layer = moe.MoeLayer(
+    NUM_EXPERTS,
+    EXPERT_DIM,
+    routing=ROUTERS.get(router, router),
+    dispatch=DISPATCHES.get(dispatch, dispatch),
+    **fields,
+  )
+  tokens = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
+  ids = rng.integers(0, NUM_IDS, size=(BATCH, LENGTH)).astype(np.int32)
+  ids[:, 11:] = -1
+  ids[1, :5] = -1
+  variables = flax.core.unfreeze(layer.init(jax.random.key(seed), tokens, ids))
+  params = variables['params']
+  if 'router' in params:
+    # Far from even, so that capacities bind.
+    kernel = rng.normal(size=(EMBED, NUM_EXPERTS)).astype(np.float32)
+    params['router']['router_weights']['w']['kernel'] = jnp.asarray(kernel)
+  state = {}
+  if 'router_state' in variables:
+    bias = jnp.asarray([0.3, -0.2, 0.1, 0.0])
+    state = {'router_state': {'router': {'selection_bias': bias}}}
+  return layer, params, state, tokens, ids
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(layer, params, state, tokens, ids):
+  outputs, sown = layer.apply(
+    {'params': params} | state, tokens, ids, mutable=['router_stats']
+  )
+  return outputs, sown['router_stats']['stats']
+
+
+def gelu(x):
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def scores_of(layer, logits):
+  if getattr(layer.routing, 'sigmoid', False):
+    return 1 / (1 + np.exp(-logits))
+  exp = np.exp(logits - logits.max(-1, keepdims=True))
+  return exp / exp.sum(-1, keepdims=True)
+
+
+def decide(layer, params, state, tokens, ids):
+  """Kept (token, expert) pairs of all groups, in float64 and one by one."""
+  flat_ids = ids.reshape(-1)
+  num_tokens = flat_ids.size
+  num_groups = -(-num_tokens // layer.groups.size)
+  size = -(-num_tokens // num_groups)
+  if layer.routing.is_learned:
+    kernel = params['router']['router_weights']['w']['kernel']
+    logits = tokens.reshape(-1, EMBED).astype(np.float64) @ np.asarray(kernel)
+    scores = scores_of(layer, logits)
+  kept = []
+  for group in range(num_groups):
+    end = min((group + 1) * size, num_tokens)
+    real = [t for t in range(group * size, end) if flat_ids[t] >= 0]
+    router = layer.routing
+    if isinstance(router, experts_choose.ExpertsChoose):
+      room = round(router.factor * size / NUM_EXPERTS)
+      pairs = [
+        (t, e)
+        for e in range(NUM_EXPERTS)
+        for t in sorted(real, key=lambda t, e=e: -scores[t, e])[:room]
+      ]
+    elif router.is_learned:
+      bias = np.zeros(NUM_EXPERTS)
+      if state:
+        bias = np.asarray(state['router_state']['router']['selection_bias'])
+      chosen = {t: np.argsort(-(scores[t] + bias))[: router.k] for t in real}
+      if router.batch_prioritized:
+        real = sorted(real, key=lambda t: -scores[t, chosen[t][0]])
+      pairs = [(t, chosen[t][j]) for j in range(router.k) for t in real]
+    else:
+      assigned = np.asarray(
+        router._assigned(jnp.asarray(flat_ids), NUM_EXPERTS)
+      )
+      pairs = [(t, assigned[t]) for t in real if flat_ids[t] < NUM_IDS]
+    room = len(pairs)
+    if isinstance(layer.dispatch, capacity_dispatch.CapacityDispatch):
+      share = router.num_pairs(size, NUM_EXPERTS) / NUM_EXPERTS
+      room = max(
+        round(layer.dispatch.eval_factor * share), layer.dispatch.min_capacity
+      )
+    taken = np.zeros(NUM_EXPERTS, int)
+    for t, e in pairs:
+      taken[e] += 1
+      if taken[e] <= room:
+        kept.append((t, e))
+  return kept
+
+
+def oracle(layer, kept, params, tokens):
+  """Outputs for given pairs in float64."""
+  params = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+  x = np.asarray(tokens, np.float64).reshape(-1, EMBED)
+  outputs = np.zeros(x.shape)
+  expert = {name: w['kernel'] for name, w in params['expert'].items()}
+  if layer.routing.is_learned:
+    logits = x @ params['router']['router_weights']['w']['kernel']
+    scores = scores_of(layer, logits)
+  chosen = {}
+  if getattr(layer.routing, 'renormalize', False):
+    chosen = {t: np.argsort(-scores[t])[: layer.routing.k] for t, _ in kept}
+  for t, e in kept:
+    weight = scores[t, e] if layer.routing.is_learned else 1.0
+    if chosen:
+      weight /= scores[t, chosen[t]].sum()
+    hidden = gelu(x[t] @ expert['wi_0'][e]) * (x[t] @ expert['wi_1'][e])
+    outputs[t] += weight * (hidden @ expert['wo'][e])
+  return outputs.reshape(tokens.shape)
+
+
+def close(actual, expected):
+  expected = np.asarray(expected)
+  np.testing.assert_allclose(
+    actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+  )
+
+
+@pytest.mark.parametrize(('router', 'dispatch'), COMBINATIONS)
+def test_values_and_gradients_equal_the_loop(router, dispatch):
+  layer, params, state, tokens, ids = make_case(0, router, dispatch)
+  kept = decide(layer, params, state, tokens, ids)
+  rng = np.random.default_rng(1)
+  cotangent = rng.normal(size=tokens.shape)
+
+  def objective(params, tokens):
+    outputs, stats = run(layer, params, state, tokens, ids)
+    return jnp.sum(outputs * cotangent.astype(np.float32)), (outputs, stats)
+
+  gradient = jax.jit(jax.grad(objective, (0, 1), has_aux=True))
+  (d_params, d_tokens), (outputs, stats) = gradient(params, tokens)
+  close(outputs, oracle(layer, kept, params, tokens))
+  # Pairs are constant; along random directions, central differences.
+  value = lambda p, x: np.sum(oracle(layer, kept, p, x) * cotangent)
+  step = 1e-5
+  trained = {'params': params, 'tokens': tokens}
+  found = {'params': d_params, 'tokens': d_tokens}
+  for part in trained:
+    leaves, structure = jax.tree.flatten(trained[part])
+    for i, leaf in enumerate(leaves):
+      leaf = np.asarray(leaf, np.float64)
+      direction = rng.normal(size=leaf.shape)
+      moved = [
+        {
+          **trained,
+          part: structure.unflatten(leaves[:i] + [x] + leaves[i + 1 :]),
+        }
+        for x in (leaf + step * direction, leaf - step * direction)
+      ]
+      up, down = (value(m['params'], m['tokens']) for m in moved)
+      expected = (up - down) / (2 * step)
+      d = np.asarray(jax.tree.leaves(found[part])[i], np.float64)
+      scale = np.linalg.norm(d) * np.linalg.norm(direction) + 1e-6
+      assert abs(np.sum(d * direction) - expected) < 2e-5 * scale
+  load = np.bincount([e for _, e in kept], minlength=NUM_EXPERTS)
+  np.testing.assert_array_equal(stats.load, load)
+
+
+@pytest.mark.parametrize(('router', 'dispatch'), COMBINATIONS)
+@pytest.mark.parametrize('seed', range(2))
+def test_every_token_and_choice_is_counted(router, dispatch, seed):
+  layer, params, state, tokens, ids = make_case(seed, router, dispatch)
+  ids[0, :3] = NUM_IDS  # Without an expert where ids decide.
+  _, stats = run(layer, params, state, tokens, ids)
+  kept = decide(layer, params, state, tokens, ids)
+  # 42 positions in groups of 21: nothing is filled up.
+  assert stats.num_tokens == BATCH * LENGTH
+  assert stats.num_padding == np.sum(ids < 0)
+  computed = len({t for t, _ in kept})
+  assert stats.num_tokens == (
+    stats.num_padding + stats.num_skipped + stats.num_left_behind + computed
+  )
+  assert stats.num_choices == np.sum(stats.load) + np.sum(stats.dropped)
+  k = getattr(layer.routing, 'k', 1)
+  if router != 'experts':
+    assert stats.num_choices == k * (
+      stats.num_tokens - stats.num_padding - stats.num_skipped
+    )
+  if dispatch != 'tight':
+    assert np.sum(stats.dropped) == 0
+  else:
+    assert np.sum(stats.dropped) > 0
+  assert stats.num_not_finite == 0
+
+
+@pytest.mark.parametrize('router', ROUTERS)
+def test_ample_capacity_equals_dropless(router):
+  found = []
+  for dispatch in ('ample', 'dropless'):
+    layer, params, state, tokens, ids = make_case(3, router, dispatch)
+    found.append(run(layer, params, state, tokens, ids)[0])
+  close(*found)
+
+
+@pytest.mark.parametrize(('router', 'dispatch'), COMBINATIONS)
+def test_padding_changes_no_real_token(router, dispatch):
+  layer, params, state, tokens, ids = make_case(4, router, dispatch)
+  outputs, _ = run(layer, params, state, tokens, ids)
+  padding = (ids < 0)[:, :, None]
+  noise = 100 * np.random.default_rng(0).normal(size=tokens.shape)
+  noisy = np.where(padding, noise, tokens).astype(np.float32)
+  changed, _ = run(layer, params, state, noisy, ids)
+  np.testing.assert_array_equal(outputs, changed)
+  np.testing.assert_array_equal(np.where(padding, outputs, 0), 0)
+
+
+@pytest.mark.parametrize(
+  ('router', 'dispatch'),
+  [c for c in COMBINATIONS if c[0] in ('top1', 'top3_priority', 'experts')],
+)
+def test_renumbering_experts_changes_nothing(router, dispatch):
+  layer, params, state, tokens, ids = make_case(5, router, dispatch)
+  order = np.random.default_rng(5).permutation(NUM_EXPERTS)
+  moved = {
+    'expert': jax.tree.map(lambda w: w[order], params['expert']),
+    'router': jax.tree.map(lambda w: w[:, order], params['router']),
+  }
+  outputs, stats = run(layer, params, state, tokens, ids)
+  others, other_stats = run(layer, moved, state, tokens, ids)
+  close(others, outputs)
+  np.testing.assert_array_equal(stats.load[order], other_stats.load)
+
+
+@pytest.mark.parametrize('dispatch', ['dropless', 'ample'])
+def test_one_expert_is_the_dense_feed_forward(dispatch):
+  layer = moe.MoeLayer(1, EXPERT_DIM, dispatch=DISPATCHES[dispatch])
+  tokens = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, EMBED))
+  params = layer.init(jax.random.key(1), tokens)['params']
+  dense = jax.tree.map(lambda w: w[0], params['expert'])
+  expected = feed_forward.DenseFeedForward(EXPERT_DIM).apply(
+    {'params': dense}, tokens
+  )
+  # The softmax of one logit is one.
+  close(layer.apply({'params': params}, tokens), expected)
+
+
+def test_shared_expert_is_added():
+  layer, params, state, tokens, ids = make_case(
+    6, 'top2', 'dropless', shared_expert_dim=7
+  )
+  shared = feed_forward.DenseFeedForward(7).apply(
+    {'params': params['shared_expert']}, tokens
+  )
+  both, _ = run(layer, params, state, tokens, ids)
+  alone = layer.clone(shared_expert_dim=0)
+  routed, _ = run(
+    alone, {k: params[k] for k in ('router', 'expert')}, state, tokens, ids
+  )
+  close(both, routed + shared)
+
+
+@pytest.mark.parametrize('dispatch', ['dropless', 'ample'])
+def test_dropout_and_jitter_draw_from_the_dropout_stream(dispatch):
+  router = tokens_choose.TokensChoose(2, jitter=0.5)
+  layer, params, _, tokens, ids = make_case(
+    7, router, dispatch, expert_dropout_rate=0.5
+  )
+  apply = lambda key, layer=layer: layer.apply(
+    {'params': params},
+    tokens,
+    ids,
+    deterministic=False,
+    rngs={'dropout': jax.random.key(key)},
+  )
+  np.testing.assert_array_equal(apply(0), apply(0))
+  assert np.any(apply(0) != apply(1))
+  quiet = layer.apply({'params': params}, tokens, ids)
+  # Without both, training computes what evaluation does.
+  still = layer.clone(
+    routing=dataclasses.replace(router, jitter=0.0), expert_dropout_rate=0.0
+  )
+  close(apply(0, still), quiet)
+
+
+def test_parameters_have_flaxformers_names_and_axes():
+  layer = moe.MoeLayer(NUM_EXPERTS, EXPERT_DIM)
+  variables = layer.init(jax.random.key(0), jnp.ones((1, 2, EMBED)))
+  flat = flax.traverse_util.flatten_dict(variables['params'], sep='/')
+  shapes = {name: value.shape for name, value in flat.items()}
+  assert shapes == {
+    'router/router_weights/w/kernel': (EMBED, NUM_EXPERTS),
+    'expert/wi_0/kernel': (NUM_EXPERTS, EMBED, EXPERT_DIM),
+    'expert/wi_1/kernel': (NUM_EXPERTS, EMBED, EXPERT_DIM),
+    'expert/wo/kernel': (NUM_EXPERTS, EXPERT_DIM, EMBED),
+  }
+  axes = flax.traverse_util.flatten_dict(variables['params_axes'], sep='/')
+  names = {name: value.names for name, value in axes.items()}
+  assert names == {
+    'router/router_weights/w/kernel_axes': ('embed', 'unmodeled'),
+    'expert/wi_0/kernel_axes': ('expert', 'embed', 'expert_mlp'),
+    'expert/wi_1/kernel_axes': ('expert', 'embed', 'expert_mlp'),
+    'expert/wo/kernel_axes': ('expert', 'expert_mlp', 'embed'),
+  }
+
+
+def test_stats_of_parts_add_up():
+  layer, params, state, tokens, ids = make_case(
+    8, 'top2', 'tight', groups=token_groups.TokenGroups(LENGTH)
+  )
+  _, whole = run(layer, params, state, tokens, ids)
+  first = run(layer, params, state, tokens[:1], ids[:1])[1]
+  rest = run(layer, params, state, tokens[1:], ids[1:])[1]
+  jax.tree.map(close, router_losses.add(first, rest), whole)
+
+
+def test_bad_settings_are_named():
+  make = lambda **fields: moe.MoeLayer(NUM_EXPERTS, EXPERT_DIM, **fields)
+  with pytest.raises(ValueError, match='Lower k of TokensChoose'):
+    make(routing=tokens_choose.TokensChoose(5))
+  with pytest.raises(ValueError, match='factor of ExpertsChoose'):
+    make(routing=ROUTERS['experts'], dispatch=DISPATCHES['tight'])
+  with pytest.raises(ValueError, match='or raise k'):
+    tokens_choose.TokensChoose(1, renormalize=True)
+  with pytest.raises(ValueError, match='balanced_table for this number'):
+    make(routing=hash_routing.HashRouter(2, table=(0, 4)))
+  with pytest.raises(ValueError, match='DroplessDispatch has no capacity'):
+    capacity_dispatch.CapacityDispatch(0.0)
+  tokens = jnp.ones((2, 4, EMBED))
+  key = jax.random.key(0)
+  with pytest.raises(ValueError, match='Raise min_capacity'):
+    make(dispatch=capacity_dispatch.CapacityDispatch(0.1, 0.1, 0)).init(
+      key, tokens
+    )
+  with pytest.raises(ValueError, match='-1 for padding'):
+    make(routing=ROUTERS['hash']).init(key, tokens)
+  with pytest.raises(ValueError, match='ids of the same tokens'):
+    make().init(key, tokens, jnp.zeros((4, 2), jnp.int32))
+
+
+def test_logits_that_are_not_finite_are_counted():
+  layer, params, state, tokens, ids = make_case(9, 'top1', 'tight')
+  tokens[0, 0] = np.nan
+  tokens[1, 0] = np.nan  # Padding.
+  outputs, stats = run(layer, params, state, tokens, ids)
+  assert stats.num_not_finite == 1
+  assert np.isnan(outputs[0, 0]).all()

@@ -1,0 +1,117 @@
+"""Rows sorted by expert against a loop, whatever the shares are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mowe.layers import feed_forward, sorted_experts
+
+EMBED, EXPERT_DIM = 5, 3
+
+SHARES = {
+  'even': (12, 12, 12, 12),
+  'one takes all': (0, 48, 0, 0),
+  'first and last are empty': (0, 30, 18, 0),
+  'several full tiles': (45, 1, 1, 1),
+  'fewer rows than room': (3, 0, 5, 2),
+  'nothing': (0, 0, 0, 0),
+}
+
+
+def loop(rows, kernels, sizes, keep, activations):
+  outputs, start = [], 0
+  for e, size in enumerate(sizes):
+    own = rows[start : start + size]
+    names = feed_forward.kernel_names(activations)
+    hidden = feed_forward.activate(
+      [own @ kernels[name][e] for name in names], activations
+    )
+    if keep is not None:
+      hidden *= keep[start : start + size]
+    outputs.append(hidden @ kernels['wo'][e])
+    start += size
+  return jnp.concatenate(outputs)
+
+
+def close(actual, expected):
+  largest = np.abs(expected).max(initial=1e-3)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize('with_dropout', [False, True])
+@pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
+@pytest.mark.parametrize('sizes', SHARES.values(), ids=SHARES)
+def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  tiles = sorted_experts.tile_sizes(48, 4)
+  num_rows = 48 + tiles[-1]
+  # Not zero beyond the last row: nobody may read it.
+  rows, cotangent = normal(num_rows, EMBED), normal(num_rows, EMBED)
+  kernels = {
+    name: normal(4, EMBED, EXPERT_DIM)
+    for name in feed_forward.kernel_names(activations)
+  } | {'wo': normal(4, EXPERT_DIM, EMBED)}
+  keep = 2 * (normal(num_rows, EXPERT_DIM) > 0) if with_dropout else None
+  keep = None if keep is None else keep.astype(jnp.float32)
+
+  @jax.jit
+  def both(rows, kernels, sizes):
+    outputs, backward = jax.vjp(
+      lambda r, k: sorted_experts.feed_forward_by_expert(
+        r, k, sizes, keep, activations, tiles
+      ),
+      rows,
+      kernels,
+    )
+    return outputs, *backward(cotangent)
+
+  outputs, d_rows, d_kernels = both(rows, kernels, jnp.asarray(sizes))
+  used = sum(sizes)
+  expected, backward = jax.vjp(
+    lambda r, k: loop(r, k, sizes, keep, activations), rows[:used], kernels
+  )
+  expected_rows, expected_kernels = backward(cotangent[:used])
+  close(outputs[:used], expected)
+  close(d_rows[:used], expected_rows)
+  jax.tree.map(close, d_kernels, expected_kernels)
+
+
+@pytest.mark.parametrize('num_rows', [1, 7, 100, 4096, 10**6])
+@pytest.mark.parametrize('num_experts', [1, 8, 256])
+def test_tiles_ascend_in_whole_vectors(num_rows, num_experts):
+  tiles = sorted_experts.tile_sizes(num_rows, num_experts)
+  assert list(tiles) == sorted(set(tiles))
+  assert all(size % 8 == 0 for size in tiles)
+  # A share of the mean has a tile that holds it, unless it is very large.
+  assert tiles[-1] >= min(num_rows / num_experts, 1024)
+
+
+def test_no_array_is_larger_than_rows_or_kernels():
+  num_rows, num_experts = 512, 16
+  tiles = sorted_experts.tile_sizes(num_rows, num_experts)
+  room = num_rows + tiles[-1]
+  shapes = jax.eval_shape(
+    lambda: {
+      'wi': jnp.zeros((num_experts, 32, 64)),
+      'wo': jnp.zeros((num_experts, 64, 32)),
+    }
+  )
+  program = jax.jit(
+    jax.grad(
+      lambda rows, kernels, sizes: jnp.sum(
+        sorted_experts.feed_forward_by_expert(
+          rows, kernels, sizes, None, ('relu',), tiles
+        )
+      ),
+      (0, 1),
+    )
+  ).lower(
+    jax.ShapeDtypeStruct((room, 32), jnp.float32),
+    shapes,
+    jax.ShapeDtypeStruct((num_experts,), jnp.int32),
+  )
+  temporary = program.compile().memory_analysis().temp_size_in_bytes
+  rows, kernels = 4 * room * (64 + 32), 2 * 4 * num_experts * 32 * 64
+  assert temporary < 3 * rows + 2 * kernels
