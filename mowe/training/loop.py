@@ -9,11 +9,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mowe.models import parameters
 from mowe.training import metrics as metrics_lib
 from mowe.training import progress as progress_lib
 from mowe.training import train_state
+
+# Steps between two times at which the processes of a run ask each other: it
+# makes them wait for the device.
+_AGREE_PERIOD = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Every:
 class StopSignal:
   """Ends the loop after the step that is being done.
 
-  SIGINT (Ctrl-C) and SIGTERM set it; a second Ctrl-C stops at once.
+  SIGINT (Ctrl-C) and SIGTERM set it; a second Ctrl-C stops at once. In a run of
+  several processes it is enough that one of them gets the signal: all stop
+  after the same step, within ten.
   """
 
   def __init__(self):
@@ -57,6 +64,15 @@ class StopSignal:
     finally:
       for number, handler in old.items():
         signal.signal(number, handler)
+
+  def is_due(self, step: int) -> bool:
+    """Whether to stop after this step; every process must ask."""
+    if jax.process_count() > 1 and step % _AGREE_PERIOD == 0:
+      asked = multihost_utils.process_allgather(np.array(self.requested))
+      self.requested = bool(asked.any())
+    elif jax.process_count() > 1:
+      return False
+    return self.requested
 
   def _catch(self, number, frame):
     del frame
@@ -118,7 +134,7 @@ def run(
       state, metrics = train_step(state, frozen, *put(batch, plan))
       step += 1
       pending.append(metrics)
-      is_end, is_stop = step == total_steps, stop.requested
+      is_end, is_stop = step == total_steps, stop.is_due(step)
       is_logged = step % log_period == 0 or is_end or is_stop
       due = [one for one in actions if one.is_due(step, is_end, is_stop)]
       shown = None

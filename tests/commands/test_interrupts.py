@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,13 +55,13 @@ def _command(world, folder):
   ]
 
 
-def _start(world, folder):
+def _start(world, folder, *options):
   environment = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   }
   return subprocess.Popen(
-    _command(world, folder),
+    [*_command(world, folder), *options],
     env=environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -85,7 +86,11 @@ def _final(folder):
   with checkpoints.Checkpoints(folder) as saved:
     assert saved.latest_step() == _TOTAL
   state = folder / f'checkpoint_{_TOTAL}' / 'state'
-  return jax.device_get(ocp.PyTreeCheckpointer().restore(state))
+  # As numpy arrays, wherever they were.
+  checkpointer = ocp.PyTreeCheckpointer()
+  tree = checkpointer.metadata(state).item_metadata.tree
+  as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
+  return checkpointer.restore(state, restore_args=jax.tree.map(as_numpy, tree))
 
 
 @pytest.fixture(scope='module')
@@ -94,10 +99,11 @@ def straight(world, tmp_path_factory):
   process = _start(world, folder)
   output = _finish(process)
   assert process.returncode == 0, output
-  return _final(folder)
+  return folder
 
 
-def _rerun_and_compare(world, folder, expected, resumed_at):
+def _rerun_and_compare(world, folder, straight, resumed_at):
+  expected = _final(straight)
   process = _start(world, folder)
   output = _finish(process)
   assert process.returncode == 0, output
@@ -145,3 +151,53 @@ def test_a_killed_run_goes_on_from_its_checkpoint(world, straight, tmp_path):
   saved.close()
   assert process.returncode == -signal.SIGKILL and step < _TOTAL
   _rerun_and_compare(world, folder, straight, step)
+
+
+def _free_port():
+  with socket.socket() as one:
+    one.bind(('localhost', 0))
+    return one.getsockname()[1]
+
+
+def _start_two(world, folder):
+  port = _free_port()
+  return [
+    _start(
+      world,
+      folder,
+      f'--coordinator_address=localhost:{port}',
+      '--process_count=2',
+      f'--process_index={index}',
+    )
+    for index in range(2)
+  ]
+
+
+def test_two_processes_stop_together_and_train_as_one(
+  world, straight, tmp_path
+):
+  folder = tmp_path / 'run'
+  processes = _start_two(world, folder)
+  log = folder / 'train_metrics.jsonl'
+  _wait_until(lambda: log.exists() and log.stat().st_size > 0, processes[0])
+  # One of them is told, and not the one that writes.
+  processes[1].terminate()
+  outputs = [_finish(process) for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], outputs
+  with checkpoints.Checkpoints(folder) as saved:
+    step = saved.latest_step()
+  assert 0 < step < _TOTAL
+  assert all(f'Stopped after step {step} of' in output for output in outputs)
+
+  processes = _start_two(world, folder)
+  outputs = [_finish(process) for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], outputs
+  assert f'at step {step}.' in outputs[0]
+  assert int(_final(folder)['step']) == _TOTAL
+  # Sums over devices are taken in another order than on one, which training
+  # amplifies: only the first steps can be compared.
+  first = lambda path: [
+    line['loss'] for line in metrics.read_json_lines(path)[:4]
+  ]
+  expected = first(straight / 'train_metrics.jsonl')
+  assert first(log) == pytest.approx(expected, rel=1e-5)
