@@ -15,7 +15,14 @@ from mowe.layers import capacity_dispatch, router_losses, token_groups
 
 @dataclasses.dataclass(frozen=True)
 class FlaxformerCapacity(capacity_dispatch.CapacityDispatch):
-  """Capacity that does not grow with the choices of a token."""
+  """Capacity that does not grow with the choices of a token.
+
+  flaxformer's experts choose as many tokens as they have slots: there, give
+  ExpertsChoose the same factor.
+  """
+
+  def check(self, router) -> None:
+    """Accepts any router, as flaxformer does."""
 
   def capacity(self, router, group_size, num_experts, factor) -> int:
     """Slots of one expert in one group."""
