@@ -133,7 +133,7 @@ class T5(nn.Module):
     mask = _same_segment(mask, encoder_segment_ids, encoder_segment_ids)
     if encoder_routing_ids is None and self.config.sparse_encoder_layers:
       encoder_routing_ids = self._routing_ids(
-        'encoder_ids', ids, encoder_segment_ids
+        'encoder_ids', ids, real, encoder_segment_ids
       )
     return self.encoder(
       embedded,
@@ -208,7 +208,7 @@ class T5(nn.Module):
     )
     if decoder_routing_ids is None and self.config.sparse_decoder_layers:
       decoder_routing_ids = self._decoder_routing_ids(
-        inputs, decoder_segment_ids, decode
+        inputs, real, decoder_segment_ids, decode
       )
     tokens = self.decoder(
       embedded,
@@ -228,17 +228,18 @@ class T5(nn.Module):
     """Puts the decoder's keys and values of `encoded` in `encoder_memory`."""
     self.decoder.remember(encoded)
 
-  def _routing_ids(self, method, ids, segment_ids):
-    # Layers that need the ids say so; those with a router of their own do not.
-    if self.config.routing is None:
-      return None
-    return getattr(self.config.routing, method)(ids, segment_ids)
+  def _routing_ids(self, method, ids, real, segment_ids):
+    if self.config.routing is not None:
+      return getattr(self.config.routing, method)(ids, segment_ids)
+    # Word experts have no use for the ids of tokens, and say that they miss
+    # those of words.
+    return jnp.where(real, ids, -1) if self.config.routes_tokens else None
 
-  def _decoder_routing_ids(self, inputs, segment_ids, decode):
+  def _decoder_routing_ids(self, inputs, real, segment_ids, decode):
     if not decode or self.config.routing is None:
-      return self._routing_ids('decoder_ids', inputs, segment_ids)
+      return self._routing_ids('decoder_ids', inputs, real, segment_ids)
     if not self.has_variable('cache', 'word_so_far'):
-      ids = self._routing_ids('decoder_ids', inputs, segment_ids)
+      ids = self._routing_ids('decoder_ids', inputs, real, segment_ids)
       # Rank 2: T5X's beam search leaves leaves of rank 1 alone.
       state = self.config.routing.initial_state(inputs.shape[0])
       self.put_variable('cache', 'word_so_far', jnp.asarray(state))

@@ -54,7 +54,8 @@ class T5Config:
     sparse_feed_forward: makes the layer (or its class) of the blocks below.
     sparse_encoder_layers: encoder blocks, from 0, whose feed-forward is sparse.
     sparse_decoder_layers: decoder blocks, likewise.
-    routing: gives routing ids where the batch has none.
+    routing: gives routing ids where the batch has none. Without it, layers
+      that can be routed by token get the ids of the tokens, -1 for padding.
 
   Raises:
     ValueError: sizes or parts that cannot work together.
@@ -115,6 +116,13 @@ class T5Config:
           f'{self.routing.num_experts}. Set num_experts of the layer, or '
           'build the vocabulary with --num_experts.'
         )
+
+  @property
+  def routes_tokens(self) -> bool:
+    """Whether sparse layers take token ids for routing ids."""
+    if self.sparse_feed_forward is None:
+      return False
+    return getattr(self.make_sparse_feed_forward(), 'reads_token_ids', False)
 
   def make_dense_feed_forward(self) -> nn.Module:
     return feed_forward.DenseFeedForward(

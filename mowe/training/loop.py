@@ -156,7 +156,7 @@ def run(
   return state
 
 
-def _mean_values(pending) -> dict[str, float]:
+def _mean_values(pending) -> dict[str, metrics_lib.Value]:
   totals: dict[str, metrics_lib.Mean] = {}
   for metrics in jax.device_get(pending):
     totals = metrics_lib.merge(totals, metrics)
@@ -178,4 +178,11 @@ def _check_finite(step, values):
         f'{name} must stay finite, but is {values[name]} after step {step}. '
         'Lower the learning rate or clip gradients; the checkpoints before '
         'this step are untouched.'
+      )
+  for name, value in values.items():
+    if name.endswith('/not_finite') and value > 0:
+      raise DivergedError(
+        f'Router logits must stay finite, but {name} is {value} after step '
+        f'{step}. Lower the learning rate or raise the router z-loss; the '
+        'checkpoints before this step are untouched.'
       )

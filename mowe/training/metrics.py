@@ -13,14 +13,18 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# What a metric is when it is written.
+Value = float | np.ndarray
 
 
 class Mean(NamedTuple):
-  """A mean that can still be merged; a pytree of two scalars.
+  """A mean that can still be merged, or one for each of many things.
 
   Attributes:
-    total: <float32>[], the sum.
-    count: <float32>[], what it will be divided by.
+    total: <float32>[], the sum; or <float32>[n], as of the load of n experts.
+    count: of that shape, what it will be divided by.
   """
 
   total: jax.Array | float
@@ -44,10 +48,12 @@ class Mean(NamedTuple):
     """Returns the mean over both."""
     return Mean(self.total + other.total, self.count + other.count)
 
-  def compute(self) -> float:
-    """Returns the number; NaN if nothing was counted."""
-    count = float(self.count)
-    return float(self.total) / count if count else math.nan
+  def compute(self) -> float | np.ndarray:
+    """Returns the number or array; NaN where nothing was counted."""
+    with np.errstate(divide='ignore', invalid='ignore'):
+      value = np.asarray(self.total, np.float64) / np.asarray(self.count)
+    value = np.where(np.asarray(self.count) == 0, math.nan, value)
+    return value if value.ndim else float(value)
 
 
 def merge(
@@ -60,7 +66,7 @@ def merge(
   return merged
 
 
-def compute(metrics: Mapping[str, Mean]) -> dict[str, float]:
+def compute(metrics: Mapping[str, Mean]) -> dict[str, Value]:
   """Brings all metrics to the host at once and returns their numbers."""
   return {
     name: mean.compute() for name, mean in jax.device_get(dict(metrics)).items()
@@ -70,7 +76,7 @@ def compute(metrics: Mapping[str, Mean]) -> dict[str, float]:
 class Writer(Protocol):
   """Where the numbers of a step go."""
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
+  def write(self, step: int, values: Mapping[str, Value]) -> None:
     """Writes the values of a step."""
 
   def flush(self) -> None:
@@ -88,7 +94,8 @@ class JsonLinesWriter:
     resume_step: lines of later steps are removed first, as is a half-written
       last line: these steps are about to be done again. None keeps all lines.
 
-  A NaN is written as null, so that every line is JSON for any reader.
+  An array is a list. A NaN is written as null, so that every line is JSON for
+  any reader.
 
   Raises:
     ValueError: a line of the file, other than the last, is not such a line.
@@ -103,12 +110,11 @@ class JsonLinesWriter:
       _truncate(self.path, resume_step)
     self._file = self.path.open('a', encoding='utf-8')
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
+  def write(self, step: int, values: Mapping[str, Value]) -> None:
     """Writes and flushes one line."""
     line: dict[str, Any] = {'step': int(step)}
     for name, value in values.items():
-      number = float(value)
-      line[name] = number if math.isfinite(number) else None
+      line[name] = _finite(np.asarray(value, np.float64).tolist())
     self._file.write(json.dumps(line) + '\n')
     self._file.flush()
 
@@ -122,7 +128,7 @@ class JsonLinesWriter:
 
 
 class TensorBoardWriter:
-  """Writes scalars for TensorBoard, without TensorFlow.
+  """Writes scalars, and arrays as histograms, without TensorFlow.
 
   Attributes:
     folder: the folder of the event files.
@@ -141,10 +147,13 @@ class TensorBoardWriter:
       str(folder), purge_step=purge_step
     )
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
+  def write(self, step: int, values: Mapping[str, Value]) -> None:
     """Writes one point of each curve."""
     for name, value in values.items():
-      self._writer.add_scalar(name, float(value), int(step))
+      if np.ndim(value):
+        self._writer.add_histogram(name, np.nan_to_num(value), int(step))
+      else:
+        self._writer.add_scalar(name, float(value), int(step))
 
   def flush(self) -> None:
     """Returns when all points are in the file."""
@@ -159,6 +168,13 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Returns the lines written by `JsonLinesWriter`, in order."""
   text = pathlib.Path(path).read_text(encoding='utf-8')
   return [json.loads(line) for line in text.splitlines() if line]
+
+
+def _finite(value):
+  """A number, or None; a list of them."""
+  if isinstance(value, list):
+    return [_finite(one) for one in value]
+  return value if math.isfinite(value) else None
 
 
 def _truncate(path: pathlib.Path, resume_step: int | None) -> None:

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from mowe.layers import word_experts
+from mowe.layers import router_losses, word_experts
 from mowe.models import parameters
-from mowe.training import losses, row_optimizers, table_updates, train_state
+from mowe.training import (
+  losses,
+  router_training,
+  row_optimizers,
+  table_updates,
+  train_state,
+)
 from mowe.training.metrics import Mean
 
 Metrics = dict[str, Mean]
@@ -24,10 +30,12 @@ class LossConfig:
   Attributes:
     label_smoothing: probability mass of all wrong tokens together.
     z_loss: coefficient of log(Z)^2.
+    router: coefficients of the losses of learned routers.
   """
 
   label_smoothing: float = 0.0
   z_loss: float = 1e-4
+  router: router_training.RouterLossConfig = router_training.RouterLossConfig()
 
 
 def make_train_step(
@@ -62,14 +70,17 @@ def make_train_step(
   def train_step(state, frozen, batch, plan):
     tables = state.tables or frozen
     num_tokens = jnp.maximum(jnp.sum(batch['decoder_loss_weights']), 1.0)
+    num_real = _num_real_tokens(batch)
 
     def part_of_mean_loss(trained, batch, streams, key):
       params, factors = trained
-      total, metrics = _summed_loss(
+      total, metrics, stats = _summed_loss(
         model, loss, params, tables, factors, batch, streams, key
       )
+      shares = jax.tree.map(jnp.divide, _num_real_tokens(batch), num_real)
       # Here rather than in the gradients: one number instead of all of them.
-      return total / num_tokens, metrics
+      total = total / num_tokens
+      return total + router_training.loss(stats, loss.router, shares), metrics
 
     def gradients(batch, streams, key):
       """Of parameters; factors of those of tables; metrics."""
@@ -124,7 +135,7 @@ def make_eval_step(
   """The step `(params, tables, batch, plan) -> metrics`, without dropout."""
 
   def eval_step(params, tables, batch, plan):
-    _, metrics = _summed_loss(
+    _, metrics, _ = _summed_loss(
       model, loss, params, tables, {}, batch, _streams(plan), None
     )
     return metrics
@@ -132,7 +143,7 @@ def make_eval_step(
   return eval_step
 
 
-def _apply(model, params, tables, factors, batch, streams, key, **options):
+def _apply(model, params, tables, factors, batch, streams, key, mutable):
   names = (
     'encoder_segment_ids',
     'decoder_segment_ids',
@@ -150,7 +161,7 @@ def _apply(model, params, tables, factors, batch, streams, key, **options):
     enable_dropout=key is not None,
     rngs=None if key is None else {'dropout': key},
     **{name: batch[name] for name in names if name in batch} | streams,
-    **options,
+    mutable=mutable,
   )
 
 
@@ -174,10 +185,20 @@ def _zero_factors(model, params, tables, batch, streams):
 
 
 def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
-  """Sum over target tokens, and metrics as sums and counts."""
+  """Sum over target tokens, metrics as sums and counts, stats of routers."""
   targets = batch['decoder_target_tokens']
   weights = batch['decoder_loss_weights']
-  logits = _apply(model, params, tables, factors, batch, streams, key)
+  logits, variables = _apply(
+    model,
+    params,
+    tables,
+    factors,
+    batch,
+    streams,
+    key,
+    mutable=[router_losses.COLLECTION],
+  )
+  stats = router_training.layer_stats(variables)
   entropy, z_loss = losses.cross_entropy(
     logits,
     targets,
@@ -192,8 +213,16 @@ def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
     'z_loss': summed(z_loss),
     'accuracy': summed(right),
   }
-  metrics |= _routing_metrics(model, batch)
-  return jnp.sum((entropy + z_loss) * weights), metrics
+  metrics |= _routing_metrics(model, batch) | router_training.metrics(stats)
+  return jnp.sum((entropy + z_loss) * weights), metrics, stats
+
+
+def _num_real_tokens(batch):
+  count = lambda name: jnp.maximum(jnp.sum(batch[name] > 0), 1)
+  return {
+    'encoder': count('encoder_input_tokens'),
+    'decoder': count('decoder_target_tokens'),
+  }
 
 
 def _routing_metrics(model, batch):

@@ -1,0 +1,74 @@
+"""What routers add to a step: losses, metrics, and their balancing bias.
+
+Layers with a router sow `router_losses.RouterStats`. Here alone they are summed
+and divided.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from mowe.layers import router_losses
+from mowe.training.metrics import Mean
+
+# Path of a layer -> its stats.
+LayerStats = dict[tuple[str, ...], router_losses.RouterStats]
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterLossConfig:
+  """Coefficients of the routers' losses, each a mean over layers and tokens.
+
+  Attributes:
+    load_balance: of the loss that is 1 at perfect balance.
+    z_loss: of the squared log-sum-exp of the router's logits.
+    importance: of the squared variation of the experts' total probability.
+  """
+
+  load_balance: float = 0.01
+  z_loss: float = 0.0
+  importance: float = 0.0
+
+
+def layer_stats(variables: Any) -> LayerStats:
+  """Stats by layer, from what the model left in its collections."""
+  sown = variables.get(router_losses.COLLECTION, {})
+  flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown))
+  return {path[:-1]: stats for path, stats in flat.items()}
+
+
+def loss(
+  stats: LayerStats, config: RouterLossConfig, shares: dict[str, jax.Array]
+) -> jax.Array:
+  """The weighted losses, averaged over layers.
+
+  Args:
+    stats: of one microbatch.
+    config: coefficients.
+    shares: `encoder`, `decoder` -> this microbatch's share of the tokens of
+      the batch: with them microbatches add up to the mean over the batch.
+  """
+  total = jnp.zeros(())
+  for path, one in stats.items():
+    means = {
+      name: value / jnp.maximum(count, 1)
+      for name, (value, count) in router_losses.losses(one).items()
+    }
+    total += shares[path[0]] * (
+      config.load_balance * means['load_balance_loss']
+      + config.z_loss * means['router_z_loss']
+      + config.importance * means['importance_loss']
+    )
+  return total / max(1, len(stats))
+
+
+def metrics(stats: LayerStats) -> dict[str, Mean]:
+  """Every metric of every layer, as `encoder/layers_1/mlp/load`."""
+  return {
+    '/'.join((*path, name)): Mean(*mean)
+    for path, one in stats.items()
+    for name, mean in router_losses.metrics(one).items()
+  }
