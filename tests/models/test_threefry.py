@@ -1,0 +1,67 @@
+"""Threefry written out: bit by bit what JAX draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mowe.models import threefry
+
+_SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0, 3)]
+
+
+def _keys(seed=5):
+  return threefry.key(seed), jax.random.key(seed)
+
+
+@pytest.mark.parametrize('shape', _SHAPES, ids=str)
+def test_bits_are_jaxs(shape):
+  own, jaxs = _keys()
+  for dtype in (jnp.uint32, jnp.uint16, jnp.uint8):
+    np.testing.assert_array_equal(
+      jax.random.bits(own, shape, dtype), jax.random.bits(jaxs, shape, dtype)
+    )
+
+
+def test_bits_of_two_words_are_jaxs():
+  with jax.enable_x64():
+    own, jaxs = _keys()
+    np.testing.assert_array_equal(
+      jax.random.bits(own, (3, 5), jnp.uint64),
+      jax.random.bits(jaxs, (3, 5), jnp.uint64),
+    )
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2**31 - 1, -3])
+def test_draws_of_any_seed_are_jaxs(seed):
+  own, jaxs = _keys(seed)
+  for draw in (
+    lambda key: jax.random.normal(key, (4, 3)),
+    lambda key: jax.random.truncated_normal(key, -2.0, 2.0, (4, 3)),
+    lambda key: jax.random.normal(jax.random.fold_in(key, 2**32 - 1), (4, 3)),
+    lambda key: jax.random.normal(jax.random.split(key, 3)[2], (4, 3)),
+    lambda key: jax.random.key_data(jax.random.split(key, (2, 3))),
+  ):
+    np.testing.assert_array_equal(draw(own), draw(jaxs))
+
+
+def test_elements_beyond_one_word_have_numbers_of_their_own(monkeypatch):
+  # Shapes only, as nothing so large fits here: 2^20 rows of 2^13 elements.
+  large = jax.eval_shape(lambda: threefry._counters((2**20, 2**13)))
+  assert [x.shape for x in large] == [(2**20, 2**13)] * 2
+  high, low = threefry._number((3, 2, 2), range(1)), threefry._number(
+    (3, 2, 2), range(1, 3)
+  )
+  pairs = set(zip(high.ravel().tolist(), low.ravel().tolist(), strict=True))
+  assert pairs == {(i, j) for i in range(3) for j in range(4)}
+
+
+def test_no_temporary_memory():
+  compiled = (
+    jax.jit(lambda key: jax.random.normal(key, (64, 1024)))
+    .lower(threefry.key(0))
+    .compile()
+    .memory_analysis()
+  )
+  assert compiled.output_size_in_bytes == 4 * 64 * 1024
+  assert compiled.temp_size_in_bytes < 1024
