@@ -1,14 +1,16 @@
 """The train state a run begins with: resumed, from other weights, or fresh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax
 import jax
+import optax
 
 from mowe.commands import model_folder
-from mowe.models import parameters, t5
+from mowe.models import initialization, parameters, t5, threefry
 from mowe.training import checkpoints as checkpoints_lib
 from mowe.training import optimizers, partitioning, row_optimizers, train_state
 
@@ -18,18 +20,19 @@ class Setup:
   """How the train state is made, and where on the devices it lies.
 
   Attributes:
+    model: the model.
     optimizer: the optax transformation of ordinary parameters.
-    create: seed key to a fresh TrainState; to be jitted.
+    row_optimizer: of expert tables; None: they are frozen, and held apart from
+      the trained state.
     abstract: shapes and shardings of the state, tables always included, as it
       is on disk.
-    freeze_experts: the tables are held apart from the trained state.
     seed: of fresh parameters.
   """
 
-  optimizer: Any
-  create: Callable[[jax.Array], train_state.TrainState]
+  model: t5.T5
+  optimizer: optax.GradientTransformation
+  row_optimizer: row_optimizers.RowOptimizer | None
   abstract: train_state.TrainState
-  freeze_experts: bool
   seed: int
 
   @classmethod
@@ -42,23 +45,20 @@ class Setup:
     seed: int,
   ) -> 'Setup':
     """Builds the optimizer for the model's parameters; allocates nothing."""
-    key = jax.random.key(seed)
-    variables = jax.eval_shape(
-      lambda key: parameters.initial_variables(model, key), key
-    )
+    variables = initialization.abstract_variables(model)
     axes = partitioning.parameter_axes(variables['params_axes'])
-    ordinary, _ = parameters.split_tables(variables['params'])
+    ordinary, tables = parameters.split_tables(variables['params'])
     paths = flax.traverse_util.flatten_dict(ordinary)
     built = optimizer.build(
       flax.traverse_util.unflatten_dict({path: axes[path] for path in paths})
     )
-
-    def create(key):
-      return train_state.create(
-        model, key, optimizer=built, row_optimizer=row_optimizer
-      )
-
-    abstract = jax.eval_shape(create, key)
+    abstract = jax.eval_shape(
+      functools.partial(
+        train_state.begin, optimizer=built, row_optimizer=row_optimizer
+      ),
+      ordinary,
+      tables,
+    )
     shardings = partitioning.state_shardings(abstract, axes, mesh)
     abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -67,7 +67,7 @@ class Setup:
       abstract,
       shardings,
     )
-    return cls(built, create, abstract, row_optimizer is None, seed)
+    return cls(model, built, row_optimizer, abstract, seed)
 
   def start(
     self,
@@ -87,18 +87,21 @@ class Setup:
       state = checkpoints.restore(self.abstract)
       print(f'Resumed {checkpoints.folder} at step {int(state.step)}.')
     elif initial_path is not None:
-      state = self._fresh(params={}, tables={})
-      state = state.replace(**self._parameters_of(initial_path))
+      state = train_state.begin(
+        **self._parameters_of(initial_path), **self._how_to_make()
+      )
     else:
-      state = self._fresh()
-    if not self.freeze_experts:
+      state = train_state.create(
+        self.model, threefry.key(self.seed), **self._how_to_make()
+      )
+    if self.row_optimizer is not None:
       return state, {}
     return state.replace(tables={}), state.tables
 
   def jit(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
     """The jitted step: the state is donated and stays where it lies."""
     trained = self.abstract
-    if self.freeze_experts:
+    if self.row_optimizer is None:
       trained = trained.replace(tables={})
     return jax.jit(
       train_step,
@@ -106,12 +109,12 @@ class Setup:
       out_shardings=(_shardings(trained), None),
     )
 
-  def _fresh(self, **left_out: Any) -> train_state.TrainState:
-    # What is left out is not even computed.
-    return jax.jit(
-      lambda key: self.create(key).replace(**left_out),
-      out_shardings=_shardings(self.abstract.replace(**left_out)),
-    )(jax.random.key(self.seed))
+  def _how_to_make(self) -> dict[str, Any]:
+    return {
+      'optimizer': self.optimizer,
+      'row_optimizer': self.row_optimizer,
+      'shardings': _shardings(self.abstract),
+    }
 
   def _parameters_of(self, path: str) -> dict[str, Any]:
     folder, step = model_folder.split_checkpoint_path(path)

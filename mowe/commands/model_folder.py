@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from mowe.models import parameters, saved_config, t5
+from mowe.models import initialization, parameters, saved_config, t5
 from mowe.training import checkpoints as checkpoints_lib
 from mowe.words import routing_vocabulary, subwords
 
@@ -113,10 +113,7 @@ def load(path: str, **changes: Any) -> LoadedModel:
   folder, step = split_checkpoint_path(path)
   config, vocabulary = load_config(folder, **changes)
   model = t5.T5(config)
-  variables = jax.eval_shape(
-    lambda key: parameters.initial_variables(model, key),
-    jax.random.key(0),
-  )
+  variables = initialization.abstract_variables(model)
   params, tables = parameters.split_tables(variables['params'])
   with checkpoints_lib.Checkpoints(folder) as checkpoints:
     step = checkpoints.latest_step() if step is None else step

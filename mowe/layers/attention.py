@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import linear
+from mowe.layers import linear, parameter
 
 # T5X's mask value: far below any logit, and safe in bfloat16.
 _MASKED = -1e10
@@ -74,7 +74,7 @@ class MultiHeadAttention(nn.Module):
     )
     # The 1 / sqrt(kv) of scaled dot products lives in the query's initialiser.
     self.query = project(
-      lambda *args: linear.attention_init(*args) * self.head_dim**-0.5
+      parameter.variance_scaling(1.0 / self.head_dim, 'fan_in', 'normal')
     )
     self.key = project(linear.attention_init)
     self.value = project(linear.attention_init)

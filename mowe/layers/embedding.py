@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning
+
+from mowe.layers import parameter
 
 
 class Embedding(nn.Module):
@@ -22,11 +23,11 @@ class Embedding(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
-    self.embedding = partitioning.param_with_axes(
+    self.embedding = parameter.declare(
+      self,
       'embedding',
-      nn.initializers.normal(stddev=1.0),
+      parameter.normal(stddev=1.0),
       (self.vocab_size, self.embed_dim),
-      jnp.float32,
       axes=('vocab', 'embed'),
     )
 

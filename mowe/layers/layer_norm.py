@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning
+
+from mowe.layers import parameter
 
 
 class LayerNorm(nn.Module):
@@ -23,11 +24,11 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    scale = partitioning.param_with_axes(
+    scale = parameter.declare(
+      self,
       'scale',
       nn.initializers.ones,
       (tokens.shape[-1],),
-      jnp.float32,
       axes=('embed',),
     )
     tokens = tokens.astype(jnp.float32)

@@ -1,19 +1,17 @@
 """Dense projection with a two-dimensional kernel, as in T5X's minimal T5."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning
 
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+from mowe.layers import parameter
 
 # T5's two initialisers: attention draws from a normal, the rest from a
 # truncated normal, both with variance 1 / fan-in.
-attention_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-dense_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+attention_init = parameter.variance_scaling(1.0, 'fan_in', 'normal')
+dense_init = parameter.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
 class Dense(nn.Module):
@@ -30,16 +28,16 @@ class Dense(nn.Module):
 
   features: int
   kernel_axes: tuple[str, str]
-  kernel_init: Initializer = dense_init
+  kernel_init: parameter.Initializer = dense_init
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    kernel = partitioning.param_with_axes(
+    kernel = parameter.declare(
+      self,
       'kernel',
       self.kernel_init,
       (inputs.shape[-1], self.features),
-      jnp.float32,
       axes=self.kernel_axes,
     )
     return project(inputs.astype(self.dtype), kernel.astype(self.dtype))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen import partitioning
+
+from mowe.layers import parameter
 
 
 def position_bucket(
@@ -67,11 +68,11 @@ class RelativePositionBias(nn.Module):
   def __call__(
     self, query_positions: jax.Array, key_positions: jax.Array
   ) -> jax.Array:
-    table = partitioning.param_with_axes(
+    table = parameter.declare(
+      self,
       'rel_embedding',
-      nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'),
+      parameter.variance_scaling(1.0, 'fan_avg', 'uniform'),
       (self.num_heads, self.num_buckets),
-      jnp.float32,
       axes=('heads', 'relpos_buckets'),
     )
     buckets = position_bucket(

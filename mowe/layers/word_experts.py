@@ -5,9 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import partitioning
 
-from mowe.layers import feed_forward, grouped
+from mowe.layers import feed_forward, grouped, parameter
 from mowe.words import plan as plans
 
 # An expert starts as a small correction of the residual stream: with T5's own
@@ -22,7 +21,7 @@ _TOKENS_AT_ONCE = 256
 
 
 def _expert_init(scale: float):
-  return nn.initializers.variance_scaling(
+  return parameter.variance_scaling(
     scale**2,
     'fan_in',
     'truncated_normal',
@@ -65,11 +64,11 @@ class ExpertTable(nn.Module):
     return kernels
 
   def _kernel(self, name, scale, shape, *axes):
-    return partitioning.param_with_axes(
+    return parameter.declare(
+      self,
       name,
       _expert_init(scale),
       (self.num_experts, *shape),
-      jnp.float32,
       axes=('expert', *axes),
     )
 

@@ -6,7 +6,7 @@ import flax
 import jax
 import numpy as np
 
-from mowe.models import parameters, t5
+from mowe.models import initialization, parameters, t5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,7 @@ class ModelCosts:
 def model_costs(config: t5.T5Config) -> ModelCosts:
   """Costs of a model, read off the shapes of its parameters."""
   model = t5.T5(config)
-  params = jax.eval_shape(
-    lambda key: parameters.initial_variables(model, key)['params'],
-    jax.random.key(0),
-  )
+  params = initialization.abstract_variables(model)['params']
   ordinary, tables = parameters.split_tables(params)
   row = sum(
     int(np.prod(leaf.shape[1:])) for leaf in jax.tree.leaves(tables)

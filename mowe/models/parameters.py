@@ -61,10 +61,11 @@ def by_table(factors: Any, tables: Tables) -> dict[str, TableFactors]:
   return sorted_out
 
 
-def initial_variables(model: nn.Module, key: jax.Array) -> Any:
-  """The model's variables; wrap in `jit` or `eval_shape`.
+def initial_variables(model: nn.Module, key: jax.Array, **settings: Any) -> Any:
+  """What `model.init` gives; wrap in `jit` or `eval_shape`.
 
-  Lengths do not matter to any parameter, so tiny inputs do.
+  Lengths do not matter to any parameter, so tiny inputs do. `settings` are for
+  Linen, such as `mutable`.
   """
   ids = jnp.ones((1, 2), jnp.int32)
   routing = {}
@@ -73,4 +74,6 @@ def initial_variables(model: nn.Module, key: jax.Array) -> Any:
       'encoder_routing_ids': jnp.zeros((1, 2), jnp.int32),
       'decoder_routing_ids': jnp.zeros((1, 2), jnp.int32),
     }
-  return model.init(key, ids, ids, ids, enable_dropout=False, **routing)
+  return model.init(
+    key, ids, ids, ids, enable_dropout=False, **routing, **settings
+  )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from mowe.models import parameters
+from mowe.models import initialization, parameters
 from mowe.training import row_optimizers
 
 
@@ -39,8 +39,9 @@ def create(
   *,
   optimizer: optax.GradientTransformation,
   row_optimizer: row_optimizers.RowOptimizer | None,
+  shardings: TrainState | None = None,
 ) -> TrainState:
-  """A fresh state; wrap in `jit` or `eval_shape`.
+  """A fresh state; under `jit` or `eval_shape` it works as well.
 
   Args:
     model: the model.
@@ -48,17 +49,46 @@ def create(
     optimizer: of the ordinary parameters.
     row_optimizer: of the expert tables; None if they are frozen: they have no
       state then, and are to be taken out of the state that is trained.
+    shardings: where each array is made; None: no sharding.
   """
+  placed = shardings and parameters.merge_tables(
+    shardings.params, shardings.tables
+  )
   params, tables = parameters.split_tables(
-    parameters.initial_variables(model, key)['params']
+    initialization.initial_parameters(model, key, placed)
   )
-  table_state = {}
-  if row_optimizer is not None:
-    table_state = {name: row_optimizer.init(t) for name, t in tables.items()}
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=optimizer.init(params),
-    tables=tables,
-    table_state=table_state,
+  return begin(
+    params,
+    tables,
+    optimizer=optimizer,
+    row_optimizer=row_optimizer,
+    shardings=shardings,
   )
+
+
+def begin(
+  params: Any,
+  tables: parameters.Tables,
+  *,
+  optimizer: optax.GradientTransformation,
+  row_optimizer: row_optimizers.RowOptimizer | None,
+  shardings: TrainState | None = None,
+) -> TrainState:
+  """The state at step 0 of training these parameters; see `create`."""
+
+  def make_rest(params, tables):
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params={},
+      opt_state=optimizer.init(params),
+      tables={},
+      table_state={
+        name: row_optimizer.init(table) for name, table in tables.items()
+      }
+      if row_optimizer is not None
+      else {},
+    )
+
+  placed = shardings and shardings.replace(params={}, tables={})
+  rest = jax.jit(make_rest, out_shardings=placed)(params, tables)
+  return rest.replace(params=params, tables=tables)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mowe.layers import word_experts
-from mowe.models import t5
+from mowe.models import t5, threefry
 from mowe.training import train_state
 from mowe.words import plan as plans
 
@@ -113,13 +113,12 @@ def jit(function, **settings):
 
 
 def make_state(model, optimizer, row_optimizer, seed=0):
-  create = functools.partial(
-    train_state.create,
+  return train_state.create(
     model,
+    threefry.key(seed),
     optimizer=optimizer,
     row_optimizer=row_optimizer,
   )
-  return jit(create)(jax.random.key(seed))
 
 
 def copy(state):
