@@ -15,6 +15,8 @@ import numpy as np
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _WORD = 32
+# Elements that one word can number.
+_MOST = 2**_WORD
 
 
 def key(seed: int) -> jax.Array:
@@ -41,9 +43,9 @@ def _threefry(key_data, high, low):
 
 
 def _counters(shape):
-  """Two words that number the elements: up to 2^32 the second one alone."""
+  """Two words that number the elements: up to `_MOST` the second alone."""
   split = next(
-    axis for axis in range(len(shape) + 1) if math.prod(shape[axis:]) <= 2**32
+    axis for axis in range(len(shape) + 1) if math.prod(shape[axis:]) <= _MOST
   )
   axes = range(len(shape))
   return _number(shape, axes[:split]), _number(shape, axes[split:])
@@ -68,9 +70,7 @@ def _random_bits(key_data, bit_width, shape):
 
 @jax.jit
 def _fold_in(key_data, data):
-  return jnp.stack(
-    _threefry(key_data, jnp.uint32(0), data.astype(jnp.uint32))
-  )
+  return jnp.stack(_threefry(key_data, jnp.uint32(0), data.astype(jnp.uint32)))
 
 
 _WRITTEN_OUT = jax.extend.random.define_prng_impl(

@@ -46,14 +46,17 @@ def test_draws_of_any_seed_are_jaxs(seed):
 
 
 def test_elements_beyond_one_word_have_numbers_of_their_own(monkeypatch):
-  # Shapes only, as nothing so large fits here: 2^20 rows of 2^13 elements.
-  large = jax.eval_shape(lambda: threefry._counters((2**20, 2**13)))
-  assert [x.shape for x in large] == [(2**20, 2**13)] * 2
-  high, low = threefry._number((3, 2, 2), range(1)), threefry._number(
-    (3, 2, 2), range(1, 3)
-  )
+  # As if a word could number four elements: nothing larger than 2^32 fits here.
+  monkeypatch.setattr(threefry, '_MOST', 4)
+  high, low = threefry._counters((3, 2, 2))
+  np.testing.assert_array_equal(high[:, 0, 0], [0, 1, 2])
+  np.testing.assert_array_equal(low[1], [[0, 1], [2, 3]])
   pairs = set(zip(high.ravel().tolist(), low.ravel().tolist(), strict=True))
-  assert pairs == {(i, j) for i in range(3) for j in range(4)}
+  assert len(pairs) == 12
+  # Axes too large for one word together are cut between two of them.
+  high, low = threefry._counters((2, 4, 3))
+  pairs = set(zip(high.ravel().tolist(), low.ravel().tolist(), strict=True))
+  assert len(pairs) == 24 and low.max() == 2
 
 
 def test_no_temporary_memory():
