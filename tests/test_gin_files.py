@@ -167,7 +167,7 @@ def test_mowe_has_the_size_of_the_paper(name, billions, dense, routing_paths):
   assert len(config.sparse_encoder_layers) == 2
   assert len(config.sparse_decoder_layers) == 2
   # One table of 32K experts, read by all four layers.
-  layer = config.make_sparse_feed_forward()
+  layer = config.make_sparse_layers()[0]
   assert cost.expert_parameters == (
     32768 * 3 * config.emb_dim * layer.expert_dim
   )

@@ -69,7 +69,7 @@ class MoeLayer(nn.Module):
   """Feed-forward of many experts, of which each token meets a few.
 
   Sows `router_losses.RouterStats` as `stats` into the collection
-  `router_stats`. With a selection bias it reads the collection `router_state`.
+  `router_stats`.
 
   Attributes:
     num_experts: experts of this layer.
@@ -119,10 +119,14 @@ class MoeLayer(nn.Module):
     self.dispatch.check(self.routing)
     super().__post_init__()
 
+  # Without a routing vocabulary, ids of tokens will do: learned routers look
+  # only for padding.
+  reads_token_ids = True
+
   @property
-  def requires_routing_ids(self) -> bool:
-    """Ids decide here; elsewhere they only mark padding."""
-    return not self.routing.is_learned
+  def looks_ahead(self) -> bool:
+    """Whether a token's experts may depend on later tokens."""
+    return self.routing.looks_ahead
 
   @nn.compact
   def __call__(

@@ -106,7 +106,7 @@ def balanced_bias(
   stats of the whole batch.
 
   Args:
-    bias: <float32>[experts], the collection `router_state`.
+    bias: <float32>[experts], `routing.SELECTION_BIAS`.
     stats: of the layer; dropped choices count, as they were chosen.
     rate: `TokensChoose.bias_rate`.
   """

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
+# Name of the parameter in the module `router`.
+SELECTION_BIAS = 'selection_bias'
+
 
 class Choices(NamedTuple):
   """Pairs of a token and an expert, per group, in order of priority.
@@ -135,8 +138,8 @@ class _Projection(nn.Module):
 class LearnedRouting(nn.Module):
   """A learned router with its weights and its selection bias.
 
-  The bias is no parameter: no gradient reaches it. It lives in the collection
-  `router_state`, and `router_losses.balanced_bias` gives its next value.
+  No gradient reaches the bias: it is a parameter so that it is saved and read
+  with the model, and `router_losses.balanced_bias` gives its next value.
 
   Attributes:
     router: what decides.
@@ -164,9 +167,15 @@ class LearnedRouting(nn.Module):
     )(tokens, deterministic=deterministic)
     bias = None
     if self.router.bias_rate > 0:
-      bias = self.variable(
-        'router_state', 'selection_bias', jnp.zeros, (self.num_experts,)
-      ).value
+      bias = jax.lax.stop_gradient(
+        partitioning.param_with_axes(
+          SELECTION_BIAS,
+          nn.initializers.zeros,
+          (self.num_experts,),
+          jnp.float32,
+          axes=('unmodeled',),
+        )
+      )
     choices = self.router(
       logits,
       num_experts=self.num_experts,

@@ -1,9 +1,10 @@
 """A model's config as JSON, so that a folder of weights says what it holds.
 
-Reading one can make nothing but the classes of this package: a file that came
+Reading one can make nothing but the classes of `mowe.layers`: a file that came
 with downloaded weights is data, never code.
 """
 
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ import json
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from mowe.models import t5
@@ -19,9 +21,20 @@ from mowe.models import t5
 # What the stack gives to a layer, or what Linen adds: no part of its config.
 _GIVEN = {'parent', 'name', 'dtype', 'dropout_rate', 'table'}
 
+# The fields of T5Config that make layers, in the order of make_sparse_layers.
+_FACTORIES = ('sparse_feed_forward', 'sparse_decoder_feed_forward')
+
+# Longer tuples of integers, such as the table of a HashRouter, become bytes.
+_LONG = 64
+_INTEGER_TYPES = ('uint8', 'uint16', 'int64')
+
 
 def to_json(config: t5.T5Config) -> dict[str, Any]:
-  """The config as a tree of JSON values; the routing is saved on its own."""
+  """The config as a tree of JSON values; the routing is saved on its own.
+
+  Raises:
+    ValueError: a layer holds a class or a value that could not be read again.
+  """
   tree = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -29,8 +42,9 @@ def to_json(config: t5.T5Config) -> dict[str, Any]:
       continue
     if field.name == 'dtype':
       value = jnp.dtype(value).name
-    if field.name == 'sparse_feed_forward' and value is not None:
-      value = _layer_to_json(config.make_sparse_feed_forward())
+    if field.name in _FACTORIES and value is not None:
+      layer = config.make_sparse_layers()[_FACTORIES.index(field.name)]
+      value = _part_to_json(layer, leave_out=_GIVEN)
     tree[field.name] = value
   return json.loads(json.dumps(tree))
 
@@ -49,43 +63,137 @@ def from_json(
     ValueError: the tree names a field or a class that this package lacks.
   """
   known = {field.name for field in dataclasses.fields(t5.T5Config)}
-  unknown = sorted(set(tree) - known)
-  if unknown:
-    raise ValueError(
-      f'A model config may only have the fields {sorted(known)}, but has '
-      f'{unknown}. It was written by another version: use that one.'
-    )
+  _check_names('A model config', tree, known)
   values = {name: _tuples(value) for name, value in tree.items()}
-  layer = tree.get('sparse_feed_forward')
-  if layer is not None:
-    values['sparse_feed_forward'] = _layer_from_json(layer)
+  for name in _FACTORIES:
+    if tree.get(name) is not None:
+      cls, fields = _part_from_json(tree[name], 'A saved feed-forward')
+      if not issubclass(cls, nn.Module):
+        raise ValueError(_not_a_class('A saved feed-forward', tree[name]))
+      values[name] = functools.partial(cls, **fields)
   return t5.T5Config(**(values | {'routing': routing} | changes))
 
 
-def _layer_to_json(layer) -> dict[str, Any]:
-  # gin makes a subclass of what it configures: the module's own class counts.
-  cls = next(c for c in type(layer).__mro__ if c.__module__.startswith('mowe.'))
+def _part_to_json(part, leave_out=frozenset()) -> dict[str, Any]:
+  """A layer, or what it is put together of: its class and its fields."""
+  # gin's subclasses bear the names of what they stand for.
+  cls = type(part)
+  name = f'{cls.__module__}.{cls.__qualname__}'
+  if not _class_of(name):
+    raise ValueError(
+      'A model can only be saved with classes of mowe.layers, or it could not '
+      f'be read again, but it has a {name}. Move the class there.'
+    )
   fields = {
-    field.name: getattr(layer, field.name)
-    for field in dataclasses.fields(layer)
-    if field.name not in _GIVEN
+    field.name: _value_to_json(
+      getattr(part, field.name), f'{name}.{field.name}'
+    )
+    for field in dataclasses.fields(part)
+    if field.name not in leave_out
   }
-  return {'class': f'{cls.__module__}.{cls.__qualname__}', 'fields': fields}
+  return {'class': name, 'fields': fields}
 
 
-def _layer_from_json(tree: dict[str, Any]):
-  module, _, name = tree['class'].rpartition('.')
-  layer = None
+def _value_to_json(value, name):
+  if value is None or isinstance(value, bool | int | float | str):
+    return value
+  if isinstance(value, tuple | list):
+    if len(value) > _LONG and all(type(x) is int for x in value):
+      return _integers_to_json(value)
+    return [_value_to_json(x, name) for x in value]
+  if dataclasses.is_dataclass(value) and not isinstance(
+    value, type | nn.Module
+  ):
+    return _part_to_json(value)
+  raise ValueError(
+    f'{name} must be a number, a text, a tuple or a class of mowe.layers to be '
+    f'saved, but is a {type(value).__name__}. Make an array a tuple with '
+    'tuple(array.tolist()).'
+  )
+
+
+def _part_from_json(tree, what) -> tuple[type, dict[str, Any]]:
+  """The class that a tree names, and the values of its fields."""
+  cls = None
+  if set(tree) == {'class', 'fields'} and isinstance(tree['class'], str):
+    cls = _class_of(tree['class'])
+  if cls is None:
+    raise ValueError(_not_a_class(what, tree))
+  known = {field.name for field in dataclasses.fields(cls)}
+  _check_names(tree['class'], tree['fields'], known)
+  values = {
+    key: _value_from_json(value) for key, value in tree['fields'].items()
+  }
+  return cls, values
+
+
+def _value_from_json(value):
+  if isinstance(value, list):
+    return tuple(map(_value_from_json, value))
+  if isinstance(value, dict):
+    if 'integers' in value:
+      return _integers_from_json(value)
+    what = 'A part of a saved feed-forward'
+    cls, fields = _part_from_json(value, what)
+    if issubclass(cls, nn.Module):
+      raise ValueError(_not_a_class(what, value))
+    return cls(**fields)
+  return value
+
+
+def _class_of(name):
+  """The layer or frozen class of this name, None if there is none."""
+  module, _, short = name.rpartition('.')
+  found = None
   if module.startswith('mowe.layers.'):
     with contextlib.suppress(ImportError):
-      layer = getattr(importlib.import_module(module), name, None)
-  if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+      found = getattr(importlib.import_module(module), short, None)
+  is_ours = isinstance(found, type) and found.__module__ == module
+  return found if is_ours and dataclasses.is_dataclass(found) else None
+
+
+def _not_a_class(what, tree):
+  return (
+    f'{what} must be a class in mowe.layers with its fields, but is '
+    f'{tree.get("class", tree)!r}. Make the config in code instead of loading '
+    'it.'
+  )
+
+
+def _check_names(what, found, known):
+  unknown = sorted(set(found) - known)
+  if unknown:
     raise ValueError(
-      'A saved feed-forward must be a class in mowe.layers, but is '
-      f'{tree["class"]!r}. Make the config in code instead of loading it.'
+      f'{what} may only have the fields {sorted(known)}, but has {unknown}. It '
+      'was written by another version: use that one.'
     )
-  fields = {key: _tuples(value) for key, value in tree['fields'].items()}
-  return functools.partial(layer, **fields)
+
+
+def _integers_to_json(values):
+  # The smallest type that holds them all.
+  kind = next(
+    kind
+    for kind in _INTEGER_TYPES
+    if np.iinfo(kind).min <= min(values) <= max(values) <= np.iinfo(kind).max
+  )
+  array = np.asarray(values, np.dtype(kind).newbyteorder('<'))
+  return {
+    'integers': base64.b64encode(array.tobytes()).decode(),
+    'dtype': kind,
+  }
+
+
+def _integers_from_json(tree):
+  kind = tree.get('dtype')
+  if kind not in _INTEGER_TYPES:
+    raise ValueError(
+      f'Saved integers must have one of the types {_INTEGER_TYPES}, but have '
+      f'{kind!r}. The file was changed: restore it.'
+    )
+  content = base64.b64decode(tree['integers'], validate=True)
+  return tuple(
+    np.frombuffer(content, np.dtype(kind).newbyteorder('<')).tolist()
+  )
 
 
 def _tuples(value):

@@ -52,6 +52,8 @@ class T5Config:
     dtype: dtype of activations; parameters are float32. Not float16.
     remat: recompute blocks in the backward pass instead of keeping them.
     sparse_feed_forward: makes the layer (or its class) of the blocks below.
+    sparse_decoder_feed_forward: the same for the decoder's blocks, where it is
+      another: a router that looks ahead fits an encoder only.
     sparse_encoder_layers: encoder blocks, from 0, whose feed-forward is sparse.
     sparse_decoder_layers: decoder blocks, likewise.
     routing: gives routing ids where the batch has none. Without it, layers
@@ -74,6 +76,7 @@ class T5Config:
   dtype: Any = jnp.float32
   remat: bool = False
   sparse_feed_forward: Callable[..., nn.Module] | None = None
+  sparse_decoder_feed_forward: Callable[..., nn.Module] | None = None
   sparse_encoder_layers: tuple[int, ...] = ()
   sparse_decoder_layers: tuple[int, ...] = ()
   routing: Routing | None = None
@@ -106,10 +109,24 @@ class T5Config:
         f'layers {self.sparse_encoder_layers} and decoder layers '
         f'{self.sparse_decoder_layers}. Set both or neither.'
       )
-    if self.routing is not None and self.sparse_feed_forward is not None:
-      layer = self.make_sparse_feed_forward()
+    if self.sparse_feed_forward is not None:
+      self._check_layers()
+
+  def _check_layers(self):
+    encoder, decoder = self.make_sparse_layers()
+    if self.sparse_decoder_layers and getattr(decoder, 'looks_ahead', False):
+      raise ValueError(
+        'A token of the decoder must not be routed by later tokens, but '
+        f'{decoder.routing} does so: it would learn from the future and fail '
+        'when it generates. Set sparse_decoder_feed_forward to a layer with '
+        'TokensChoose(batch_prioritized=False) or a hash router.'
+      )
+    if self.routing is None:
+      return
+    for layer in (encoder, decoder):
       experts = getattr(layer, 'num_experts', self.routing.num_experts)
-      if experts != self.routing.num_experts:
+      has_table = not getattr(layer, 'reads_token_ids', False)
+      if has_table and experts != self.routing.num_experts:
         raise ValueError(
           'The layer and the routing vocabulary must have the same number '
           f'of experts, but the layer has {experts} and the vocabulary '
@@ -122,7 +139,10 @@ class T5Config:
     """Whether sparse layers take token ids for routing ids."""
     if self.sparse_feed_forward is None:
       return False
-    return getattr(self.make_sparse_feed_forward(), 'reads_token_ids', False)
+    return any(
+      getattr(layer, 'reads_token_ids', False)
+      for layer in self.make_sparse_layers()
+    )
 
   def make_dense_feed_forward(self) -> nn.Module:
     return feed_forward.DenseFeedForward(
@@ -133,24 +153,27 @@ class T5Config:
       parent=None,
     )
 
-  def make_sparse_feed_forward(self) -> nn.Module:
-    return self.sparse_feed_forward(
+  def make_sparse_layers(self) -> tuple[nn.Module, nn.Module]:
+    """A sparse layer of the encoder, and one of the decoder."""
+    make = lambda factory: factory(
       dropout_rate=self.dropout_rate, dtype=self.dtype, parent=None
     )
+    of_decoder = self.sparse_decoder_feed_forward or self.sparse_feed_forward
+    return make(self.sparse_feed_forward), make(of_decoder)
 
   def make_shared(self) -> dict[str, nn.Module]:
     """Modules shared by all sparse layers, such as a table of experts."""
     if self.sparse_feed_forward is None:
       return {}
-    layer = self.make_sparse_feed_forward()
+    layer, _ = self.make_sparse_layers()
     if not hasattr(layer, 'make_shared'):
       return {}
     return layer.make_shared(self.emb_dim)
 
   def make_feed_forward(
-    self, is_sparse: bool, shared: dict[str, nn.Module]
+    self, is_sparse: bool, is_decoder: bool, shared: dict[str, nn.Module]
   ) -> nn.Module:
     if not is_sparse:
       return self.make_dense_feed_forward()
-    layer = self.make_sparse_feed_forward()
+    layer = self.make_sparse_layers()[is_decoder]
     return layer.with_shared(shared) if shared else layer

@@ -13,6 +13,7 @@ class _Block(nn.Module):
   config: t5_config.T5Config
   is_sparse: bool
   shared: dict[str, nn.Module]
+  is_decoder = False
 
   def _norm(self):
     return layer_norm.LayerNorm(dtype=self.config.dtype)
@@ -25,7 +26,9 @@ class _Block(nn.Module):
 
   def _setup_feed_forward(self):
     self.pre_mlp_layer_norm = self._norm()
-    self.mlp = self.config.make_feed_forward(self.is_sparse, self.shared)
+    self.mlp = self.config.make_feed_forward(
+      self.is_sparse, self.is_decoder, self.shared
+    )
     self.dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
 
   def _feed_forward(self, tokens, routing_ids, deterministic):
@@ -56,6 +59,8 @@ class EncoderBlock(_Block):
 
 class DecoderBlock(_Block):
   """Causal self-attention, attention to the encoder, and feed-forward."""
+
+  is_decoder = True
 
   def setup(self):
     self.pre_self_attention_layer_norm = self._norm()

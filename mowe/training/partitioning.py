@@ -18,6 +18,7 @@ LOGICAL_AXIS_RULES = (
   ('joined_kv', 'model'),
   ('expert', 'expert'),
   ('expert_mlp', 'model'),
+  ('unmodeled', None),
   ('embed', None),
   ('kv', None),
   ('length', None),

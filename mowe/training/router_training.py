@@ -11,7 +11,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import router_losses
+from mowe.layers import router_losses, routing
+from mowe.models import t5_config
 from mowe.training.metrics import Mean
 
 # Path of a layer -> its stats.
@@ -72,3 +73,26 @@ def metrics(stats: LayerStats) -> dict[str, Mean]:
     for path, one in stats.items()
     for name, mean in router_losses.metrics(one).items()
   }
+
+
+def balance(
+  params: Any, old_params: Any, stats: LayerStats, config: t5_config.T5Config
+) -> Any:
+  """`params` with the next selection bias of every router that has one.
+
+  Args:
+    params: after the optimizer, which knows nothing of these biases.
+    old_params: before it.
+    stats: of the whole batch.
+    config: of the model; its layers know the rate.
+  """
+  flat = flax.traverse_util.flatten_dict(params)
+  old = flax.traverse_util.flatten_dict(old_params)
+  for path, one in stats.items():
+    name = (*path, 'router', routing.SELECTION_BIAS)
+    if name in flat:
+      layer = config.make_sparse_layers()[path[0] == 'decoder']
+      flat[name] = router_losses.balanced_bias(
+        old[name], one, layer.routing.bias_rate
+      )
+  return flax.traverse_util.unflatten_dict(flat)

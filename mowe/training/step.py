@@ -80,29 +80,38 @@ def make_train_step(
       shares = jax.tree.map(jnp.divide, _num_real_tokens(batch), num_real)
       # Here rather than in the gradients: one number instead of all of them.
       total = total / num_tokens
-      return total + router_training.loss(stats, loss.router, shares), metrics
+      total += router_training.loss(stats, loss.router, shares)
+      return total, (metrics, stats)
 
     def gradients(batch, streams, key):
-      """Of parameters; factors of those of tables; metrics."""
+      """Of parameters, with what is counted; factors of those of tables."""
       factors = {}
       if state.tables:
         factors = _zero_factors(model, state.params, tables, batch, streams)
-      (grads, factors), metrics = jax.grad(part_of_mean_loss, has_aux=True)(
+      (grads, factors), counted = jax.grad(part_of_mean_loss, has_aux=True)(
         (state.params, factors), batch, streams, key
       )
-      return (grads, metrics), factors
+      return (grads, counted), factors
 
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     streams = _streams(plan)
     if num_microbatches == 1:
-      (grads, metrics), factors = gradients(batch, streams, key)
+      (grads, counted), factors = gradients(batch, streams, key)
     else:
-      (grads, metrics), factors = _accumulate(
+      (grads, counted), factors = _accumulate(
         gradients, batch, streams, key, num_microbatches
       )
+    metrics, stats = counted
+    metrics |= router_training.metrics(stats)
 
     metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = router_training.balance(
+      optax.apply_updates(state.params, updates),
+      state.params,
+      stats,
+      model.config,
+    )
     # Also a dependency: the backward pass reads the tables, and would be given
     # a copy of them if it could end after they change.
     usable = jnp.isfinite(metrics['gradient_norm'].total)
@@ -119,7 +128,7 @@ def make_train_step(
       )
     state = state.replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       opt_state=opt_state,
       tables=new_tables,
       table_state=table_state,
@@ -135,10 +144,10 @@ def make_eval_step(
   """The step `(params, tables, batch, plan) -> metrics`, without dropout."""
 
   def eval_step(params, tables, batch, plan):
-    _, metrics, _ = _summed_loss(
+    _, metrics, stats = _summed_loss(
       model, loss, params, tables, {}, batch, _streams(plan), None
     )
-    return metrics
+    return metrics | router_training.metrics(stats)
 
   return eval_step
 
@@ -213,7 +222,7 @@ def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
     'z_loss': summed(z_loss),
     'accuracy': summed(right),
   }
-  metrics |= _routing_metrics(model, batch) | router_training.metrics(stats)
+  metrics |= _routing_metrics(model, batch)
   return jnp.sum((entropy + z_loss) * weights), metrics, stats
 
 

@@ -73,17 +73,16 @@ def make_case(seed, router, dispatch, **fields):
     # Far from even, so that capacities bind.
     kernel = rng.normal(size=(EMBED, NUM_EXPERTS)).astype(np.float32)
     params['router']['router_weights']['w']['kernel'] = jnp.asarray(kernel)
-  state = {}
-  if 'router_state' in variables:
-    bias = jnp.asarray([0.3, -0.2, 0.1, 0.0])
-    state = {'router_state': {'router': {'selection_bias': bias}}}
-  return layer, params, state, tokens, ids
+    if 'selection_bias' in params['router']:
+      bias = jnp.asarray([0.3, -0.2, 0.1, 0.0])
+      params['router']['selection_bias'] = bias
+  return layer, params, tokens, ids
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(layer, params, state, tokens, ids):
+def run(layer, params, tokens, ids):
   outputs, sown = layer.apply(
-    {'params': params} | state, tokens, ids, mutable=['router_stats']
+    {'params': params}, tokens, ids, mutable=['router_stats']
   )
   return outputs, sown['router_stats']['stats']
 
@@ -99,7 +98,7 @@ def scores_of(layer, logits):
   return exp / exp.sum(-1, keepdims=True)
 
 
-def decide(layer, params, state, tokens, ids):
+def decide(layer, params, tokens, ids):
   """Kept (token, expert) pairs of all groups, in float64 and one by one."""
   flat_ids = ids.reshape(-1)
   num_tokens = flat_ids.size
@@ -122,9 +121,9 @@ def decide(layer, params, state, tokens, ids):
         for t in sorted(real, key=lambda t, e=e: -scores[t, e])[:room]
       ]
     elif router.is_learned:
-      bias = np.zeros(NUM_EXPERTS)
-      if state:
-        bias = np.asarray(state['router_state']['router']['selection_bias'])
+      bias = np.asarray(
+        params['router'].get('selection_bias', np.zeros(NUM_EXPERTS))
+      )
       chosen = {t: np.argsort(-(scores[t] + bias))[: router.k] for t in real}
       if router.batch_prioritized:
         real = sorted(real, key=lambda t: -scores[t, chosen[t][0]])
@@ -178,13 +177,13 @@ def close(actual, expected):
 
 @pytest.mark.parametrize(('router', 'dispatch'), COMBINATIONS)
 def test_values_and_gradients_equal_the_loop(router, dispatch):
-  layer, params, state, tokens, ids = make_case(0, router, dispatch)
-  kept = decide(layer, params, state, tokens, ids)
+  layer, params, tokens, ids = make_case(0, router, dispatch)
+  kept = decide(layer, params, tokens, ids)
   rng = np.random.default_rng(1)
   cotangent = rng.normal(size=tokens.shape)
 
   def objective(params, tokens):
-    outputs, stats = run(layer, params, state, tokens, ids)
+    outputs, stats = run(layer, params, tokens, ids)
     return jnp.sum(outputs * cotangent.astype(np.float32)), (outputs, stats)
 
   gradient = jax.jit(jax.grad(objective, (0, 1), has_aux=True))
@@ -219,10 +218,10 @@ def test_values_and_gradients_equal_the_loop(router, dispatch):
 @pytest.mark.parametrize(('router', 'dispatch'), COMBINATIONS)
 @pytest.mark.parametrize('seed', range(2))
 def test_every_token_and_choice_is_counted(router, dispatch, seed):
-  layer, params, state, tokens, ids = make_case(seed, router, dispatch)
+  layer, params, tokens, ids = make_case(seed, router, dispatch)
   ids[0, :3] = NUM_IDS  # Without an expert where ids decide.
-  _, stats = run(layer, params, state, tokens, ids)
-  kept = decide(layer, params, state, tokens, ids)
+  _, stats = run(layer, params, tokens, ids)
+  kept = decide(layer, params, tokens, ids)
   # 42 positions in groups of 21: nothing is filled up.
   assert stats.num_tokens == BATCH * LENGTH
   assert stats.num_padding == np.sum(ids < 0)
@@ -247,19 +246,19 @@ def test_every_token_and_choice_is_counted(router, dispatch, seed):
 def test_ample_capacity_equals_dropless(router):
   found = []
   for dispatch in ('ample', 'dropless'):
-    layer, params, state, tokens, ids = make_case(3, router, dispatch)
-    found.append(run(layer, params, state, tokens, ids)[0])
+    layer, params, tokens, ids = make_case(3, router, dispatch)
+    found.append(run(layer, params, tokens, ids)[0])
   close(*found)
 
 
 @pytest.mark.parametrize(('router', 'dispatch'), COMBINATIONS)
 def test_padding_changes_no_real_token(router, dispatch):
-  layer, params, state, tokens, ids = make_case(4, router, dispatch)
-  outputs, _ = run(layer, params, state, tokens, ids)
+  layer, params, tokens, ids = make_case(4, router, dispatch)
+  outputs, _ = run(layer, params, tokens, ids)
   padding = (ids < 0)[:, :, None]
   noise = 100 * np.random.default_rng(0).normal(size=tokens.shape)
   noisy = np.where(padding, noise, tokens).astype(np.float32)
-  changed, _ = run(layer, params, state, noisy, ids)
+  changed, _ = run(layer, params, noisy, ids)
   np.testing.assert_array_equal(outputs, changed)
   np.testing.assert_array_equal(np.where(padding, outputs, 0), 0)
 
@@ -269,14 +268,14 @@ def test_padding_changes_no_real_token(router, dispatch):
   [c for c in COMBINATIONS if c[0] in ('top1', 'top3_priority', 'experts')],
 )
 def test_renumbering_experts_changes_nothing(router, dispatch):
-  layer, params, state, tokens, ids = make_case(5, router, dispatch)
+  layer, params, tokens, ids = make_case(5, router, dispatch)
   order = np.random.default_rng(5).permutation(NUM_EXPERTS)
   moved = {
     'expert': jax.tree.map(lambda w: w[order], params['expert']),
     'router': jax.tree.map(lambda w: w[:, order], params['router']),
   }
-  outputs, stats = run(layer, params, state, tokens, ids)
-  others, other_stats = run(layer, moved, state, tokens, ids)
+  outputs, stats = run(layer, params, tokens, ids)
+  others, other_stats = run(layer, moved, tokens, ids)
   close(others, outputs)
   np.testing.assert_array_equal(stats.load[order], other_stats.load)
 
@@ -295,16 +294,16 @@ def test_one_expert_is_the_dense_feed_forward(dispatch):
 
 
 def test_shared_expert_is_added():
-  layer, params, state, tokens, ids = make_case(
+  layer, params, tokens, ids = make_case(
     6, 'top2', 'dropless', shared_expert_dim=7
   )
   shared = feed_forward.DenseFeedForward(7).apply(
     {'params': params['shared_expert']}, tokens
   )
-  both, _ = run(layer, params, state, tokens, ids)
+  both, _ = run(layer, params, tokens, ids)
   alone = layer.clone(shared_expert_dim=0)
   routed, _ = run(
-    alone, {k: params[k] for k in ('router', 'expert')}, state, tokens, ids
+    alone, {k: params[k] for k in ('router', 'expert')}, tokens, ids
   )
   close(both, routed + shared)
 
@@ -312,7 +311,7 @@ def test_shared_expert_is_added():
 @pytest.mark.parametrize('dispatch', ['dropless', 'ample'])
 def test_dropout_and_jitter_draw_from_the_dropout_stream(dispatch):
   router = tokens_choose.TokensChoose(2, jitter=0.5)
-  layer, params, _, tokens, ids = make_case(
+  layer, params, tokens, ids = make_case(
     7, router, dispatch, expert_dropout_rate=0.5
   )
   apply = lambda key, layer=layer: layer.apply(
@@ -354,12 +353,12 @@ def test_parameters_have_flaxformers_names_and_axes():
 
 
 def test_stats_of_parts_add_up():
-  layer, params, state, tokens, ids = make_case(
+  layer, params, tokens, ids = make_case(
     8, 'top2', 'tight', groups=token_groups.TokenGroups(LENGTH)
   )
-  _, whole = run(layer, params, state, tokens, ids)
-  first = run(layer, params, state, tokens[:1], ids[:1])[1]
-  rest = run(layer, params, state, tokens[1:], ids[1:])[1]
+  _, whole = run(layer, params, tokens, ids)
+  first = run(layer, params, tokens[:1], ids[:1])[1]
+  rest = run(layer, params, tokens[1:], ids[1:])[1]
   jax.tree.map(close, router_losses.add(first, rest), whole)
 
 
@@ -388,9 +387,9 @@ def test_bad_settings_are_named():
 
 
 def test_logits_that_are_not_finite_are_counted():
-  layer, params, state, tokens, ids = make_case(9, 'top1', 'tight')
+  layer, params, tokens, ids = make_case(9, 'top1', 'tight')
   tokens[0, 0] = np.nan
   tokens[1, 0] = np.nan  # Padding.
-  outputs, stats = run(layer, params, state, tokens, ids)
+  outputs, stats = run(layer, params, tokens, ids)
   assert stats.num_not_finite == 1
   assert np.isnan(outputs[0, 0]).all()

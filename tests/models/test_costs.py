@@ -1,13 +1,21 @@
 """Parameters and FLOPs of tiny models, counted by hand."""
 
 import dataclasses
+import fractions
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mowe.layers import word_experts
+from mowe.layers import (
+  experts_choose,
+  hash_routing,
+  moe,
+  token_groups,
+  tokens_choose,
+  word_experts,
+)
 from mowe.models import costs, parameters, t5
 
 _V, _D, _H, _K, _F = 11, 6, 2, 5, 7
@@ -109,6 +117,102 @@ def test_equal_widths_are_equal_flops():
   assert sparse.flops_per_input_token == dense.flops_per_input_token
   assert sparse.flops_per_target_token == dense.flops_per_target_token
   assert sparse.total_parameters > dense.total_parameters
+
+
+def _moe(routing, decoder_routing=None, **fields):
+  make = lambda routing: functools.partial(
+    moe.MoeLayer, _E, _X, routing=routing, **fields
+  )
+  return _config(
+    sparse_feed_forward=make(routing),
+    sparse_decoder_feed_forward=decoder_routing and make(decoder_routing),
+    sparse_encoder_layers=(0, 2),
+    sparse_decoder_layers=(1,),
+  )
+
+
+_EXPERT = 3 * _D * _X
+_ROUTER = _D * _E
+
+
+@pytest.mark.parametrize(
+  ('routing', 'per_token', 'router'),
+  [
+    (tokens_choose.TokensChoose(), 1, _ROUTER),
+    (tokens_choose.TokensChoose(3), 3, _ROUTER),
+    (hash_routing.HashRouter(_V), 1, 0),
+  ],
+)
+def test_a_mixture_of_experts_by_hand(routing, per_token, router):
+  dense, cost = costs.model_costs(_config()), costs.model_costs(_moe(routing))
+  # Three layers, each with experts of its own.
+  assert cost.expert_parameters == 3 * _E * _EXPERT
+  assert cost.active_expert_parameters == 3 * per_token * _EXPERT
+  rest = dense.total_parameters + 3 * (router - _MLP)
+  assert cost.total_parameters == rest + cost.expert_parameters
+  assert cost.active_parameters == rest + cost.active_expert_parameters
+  # Two of them in the encoder, one in the decoder.
+  more = 2 * (per_token * _EXPERT + router - _MLP)
+  assert cost.flops_per_input_token == dense.flops_per_input_token + 2 * more
+  assert cost.flops_per_target_token == dense.flops_per_target_token + more
+
+
+def test_experts_that_choose_are_counted_by_their_choices():
+  config = _moe(
+    experts_choose.ExpertsChoose(2.0),
+    tokens_choose.TokensChoose(),
+    groups=token_groups.TokenGroups(52),
+  )
+  dense, cost = costs.model_costs(_config()), costs.model_costs(config)
+  # 2.0 * 52 / 13 = 8 tokens for each of 13 experts: 104 pairs of 52 tokens.
+  assert cost.active_expert_parameters == (2 * 2 + 1) * _EXPERT
+  assert cost.flops_per_input_token == dense.flops_per_input_token + 2 * 2 * (
+    2 * _EXPERT + _ROUTER - _MLP
+  )
+  assert cost.flops_per_target_token == dense.flops_per_target_token + 2 * (
+    _EXPERT + _ROUTER - _MLP
+  )
+
+
+def test_choices_that_do_not_come_out_even():
+  config = _moe(
+    experts_choose.ExpertsChoose(),
+    tokens_choose.TokensChoose(),
+    groups=token_groups.TokenGroups(20),
+  )
+  # round(20 / 13) = 2 tokens for each of 13 experts: 26 pairs of 20 tokens.
+  layer, _ = config.make_sparse_layers()
+  assert costs.experts_per_token(layer) == fractions.Fraction(26, 20)
+  cost = costs.model_costs(config)
+  assert cost.active_expert_parameters == round((2 * 1.3 + 1) * _EXPERT)
+
+
+def test_a_shared_expert_is_met_by_every_token():
+  routing = tokens_choose.TokensChoose()
+  alone = costs.model_costs(_moe(routing))
+  cost = costs.model_costs(_moe(routing, shared_expert_dim=5))
+  shared = 3 * _D * 5
+  assert cost.expert_parameters == alone.expert_parameters
+  assert cost.total_parameters == alone.total_parameters + 3 * shared
+  assert cost.active_parameters == alone.active_parameters + 3 * shared
+  assert cost.flops_per_input_token == (
+    alone.flops_per_input_token + 2 * 2 * shared
+  )
+
+
+def test_word_experts_below_and_a_mixture_above():
+  words = _mowe(share_experts=False)
+  config = dataclasses.replace(
+    words, sparse_decoder_feed_forward=functools.partial(moe.MoeLayer, 4, 5)
+  )
+  words, cost = costs.model_costs(words), costs.model_costs(config)
+  row, expert, router = 3 * _D * _X, 3 * _D * 5, _D * 4
+  assert cost.expert_parameters == 2 * _E * row + 4 * expert
+  assert cost.active_expert_parameters == 2 * row + expert
+  assert cost.flops_per_input_token == words.flops_per_input_token
+  assert cost.flops_per_target_token == words.flops_per_target_token + 2 * (
+    expert + router - row
+  )
 
 
 def test_the_formula_is_what_the_compiled_program_counts():

@@ -1,0 +1,178 @@
+"""Training with a router: its losses, biases and metrics in the step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from mowe.layers import (
+  capacity_dispatch,
+  experts_choose,
+  moe,
+  routing,
+  token_groups,
+  tokens_choose,
+)
+from mowe.models import t5
+from mowe.training import loop, router_training
+from mowe.training import step as step_lib
+
+_NUM_EXPERTS = 4
+_OPTIMIZER = optax.sgd(0.5)
+_LAYER = ('encoder', 'layers_0', 'mlp')
+
+
+def _model(router=None, **fields):
+  fields = {
+    # Rows are groups: cutting the batch changes no group.
+    'groups': token_groups.TokenGroups(tiny.INPUTS)
+  } | fields
+  layer = functools.partial(
+    moe.MoeLayer,
+    _NUM_EXPERTS,
+    8,
+    routing=router or tokens_choose.TokensChoose(k=2),
+    **fields,
+  )
+  decoder = functools.partial(
+    moe.MoeLayer,
+    _NUM_EXPERTS,
+    8,
+    groups=token_groups.TokenGroups(tiny.TARGETS),
+  )
+  return t5.T5(
+    tiny.make_config(
+      sparse=False,
+      sparse_feed_forward=layer,
+      sparse_decoder_feed_forward=decoder,
+      sparse_encoder_layers=(0,),
+      sparse_decoder_layers=(0,),
+    )
+  )
+
+
+def _batch(seed=0):
+  batch = tiny.make_batch(seed)
+  return {k: v for k, v in batch.items() if not k.endswith('_routing_ids')}
+
+
+def _run(model, batch, config=None, num_microbatches=1, state=None):
+  step = step_lib.make_train_step(
+    model,
+    optimizer=_OPTIMIZER,
+    row_optimizer=None,
+    loss=step_lib.LossConfig(
+      router=config or router_training.RouterLossConfig()
+    ),
+    seed=0,
+    num_microbatches=num_microbatches,
+  )
+  state = state or tiny.make_state(model, _OPTIMIZER, None)
+  new, metrics = tiny.jit(step)(state, {}, batch, None)
+  return (
+    state,
+    new,
+    {k: m.compute() for k, m in jax.device_get(metrics).items()},
+  )
+
+
+def test_the_loss_has_the_mean_of_the_routers_losses():
+  model, batch = _model(), _batch()
+  config = router_training.RouterLossConfig(
+    load_balance=0.5, z_loss=0.25, importance=0.125
+  )
+  state, new, metrics = _run(model, batch, config)
+
+  def loss(params):
+    total, _, stats = step_lib._summed_loss(
+      model, step_lib.LossConfig(), params, {}, {}, batch, {}, None
+    )
+    total /= batch['decoder_loss_weights'].sum()
+    assert sorted(stats) == [('decoder', *_LAYER[1:]), _LAYER]
+    for one in stats.values():
+      total += (
+        0.5
+        * (0.5 * one.load_balance + 0.25 * one.z_loss + 0.125 * one.importance)
+        / one.num_loss_tokens
+      )
+    return total
+
+  grads = tiny.jit(jax.grad(loss))(state.params)
+  updates, _ = tiny.jit(_OPTIMIZER.update)(grads, state.opt_state, state.params)
+  tiny.assert_close(
+    new.params, optax.apply_updates(state.params, updates), 1e-5
+  )
+  # Padding of encoder and decoder was not routed.
+  real = (batch['encoder_input_tokens'] > 0).mean()
+  assert metrics['encoder/layers_0/mlp/padding'] == pytest.approx(1 - real)
+  real = (batch['decoder_target_tokens'] > 0).mean()
+  assert metrics['decoder/layers_0/mlp/padding'] == pytest.approx(1 - real)
+  load = metrics['encoder/layers_0/mlp/load']
+  assert load.shape == (_NUM_EXPERTS,) and load.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize('number', [2, 4])
+def test_microbatches_change_nothing(number):
+  model, batch = (
+    _model(tokens_choose.TokensChoose(k=2, bias_rate=0.01)),
+    _batch(1),
+  )
+  config = router_training.RouterLossConfig(0.5, 0.25)
+  _, whole, metrics = _run(model, batch, config)
+  _, parts, other = _run(model, batch, config, number)
+  tiny.assert_close(parts.params, whole.params, 1e-5)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(other[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_the_selection_bias_follows_the_loads_alone():
+  model = _model(tokens_choose.TokensChoose(k=1, bias_rate=0.01))
+  state, new, metrics = _run(model, _batch())
+  bias = lambda state: np.asarray(
+    state.params['encoder']['layers_0']['mlp']['router'][routing.SELECTION_BIAS]
+  )
+  np.testing.assert_array_equal(bias(state), 0)
+  load = metrics['encoder/layers_0/mlp/load']
+  np.testing.assert_allclose(bias(new), 0.01 * np.sign(load.mean() - load))
+  # It is read: a large bias sends every token to one expert.
+  state.params['encoder']['layers_0']['mlp']['router'][
+    routing.SELECTION_BIAS
+  ] = jnp.asarray([0.0, 9.0, 0.0, 0.0])
+  _, _, metrics = _run(model, _batch(), state=state)
+  np.testing.assert_array_equal(
+    metrics['encoder/layers_0/mlp/load'], [0, 1, 0, 0]
+  )
+
+
+def test_dropped_tokens_are_counted():
+  model = _model(
+    tokens_choose.TokensChoose(k=1),
+    dispatch=capacity_dispatch.CapacityDispatch(0.5, 0.5, min_capacity=1),
+  )
+  _, _, metrics = _run(model, _batch())
+  assert metrics['encoder/layers_0/mlp/dropped'] > 0
+  assert metrics['decoder/layers_0/mlp/dropped'] == 0
+
+
+def test_a_decoder_refuses_a_router_that_looks_ahead():
+  with pytest.raises(ValueError, match='sparse_decoder_feed_forward'):
+    tiny.make_config(
+      sparse=False,
+      sparse_feed_forward=functools.partial(
+        moe.MoeLayer,
+        _NUM_EXPERTS,
+        8,
+        routing=experts_choose.ExpertsChoose(),
+      ),
+      sparse_decoder_layers=(0,),
+    )
+
+
+def test_router_logits_that_are_not_finite_end_the_run():
+  values = {'loss': 1.0, 'gradient_norm': 1.0, 'encoder/x/not_finite': 0.25}
+  with pytest.raises(loop.DivergedError, match='encoder/x/not_finite is 0.25'):
+    loop._check_finite(3, values)
