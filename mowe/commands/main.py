@@ -164,6 +164,13 @@ def _make_parser() -> argparse.ArgumentParser:
     action='store_true',
     help='a T5 with as many parameters in all (hours on a CPU)',
   )
+  quickstart.add_argument(
+    '--with_moe',
+    nargs='+',
+    default=(),
+    choices=('switch', 'top2', 'expert_choice', 'hash'),
+    help='also mixtures of experts',
+  )
   quickstart.add_argument('--steps', type=int, help='of pretraining')
   quickstart.add_argument('--finetune_steps', type=int)
   quickstart.set_defaults(run=_quickstart)

@@ -68,6 +68,7 @@ def quickstart(
   num_seeds: int = 1,
   with_longer_t5: bool = False,
   with_larger_t5: bool = False,
+  with_moe: Sequence[str] = (),
   steps: int | None = None,
   finetune_steps: int | None = None,
 ) -> dict[str, float]:
@@ -85,6 +86,8 @@ def quickstart(
     num_seeds: runs of each model; the report shows their means.
     with_longer_t5: also a T5 that is pretrained three times as long.
     with_larger_t5: also a T5 with as many parameters in all as the MoWE.
+    with_moe: also these mixtures of experts: 'switch', 'top2', ...; the recipe
+      has a gin file for each.
     steps: of pretraining, instead of the recipe's.
     finetune_steps: instead of the recipe's.
 
@@ -103,6 +106,8 @@ def quickstart(
     contestants.append(_Contestant('T5, 3x longer', 't5', longer=3))
   if with_larger_t5:
     contestants.append(_Contestant('T5, equal size', 't5', same_size=True))
+  for kind in with_moe:
+    contestants.append(_Contestant(f'MoE {kind}', f'moe_{kind}'))
   runs = _Runs(folder, recipe, macros, steps, finetune_steps)
   results = [
     _mean([runs.run(one, seed) for seed in range(num_seeds)])
@@ -239,7 +244,8 @@ class _Runs:
       name=one.name,
       total_parameters=cost.total_parameters,
       active_parameters=cost.active_parameters,
-      frozen_parameters=cost.expert_parameters,
+      # The recipes freeze word experts, and no others.
+      frozen_parameters=cost.expert_parameters if one.model == 'mowe' else 0,
       flops_per_token=cost.flops_per_example(
         lengths['inputs'], lengths['targets']
       )
@@ -264,7 +270,7 @@ class _Runs:
     files = [f'gin_configs/examples/{self.recipe}_{stage}_{one.model}.gin']
     used = {**self.macros, 'RANDOM_SEED': seed, 'MODEL_DIR': str(model_dir)}
     used |= macros
-    if one.model == 't5':
+    if one.model != 'mowe':
       del used['ROUTING_VOCABULARY'], used['NUM_EXPERTS']
     bindings = [f'{name} = {value!r}' for name, value in used.items()]
     if one.same_size:
