@@ -44,3 +44,21 @@ class TokenGroups:
     """Inverse of `split`, without what was filled up."""
     flat = groups.reshape(-1, *groups.shape[2:])[: batch * length]
     return flat.reshape(batch, length, *groups.shape[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceGroups:
+  """Each sequence is a group of its own: none takes the place of another."""
+
+  # Nothing is filled up.
+  routes_filling = False
+
+  def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
+    """[batch, length, ...] as it is."""
+    del fill
+    return array
+
+  def merge(self, groups: jax.Array, batch: int, length: int) -> jax.Array:
+    """Inverse of `split`."""
+    del batch, length
+    return groups
