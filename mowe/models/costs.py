@@ -1,12 +1,15 @@
 """Parameters and forward FLOPs of a model, from its shapes."""
 
 import dataclasses
+import fractions
 
 import flax
 import jax
 import numpy as np
+from flax import linen as nn
 
-from mowe.models import initialization, parameters, t5
+from mowe.layers import moe
+from mowe.models import parameters, t5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +19,13 @@ class ModelCosts:
   A product with a kernel of n numbers costs 2n FLOPs. Attention scores, which
   depend on the length and are the same for all feed-forwards, are left out; so
   are norms and activations. A word expert is counted for every token, also for
-  those that are skipped.
+  those that are skipped. The experts of a MoeLayer are counted as often as its
+  router chooses one per token, on average and before any is dropped; routers
+  and shared experts are met by every token.
 
   Attributes:
     total_parameters: all numbers that are stored.
-    expert_parameters: those in expert tables.
+    expert_parameters: those of experts, in tables and in layers.
     active_expert_parameters: those that one token reads, over all layers that
       it passes, counted once per table row.
     flops_per_input_token: forward, one encoder token (its keys and values for
@@ -51,34 +56,69 @@ class ModelCosts:
 def model_costs(config: t5.T5Config) -> ModelCosts:
   """Costs of a model, read off the shapes of its parameters."""
   model = t5.T5(config)
-  params = initialization.abstract_variables(model)['params']
+  params = jax.eval_shape(
+    lambda key: parameters.initial_variables(model, key)['params'],
+    jax.random.key(0),
+  )
   ordinary, tables = parameters.split_tables(params)
-  row = sum(
-    int(np.prod(leaf.shape[1:])) for leaf in jax.tree.leaves(tables)
-  ) // max(1, len(tables))
-  encoder = decoder = 0
+  row = sum(_size(x) // x.shape[0] for x in jax.tree.leaves(tables))
+  row //= max(1, len(tables))
+  in_experts = sum(map(_size, jax.tree.leaves(tables)))
+  active = fractions.Fraction(row * len(tables))
+  read = dict.fromkeys(_STACKS, fractions.Fraction(0))
+  layers = _sparse_layers(config)
+  for stack, layer in layers.items():
+    if not isinstance(layer, moe.MoeLayer):
+      read[stack] += row * len(getattr(config, f'sparse_{stack}_layers'))
   for path, leaf in flax.traverse_util.flatten_dict(ordinary).items():
     if path[-1] != 'kernel':
       continue
-    size = int(np.prod(leaf.shape))
+    size = fractions.Fraction(_size(leaf))
+    if is_expert(path):
+      in_experts += _size(leaf)
+      layer = layers[path[0]]
+      size *= experts_per_token(layer) / layer.num_experts
+      active += size
     # The decoder projects each encoder token once to a key and a value.
     of_input = path[0] == 'encoder' or (path[-3:-1] in _MEMORY_PROJECTIONS)
-    encoder += size if of_input else 0
-    decoder += 0 if of_input else size
+    read['encoder' if of_input else 'decoder'] += size
   if config.logits_via_embedding:
-    decoder += config.vocab_size * config.emb_dim
-  encoder += row * len(config.sparse_encoder_layers)
-  decoder += row * len(config.sparse_decoder_layers)
-  total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-  in_tables = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tables))
+    read['decoder'] += config.vocab_size * config.emb_dim
   return ModelCosts(
-    total_parameters=total,
-    expert_parameters=in_tables,
-    active_expert_parameters=row * len(tables),
-    flops_per_input_token=2 * encoder,
-    flops_per_target_token=2 * decoder,
+    total_parameters=sum(map(_size, jax.tree.leaves(params))),
+    expert_parameters=in_experts,
+    active_expert_parameters=round(active),
+    flops_per_input_token=round(2 * read['encoder']),
+    flops_per_target_token=round(2 * read['decoder']),
   )
 
+
+def is_expert(path: tuple[str, ...]) -> bool:
+  """Whether a parameter belongs to the experts of a MoeLayer."""
+  return len(path) > 2 and path[-3] == 'expert'
+
+
+def experts_per_token(layer: moe.MoeLayer) -> fractions.Fraction:
+  """Experts that a token meets on average, in a group of the usual size."""
+  size = getattr(layer.groups, 'size', _GROUP_SIZE)
+  pairs = layer.routing.num_pairs(size, layer.num_experts)
+  return fractions.Fraction(pairs, size)
+
+
+def _sparse_layers(config: t5.T5Config) -> dict[str, nn.Module]:
+  if config.sparse_feed_forward is None:
+    return {}
+  return dict(zip(_STACKS, config.make_sparse_layers(), strict=True))
+
+
+def _size(leaf) -> int:
+  return int(np.prod(leaf.shape))
+
+
+_STACKS = ('encoder', 'decoder')
+
+# Of groups that have no size of their own, as those of whole sequences.
+_GROUP_SIZE = 512
 
 _MEMORY_PROJECTIONS = {
   ('encoder_decoder_attention', 'key'),
