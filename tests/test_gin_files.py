@@ -5,6 +5,8 @@ for a change of a model that is meant.
 """
 
 import copy
+import dataclasses
+import json
 import pathlib
 import re
 import sys
@@ -14,7 +16,8 @@ import jax
 import pytest
 
 from mowe.commands import data_config, gin_config
-from mowe.models import costs, parameters, t5
+from mowe.layers import experts_choose, tokens_choose
+from mowe.models import costs, parameters, saved_config, t5
 from mowe.training import partitioning
 from mowe.words import build, subwords
 
@@ -181,6 +184,73 @@ def test_tiny_models_cost_the_same(routing_paths):
   assert sparse.flops_per_input_token == dense.flops_per_input_token
   assert sparse.flops_per_target_token == dense.flops_per_target_token
   assert sparse.total_parameters > 3 * dense.total_parameters
+
+
+# Layers with experts in each stack, and experts of each.
+_MOE = {
+  'moe_switch': {'base': (6, 128), 'large': (12, 128), 'tiny': (1, 8)},
+  'moe_top2': {'base': (3, 64), 'large': (6, 64), 'tiny': (1, 8)},
+  'moe_expert_choice': {'base': (6, 64), 'large': (12, 64), 'tiny': (1, 8)},
+  'moe_hash': {'base': (6, 128), 'large': (12, 128), 'tiny': (1, 8)},
+}
+
+
+def test_mixtures_of_experts_have_all_sizes():
+  names = {f'{kind}_{size}' for kind, sizes in _MOE.items() for size in sizes}
+  assert names == {name for name in _MODELS if name.startswith('moe_')}
+
+
+@pytest.mark.parametrize('size', ['tiny', 'base', 'large'])
+@pytest.mark.parametrize('kind', _MOE)
+def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
+  num_layers, num_experts = _MOE[kind][size]
+  dense = costs.model_costs(_config(f't5_{size}', routing_paths))
+  config = _config(f'{kind}_{size}', routing_paths)
+  assert len(config.sparse_encoder_layers) == num_layers
+  assert len(config.sparse_decoder_layers) == num_layers
+  cost = costs.model_costs(config)
+  width = config.make_sparse_layers()[0].expert_dim
+  expert, mlp = 3 * config.emb_dim * width, 3 * config.emb_dim * config.mlp_dim
+  router = 0 if kind == 'moe_hash' else config.emb_dim * num_experts
+  both = 2 * num_layers
+  assert cost.expert_parameters == both * num_experts * expert
+  assert cost.total_parameters == (
+    dense.total_parameters + both * (num_experts * expert + router - mlp)
+  )
+  if size == 'tiny':
+    # The FLOPs of T5, and those of the router in each stack.
+    more = 2 * num_layers * router
+    assert cost.flops_per_input_token == dense.flops_per_input_token + more
+    assert cost.flops_per_target_token == dense.flops_per_target_token + more
+  else:
+    assert width == config.mlp_dim
+
+
+@pytest.mark.parametrize('name', _MODELS)
+def test_a_model_of_a_gin_file_can_be_saved(name, routing_paths):
+  config = _config(name, routing_paths)
+  tree = json.loads(json.dumps(saved_config.to_json(config)))
+  again = saved_config.from_json(tree, config.routing)
+  if config.sparse_feed_forward is not None:
+    assert again.make_sparse_layers() == config.make_sparse_layers()
+  factories = {'sparse_feed_forward': None, 'sparse_decoder_feed_forward': None}
+  plain = {'sparse_encoder_layers': (), 'sparse_decoder_layers': ()}
+  assert dataclasses.replace(again, **factories, **plain) == (
+    dataclasses.replace(config, **factories, **plain)
+  )
+
+
+def test_only_encoders_prioritize(routing_paths):
+  config = _config('moe_top2_base', routing_paths)
+  encoder, decoder = config.make_sparse_layers()
+  assert encoder.routing.batch_prioritized
+  assert not decoder.routing.batch_prioritized
+  assert encoder.routing.k == decoder.routing.k == 2
+  encoder, decoder = _config(
+    'moe_expert_choice_tiny', routing_paths
+  ).make_sparse_layers()
+  assert encoder.routing == experts_choose.ExpertsChoose(2.0)
+  assert decoder.routing == tokens_choose.TokensChoose(2, renormalize=True)
 
 
 def _names(folder):
