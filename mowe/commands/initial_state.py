@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import optax
 
 from mowe.commands import model_folder
-from mowe.models import initialization, parameters, t5, threefry
+from mowe.models import initialization, parameters, t5, threefry, upcycling
 from mowe.training import checkpoints as checkpoints_lib
 from mowe.training import optimizers, partitioning, row_optimizers, train_state
 
@@ -80,7 +81,8 @@ class Setup:
     Args:
       checkpoints: of this run; its latest is resumed if there is one.
       described: what must be as it was when the run began.
-      initial_path: whose parameters a new run takes; None: fresh ones.
+      initial_path: whose parameters a new run takes; None: fresh ones. Those
+        of a dense model become experts; see `upcycling`.
     """
     if checkpoints.latest_step() is not None:
       checkpoints.check_metadata(described)
@@ -119,11 +121,32 @@ class Setup:
   def _parameters_of(self, path: str) -> dict[str, Any]:
     folder, step = model_folder.split_checkpoint_path(path)
     wanted = {'params': self.abstract.params, 'tables': self.abstract.tables}
+    is_dense = self._is_dense_twin(folder)
+    if is_dense:
+      wanted['params'] = upcycling.dense_shapes(self.abstract.params)
     with checkpoints_lib.Checkpoints(folder) as source:
       parts = source.restore_parameters(wanted, step)
       step = source.latest_step() if step is None else step
     print(f'Started from {folder}, step {step}.')
+    if is_dense:
+      parts['params'] = upcycling.upcycle(
+        self.model,
+        parts['params'],
+        self.abstract.params,
+        threefry.key(self.seed),
+      )
+      print('It is dense: every expert starts as a copy of its MLP.')
     return parts
+
+  def _is_dense_twin(self, folder: pathlib.Path) -> bool:
+    """Whether the folder has no experts and they are to be made of its MLPs."""
+    if self.model.config.sparse_feed_forward is None:
+      return False
+    source, _ = model_folder.load_config(folder)
+    if source.sparse_feed_forward is not None:
+      return False
+    upcycling.check(self.model.config)
+    return True
 
 
 def _shardings(abstract: Any) -> Any:
