@@ -31,7 +31,10 @@ def show(
   """
   console = rich.console.Console(highlight=False, soft_wrap=True)
   cost = costs.model_costs(config)
-  console.print(_parameter_table(state.params, cost, freeze_experts))
+  # Only tables can be frozen.
+  frozen = jax.tree.leaves(state.tables) if freeze_experts else []
+  num_frozen = sum(int(np.prod(leaf.shape)) for leaf in frozen)
+  console.print(_parameter_table(state.params, cost, num_frozen))
   shapes = ', '.join(
     f'{name} {tuple(array.shape)}'
     for name, array in _example_batch(batches).items()
@@ -45,13 +48,15 @@ def show(
   console.print(f'Devices    {mesh_shape}')
 
 
-def _parameter_table(params, cost, freeze_experts):
+def _parameter_table(params, cost, num_frozen):
   table = rich.table.Table(title='Parameters', title_justify='left')
   table.add_column('part')
   for column in ('total', 'active per token', 'frozen'):
     table.add_column(column, justify='right')
   groups: dict[str, int] = {}
   for path, leaf in flax.traverse_util.flatten_dict(params).items():
+    if costs.is_expert(path):
+      continue
     group = '/'.join(path[:1] if path[0] == 'token_embedder' else path[:2])
     groups[group] = groups.get(group, 0) + int(np.prod(leaf.shape))
   for group, count in groups.items():
@@ -61,14 +66,14 @@ def _parameter_table(params, cost, freeze_experts):
       'experts',
       f'{cost.expert_parameters:,}',
       f'{cost.active_expert_parameters:,}',
-      f'{cost.expert_parameters:,}' if freeze_experts else '0',
+      f'{num_frozen:,}',
     )
   table.add_section()
   table.add_row(
     'all',
     f'{cost.total_parameters:,}',
     f'{cost.active_parameters:,}',
-    f'{cost.expert_parameters:,}' if freeze_experts else '0',
+    f'{num_frozen:,}',
   )
   table.caption = (
     f'forward FLOPs: {cost.flops_per_input_token:,} per input token, '
