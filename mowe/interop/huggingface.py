@@ -236,7 +236,7 @@ def make_config(config: Mapping[str, Any]) -> t5.T5Config:
     head_dim=config['d_kv'],
     mlp_dim=config['d_ff'],
     num_encoder_layers=config['num_layers'],
-    num_decoder_layers=config.get('num_decoder_layers', config['num_layers']),
+    num_decoder_layers=config.get('num_decoder_layers') or config['num_layers'],
     mlp_activations=_ACTIVATIONS[activation],
     # transformers 5 keeps T5's old flag under another name.
     logits_via_embedding=config.get(
