@@ -106,7 +106,7 @@ class Setup:
     if self.row_optimizer is None:
       trained = trained.replace(tables={})
     return jax.jit(
-      train_step,
+      partitioning.on_mesh(train_step, self.abstract.step.sharding.mesh),
       donate_argnums=0,
       out_shardings=(_shardings(trained), None),
     )

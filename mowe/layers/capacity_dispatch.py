@@ -1,11 +1,12 @@
 """A fixed number of slots for each expert and group; the rest is dropped."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import feed_forward, routing, slots
+from mowe.layers import expert_parallel, feed_forward, routing, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +116,10 @@ class CapacityDispatch:
     rows: jax.Array,
     kernels: dict[str, jax.Array],
     plan: slots.SlotPlan,
-    keep: jax.Array | None,
+    keep: Callable[[jax.Array], jax.Array] | None,
     activations: tuple[str, ...],
   ) -> jax.Array:
     """Experts' outputs <float>[slots, embed], one batched product per kernel."""
-    del plan
     num_experts = kernels['wo'].shape[0]
     # [slots, embed] -> [experts, groups * capacity, embed]
     by_expert = lambda x: x.reshape(num_experts, -1, x.shape[-1])
@@ -132,6 +132,56 @@ class CapacityDispatch:
       activations,
     )
     if keep is not None:
-      hidden *= by_expert(keep)
+      hidden *= by_expert(keep(plan.pairs)).astype(hidden.dtype)
     outputs = jnp.einsum('ecf,efm->ecm', hidden, kernels['wo'])
     return outputs.reshape(rows.shape)
+
+  def across(self, num_shards: int) -> 'CapacityExchange':
+    """The same with experts on several devices."""
+    return CapacityExchange(self, num_shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityExchange:
+  """Capacity dispatch over devices, only inside of `expert_parallel.shard`.
+
+  Attributes:
+    dispatch: the one of each device.
+    num_shards: devices along the mesh axis `expert`.
+  """
+
+  dispatch: CapacityDispatch
+  num_shards: int
+
+  def plan(self, choices, router, *, num_experts, training) -> slots.SlotPlan:
+    """Slots of this device's groups, for all experts."""
+    return self.dispatch.plan(
+      choices, router, num_experts=num_experts, training=training
+    )
+
+  def compute(self, rows, kernels, plan, keep, activations) -> jax.Array:
+    """Experts' outputs <float>[slots, embed], by way of their devices."""
+    num_experts = plan.group_sizes.size
+    own_units = None
+    if keep is not None:
+      pairs = expert_parallel.number_pairs(plan.pairs, plan.slots_of_pairs.size)
+      pairs = self._to_experts(pairs, num_experts)
+      plan = plan._replace(pairs=pairs)
+      own_units = lambda pairs: expert_parallel.own_units(keep(pairs))
+    outputs = self.dispatch.compute(
+      self._to_experts(rows, num_experts), kernels, plan, own_units, activations
+    )
+    # [own experts, shards * slots, embed] -> [experts, slots, embed]
+    outputs = outputs.reshape(num_experts // self.num_shards, -1, rows.shape[1])
+    return _all_to_all(outputs, 1, 0).reshape(rows.shape)
+
+  def _to_experts(self, slots, num_experts):
+    # [experts, slots, ...] -> [own experts, shards * slots, ...]
+    by_expert = slots.reshape(num_experts, -1, *slots.shape[1:])
+    return _all_to_all(by_expert, 0, 1).reshape(-1, *slots.shape[1:])
+
+
+def _all_to_all(array, split_axis, concat_axis):
+  return jax.lax.all_to_all(
+    array, expert_parallel.EXPERT_AXIS, split_axis, concat_axis, tiled=True
+  )

@@ -1,11 +1,12 @@
 """Every choice is computed: pairs sorted by expert, experts one by one."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import routing, slots, sorted_experts
+from mowe.layers import dropless_exchange, routing, slots, sorted_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +14,25 @@ class DroplessDispatch:
   """Slots in order of the experts, as many for each as it was chosen.
 
   Source: MegaBlocks, arXiv 2211.15841. Groups play no part in it.
+
+  Attributes:
+    buffer_factor: with experts on several devices, rows that each of them has
+      room for from each other, relative to an even share. None has room for
+      all, so that nothing is ever dropped; memory then grows with the devices.
+      With a factor, what does not fit is dropped and counted.
+
+  Raises:
+    ValueError: the factor is not positive.
   """
+
+  buffer_factor: float | None = None
+
+  def __post_init__(self):
+    if self.buffer_factor is not None and self.buffer_factor <= 0:
+      raise ValueError(
+        f'buffer_factor must be positive, but is {self.buffer_factor}. 1.0 is '
+        'an even share; leave it out to drop nothing.'
+      )
 
   def check(self, router: routing.Router) -> None:
     """Accepts any router."""
@@ -54,15 +73,21 @@ class DroplessDispatch:
     rows: jax.Array,
     kernels: dict[str, jax.Array],
     plan: slots.SlotPlan,
-    keep: jax.Array | None,
+    keep: Callable[[jax.Array], jax.Array] | None,
     activations: tuple[str, ...],
   ) -> jax.Array:
     """Experts' outputs <float>[slots, embed]."""
     num_experts = kernels['wo'].shape[0]
     tiles = _tiles(plan.slots_of_pairs.size, num_experts)
+    if keep is not None:
+      keep = keep(plan.pairs).astype(rows.dtype)
     return sorted_experts.feed_forward_by_expert(
       rows, kernels, plan.group_sizes, keep, activations, tiles
     )
+
+  def across(self, num_shards: int) -> dropless_exchange.DroplessExchange:
+    """The same with experts on several devices."""
+    return dropless_exchange.DroplessExchange(num_shards, self.buffer_factor)
 
 
 def _tiles(num_pairs, num_experts):

@@ -1,5 +1,6 @@
 """Mixture of experts: a router decides, a dispatch moves, experts compute."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ from flax.linen import partitioning
 
 from mowe.layers import (
   dropless_dispatch,
+  expert_dropout,
+  expert_parallel,
   feed_forward,
   router_losses,
   routing,
@@ -16,6 +19,69 @@ from mowe.layers import (
   token_groups,
   tokens_choose,
 )
+
+
+def mix(
+  *,
+  tokens: jax.Array,
+  is_valid: jax.Array,
+  ids: jax.Array | None,
+  logits: jax.Array | None,
+  bias: jax.Array | None,
+  dropout: expert_dropout.ExpertDropout | None,
+  kernels: dict[str, jax.Array],
+  num_experts: int,
+  router: routing.Router,
+  dispatch: Any,
+  losses: router_losses.RouterLosses,
+  activations: tuple[str, ...],
+  training: bool,
+) -> tuple[jax.Array, router_losses.RouterStats]:
+  """Outputs of the experts for groups of tokens, and what was counted.
+
+  Args:
+    tokens: <float>[groups, tokens, embed].
+    is_valid: <bool>[groups, tokens], False for padding.
+    ids: <int32>[groups, tokens], or None.
+    logits: <float32>[groups, tokens, experts]; None if nothing is learned.
+    bias: <float32>[experts] for the selection of experts, or None.
+    dropout: of hidden units, or None.
+    kernels: as ExpertKernels gives them, or this device's part of them.
+    num_experts: of all devices.
+    router: decides.
+    dispatch: gives slots, and has them computed.
+    losses: how the router's losses are formed.
+    activations: as in the dense feed-forward.
+    training: which capacity there is.
+  """
+  choices = router(
+    logits,
+    num_experts=num_experts,
+    is_valid=is_valid,
+    routing_ids=ids,
+    selection_bias=bias,
+  )
+  plan = dispatch.plan(
+    choices, router, num_experts=num_experts, training=training
+  )
+  flat = tokens.reshape(-1, tokens.shape[-1])
+  rows = dispatch.compute(
+    slots.to_slots(flat, plan), kernels, plan, dropout, activations
+  )
+  weights = slots.permute(
+    choices.weights.reshape(-1), plan.pairs, plan.slots_of_pairs
+  )
+  rows = (rows * weights[:, None]).astype(tokens.dtype)
+  outputs = slots.to_tokens(rows, plan).reshape(tokens.shape)
+  stats = router_losses.measure(
+    logits,
+    choices,
+    plan,
+    router=router,
+    router_losses=losses,
+    is_valid=is_valid,
+  )
+  return outputs, stats
 
 
 class ExpertKernels(nn.Module):
@@ -139,22 +205,42 @@ class MoeLayer(nn.Module):
     batch, length, embed_dim = tokens.shape
     is_valid, ids = self._validity(tokens, routing_ids)
     grouped = self.groups.split(tokens, 0)
-    logits, choices = self._choose(grouped, is_valid, ids, deterministic)
-    plan = self.dispatch.plan(
-      choices,
-      self.routing,
+    logits, bias = self._logits(grouped, deterministic)
+    kernels = ExpertKernels(
+      self.num_experts,
+      embed_dim,
+      self.expert_dim,
+      self.activations,
+      name='expert',
+    )()
+    kernels = {name: w.astype(self.dtype) for name, w in kernels.items()}
+    num_shards = expert_parallel.num_shards()
+    mixture = functools.partial(
+      mix,
       num_experts=self.num_experts,
+      router=self.routing,
+      dispatch=(
+        self.dispatch if num_shards == 1 else self.dispatch.across(num_shards)
+      ),
+      losses=self.losses,
+      activations=self.activations,
       training=not deterministic,
     )
-    flat = grouped.reshape(-1, embed_dim).astype(self.dtype)
-    rows = self._experts(slots.to_slots(flat, plan), plan, deterministic)
-    weights = slots.weights_of_slots(
-      choices.weights.reshape(-1), plan.pairs, plan.slots_of_pairs
-    )
-    rows = (rows * weights[:, None]).astype(self.dtype)
-    outputs = slots.to_tokens(rows, plan).reshape(grouped.shape)
+    groups = {
+      'tokens': grouped.astype(self.dtype),
+      'is_valid': is_valid,
+      'ids': ids,
+      'logits': logits,
+    }
+    shared = {'bias': bias, 'dropout': self._dropout(deterministic)}
+    if num_shards == 1:
+      outputs, stats = mixture(**groups, kernels=kernels, **shared)
+    else:
+      outputs, stats = expert_parallel.shard(
+        mixture, groups=groups, kernels=kernels, shared=shared
+      )
     outputs = self.groups.merge(outputs, batch, length)
-    self._sow(logits, choices, plan, is_valid)
+    self._sow(stats)
     if self.shared_expert_dim:
       outputs += feed_forward.DenseFeedForward(
         self.shared_expert_dim,
@@ -178,48 +264,23 @@ class MoeLayer(nn.Module):
     ids = self.groups.split(routing_ids, -1)
     return ids >= 0, ids
 
-  def _choose(self, tokens, is_valid, ids, deterministic):
-    if self.routing.is_learned:
-      return routing.LearnedRouting(
-        self.routing, self.num_experts, name='router'
-      )(tokens, is_valid=is_valid, deterministic=deterministic)
-    choices = self.routing(
-      None, num_experts=self.num_experts, is_valid=is_valid, routing_ids=ids
-    )
-    return None, choices
+  def _logits(self, tokens, deterministic):
+    if not self.routing.is_learned:
+      return None, None
+    return routing.LearnedRouting(
+      self.routing, self.num_experts, name='router'
+    )(tokens, deterministic=deterministic)
 
-  def _experts(self, rows, plan, deterministic):
-    kernels = ExpertKernels(
-      self.num_experts,
-      rows.shape[-1],
-      self.expert_dim,
-      self.activations,
-      name='expert',
-    )()
-    kernels = {name: w.astype(self.dtype) for name, w in kernels.items()}
-    return self.dispatch.compute(
-      rows, kernels, plan, self._keep(rows, deterministic), self.activations
-    )
-
-  def _keep(self, rows, deterministic):
-    """What hidden units are multiplied with in dropout, or None."""
+  def _dropout(self, deterministic):
     rate = self.expert_dropout_rate
     rate = self.dropout_rate if rate is None else rate
     if deterministic or not rate:
       return None
-    shape = (rows.shape[0], self.expert_dim)
-    kept = jax.random.bernoulli(self.make_rng('dropout'), 1 - rate, shape)
-    return kept.astype(self.dtype) / (1 - rate)
-
-  def _sow(self, logits, choices, plan, is_valid):
-    stats = router_losses.measure(
-      logits,
-      choices,
-      plan,
-      router=self.routing,
-      router_losses=self.losses,
-      is_valid=is_valid,
+    return expert_dropout.ExpertDropout(
+      self.make_rng('dropout'), rate, self.expert_dim
     )
+
+  def _sow(self, stats):
     self.sow(
       router_losses.COLLECTION,
       router_losses.NAME,

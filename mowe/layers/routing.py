@@ -136,7 +136,7 @@ class _Projection(nn.Module):
 
 
 class LearnedRouting(nn.Module):
-  """A learned router with its weights and its selection bias.
+  """What a learned router reads: its logits and its selection bias.
 
   No gradient reaches the bias: it is a parameter so that it is saved and read
   with the model, and `router_losses.balanced_bias` gives its next value.
@@ -145,7 +145,8 @@ class LearnedRouting(nn.Module):
     router: what decides.
     num_experts: experts to choose from.
 
-  Call: as `Router`, with tokens in place of logits; returns logits, choices.
+  Call: tokens <float>[groups, tokens, embed] to logits <float32>[groups,
+    tokens, experts] and the bias <float32>[experts], None without one.
   """
 
   router: Any
@@ -153,12 +154,8 @@ class LearnedRouting(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    tokens: jax.Array,
-    *,
-    is_valid: jax.Array,
-    deterministic: bool,
-  ) -> tuple[jax.Array, Choices]:
+    self, tokens: jax.Array, *, deterministic: bool
+  ) -> tuple[jax.Array, jax.Array | None]:
     logits = RouterWeights(
       self.num_experts,
       self.router.use_bias,
@@ -176,11 +173,4 @@ class LearnedRouting(nn.Module):
           axes=('unmodeled',),
         )
       )
-    choices = self.router(
-      logits,
-      num_experts=self.num_experts,
-      is_valid=is_valid,
-      routing_ids=None,
-      selection_bias=bias,
-    )
-    return logits, choices
+    return logits, bias

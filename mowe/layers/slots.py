@@ -116,18 +116,19 @@ def to_tokens(slots: jax.Array, plan: SlotPlan) -> jax.Array:
     return sum(_rows(slots, own[:, i]) for i in range(own.shape[1]))
   # As many rounds as the busiest token has slots, the filled ones first.
   rounds = jnp.max(jnp.sum(own < slots.shape[0], axis=1))
-  zeros = jnp.zeros((own.shape[0], slots.shape[1]), slots.dtype)
+  zeros = jnp.zeros_like(slots, shape=(own.shape[0], slots.shape[1]))
   add = lambda i, total: total + _rows(slots, own[:, i])
   return jax.lax.fori_loop(0, rounds, add, zeros)
 
 
 @jax.custom_vjp
-def weights_of_slots(
-  weights: jax.Array, pairs: jax.Array, slots_of_pairs: jax.Array
-) -> jax.Array:
-  """Weights <float>[pairs] in the slots of their pairs, zero in empty ones."""
-  del slots_of_pairs
-  return jnp.take(weights, pairs, mode='fill', fill_value=0)
+def permute(rows: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+  """Rows [from, ...] at `index` <int32>[to], zero where it is out of range.
+
+  `inverse` <int32>[from] is where each row goes; out of range for nowhere.
+  """
+  del inverse
+  return _rows(rows, index)
 
 
 def _rows(rows, index):
@@ -142,10 +143,10 @@ to_tokens.defvjp(
   lambda slots, plan: (to_tokens(slots, plan), plan),
   lambda plan, cotangent: (to_slots(cotangent, plan), None),
 )
-weights_of_slots.defvjp(
-  lambda *args: (weights_of_slots(*args), args[1:]),
+permute.defvjp(
+  lambda *args: (permute(*args), args[1:]),
   lambda places, cotangent: (
-    weights_of_slots(cotangent, *reversed(places)),
+    permute(cotangent, *reversed(places)),
     None,
     None,
   ),

@@ -174,9 +174,14 @@ def _for_each_expert(
   )
   num_rows = next(iter(arrays.values())).shape[0]
   num_experts = group_sizes.shape[0]
+  # Zeros like something: on a mesh, they vary over devices as it does.
   zeros = (
-    jax.tree.map(lambda x: jnp.zeros((num_rows, x.shape[1]), x.dtype), rows),
-    jax.tree.map(lambda x: jnp.zeros((num_experts, *x.shape), x.dtype), sums),
+    jax.tree.map(
+      lambda x: jnp.zeros_like(x, shape=(num_rows, x.shape[1])), rows
+    ),
+    jax.tree.map(
+      lambda x: jnp.zeros_like(x, shape=(num_experts, *x.shape)), sums
+    ),
   )
   return jax.lax.fori_loop(0, num_experts, expert, zeros)
 

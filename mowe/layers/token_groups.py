@@ -15,26 +15,32 @@ class TokenGroups:
 
   Attributes:
     size: tokens of a group at most; 4096 is flaxformer's usual size.
+    multiple: the number of groups is a multiple of it. Experts on several
+      devices need that of data x expert devices; it is set rather than found,
+      so that another mesh gives the same results.
 
   Raises:
-    ValueError: `size` is not positive.
+    ValueError: `size` or `multiple` is not positive.
   """
 
   size: int = 4096
+  multiple: int = 1
 
   # What fills the last group up is not routed.
   routes_filling = False
 
   def __post_init__(self):
-    if self.size < 1:
+    if self.size < 1 or self.multiple < 1:
       raise ValueError(
-        f'size must be at least one token, but is {self.size}. 4096 is usual.'
+        'size and multiple must be at least 1, but are '
+        f'{self.size} and {self.multiple}. 4096 and 1 are usual.'
       )
 
   def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
     """[batch, length, ...] to [groups, tokens, ...], filled up with `fill`."""
     num_tokens = array.shape[0] * array.shape[1]
     num_groups = -(-num_tokens // self.size)
+    num_groups += -num_groups % self.multiple
     flat = array.reshape(num_tokens, *array.shape[2:])
     missing = [(0, -num_tokens % num_groups)] + [(0, 0)] * (flat.ndim - 1)
     flat = jnp.pad(flat, missing, constant_values=fill)

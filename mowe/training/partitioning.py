@@ -1,5 +1,6 @@
 """The device mesh, and one table from logical axes to mesh axes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -155,3 +156,17 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
     ),
     batch,
   )
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """The function, to be jitted, with the mesh as jax's current one.
+
+  Layers with experts then exchange tokens along its axis `expert`; see
+  `mowe.layers.expert_parallel`.
+  """
+
+  def traced(*arguments):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*arguments)
+
+  return traced

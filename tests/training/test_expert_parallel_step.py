@@ -1,0 +1,96 @@
+"""A training step of a T5 with experts on eight devices equals one device."""
+
+import functools
+
+import jax
+import pytest
+import tiny
+
+from mowe.layers import (
+  capacity_dispatch,
+  dropless_dispatch,
+  moe,
+  token_groups,
+  tokens_choose,
+)
+from mowe.models import parameters, t5
+from mowe.training import optimizers, partitioning, train_state
+from mowe.training import step as step_lib
+
+_OPTIMIZER = optimizers.ClipByGlobalNorm(
+  optimizers.AdamW(1e-2, eps=1e-3, weight_decay=0.1), 1.0
+)
+
+
+def _step(dispatch, sizes):
+  """State and metrics after one step; sizes of the mesh, or one device."""
+  layer = functools.partial(
+    moe.MoeLayer,
+    4,
+    8,
+    routing=tokens_choose.TokensChoose(2, bias_rate=0.01, jitter=0.1),
+    dispatch=dispatch,
+    groups=token_groups.TokenGroups(multiple=4),
+  )
+  model = t5.T5(
+    tiny.make_config(
+      sparse=False,
+      dropout_rate=0.2,
+      sparse_feed_forward=layer,
+      sparse_encoder_layers=(0,),
+      sparse_decoder_layers=(0,),
+    )
+  )
+  optimizer = _OPTIMIZER.build(None)
+  create = functools.partial(
+    train_state.create, model, optimizer=optimizer, row_optimizer=None
+  )
+  train_step = step_lib.make_train_step(
+    model,
+    optimizer=optimizer,
+    row_optimizer=None,
+    loss=step_lib.LossConfig(),
+    seed=0,
+  )
+  mesh = partitioning.make_mesh(
+    **sizes, devices=None if sizes else jax.devices()[:1]
+  )
+  key = jax.random.key(0)
+  variables = jax.eval_shape(
+    functools.partial(parameters.initial_variables, model), key
+  )
+  shardings = partitioning.state_shardings(
+    jax.eval_shape(create, key),
+    partitioning.parameter_axes(variables['params_axes']),
+    mesh,
+  )
+  state = jax.device_put(tiny.jit(create)(key), shardings)
+  step = tiny.jit(
+    partitioning.on_mesh(train_step, mesh), out_shardings=(shardings, None)
+  )
+  batch = {
+    name: array
+    for name, array in tiny.make_batch().items()
+    if not name.endswith('_routing_ids')
+  }
+  batch = partitioning.put_batch(batch, partitioning.batch_sharding(mesh))
+  text = step.lower(state, {}, batch, None).compile().as_text()
+  return *step(state, {}, batch, None), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'dispatch',
+  [
+    dropless_dispatch.DroplessDispatch(),
+    capacity_dispatch.CapacityDispatch(1.0, 1.0, 1),
+  ],
+  ids=['dropless', 'capacity'],
+)
+def test_a_step_equals_one_device(dispatch):
+  state, metrics, text = _step(dispatch, {'data': 2, 'expert': 2, 'model': 2})
+  expected, expected_metrics, _ = _step(dispatch, {})
+  assert ' all-to-all(' in text
+  tiny.assert_close(state, expected, 1e-5)
+  # Looser: the importance of nearly even experts is a difference of near equals.
+  tiny.assert_close(metrics, expected_metrics, 1e-4)
