@@ -83,10 +83,10 @@ _COMMON = (
 )
 
 
-def _mlp(theirs: str, ours: str, move=np.transpose) -> tuple[Rule, ...]:
+def _mlp(theirs: str, ours: str) -> tuple[Rule, ...]:
   """A rule for each stack, below the block's feed-forward."""
   return tuple(
-    Rule(rf'{block}\.{number}\.{theirs}', f'{path}/mlp/{ours}', move)
+    Rule(rf'{block}\.{number}\.{theirs}', f'{path}/mlp/{ours}', np.transpose)
     for block, path, number in zip(_BLOCK, _PATH, (1, 2), strict=True)
   )
 
@@ -126,7 +126,6 @@ _FIXED = {
   'relative_attention_max_distance': 128,
   'layer_norm_epsilon': 1e-6,
 }
-
 
 # So small that the least number of slots is the number of slots.
 _NO_SHARE = 1e-9
