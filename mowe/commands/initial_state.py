@@ -140,7 +140,7 @@ class Setup:
 
   def _is_dense_twin(self, folder: pathlib.Path) -> bool:
     """Whether the folder has no experts and they are to be made of its MLPs."""
-    if self.model.config.sparse_feed_forward is None:
+    if not self.model.config.routes_tokens:
       return False
     source, _ = model_folder.load_config(folder)
     if source.sparse_feed_forward is not None:

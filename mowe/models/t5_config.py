@@ -165,10 +165,11 @@ class T5Config:
     """Modules shared by all sparse layers, such as a table of experts."""
     if self.sparse_feed_forward is None:
       return {}
-    layer, _ = self.make_sparse_layers()
-    if not hasattr(layer, 'make_shared'):
-      return {}
-    return layer.make_shared(self.emb_dim)
+    shared: dict[str, nn.Module] = {}
+    for layer in self.make_sparse_layers():
+      if not shared and hasattr(layer, 'make_shared'):
+        shared = layer.make_shared(self.emb_dim)
+    return shared
 
   def make_feed_forward(
     self, is_sparse: bool, is_decoder: bool, shared: dict[str, nn.Module]
@@ -176,4 +177,6 @@ class T5Config:
     if not is_sparse:
       return self.make_dense_feed_forward()
     layer = self.make_sparse_layers()[is_decoder]
-    return layer.with_shared(shared) if shared else layer
+    if shared and hasattr(layer, 'with_shared'):
+      return layer.with_shared(shared)
+    return layer
