@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import capacity_dispatch, router_losses, token_groups
+from mowe.layers import capacity_dispatch, router_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +52,18 @@ class FlaxformerLosses(router_losses.RouterLosses):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlaxformerGroups(token_groups.TokenGroups):
+class FlaxformerGroups:
   """At least as many groups as experts, and zero tokens that are routed.
 
   Attributes:
+    size: tokens of a group at most.
     num_experts: experts of the layer, times their copies on other devices.
 
   Raises:
     ValueError: no number of groups divides the tokens.
   """
 
+  size: int = 4096
   num_experts: int = 1
 
   routes_filling = True

@@ -98,6 +98,8 @@ class TokensChoose:
       selected += selection_bias[None, None, :]
     experts = jax.lax.top_k(selected, self.k)[1]
     weights = jnp.take_along_axis(scores, experts, axis=-1)
+    # By the scores: renormalised weights of one choice are all equal.
+    priority = jax.lax.stop_gradient(weights[:, :, 0] * is_valid)
     if self.renormalize:
       weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
     weights *= is_valid[:, :, None]
@@ -106,17 +108,16 @@ class TokensChoose:
     probs = scores
     if self.sigmoid:
       probs /= jnp.sum(scores, axis=-1, keepdims=True) + 1e-20
-    return self._in_order(experts, weights, probs)
+    return self._in_order(experts, weights, probs, priority)
 
-  def _in_order(self, experts, weights, probs):
+  def _in_order(self, experts, weights, probs, priority):
     num_groups, num_tokens, k = experts.shape
     order = jnp.broadcast_to(
       jnp.arange(num_tokens, dtype=jnp.int32), (num_groups, num_tokens)
     )
     rank = order
     if self.batch_prioritized:
-      first = jax.lax.stop_gradient(weights[:, :, 0])
-      order = jnp.argsort(-first, axis=1, stable=True)
+      order = jnp.argsort(-priority, axis=1, stable=True)
       rank = jnp.argsort(order, axis=1)
       experts = jnp.take_along_axis(experts, order[:, :, None], axis=1)
       weights = jnp.take_along_axis(weights, order[:, :, None], axis=1)

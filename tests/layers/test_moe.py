@@ -31,7 +31,9 @@ NUM_IDS = 9
 ROUTERS = {
   'top1': tokens_choose.TokensChoose(),
   'top2': tokens_choose.TokensChoose(2, renormalize=True),
-  'top3_priority': tokens_choose.TokensChoose(3, batch_prioritized=True),
+  'top3_priority': tokens_choose.TokensChoose(
+    3, renormalize=True, batch_prioritized=True
+  ),
   'sigmoid': tokens_choose.TokensChoose(2, sigmoid=True, bias_rate=0.01),
   'experts': experts_choose.ExpertsChoose(1.5),
   'hash': hash_routing.HashRouter(NUM_IDS),
