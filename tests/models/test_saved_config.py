@@ -190,7 +190,7 @@ def test_parts_are_plain_and_long_tables_short():
   tree = _through_text(_moe(router))['sparse_feed_forward']['fields']
   assert tree['groups'] == {
     'class': 'mowe.layers.token_groups.TokenGroups',
-    'fields': {'size': 16},
+    'fields': {'size': 16, 'multiple': 1},
   }
   # 700 experts below 256, 4 letters for 3 of them.
   table = tree['routing']['fields']['table']
