@@ -22,9 +22,8 @@ def pytest_addoption(parser):
   )
   parser.addoption(
     '--golden_dir',
-    default=str(_ROOT.parent / 'shared' / 'golden'),
-    help='folder of <name>.npz and <name>.json for tests/parity; '
-    'by default ../shared/golden',
+    default=str(_ROOT / 'tests' / 'golden'),
+    help='folder of <name>.npz, <name>.json and hf_switch_* for tests/parity',
   )
 
 
