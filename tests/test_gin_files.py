@@ -13,9 +13,11 @@ import sys
 
 import flax
 import jax
+import numpy as np
 import pytest
 
 from mowe.commands import data_config, gin_config
+from mowe.data import cache_builders, token_counts
 from mowe.layers import experts_choose, tokens_choose
 from mowe.models import costs, parameters, saved_config, t5
 from mowe.training import partitioning
@@ -251,6 +253,28 @@ def test_only_encoders_prioritize(routing_paths):
   ).make_sparse_layers()
   assert encoder.routing == experts_choose.ExpertsChoose(2.0)
   assert decoder.routing == tokens_choose.TokensChoose(2, renormalize=True)
+
+
+def test_balanced_hash_gives_all_experts_as_many_tokens(tmp_path):
+  texts = [{'text': 'the words of a text, and the letters of the words'}]
+  vocabulary = subwords.ByteVocabulary()
+  cache_builders.cache_text(texts, tmp_path / 'text', vocabulary)
+  gin_config.parse(
+    ['gin_configs/models/moe_hash_tiny.gin']
+    + ['gin_configs/routers/balanced_hash.gin'],
+    ["VOCABULARY_PATH = 'bytes'", 'VOCAB_SIZE = 384']
+    + [f'COUNTED_CACHE = {str(tmp_path / "text")!r}'],
+  )
+  config = gin_config.call(t5.T5Config)
+  encoder, decoder = config.make_sparse_layers()
+  table = encoder.routing.table
+  # One object: the cache was counted once.
+  assert decoder.routing.table is table
+  assert len(table) == 384 and set(table) == set(range(8))
+  counts = token_counts.count_tokens(tmp_path / 'text', 384)
+  loads = np.bincount(table, np.maximum(counts, 1))
+  assert loads.max() <= counts.max() + loads.mean()
+  assert loads.max() - loads.min() <= 1
 
 
 def _names(folder):

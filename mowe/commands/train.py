@@ -157,6 +157,7 @@ def train(
       [one.prepare(module, vocabulary, loss) for one in eval_configs],
       writers['eval'],
       frozen,
+      mesh,
     )
 
     def save_checkpoint(step, state):
@@ -228,18 +229,21 @@ def _open_writers(folder, first_step, tensorboard, closing):
 class _Evaluations:
   """Runs all evaluations, shows and writes their numbers."""
 
-  def __init__(self, prepared, writers, frozen):
+  def __init__(self, prepared, writers, frozen, mesh):
     self._prepared = prepared
     self._writers = writers
     self._frozen = frozen
+    self._mesh = mesh
     self._latest: tuple[int, dict[str, float]] | None = None
 
   def __call__(self, step: int, state: train_state.TrainState) -> None:
     if not self._prepared:
       return
     values: dict[str, float] = {}
-    for evaluation in self._prepared:
-      values |= evaluation(state.params, state.tables or self._frozen)
+    # Experts stay on their devices, as in training.
+    with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+      for evaluation in self._prepared:
+        values |= evaluation(state.params, state.tables or self._frozen)
     self._latest = step, values
     for writer in self._writers:
       writer.write(step, values)
@@ -272,6 +276,9 @@ def _check(
   if model.routing is not None:
     model.routing.check_subwords(vocabulary)
   partitioning.check_batch_size(data.batch_size, mesh, num_microbatches)
+  model.check_mesh(
+    mesh.shape, data.batch_size // num_microbatches, data.task_feature_lengths
+  )
   if not has_tables or freeze_experts:
     return None
   if row_optimizer is None:

@@ -15,7 +15,7 @@ Source: GShard, arXiv 2006.16668; axes as in flaxformer.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,7 +58,8 @@ def shard(
     ValueError: groups, experts or hidden units do not divide evenly.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  _check_sizes(mesh.shape, groups['tokens'].shape[0], kernels['wo'].shape)
+  num_experts, expert_dim, _ = kernels['wo'].shape
+  check_sizes(mesh.shape, groups['tokens'].shape[0], num_experts, expert_dim)
   of_tokens = PartitionSpec(TOKEN_AXES)
   inner = PartitionSpec(EXPERT_AXIS, None, HIDDEN_AXIS)
   outer = PartitionSpec(EXPERT_AXIS, HIDDEN_AXIS)
@@ -85,9 +86,16 @@ def shard(
   )(groups, kernels, shared)
 
 
-def _check_sizes(sizes, num_groups, kernel_shape):
-  data, expert, model = (sizes[axis] for axis in (*TOKEN_AXES, HIDDEN_AXIS))
-  num_experts, expert_dim, _ = kernel_shape
+def check_sizes(
+  mesh_shape: Mapping[str, int],
+  num_groups: int,
+  num_experts: int,
+  expert_dim: int,
+) -> None:
+  """Raises ValueError unless all of it divides evenly over the mesh."""
+  data, expert, model = (
+    mesh_shape[axis] for axis in (*TOKEN_AXES, HIDDEN_AXIS)
+  )
   if num_groups % (data * expert):
     raise ValueError(
       'The groups of tokens must be a multiple of data x expert devices, '

@@ -6,6 +6,7 @@ MoeLayer gives flaxformer's numbers; `TokensChoose.routes_padding` and
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +69,26 @@ class FlaxformerGroups:
 
   routes_filling = True
 
+  def num_groups(self, batch: int, length: int) -> int:
+    """Groups of [batch, length] tokens and what is added to them."""
+    num_tokens = math.prod(self._padded(batch, length))
+    least = max(num_tokens // self.size, self.num_experts)
+    for number in range(least, num_tokens + 1):
+      if num_tokens % number == 0 and number % self.num_experts == 0:
+        return number
+    raise ValueError(
+      f'The groups must be a multiple of {self.num_experts} and divide '
+      f'{num_tokens} tokens, but no number from {least} on does. Give more '
+      'tokens or a larger size.'
+    )
+
   def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
     """[batch, length, ...] to [groups, tokens, ...], rows or columns added."""
     batch, length = self._padded(*array.shape[:2])
     missing = ((0, batch - array.shape[0]), (0, length - array.shape[1]))
     rest = ((0, 0),) * (array.ndim - 2)
     padded = jnp.pad(array, missing + rest, constant_values=fill)
-    num_groups = self._num_groups(batch * length)
+    num_groups = self.num_groups(batch, length)
     return padded.reshape(num_groups, -1, *array.shape[2:])
 
   def merge(self, groups: jax.Array, batch: int, length: int) -> jax.Array:
@@ -90,14 +104,3 @@ class FlaxformerGroups:
     if rows * length < columns * batch:
       return batch + rows, length
     return batch, length + columns
-
-  def _num_groups(self, num_tokens):
-    least = max(num_tokens // self.size, self.num_experts)
-    for number in range(least, num_tokens + 1):
-      if num_tokens % number == 0 and number % self.num_experts == 0:
-        return number
-    raise ValueError(
-      f'The groups must be a multiple of {self.num_experts} and divide '
-      f'{num_tokens} tokens, but no number from {least} on does. Give more '
-      'tokens or a larger size.'
-    )

@@ -1,6 +1,7 @@
 """The id of a token fixes its expert: nothing to learn, nothing to balance."""
 
 import dataclasses
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,11 @@ def balanced_table(counts: np.ndarray, num_experts: int) -> tuple[int, ...]:
   """
   counts = np.asarray(counts)
   table = np.zeros(counts.size, np.int64)
-  loads = np.zeros(num_experts, np.int64)
-  # An id that never occurs counts as one, or all of them would go to one.
+  loads = [(0, expert) for expert in range(num_experts)]
   for i in np.argsort(-counts, kind='stable'):
-    table[i] = np.argmin(loads)
-    loads[table[i]] += max(counts[i], 1)
+    load, table[i] = loads[0]
+    # An id that never occurs counts as one, or all of them would go to one.
+    heapq.heapreplace(loads, (load + max(int(counts[i]), 1), int(table[i])))
   return tuple(table.tolist())
 
 

@@ -1,6 +1,7 @@
 """Mixture of experts: a router decides, a dispatch moves, experts compute."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -193,6 +194,18 @@ class MoeLayer(nn.Module):
   def looks_ahead(self) -> bool:
     """Whether a token's experts may depend on later tokens."""
     return self.routing.looks_ahead
+
+  def check_mesh(
+    self, mesh_shape: Mapping[str, int], batch: int, length: int
+  ) -> None:
+    """Raises ValueError if [batch, length] tokens cannot go over the mesh."""
+    if mesh_shape[expert_parallel.EXPERT_AXIS] > 1:
+      expert_parallel.check_sizes(
+        mesh_shape,
+        self.groups.num_groups(batch, length),
+        self.num_experts,
+        self.expert_dim,
+      )
 
   @nn.compact
   def __call__(

@@ -36,11 +36,15 @@ class TokenGroups:
         f'{self.size} and {self.multiple}. 4096 and 1 are usual.'
       )
 
+  def num_groups(self, batch: int, length: int) -> int:
+    """Groups of [batch, length] tokens."""
+    least = -(-batch * length // self.size)
+    return least + -least % self.multiple
+
   def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
     """[batch, length, ...] to [groups, tokens, ...], filled up with `fill`."""
     num_tokens = array.shape[0] * array.shape[1]
-    num_groups = -(-num_tokens // self.size)
-    num_groups += -num_groups % self.multiple
+    num_groups = self.num_groups(*array.shape[:2])
     flat = array.reshape(num_tokens, *array.shape[2:])
     missing = [(0, -num_tokens % num_groups)] + [(0, 0)] * (flat.ndim - 1)
     flat = jnp.pad(flat, missing, constant_values=fill)
@@ -58,6 +62,11 @@ class SequenceGroups:
 
   # Nothing is filled up.
   routes_filling = False
+
+  def num_groups(self, batch: int, length: int) -> int:
+    """One for each sequence."""
+    del length
+    return batch
 
   def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
     """[batch, length, ...] as it is."""

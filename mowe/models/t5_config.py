@@ -1,7 +1,7 @@
 """Sizes and parts of a T5, checked when they are put together."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -133,6 +133,29 @@ class T5Config:
           f'{self.routing.num_experts}. Set num_experts of the layer, or '
           'build the vocabulary with --num_experts.'
         )
+
+  def check_mesh(
+    self,
+    mesh_shape: Mapping[str, int],
+    batch_size: int,
+    lengths: Mapping[str, int],
+  ) -> None:
+    """Raises ValueError if sparse layers cannot be split over a mesh.
+
+    Args:
+      mesh_shape: devices along each axis.
+      batch_size: rows that go through the model at once.
+      lengths: tokens of 'inputs' and 'targets'.
+    """
+    if self.sparse_feed_forward is None:
+      return
+    encoder, decoder = self.make_sparse_layers()
+    for layer, blocks, length in (
+      (encoder, self.sparse_encoder_layers, lengths['inputs']),
+      (decoder, self.sparse_decoder_layers, lengths['targets']),
+    ):
+      if blocks and hasattr(layer, 'check_mesh'):
+        layer.check_mesh(mesh_shape, batch_size, length)
 
   @property
   def routes_tokens(self) -> bool:

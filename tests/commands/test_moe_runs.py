@@ -21,7 +21,14 @@ t5.T5Config.num_decoder_layers = 2
 """
 
 
-def _train(world, file, folder, steps):
+# Two parts of the experts, on the eight devices of these tests.
+_PARTS = [
+  '--gin.partitioning.make_mesh.expert=2',
+  '--gin.token_groups.TokenGroups.multiple=8',
+]
+
+
+def _train(world, file, folder, steps, *options):
   macros = {
     'VOCABULARY_PATH': world.vocabulary_path,
     'VOCAB_SIZE': 256,
@@ -37,7 +44,7 @@ def _train(world, file, folder, steps):
     'LEARNING_RATE': 1e-3,
   }
   bindings = [f'--gin.{name}={value!r}' for name, value in macros.items()]
-  assert main.main(['train', f'--gin_file={file}', *bindings]) == 0
+  return main.main(['train', f'--gin_file={file}', *bindings, *options])
 
 
 @pytest.mark.slow
@@ -45,9 +52,10 @@ def _train(world, file, folder, steps):
 def test_an_interrupted_run_ends_with_the_same_bits(world, tmp_path, kind):
   file = tmp_path / 'small.gin'
   file.write_text(_SMALL.format(kind=kind))
-  _train(world, file, tmp_path / 'straight', 4)
+  options = _PARTS if kind in ('switch', 'hash') else []
+  assert _train(world, file, tmp_path / 'straight', 4, *options) == 0
   for steps in (3, 4):
-    _train(world, file, tmp_path / 'stopped', steps)
+    assert _train(world, file, tmp_path / 'stopped', steps, *options) == 0
   straight, stopped = (
     jax.device_get(model_folder.load(str(tmp_path / name)).params)
     for name in ('straight', 'stopped')
@@ -61,3 +69,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(world, tmp_path, kind):
   assert last['step'] == 4 and np.isfinite(last['loss'])
   loads = [value for name, value in last.items() if '/mlp/load' in name]
   assert loads
+
+
+def test_groups_that_do_not_fit_the_mesh_are_refused_at_once(
+  world, tmp_path, capsys
+):
+  file = tmp_path / 'small.gin'
+  file.write_text(_SMALL.format(kind='hash'))
+  assert _train(world, file, tmp_path / 'run', 2, _PARTS[0]) != 0
+  assert 'Set multiple of TokenGroups to 8' in capsys.readouterr().err
+  assert not (tmp_path / 'run').exists()

@@ -354,6 +354,31 @@ def test_parameters_have_flaxformers_names_and_axes():
   }
 
 
+@pytest.mark.parametrize('k', [1, 2])
+def test_dropless_memory_is_that_of_its_tokens(k):
+  """Nothing has the size tokens x experts x capacity of one-hot dispatch."""
+  num_experts, embed = 64, 16
+  layer = moe.MoeLayer(
+    num_experts, 8, routing=tokens_choose.TokensChoose(k, renormalize=k > 1)
+  )
+
+  def temporaries(num_tokens):
+    tokens = jax.ShapeDtypeStruct((1, num_tokens, embed), jnp.float32)
+    params = jax.eval_shape(layer.init, jax.random.key(0), tokens)['params']
+    loss = lambda params, x: jnp.sum(layer.apply({'params': params}, x) ** 2)
+    compiled = (
+      jax.jit(jax.grad(loss, (0, 1)))
+      .lower(params, tokens)
+      .compile({'xla_backend_optimization_level': 0})
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  few, many = temporaries(1024), temporaries(4096)
+  assert many < 4.5 * few
+  # One-hot dispatch and combination: tokens * k * capacity numbers an expert.
+  assert many < 4 * 4096 * num_experts * (4096 * k // num_experts) / 8
+
+
 def test_stats_of_parts_add_up():
   layer, params, tokens, ids = make_case(
     8, 'top2', 'tight', groups=token_groups.TokenGroups(LENGTH)
