@@ -67,6 +67,7 @@ setuptools.setup(
       'hypothesis',
       'pytest',
       'pytest-timeout',
+      'pytest-xdist',
       'ruff',
       'safetensors',
     ],
