@@ -1,4 +1,4 @@
-"""Every choice is computed: pairs sorted by expert, experts one by one."""
+"""Every choice is computed: pairs are sorted by expert."""
 
 import dataclasses
 from collections.abc import Callable
@@ -51,7 +51,8 @@ class DroplessDispatch:
     num_pairs = experts.size
     order, places, counts = slots.sort_by_expert(experts, num_experts)
     counts = counts[0]
-    num_slots = num_pairs + _tiles(num_pairs, num_experts)[-1]
+    share = sorted_experts.even_share(num_pairs, num_experts)
+    num_slots = num_pairs + sorted_experts.tile_size(share)
     # Pairs without an expert were sorted behind all others.
     slot = jnp.arange(num_slots, dtype=jnp.int32)
     pairs = jnp.where(
@@ -77,18 +78,15 @@ class DroplessDispatch:
     activations: tuple[str, ...],
   ) -> jax.Array:
     """Experts' outputs <float>[slots, embed]."""
-    num_experts = kernels['wo'].shape[0]
-    tiles = _tiles(plan.slots_of_pairs.size, num_experts)
+    share = sorted_experts.even_share(
+      plan.slots_of_pairs.size, kernels['wo'].shape[0]
+    )
     if keep is not None:
       keep = keep(plan.pairs).astype(rows.dtype)
     return sorted_experts.feed_forward_by_expert(
-      rows, kernels, plan.group_sizes, keep, activations, tiles
+      rows, kernels, plan.group_sizes, keep, activations, share
     )
 
   def across(self, num_shards: int) -> dropless_exchange.DroplessExchange:
     """The same with experts on several devices."""
     return dropless_exchange.DroplessExchange(num_shards, self.buffer_factor)
-
-
-def _tiles(num_pairs, num_experts):
-  return sorted_experts.tile_sizes(num_pairs, num_experts)

@@ -75,10 +75,12 @@ class DroplessExchange:
     sent = plan.group_sizes.reshape(self.num_shards, -1)
     received = _all_to_all(sent)
     there = jnp.sum(sent, axis=1), jnp.sum(received, axis=1)
-    # Over all senders, so that an expert has the tiles it has on one device.
-    tiles = sorted_experts.tile_sizes(num_pairs * self.num_shards, num_experts)
+    # Over all senders, so that an expert has the share it has on one device.
+    share = sorted_experts.even_share(num_pairs * self.num_shards, num_experts)
     index, inverse = _by_expert(
-      received, rows.shape[0], rows.shape[0] + tiles[-1]
+      received,
+      rows.shape[0],
+      rows.shape[0] + sorted_experts.tile_size(share),
     )
     if keep is not None:
       pairs = _exchange(
@@ -92,7 +94,7 @@ class DroplessExchange:
       jnp.sum(received, axis=0),
       keep,
       activations,
-      tiles,
+      share,
     )
     back = slots.permute(outputs, inverse, index)
     return _exchange(back, *reversed(there))

@@ -1,12 +1,10 @@
-"""Feed-forward of rows sorted by expert, one expert after another.
+"""Feed-forward of rows sorted by expert: one batched product, then the rest.
 
-Nothing here depends on how even the experts' shares are: an expert computes
-its own rows, rounded up to a rung of a short ladder of sizes. No array is
-larger than the rows or the kernels. All steps of one expert stay in the cache,
-which on CPU pays for the copy of its kernels.
-
-A tile may reach into the rows of the next expert. What it computes there is
-overwritten when that expert's turn comes, and masked in gradients of kernels.
+The first rows of every expert, up to an even share, are computed in one batched
+product, which reads each kernel where it lies. What experts have beyond that
+share follows in tiles, one after another, as many as there are: a router that
+balances leaves few. However uneven the shares are, no more than twice the rows
+are computed, and no array is larger than the rows or the kernels.
 """
 
 import functools
@@ -18,21 +16,21 @@ import jax.numpy as jnp
 
 from mowe.layers import feed_forward
 
-# Sizes of a tile relative to an even share. Routers are trained to balance,
-# so the rungs are closest around one; a larger share takes several tiles.
-_RUNGS = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2)
-
-# More rows in a tile are no faster, and it would no longer fit in the cache.
-_LARGEST_SHARE = 1024
+# More rows in a tile are no faster.
+_LARGEST_TILE = 256
 
 Arrays = dict[str, jax.Array]
 
 
-def tile_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
-  """Rows of a tile, ascending, for `num_rows` rows of all experts."""
-  share = min(max(num_rows // num_experts, 1), _LARGEST_SHARE)
+def even_share(num_rows: int, num_experts: int) -> int:
+  """Rows of each expert in the batched product; none if they are few."""
+  return num_rows // num_experts
+
+
+def tile_size(share: int) -> int:
+  """Rows of a tile beyond a share: few, as an expert's last tile is not full."""
   # Multiples of 8: whole vectors.
-  return tuple(sorted({max(8, -(-int(share * r) // 8) * 8) for r in _RUNGS}))
+  return min(max(-(-share // 32) * 8, 8), _LARGEST_TILE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -42,169 +40,160 @@ def feed_forward_by_expert(
   group_sizes: jax.Array,
   keep: jax.Array | None,
   activations: tuple[str, ...],
-  tiles: tuple[int, ...],
+  share: int,
 ) -> jax.Array:
   """Two-layer feed-forward in which every row meets its own expert.
 
   Args:
     rows: <float>[rows, embed], those of expert 0 first, then of expert 1, ...;
-      at least `tiles[-1]` further rows follow that no expert owns.
+      at least `tile_size(share)` further rows follow that no expert owns.
     kernels: `wi` or `wi_0`, `wi_1` <float>[expert, embed, expert_mlp] and `wo`
       <float>[expert, expert_mlp, embed].
     group_sizes: <int32>[expert], rows of each expert; zero is allowed.
     keep: <float>[rows, expert_mlp] that hidden units are multiplied with, the
       mask of dropout; None is all ones.
     activations: as in the dense feed-forward.
-    tiles: static sizes, ascending, as `tile_sizes` gives them.
+    share: static, rows of each expert in the batched product.
 
   Returns:
-    <float>[rows, embed]; meaningless beyond the last row of the last expert.
+    <float>[rows, embed]; zero beyond the last row of the last expert.
   """
-  return _forward(rows, kernels, group_sizes, keep, activations, tiles)[0]
+  return _forward(rows, kernels, group_sizes, keep, activations, share)[0]
 
 
-def _forward(rows, kernels, group_sizes, keep, activations, tiles):
-  arrays = {'rows': rows} | ({} if keep is None else {'keep': keep})
-
-  def tile(own, inputs, is_own):
-    del is_own
-    projections = {
-      name: inputs['rows'] @ own[name]
-      for name in feed_forward.kernel_names(activations)
-    }
-    hidden = _hidden(projections, inputs, activations)
-    return projections | {'outputs': hidden @ own['wo']}, {}
-
-  found, _ = _for_each_expert(tile, arrays, kernels, group_sizes, tiles)
-  outputs = found.pop('outputs')
-  return outputs, (arrays | found, kernels, group_sizes)
-
-
-def _backward(activations, tiles, residuals, cotangent):
-  arrays, kernels, group_sizes = residuals
-  names = feed_forward.kernel_names(activations)
-
-  def tile(own, inputs, is_own):
-    d_outputs = jnp.where(is_own, inputs['cotangent'], 0)
-    hidden, pull = jax.vjp(
-      lambda projections: _hidden(projections, inputs, activations),
-      {name: inputs[name] for name in names},
-    )
-    (d_projections,) = pull(_times_transposed(d_outputs, own['wo']))
-    d_kernels = {
-      name: _transposed_times(inputs['rows'], d_projections[name])
-      for name in names
-    } | {'wo': _transposed_times(hidden, d_outputs)}
-    d_rows = sum(
-      _times_transposed(d_projections[name], own[name]) for name in names
-    )
-    return {'rows': d_rows}, d_kernels
-
-  arrays = arrays | {'cotangent': cotangent}
-  d_arrays, d_kernels = _for_each_expert(
-    tile, arrays, kernels, group_sizes, tiles
+def _forward(rows, kernels, group_sizes, keep, activations, share):
+  index, inverse = _windows(group_sizes, share, rows.shape[0])
+  # Only projections are kept for the backward pass.
+  expert = jax.checkpoint(
+    functools.partial(_expert, activations=activations),
+    policy=jax.checkpoint_policies.dots_saveable,
+    prevent_cse=False,
   )
-  return d_arrays['rows'], d_kernels, None, None
+  kept = _maybe(functools.partial(_take, index=index), keep)
+  outputs, pull = jax.vjp(
+    lambda rows, kernels: jax.vmap(expert)(rows, kernels, kept),
+    _take(rows, index),
+    kernels,
+  )
+
+  def tile(outputs, number, start, is_own):
+    cut = functools.partial(_slice, start=start, size=is_own.shape[0])
+    computed = _expert(
+      cut(rows), _at(kernels, number), _maybe(cut, keep), activations
+    )
+    return _write(outputs, jnp.where(is_own, computed, cut(outputs)), start)
+
+  outputs = _take(outputs.reshape(-1, rows.shape[1]), inverse)
+  outputs = _for_each_tile(tile, outputs, group_sizes, share)
+  return outputs, (pull, rows, kernels, group_sizes, keep)
+
+
+def _backward(activations, share, residuals, cotangent):
+  pull, rows, kernels, group_sizes, keep = residuals
+  index, inverse = _windows(group_sizes, share, rows.shape[0])
+  d_windows, d_kernels = pull(_take(cotangent, index))
+
+  def tile(carry, number, start, is_own):
+    d_rows, d_kernels = carry
+    cut = functools.partial(_slice, start=start, size=is_own.shape[0])
+    _, pull = jax.vjp(
+      lambda rows, own: _expert(rows, own, _maybe(cut, keep), activations),
+      cut(rows),
+      _at(kernels, number),
+    )
+    d_own_rows, d_own = pull(jnp.where(is_own, cut(cotangent), 0))
+    d_own_rows = jnp.where(is_own, d_own_rows, cut(d_rows))
+    add = lambda whole, own, more: jax.lax.dynamic_update_index_in_dim(
+      whole, own + more, number, 0
+    )
+    d_kernels = jax.tree.map(add, d_kernels, _at(d_kernels, number), d_own)
+    return _write(d_rows, d_own_rows, start), d_kernels
+
+  d_rows = _take(d_windows.reshape(-1, rows.shape[1]), inverse)
+  d_rows, d_kernels = _for_each_tile(
+    tile, (d_rows, d_kernels), group_sizes, share
+  )
+  return d_rows, d_kernels, None, None
 
 
 feed_forward_by_expert.defvjp(_forward, _backward)
 
 
-def _hidden(projections, inputs, activations):
-  hidden = feed_forward.activate(list(projections.values()), activations)
-  return hidden * inputs['keep'] if 'keep' in inputs else hidden
+def _expert(rows, kernels, keep, activations):
+  """Feed-forward of rows [rows, embed] of one expert."""
+  names = feed_forward.kernel_names(activations)
+  hidden = feed_forward.activate(
+    [rows @ kernels[name] for name in names], activations
+  )
+  if keep is not None:
+    hidden *= keep
+  return hidden @ kernels['wo']
 
 
-def _for_each_expert(
-  tile: Callable[..., tuple[Arrays, Arrays]],
-  arrays: Arrays,
-  kernels: Arrays,
-  group_sizes: jax.Array,
-  tiles: tuple[int, ...],
-) -> tuple[Arrays, Arrays]:
-  """Runs `tile` over the rows of every expert.
+def _windows(group_sizes, share, num_rows):
+  """Rows of the batched product <int32>[expert, share], and the inverse.
 
-  `tile` takes the expert's kernels, some rows of `arrays` and which of them are
-  its own, and gives rows, which are put together, and sums, which are added
-  up over the tiles of an expert.
+  Out of range: nothing there.
   """
-  largest = tiles[-1]
-  starts = jnp.cumsum(group_sizes) - group_sizes
-
-  def run(size, own, start, num_rows):
-    inputs = _slice(arrays, start, size)
-    is_own = jnp.arange(size)[:, None] < num_rows
-    rows, sums = tile(own, inputs, is_own)
-    pad = lambda x: jnp.pad(x, ((0, largest - size), (0, 0)))
-    return jax.tree.map(pad, rows), sums
-
-  def expert(number, carry):
-    all_rows, all_sums = carry
-    own = jax.tree.map(lambda w: _at(w, number), kernels)
-    start, num_rows = starts[number], group_sizes[number]
-    # The last tile first: only further ones have to be added to its sums.
-    num_full = jnp.maximum(num_rows - 1, 0) // largest
-    done = num_full * largest
-    rows, sums = jax.lax.switch(
-      jnp.searchsorted(jnp.asarray(tiles), num_rows - done),
-      [functools.partial(run, size) for size in tiles],
-      own,
-      start + done,
-      num_rows - done,
-    )
-    all_rows = _write(all_rows, rows, start + done)
-
-    def full_tile(i, carry):
-      all_rows, sums = carry
-      at = start + i * largest
-      rows, more = run(largest, own, at, largest)
-      return _write(all_rows, rows, at), jax.tree.map(jnp.add, sums, more)
-
-    all_rows, sums = jax.lax.fori_loop(0, num_full, full_tile, (all_rows, sums))
-    put = lambda whole, one: jax.lax.dynamic_update_index_in_dim(
-      whole, one, number, 0
-    )
-    return all_rows, jax.tree.map(put, all_sums, sums)
-
-  rows, sums = jax.eval_shape(
-    functools.partial(run, largest),
-    jax.tree.map(lambda w: w[0], kernels),
-    0,
-    0,
-  )
-  num_rows = next(iter(arrays.values())).shape[0]
   num_experts = group_sizes.shape[0]
-  # Zeros like something: on a mesh, they vary over devices as it does.
-  zeros = (
-    jax.tree.map(
-      lambda x: jnp.zeros_like(x, shape=(num_rows, x.shape[1])), rows
-    ),
-    jax.tree.map(
-      lambda x: jnp.zeros_like(x, shape=(num_experts, *x.shape)), sums
-    ),
+  ends = jnp.cumsum(group_sizes)
+  starts = ends - group_sizes
+  slot = jnp.arange(share, dtype=jnp.int32)[None, :]
+  index = jnp.where(
+    slot < group_sizes[:, None], starts[:, None] + slot, num_rows
   )
-  return jax.lax.fori_loop(0, num_experts, expert, zeros)
-
-
-def _at(array: Any, number):
-  return jax.lax.dynamic_index_in_dim(array, number, keepdims=False)
-
-
-def _slice(arrays, start, size):
-  cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
-  return jax.tree.map(cut, arrays)
-
-
-def _write(arrays, parts, start):
-  put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(
-    whole, part, start, 0
+  row = jnp.arange(num_rows, dtype=jnp.int32)
+  expert = jnp.searchsorted(ends, row, side='right').astype(jnp.int32)
+  position = row - jnp.take(starts, expert, mode='clip')
+  inverse = jnp.where(
+    (expert < num_experts) & (position < share),
+    expert * share + position,
+    num_experts * share,
   )
-  return jax.tree.map(put, arrays, parts)
+  return index, inverse
 
 
-def _times_transposed(left, right):
-  return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())))
+def _for_each_tile(
+  tile: Callable[..., Any], carry: Any, group_sizes: jax.Array, share: int
+) -> Any:
+  """Carries something through the tiles of all rows beyond the share.
+
+  `tile` takes it, the expert, the tile's first row, and which of the rows are
+  the expert's, <bool>[tile, 1].
+  """
+  size = tile_size(share)
+  rest = jnp.maximum(group_sizes - share, 0)
+  firsts = jnp.cumsum(group_sizes) - group_sizes + share
+  num_tiles = -(-rest // size)
+  ends = jnp.cumsum(num_tiles)
+
+  def visit(i, carry):
+    number = jnp.searchsorted(ends, i, side='right')
+    done = (i - (ends[number] - num_tiles[number])) * size
+    is_own = jnp.arange(size)[:, None] < rest[number] - done
+    return tile(carry, number, firsts[number] + done, is_own)
+
+  return jax.lax.fori_loop(0, ends[-1], visit, carry)
 
 
-def _transposed_times(left, right):
-  return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())))
+def _maybe(function, array):
+  return None if array is None else function(array)
+
+
+def _take(rows, index):
+  if not rows.shape[0]:  # No batched product; jnp.take refuses to read nothing.
+    return jnp.zeros_like(rows, shape=(index.shape[0], rows.shape[1]))
+  return jnp.take(rows, index, axis=0, mode='fill', fill_value=0)
+
+
+def _at(arrays, number):
+  one = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
+  return jax.tree.map(one, arrays)
+
+
+def _slice(array, start, size):
+  return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+
+def _write(array, part, start):
+  return jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)

@@ -374,8 +374,9 @@ def test_dropless_memory_is_that_of_its_tokens(k):
     return compiled.memory_analysis().temp_size_in_bytes
 
   few, many = temporaries(1024), temporaries(4096)
-  assert many < 4.5 * few
-  # One-hot dispatch and combination: tokens * k * capacity numbers an expert.
+  # Four times the tokens; one-hot dispatch would take 16 times the memory.
+  assert many < 6 * few
+  # One array of it has tokens * k * capacity numbers an expert.
   assert many < 4 * 4096 * num_experts * (4096 * k // num_experts) / 8
 
 

@@ -45,8 +45,8 @@ def close(actual, expected):
 def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  tiles = sorted_experts.tile_sizes(48, 4)
-  num_rows = 48 + tiles[-1]
+  share = sorted_experts.even_share(48, 4)
+  num_rows = 48 + sorted_experts.tile_size(share)
   # Not zero beyond the last row: nobody may read it.
   rows, cotangent = normal(num_rows, EMBED), normal(num_rows, EMBED)
   kernels = {
@@ -60,7 +60,7 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   def both(rows, kernels, sizes):
     outputs, backward = jax.vjp(
       lambda r, k: sorted_experts.feed_forward_by_expert(
-        r, k, sizes, keep, activations, tiles
+        r, k, sizes, keep, activations, share
       ),
       rows,
       kernels,
@@ -78,20 +78,21 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   jax.tree.map(close, d_kernels, expected_kernels)
 
 
-@pytest.mark.parametrize('num_rows', [1, 7, 100, 4096, 10**6])
-@pytest.mark.parametrize('num_experts', [1, 8, 256])
-def test_tiles_ascend_in_whole_vectors(num_rows, num_experts):
-  tiles = sorted_experts.tile_sizes(num_rows, num_experts)
-  assert list(tiles) == sorted(set(tiles))
-  assert all(size % 8 == 0 for size in tiles)
-  # A share of the mean has a tile that holds it, unless it is very large.
-  assert tiles[-1] >= min(num_rows / num_experts, 1024)
+def test_few_rows_are_all_computed_in_tiles():
+  assert sorted_experts.even_share(7, 8) == 0
+  rows = jnp.ones((7 + sorted_experts.tile_size(0), 2))
+  kernels = {'wi': jnp.ones((8, 2, 3)), 'wo': jnp.ones((8, 3, 2))}
+  sizes = jnp.asarray([0, 3, 0, 1, 0, 0, 2, 1])
+  outputs = sorted_experts.feed_forward_by_expert(
+    rows, kernels, sizes, None, ('relu',), 0
+  )
+  np.testing.assert_array_equal(outputs[:7], np.full((7, 2), 6.0))
 
 
 def test_no_array_is_larger_than_rows_or_kernels():
   num_rows, num_experts = 512, 16
-  tiles = sorted_experts.tile_sizes(num_rows, num_experts)
-  room = num_rows + tiles[-1]
+  share = sorted_experts.even_share(num_rows, num_experts)
+  room = num_rows + sorted_experts.tile_size(share)
   shapes = jax.eval_shape(
     lambda: {
       'wi': jnp.zeros((num_experts, 32, 64)),
@@ -102,7 +103,7 @@ def test_no_array_is_larger_than_rows_or_kernels():
     jax.grad(
       lambda rows, kernels, sizes: jnp.sum(
         sorted_experts.feed_forward_by_expert(
-          rows, kernels, sizes, None, ('relu',), tiles
+          rows, kernels, sizes, None, ('relu',), share
         )
       ),
       (0, 1),
