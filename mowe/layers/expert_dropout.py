@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -11,25 +12,29 @@ class ExpertDropout:
   """Masks that depend on the key and the pair of a token and an expert alone.
 
   Neither the slot of a pair nor its device matters, so that results do not
-  depend on the dispatch or the number of devices.
+  depend on the dispatch or the number of devices. Pairs that follow each other,
+  usually those of one sequence, share a mask, as tokens of a sequence do in the
+  dense feed-forward.
 
   Attributes:
-    key: of this call of the layer.
-    rate: share of the hidden units that are zeroed.
-    num_units: hidden units of one expert.
+    masks: <float32>[blocks, units], zeros where units are dropped.
+    block: pairs that share a mask.
 
   Call: pairs <int32>[slots], counted over all groups, to <float32>[slots,
-    num_units] that hidden units are to be multiplied with.
+    units] that hidden units are to be multiplied with.
   """
 
-  key: jax.Array
-  rate: float = dataclasses.field(metadata={'static': True})
-  num_units: int = dataclasses.field(metadata={'static': True})
+  masks: jax.Array
+  block: int = dataclasses.field(metadata={'static': True})
+
+  @classmethod
+  def draw(
+    cls, key: jax.Array, rate: float, num_pairs: int, block: int, num_units: int
+  ) -> 'ExpertDropout':
+    """Draws the masks of `num_pairs` pairs; `rate` of the units are dropped."""
+    shape = (-(-num_pairs // block), num_units)
+    kept = jax.random.bernoulli(key, 1 - rate, shape)
+    return cls(kept / (1 - rate), block)
 
   def __call__(self, pairs: jax.Array) -> jax.Array:
-    kept = jax.vmap(
-      lambda pair: jax.random.bernoulli(
-        jax.random.fold_in(self.key, pair), 1 - self.rate, (self.num_units,)
-      )
-    )(pairs)
-    return kept / (1 - self.rate)
+    return jnp.take(self.masks, pairs // self.block, axis=0, mode='clip')

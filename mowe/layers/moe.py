@@ -245,7 +245,13 @@ class MoeLayer(nn.Module):
       'ids': ids,
       'logits': logits,
     }
-    shared = {'bias': bias, 'dropout': self._dropout(deterministic)}
+    num_pairs = grouped.shape[0] * self.routing.num_pairs(
+      grouped.shape[1], self.num_experts
+    )
+    shared = {
+      'bias': bias,
+      'dropout': self._dropout(deterministic, num_pairs, length),
+    }
     if num_shards == 1:
       outputs, stats = mixture(**groups, kernels=kernels, **shared)
     else:
@@ -284,13 +290,13 @@ class MoeLayer(nn.Module):
       self.routing, self.num_experts, name='router'
     )(tokens, deterministic=deterministic)
 
-  def _dropout(self, deterministic):
+  def _dropout(self, deterministic, num_pairs, length):
     rate = self.expert_dropout_rate
     rate = self.dropout_rate if rate is None else rate
     if deterministic or not rate:
       return None
-    return expert_dropout.ExpertDropout(
-      self.make_rng('dropout'), rate, self.expert_dim
+    return expert_dropout.ExpertDropout.draw(
+      self.make_rng('dropout'), rate, num_pairs, length, self.expert_dim
     )
 
   def _sow(self, stats):

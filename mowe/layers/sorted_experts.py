@@ -56,7 +56,7 @@ def feed_forward_by_expert(
     share: static, rows of each expert in the batched product.
 
   Returns:
-    <float>[rows, embed]; zero beyond the last row of the last expert.
+    <float>[rows, embed]; meaningless beyond the last row of the last expert.
   """
   return _forward(rows, kernels, group_sizes, keep, activations, share)[0]
 
@@ -91,7 +91,9 @@ def _forward(rows, kernels, group_sizes, keep, activations, share):
 def _backward(activations, share, residuals, cotangent):
   pull, rows, kernels, group_sizes, keep = residuals
   index, inverse = _windows(group_sizes, share, rows.shape[0])
-  d_windows, d_kernels = pull(_take(cotangent, index))
+  # Where an expert has fewer rows than the share, others were computed with it.
+  is_own = index[:, :, None] < rows.shape[0]
+  d_windows, d_kernels = pull(jnp.where(is_own, _take(cotangent, index), 0))
 
   def tile(carry, number, start, is_own):
     d_rows, d_kernels = carry
@@ -133,7 +135,7 @@ def _expert(rows, kernels, keep, activations):
 def _windows(group_sizes, share, num_rows):
   """Rows of the batched product <int32>[expert, share], and the inverse.
 
-  Out of range: nothing there.
+  Out of range for what an expert has too little of, and for rows in tiles.
   """
   num_experts = group_sizes.shape[0]
   ends = jnp.cumsum(group_sizes)
@@ -183,7 +185,8 @@ def _maybe(function, array):
 def _take(rows, index):
   if not rows.shape[0]:  # No batched product; jnp.take refuses to read nothing.
     return jnp.zeros_like(rows, shape=(index.shape[0], rows.shape[1]))
-  return jnp.take(rows, index, axis=0, mode='fill', fill_value=0)
+  # What is out of range reads any row: filling it costs another pass.
+  return jnp.take(rows, index, axis=0, mode='clip')
 
 
 def _at(arrays, number):
