@@ -36,9 +36,11 @@ def test_a_sequence_takes_no_slot_of_another(length):
     groups=token_groups.SequenceGroups(),
   )
   tokens = jax.random.normal(jax.random.key(0), (4, length, 6))
-  params = layer.init(jax.random.key(1), tokens)['params']
-  run = lambda tokens: layer.apply(
-    {'params': params}, tokens, mutable=['router_stats']
+  params = jax.jit(layer.init)(jax.random.key(1), tokens)['params']
+  run = jax.jit(
+    lambda tokens: layer.apply(
+      {'params': params}, tokens, mutable=['router_stats']
+    )
   )
   together, state = run(tokens)
   alone = [run(tokens[i : i + 1])[0][0] for i in range(4)]
