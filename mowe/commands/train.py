@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from mowe.commands import (
   data_config,
@@ -244,11 +245,17 @@ class _Evaluations:
     with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
       for evaluation in self._prepared:
         values |= evaluation(state.params, state.tables or self._frozen)
-    self._latest = step, values
+    # What experts have each is for the writers alone.
+    numbers = {k: v for k, v in values.items() if np.ndim(v) == 0}
+    self._latest = step, numbers
     for writer in self._writers:
       writer.write(step, values)
-    numbers = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-    print(f'step {step}  {numbers}', flush=True)
+    shown = '  '.join(
+      f'{name} {value:.4g}'
+      for name, value in numbers.items()
+      if '/layers_' not in name
+    )
+    print(f'step {step}  {shown}', flush=True)
 
   def of_step(self, step: int) -> dict[str, float] | None:
     """The numbers of this very step, if it was evaluated."""

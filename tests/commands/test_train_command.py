@@ -11,9 +11,16 @@ import pytest
 
 from mowe.commands import evaluations, model_folder
 from mowe.commands import train as train_command
-from mowe.layers import word_experts
+from mowe.layers import moe, token_groups, word_experts
 from mowe.models import parameters
-from mowe.training import checkpoints, loop, metrics, optimizers, row_optimizers
+from mowe.training import (
+  checkpoints,
+  loop,
+  metrics,
+  optimizers,
+  partitioning,
+  row_optimizers,
+)
 from mowe.words import subwords
 
 _TOTAL = 7
@@ -218,8 +225,6 @@ def test_evaluations_during_training(world, tmp_path):
 @pytest.mark.slow
 def test_eight_devices_and_microbatches_train_alike(world, tmp_path):
   plain = world.train(tmp_path / 'one', 2, model=world.config(dropout_rate=0.0))
-  from mowe.training import partitioning
-
   spread = world.train(
     tmp_path / 'eight',
     2,
@@ -315,3 +320,33 @@ def test_paths_of_models_and_checkpoints():
     pathlib.Path('runs/checkpoint_best'),
     None,
   )
+
+
+@pytest.mark.slow
+def test_evaluations_on_a_mesh_are_those_of_one_device(world, tmp_path):
+  layer = functools.partial(
+    moe.MoeLayer, 4, 6, groups=token_groups.TokenGroups(multiple=8)
+  )
+  values = []
+  for name, mesh in (('one', {}), ('eight', {'expert': 2})):
+    changes = {}
+    if mesh:
+      changes['make_mesh'] = functools.partial(partitioning.make_mesh, **mesh)
+    world.train(
+      tmp_path / name,
+      1,
+      model=world.config(
+        dropout_rate=0.0, sparse_feed_forward=layer, routing=None
+      ),
+      eval_configs=[
+        evaluations.LossEvaluation(world.data(), num_batches=2),
+        evaluations.QuestionEvaluation(world.data('questions')),
+      ],
+      **changes,
+    )
+    path = tmp_path / name / 'eval_metrics.jsonl'
+    values.append(metrics.read_json_lines(path)[-1])
+  one, eight = values
+  assert one['step'] == 1 and one.keys() == eight.keys()
+  for key in ('validation/loss', 'validation/em', 'validation/f1'):
+    assert eight[key] == pytest.approx(one[key], rel=1e-5), key
