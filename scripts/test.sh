@@ -8,5 +8,5 @@ extras='[test]'
 source scripts/environment.sh
 ruff check .
 ruff format --check .
-# A file's tests stay together: they share what is slow to make.
-python -m pytest --slow --numprocesses auto --dist loadfile "$@"
+# Each core takes a part of the files, and steals when it is done.
+python -m pytest --slow --numprocesses auto --dist worksteal "$@"

@@ -53,16 +53,24 @@ _TRIVIA = {
 
 @pytest.fixture(autouse=True)
 def registry():
-  """Forgets what a test registers, and where its TFDS data lie."""
+  """An empty registry for each test: tasks remember where TFDS data lie."""
+  kinds = (seqio.MixtureRegistry, seqio.TaskRegistry)
   before = {
-    kind: set(kind.names())
-    for kind in (seqio.MixtureRegistry, seqio.TaskRegistry)
+    kind: {name: kind.get(name) for name in kind.names()} for kind in kinds
   }
+
+  def clear():
+    for kind in kinds:
+      for name in list(kind.names()):
+        kind.remove(name)
+
+  clear()
   yield
   seqio.set_tfds_data_dir_override(None)
-  for kind, names in before.items():
-    for name in set(kind.names()) - names:
-      kind.remove(name)
+  clear()
+  for kind, providers in before.items():
+    for name, provider in providers.items():
+      kind.add_provider(name, provider)
 
 
 @pytest.fixture
