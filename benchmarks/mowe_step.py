@@ -193,9 +193,9 @@ def report_memory(arguments: argparse.Namespace) -> None:
     )
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-  """Returns the settings."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser() -> argparse.ArgumentParser:
+  """The settings, for other benchmarks to add to."""
+  parser = argparse.ArgumentParser(add_help=False)
   parser.add_argument('--num_experts', type=int, default=8192)
   parser.add_argument('--num_skipped', type=int, default=16)
   parser.add_argument('--batch_size', type=int, default=16)
@@ -216,6 +216,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   parser.add_argument('--dropout_rate', type=float, default=0.1)
   parser.add_argument('--repeats', type=int, default=20)
+  return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  """Returns the settings."""
+  parser = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], parents=[make_parser()]
+  )
   parser.add_argument('--no_memory', action='store_true')
   return parser.parse_args(argv)
 
