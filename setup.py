@@ -47,7 +47,7 @@ setuptools.setup(
     'gin-config>=0.5.0',
     # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
     'importlib_resources',
-    'jax>=0.6.0',
+    'jax>=0.9.0',
     'matplotlib',
     'numpy>=2.0',
     'optax>=0.2.4',

@@ -205,6 +205,23 @@ def _prepare(folder, files, vocabulary, size, num_experts, names_files):
   }
 
 
+class _Stopwatch:
+  """Seconds of a block, added to those of earlier runs of the command."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self.seconds = float(path.read_text()) if path.exists() else 0.0
+
+  def __enter__(self) -> '_Stopwatch':
+    self._start = time.monotonic()
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.seconds += time.monotonic() - self._start
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._path.write_text(f'{self.seconds:.1f}')
+
+
 @dataclasses.dataclass(frozen=True)
 class _Runs:
   """Trains and evaluates contestants, all from the same gin files."""
@@ -218,18 +235,17 @@ class _Runs:
   def run(self, one: _Contestant, seed: int) -> report.ModelResult:
     """One model with one seed, from fresh parameters to answers."""
     base = self._folder_of(one.name, seed)
-    start = time.monotonic()
-    self._train(one, seed, 'pretrain', self.steps, base / 'pretrained')
-    _show_recall(base, gin_config.call(data_config.DataConfig))
-    self._train(
-      one,
-      seed,
-      'finetune',
-      self.finetune_steps,
-      base / 'finetuned',
-      INITIAL_CHECKPOINT_PATH=str(base / 'pretrained'),
-    )
-    seconds = time.monotonic() - start
+    with _Stopwatch(base / 'seconds.txt') as stopwatch:
+      self._train(one, seed, 'pretrain', self.steps, base / 'pretrained')
+      _show_recall(base, gin_config.call(data_config.DataConfig))
+      self._train(
+        one,
+        seed,
+        'finetune',
+        self.finetune_steps,
+        base / 'finetuned',
+        INITIAL_CHECKPOINT_PATH=str(base / 'pretrained'),
+      )
     data = gin_config.call(
       data_config.DataConfig, mixture_or_task_name='qa_validation'
     )
@@ -253,7 +269,7 @@ class _Runs:
       em=result.em,
       f1=result.f1,
       num_questions=result.num_questions,
-      seconds=seconds,
+      seconds=stopwatch.seconds,
       learning_curve=[
         (line['step'], line['loss'])
         for line in metrics_lib.read_json_lines(
