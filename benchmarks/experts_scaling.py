@@ -49,9 +49,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     '--experts', type=int, nargs='+', default=[8192, 131_072, 1_048_576]
   )
   parser.set_defaults(
-    vocab_size=8192, emb_dim=64, num_heads=4, head_dim=16, mlp_dim=128
+    vocab_size=8192, emb_dim=64, head_dim=16, mlp_dim=128, expert_dim=8
   )
-  parser.set_defaults(expert_dim=8)
   return parser.parse_args(argv)
 
 

@@ -194,9 +194,8 @@ def report_memory(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The settings, for other benchmarks to add to."""
+  """The settings of all models but the number of experts."""
   parser = argparse.ArgumentParser(add_help=False)
-  parser.add_argument('--num_experts', type=int, default=8192)
   parser.add_argument('--num_skipped', type=int, default=16)
   parser.add_argument('--batch_size', type=int, default=16)
   parser.add_argument('--inputs_length', type=int, default=256)
@@ -224,6 +223,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__.splitlines()[0], parents=[make_parser()]
   )
+  parser.add_argument('--num_experts', type=int, default=8192)
   parser.add_argument('--no_memory', action='store_true')
   return parser.parse_args(argv)
 

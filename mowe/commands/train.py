@@ -155,10 +155,13 @@ def train(
       (folder / 'config.gin').write_text(config_text())
     writers = _open_writers(folder, first_step, tensorboard, closing)
     evaluate = _Evaluations(
-      [one.prepare(module, vocabulary, loss) for one in eval_configs],
+      # On the mesh, experts stay on their devices, as in training.
+      [
+        partitioning.on_mesh(one.prepare(module, vocabulary, loss), mesh)
+        for one in eval_configs
+      ],
       writers['eval'],
       frozen,
-      mesh,
     )
 
     def save_checkpoint(step, state):
@@ -230,21 +233,18 @@ def _open_writers(folder, first_step, tensorboard, closing):
 class _Evaluations:
   """Runs all evaluations, shows and writes their numbers."""
 
-  def __init__(self, prepared, writers, frozen, mesh):
+  def __init__(self, prepared, writers, frozen):
     self._prepared = prepared
     self._writers = writers
     self._frozen = frozen
-    self._mesh = mesh
     self._latest: tuple[int, dict[str, float]] | None = None
 
   def __call__(self, step: int, state: train_state.TrainState) -> None:
     if not self._prepared:
       return
-    values: dict[str, float] = {}
-    # Experts stay on their devices, as in training.
-    with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-      for evaluation in self._prepared:
-        values |= evaluation(state.params, state.tables or self._frozen)
+    values: dict[str, metrics.Value] = {}
+    for evaluation in self._prepared:
+      values |= evaluation(state.params, state.tables or self._frozen)
     # What experts have each is for the writers alone.
     numbers = {k: v for k, v in values.items() if np.ndim(v) == 0}
     self._latest = step, numbers

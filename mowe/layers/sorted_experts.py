@@ -4,7 +4,8 @@ The first rows of every expert, up to an even share, are computed in one batched
 product, which reads each kernel where it lies. What experts have beyond that
 share follows in tiles, one after another, as many as there are: a router that
 balances leaves few. However uneven the shares are, no more than twice the rows
-are computed, and no array is larger than the rows or the kernels.
+are computed, but for what fills up tiles, and no array is larger than the rows
+or the kernels.
 """
 
 import functools

@@ -159,7 +159,7 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-  """The function, to be jitted, with the mesh as jax's current one.
+  """The function with the mesh as jax's current one, where it is traced or run.
 
   Layers with experts then exchange tokens along its axis `expert`; see
   `mowe.layers.expert_parallel`.

@@ -11,7 +11,7 @@ import pytest
 
 from mowe.commands import evaluations, model_folder
 from mowe.commands import train as train_command
-from mowe.layers import moe, token_groups, word_experts
+from mowe.layers import expert_parallel, moe, token_groups, word_experts
 from mowe.models import parameters
 from mowe.training import (
   checkpoints,
@@ -322,6 +322,13 @@ def test_paths_of_models_and_checkpoints():
   )
 
 
+class _PartsOfExperts:
+  """An evaluation that says into how many parts experts are split for it."""
+
+  def prepare(self, model, vocabulary, loss):
+    return lambda params, tables: {'parts': expert_parallel.num_shards()}
+
+
 @pytest.mark.slow
 def test_evaluations_on_a_mesh_are_those_of_one_device(world, tmp_path):
   layer = functools.partial(
@@ -341,6 +348,7 @@ def test_evaluations_on_a_mesh_are_those_of_one_device(world, tmp_path):
       eval_configs=[
         evaluations.LossEvaluation(world.data(), num_batches=2),
         evaluations.QuestionEvaluation(world.data('questions')),
+        _PartsOfExperts(),
       ],
       **changes,
     )
@@ -348,5 +356,6 @@ def test_evaluations_on_a_mesh_are_those_of_one_device(world, tmp_path):
     values.append(metrics.read_json_lines(path)[-1])
   one, eight = values
   assert one['step'] == 1 and one.keys() == eight.keys()
+  assert (one['parts'], eight['parts']) == (1, 2)
   for key in ('validation/loss', 'validation/em', 'validation/f1'):
     assert eight[key] == pytest.approx(one[key], rel=1e-5), key

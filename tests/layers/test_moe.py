@@ -376,7 +376,7 @@ def test_dropless_memory_is_that_of_its_tokens(k):
   few, many = temporaries(1024), temporaries(4096)
   # Four times the tokens; one-hot dispatch would take 16 times the memory.
   assert many < 6 * few
-  # One array of it has tokens * k * capacity numbers an expert.
+  # An eighth of a single float32 array of that size.
   assert many < 4 * 4096 * num_experts * (4096 * k // num_experts) / 8
 
 
