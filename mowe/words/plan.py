@@ -12,8 +12,9 @@ All static sizes are shapes.
 """
 
 import dataclasses
-from collections.abc import Iterable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +25,11 @@ _CAPACITIES = tuple(
 )
 
 # In the order in which a plan counts their tokens.
-_STREAMS = ('encoder', 'decoder')
+STREAMS = ('encoder', 'decoder')
 
-# Profiles of growing size before the one that holds anything.
-_NUM_SCALED_PROFILES = 6
+# Room of the profiles before the last one, which holds anything, relative to
+# what the trial batches needed: some slack, then ever more.
+PROFILE_FACTORS = tuple(1.1 * 1.3**k for k in range(6))
 
 
 class SizeClasses(NamedTuple):
@@ -111,8 +113,6 @@ def profile_ladder(
   num_experts: int,
   *,
   num_microbatches: int = 1,
-  slack: float = 1.1,
-  growth: float = 1.3,
 ) -> tuple[CapacityProfile, ...]:
   """Profiles from trial batches: the first holds them all, the last anything.
 
@@ -120,8 +120,6 @@ def profile_ladder(
     batches: dictionaries stream name -> routing ids <int32>[batch, length].
     num_experts: rows of the expert table.
     num_microbatches: parts into which a step cuts the batch.
-    slack: room beyond what the trial batches needed.
-    growth: factor from one profile to the next.
 
   Returns:
     Profiles of growing size. The last fits every batch of this shape.
@@ -139,7 +137,7 @@ def profile_ladder(
 
   names: tuple[str, ...] = ()
   for batch in batches:
-    names = tuple(name for name in _STREAMS if name in batch)
+    names = tuple(name for name in STREAMS if name in batch)
     for name in names:
       for part in microbatches(batch[name], num_microbatches):
         see(name, part)
@@ -150,15 +148,15 @@ def profile_ladder(
       'but there was none. Give batches with encoder_routing_ids.'
     )
   ladder = []
-  for factor in slack * growth ** np.arange(_NUM_SCALED_PROFILES):
+  for factor in PROFILE_FACTORS:
     sizes = {
-      name: _scaled(counts, factor, num_experts, num_tokens[name])
+      name: scaled_sizes(counts, factor, num_experts, num_tokens[name])
       for name, counts in largest.items()
     }
     ladder.append(_profile(sizes, names))
   # Slow, and hardly ever taken: holds whatever a batch of this shape can be.
   sizes = {
-    name: ClassSizes(_classes(_largest_counts(tokens, num_experts)))
+    name: largest_sizes(tokens, num_experts)
     for name, tokens in num_tokens.items()
   }
   ladder.append(_profile(sizes, names))
@@ -190,7 +188,7 @@ def make_plan(
     The plan; equal batches give equal plans.
   """
   names = tuple(name for name, _ in profile.streams)
-  updates = _place(
+  updates = place_tokens(
     _all_tokens(batch, names, num_microbatches), profile.updates, num_experts
   )
   if updates is None:
@@ -198,7 +196,7 @@ def make_plan(
   streams = {}
   for name, sizes in profile.streams:
     parts = [
-      _place(part, sizes, num_experts)
+      place_tokens(part, sizes, num_experts)
       for part in microbatches(batch[name], num_microbatches)
     ]
     if any(part is None for part in parts):
@@ -215,31 +213,34 @@ class Planner:
   The choice depends on the batch alone, so that a resumed run compiles and
   computes the same.
 
+  Args:
+    ladder: profiles, as of `profile_ladder`.
+    num_experts: rows of the expert table.
+    num_microbatches: parts into which the step cuts the batch.
+    make_plan: as the function of this name; gives plans for these profiles.
+
   Attributes:
     profiles_used: for each profile taken so far, the number of batches.
   """
 
   def __init__(
     self,
-    ladder: tuple[CapacityProfile, ...],
+    ladder: tuple[Any, ...],
     num_experts: int,
     *,
     num_microbatches: int = 1,
+    make_plan: Callable[..., Any] = make_plan,
   ):
     self._ladder = ladder
-    self._num_experts = num_experts
-    self._num_microbatches = num_microbatches
+    self._make_plan = functools.partial(
+      make_plan, num_experts=num_experts, num_microbatches=num_microbatches
+    )
     self.profiles_used: dict[int, int] = {}
 
-  def __call__(self, batch: dict[str, np.ndarray]) -> ExpertPlan:
+  def __call__(self, batch: dict[str, np.ndarray]) -> Any:
     """Plan of stream name -> routing ids <int32>[batch, length]."""
     for k, profile in enumerate(self._ladder):
-      plan = make_plan(
-        batch,
-        profile,
-        self._num_experts,
-        num_microbatches=self._num_microbatches,
-      )
+      plan = self._make_plan(batch, profile)
       if plan is not None:
         self.profiles_used[k] = self.profiles_used.get(k, 0) + 1
         return plan
@@ -284,6 +285,11 @@ def _present(routing_ids, num_experts):
   return np.unique(ids, return_counts=True)
 
 
+def largest_sizes(num_tokens: int, num_experts: int) -> ClassSizes:
+  """Sizes that hold whatever so many tokens can be."""
+  return ClassSizes(_classes(_largest_counts(num_tokens, num_experts)))
+
+
 def _largest_counts(num_tokens, num_experts):
   """Most experts that each size class can ever have, <int64>[classes]."""
   rooms = np.array(_CAPACITIES, np.int64)
@@ -291,8 +297,17 @@ def _largest_counts(num_tokens, num_experts):
   return np.minimum(num_experts, num_tokens // smallest)
 
 
-def _scaled(counts, factor, num_experts, num_tokens):
-  """Sizes for `factor` times the experts that the trial batches had."""
+def scaled_sizes(
+  counts: np.ndarray, factor: float, num_experts: int, num_tokens: int
+) -> ClassSizes:
+  """Sizes for `factor` times the experts that the trial batches had.
+
+  Args:
+    counts: <int64>[classes], the most that a batch had; see `count_classes`.
+    factor: at least 1.
+    num_experts: that there are.
+    num_tokens: of one batch.
+  """
   wanted = np.ceil(counts * factor).astype(np.int64)
   # Room for one expert in each larger class: a word may be hotter than seen.
   hottest = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
@@ -308,7 +323,9 @@ def _classes(counts):
   return tuple((room, count) for room, count in pairs if count)
 
 
-def _place(routing_ids, sizes, num_experts):
+def place_tokens(
+  routing_ids: np.ndarray, sizes: ClassSizes, num_experts: int
+) -> StreamPlan | None:
   """StreamPlan of these tokens, or None without room."""
   present, counts = _present(routing_ids, num_experts)
   rooms = np.array([room for room, _ in sizes.classes], np.int64)
