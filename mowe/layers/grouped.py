@@ -109,7 +109,7 @@ def kernel_gradient(factors: list[Factors], sources: jax.Array) -> jax.Array:
     <float32>[experts, in, out].
   """
   inputs, cotangents = (
-    jnp.concatenate([_rows(one, sources) for one in same_field], axis=1).astype(
+    jnp.concatenate([rows(one, sources) for one in same_field], axis=1).astype(
       jnp.float32
     )
     for same_field in zip(*factors, strict=True)
@@ -129,14 +129,14 @@ def _multiply(tokens, kernels, plan, product):
 
   def some_experts(experts, sources):
     own = jnp.take(kernels, experts, axis=0, mode='clip')
-    return product(_rows(tokens, sources), own.astype(tokens.dtype))
+    return product(rows(tokens, sources), own.astype(tokens.dtype))
 
   parts = [
     _in_chunks(some_experts, at_once, experts, sources)
     for experts, sources in zip(*plan.classes, strict=True)
   ]
   slots = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
-  return _rows(slots, plan.slots.reshape(-1))
+  return rows(slots, plan.slots.reshape(-1))
 
 
 def _product(tokens, kernels):
@@ -153,9 +153,9 @@ def _transposed_product(cotangents, kernels):
   return jnp.stack(by_slot, axis=1)
 
 
-def _rows(rows, index):
-  """rows[index], zeros where the index is out of range."""
-  return jnp.take(rows, index, axis=0, mode='fill', fill_value=0)
+def rows(array: jax.Array, index: jax.Array) -> jax.Array:
+  """array[index], zeros where the index is out of range."""
+  return jnp.take(array, index, axis=0, mode='fill', fill_value=0)
 
 
 def _in_chunks(

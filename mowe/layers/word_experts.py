@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import feed_forward, grouped, parameter
+from mowe.layers import expert_tiles, feed_forward, grouped, parameter
 from mowe.words import plan as plans
 
 # An expert starts as a small correction of the residual stream: with T5's own
@@ -15,9 +15,6 @@ _WO_SCALE = 0.1
 
 # Collection in which a train step gives each product its `grouped.Factors`.
 FACTORS = 'kernel_gradient_factors'
-
-# Tokens whose kernels are gathered at a time without a plan: bounds memory.
-_TOKENS_AT_ONCE = 256
 
 
 def _expert_init(scale: float):
@@ -132,7 +129,7 @@ class MoweLayer(nn.Module):
     if isinstance(routing_ids, plans.StreamPlan):
       outputs = self._planned(flat, routing_ids, table, dropout)
     else:
-      outputs = self._by_token(flat, routing_ids.reshape(-1), table, dropout)
+      outputs = self._unplanned(flat, routing_ids.reshape(-1), table, dropout)
     return outputs.reshape(tokens.shape)
 
   def _make_table(self, embed_dim, **place):
@@ -173,48 +170,20 @@ class MoweLayer(nn.Module):
       return self.get_variable(FACTORS, name)
     return None
 
-  def _by_token(self, tokens, experts, table, dropout):
-    """Gathers the kernels of each token: for decoding and short inputs."""
-    kernels = table()
-
-    def some_tokens(tokens, experts):
-      read = lambda name: jnp.take(
-        kernels[name],
-        # Negative ids would count from the end.
-        jnp.where(experts < 0, self.num_experts, experts),
-        axis=0,
-        mode='fill',
-        fill_value=0,
-      ).astype(self.dtype)
-      hidden = feed_forward.activate(
-        [
-          jnp.einsum('tm,tmf->tf', tokens, read(name))
-          for name in feed_forward.kernel_names(self.activations)
-        ],
-        self.activations,
-      )
-      return jnp.einsum('tf,tfm->tm', dropout(hidden), read('wo'))
-
-    # Dropout cannot draw inside lax.map; training has a plan anyway.
-    if tokens.shape[0] <= _TOKENS_AT_ONCE or not dropout.deterministic:
-      return some_tokens(tokens, experts)
-    return _in_chunks(some_tokens, tokens, experts)
-
-
-def _in_chunks(function, tokens, experts):
-  """Applies `function` to chunks of tokens; the last one is padded."""
-  num_tokens = tokens.shape[0]
-  missing = -num_tokens % _TOKENS_AT_ONCE
-  tokens = jnp.pad(tokens, ((0, missing), (0, 0)))
-  experts = jnp.pad(experts, (0, missing), constant_values=-1)
-  outputs = jax.lax.map(
-    lambda pair: function(*pair),
-    (
-      tokens.reshape(-1, _TOKENS_AT_ONCE, tokens.shape[-1]),
-      experts.reshape(-1, _TOKENS_AT_ONCE),
-    ),
-  )
-  return outputs.reshape(-1, outputs.shape[-1])[:num_tokens]
+  def _unplanned(self, tokens, experts, table, dropout):
+    """Cuts tokens into tiles on the device: evaluations and decoding."""
+    keep = None
+    if self.dropout_rate and not dropout.deterministic:
+      # Drawn for all tokens in their order, as with a plan.
+      keep = dropout(jnp.ones((tokens.shape[0], self.expert_dim), self.dtype))
+    return expert_tiles.feed_forward_by_tiles(
+      tokens,
+      experts,
+      expert_tiles.TableRows(table()),
+      keep,
+      self.num_experts,
+      self.activations,
+    )
 
 
 def _check_routing_ids(tokens, routing_ids):
