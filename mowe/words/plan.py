@@ -188,17 +188,18 @@ def make_plan(
     The plan; equal batches give equal plans.
   """
   names = tuple(name for name, _ in profile.streams)
-  updates = place_tokens(
-    _all_tokens(batch, names, num_microbatches), profile.updates, num_experts
-  )
+  tokens = _sorted(_all_tokens(batch, names, num_microbatches), num_experts)
+  updates = _stream_plan(tokens, profile.updates, num_experts, (tokens.number,))
   if updates is None:
     return None
   streams = {}
+  first = 0
   for name, sizes in profile.streams:
-    parts = [
-      place_tokens(part, sizes, num_experts)
-      for part in microbatches(batch[name], num_microbatches)
-    ]
+    parts = []
+    for ids in microbatches(batch[name], num_microbatches):
+      of_part = tokens.part(first, ids.size)
+      first += ids.size
+      parts.append(_stream_plan(of_part, sizes, num_experts, ids.shape))
     if any(part is None for part in parts):
       return None
     streams[name] = parts[0] if num_microbatches == 1 else _stack(parts)
@@ -327,10 +328,56 @@ def place_tokens(
   routing_ids: np.ndarray, sizes: ClassSizes, num_experts: int
 ) -> StreamPlan | None:
   """StreamPlan of these tokens, or None without room."""
-  present, counts = _present(routing_ids, num_experts)
+  return _stream_plan(
+    _sorted(routing_ids.reshape(-1), num_experts),
+    sizes,
+    num_experts,
+    routing_ids.shape,
+  )
+
+
+class _SortedTokens(NamedTuple):
+  """Tokens with an expert, in the order of experts, then of tokens.
+
+  Attributes:
+    tokens: <int64>[routed], which token.
+    owners: <int32>[routed], its expert.
+    number: all tokens, also those without an expert.
+  """
+
+  tokens: np.ndarray
+  owners: np.ndarray
+  number: int
+
+  def part(self, first: int, number: int) -> '_SortedTokens':
+    """Those of `number` tokens from `first` on, counted from there."""
+    if number == self.number:
+      return self
+    here = (self.tokens >= first) & (self.tokens < first + number)
+    return _SortedTokens(self.tokens[here] - first, self.owners[here], number)
+
+
+def _sorted(ids, num_experts):
+  """_SortedTokens of routing ids <int32>[tokens]."""
+  tokens = np.flatnonzero((ids >= 0) & (ids < num_experts))
+  owners = ids[tokens]
+  # numpy has a radix sort for 16 bits, ten times faster than that of 32.
+  low_bits = lambda numbers: numbers.astype(np.uint16)
+  order = np.argsort(low_bits(owners), kind='stable')
+  if num_experts > 2**16:
+    high_bits = low_bits(owners[order] >> 16)
+    order = order[np.argsort(high_bits, kind='stable')]
+  return _SortedTokens(tokens[order], owners[order], ids.size)
+
+
+def _stream_plan(tokens, sizes, num_experts, shape):
+  """StreamPlan of sorted tokens, slots in `shape`, or None without room."""
+  owners = tokens.owners
+  first = np.flatnonzero(np.diff(owners, prepend=-1))  # Of each expert.
+  counts = np.diff(first, append=owners.size)
   rooms = np.array([room for room, _ in sizes.classes], np.int64)
   places = np.array([count for _, count in sizes.classes], np.int64)
-  wanted = np.searchsorted(rooms, counts)
+  wanted = np.searchsorted(rooms, counts).astype(np.uint8)
   # Ordered by class; what a class cannot hold moves up to the next one.
   order = np.argsort(wanted, kind='stable')
   per_class = np.bincount(wanted, minlength=len(rooms) + 1)
@@ -352,19 +399,15 @@ def place_tokens(
   first_slot = np.cumsum(places * rooms) - places * rooms
   num_places = int(places.sum())
   experts = np.arange(num_experts, num_experts + num_places, dtype=np.int32)
-  experts[first_place[class_of] + within] = present[order]
-  starts = np.empty(present.size, np.int64)
+  experts[first_place[class_of] + within] = owners[first[order]]
+  starts = np.empty(first.size, np.int64)
   starts[order] = first_slot[class_of] + within * rooms[class_of]
 
-  flat = routing_ids.reshape(-1)
-  num_slots = sizes.num_slots
-  token = np.flatnonzero((flat >= 0) & (flat < num_experts))
-  token = token[np.argsort(flat[token], kind='stable')]
-  rank = np.arange(token.size) - np.repeat(np.cumsum(counts) - counts, counts)
-  slots = np.full(flat.size, num_slots, np.int32)
-  slots[token] = np.repeat(starts, counts) + rank
-  sources = np.full(num_slots, flat.size, np.int32)
-  sources[slots[token]] = token
+  taken = np.repeat(starts - first, counts) + np.arange(owners.size)
+  slots = np.full(tokens.number, sizes.num_slots, np.int32)
+  slots[tokens.tokens] = taken
+  sources = np.full(sizes.num_slots, tokens.number, np.int32)
+  sources[taken] = tokens.tokens
   cut = lambda whole, ends: tuple(np.split(whole, ends[:-1]))
   classes = SizeClasses(
     cut(experts, np.cumsum(places)),
@@ -375,4 +418,4 @@ def place_tokens(
       )
     ),
   )
-  return StreamPlan(classes, slots.reshape(routing_ids.shape))
+  return StreamPlan(classes, slots.reshape(shape))
