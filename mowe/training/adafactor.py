@@ -9,9 +9,8 @@ second moments, update clipping and parameter scale are then per expert.
 Source: Adafactor, arXiv 1804.04235; rules and corner cases: t5x/adafactor.py.
 """
 
-import dataclasses
-import enum
-import types
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,62 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mowe.training import factoring as factoring_lib
+from mowe.training.factoring import FACTOR_RULES, FactorDim, Factoring
+
 PyTree = Any
 LearningRate = float | Callable[[jax.Array], jax.Array]
 
-
-class FactorDim(enum.StrEnum):
-  """How an axis takes part in the factored second moment."""
-
-  ROW = 'row'
-  COLUMN = 'column'
-  BATCH = 'batch'  # One set of statistics for each index of this axis.
-  NONE = 'none'
-
-
-FACTOR_RULES: Mapping[str, str] = types.MappingProxyType(
-  {
-    'vocab': FactorDim.COLUMN,
-    'embed': FactorDim.ROW,
-    'mlp': FactorDim.COLUMN,
-    'heads': FactorDim.COLUMN,
-    'kv': FactorDim.COLUMN,
-    'joined_kv': FactorDim.COLUMN,
-    'relpos_buckets': FactorDim.NONE,
-    'layers': FactorDim.BATCH,
-    'stack': FactorDim.BATCH,
-    'q_wi_fused': FactorDim.COLUMN,
-    'o_wo_fused': FactorDim.COLUMN,
-    'multiquery_heads': FactorDim.COLUMN,
-    'kv_fused': FactorDim.COLUMN,
-    'layer_norm_scale': FactorDim.NONE,
-    'mlp_activations': FactorDim.COLUMN,
-    # As in t5x/contrib/moe.
-    'expert': FactorDim.BATCH,
-    'expert_mlp': FactorDim.COLUMN,
-    'mlp_embed': FactorDim.ROW,
-    'unmodeled': FactorDim.NONE,
-  }
-)
 
 # Matrices of this size are summed over their rows in blocks of rows.
 _WIDE = 2**22
 _BLOCK = 8
 
-
-@dataclasses.dataclass(frozen=True)
-class Factoring:
-  """What is averaged over which axes of one parameter.
-
-  Attributes:
-    averaged: axes over which update clipping and parameter scale average.
-    rows: axes of `v_row`; empty if the second moment is not factored.
-    columns: axes of `v_col`; empty if the second moment is not factored.
-  """
-
-  averaged: tuple[int, ...]
-  rows: tuple[int, ...] = ()
-  columns: tuple[int, ...] = ()
+# Stacks of this many entries do not stay in the cache of a CPU, so their
+# matrices are read in parts of about so many, as often as needed.
+_BEYOND_CACHE = 2**22
+_IN_CACHE = 2**18
 
 
 class AdafactorState(NamedTuple):
@@ -141,7 +99,9 @@ def adafactor(
   rules = {name: FactorDim(rule.lower()) for name, rule in factor_rules.items()}
 
   def factorings(params):
-    return _factorings(params, logical_axes, rules, min_dim_size_to_factor)
+    return factoring_lib.factorings(
+      params, logical_axes, rules, min_dim_size_to_factor
+    )
 
   def init(params):
     leaves, treedef = jax.tree.flatten(params)
@@ -164,26 +124,43 @@ def adafactor(
     if callable(learning_rate):
       rate = learning_rate(state.count)
 
-    def update_leaf(gradient, param, factoring, v_row, v_col, v, m):
+    def step_size(step, param, averaged):
+      """What a step of root mean square 1 is multiplied with."""
+      size = rate
+      if clipping_threshold is not None:
+        size = size / excess(step, clipping_threshold, averaged)
+      if multiply_by_parameter_scale:
+        size = size * parameter_scale(param, epsilon2, averaged)
+      return size
+
+    def step_factors(gradient, param, v_row, v_col, factoring):
+      """Returns row, column, v_row, v_col; the step is gradient row column."""
       gradient = gradient.astype(jnp.float32)
       param = param.astype(jnp.float32)
+      v_row, v_col = factored_moments(
+        gradient, v_row, v_col, factoring, decay, epsilon1
+      )
+      row, column = inverse_roots(v_row, v_col, factoring)
+      size = step_size(gradient * row * column, param, factoring.averaged)
+      return size * row, column, v_row, v_col
+
+    def update_leaf(gradient, param, factoring, v_row, v_col, v, m):
       if factoring.rows:
-        v_row, v_col = factored_moments(
-          gradient, v_row, v_col, factoring, decay, epsilon1
+        row, column, v_row, v_col = _matrix_by_matrix(
+          step_factors, factoring, gradient, param, v_row, v_col
         )
-        step = factored_scaling(gradient, v_row, v_col, factoring)
+        step = gradient.astype(jnp.float32) * row * column
       else:
+        gradient = gradient.astype(jnp.float32)
         v = decay * v + (1.0 - decay) * (gradient**2 + epsilon1)
         step = gradient * jax.lax.rsqrt(v)
-      if clipping_threshold is not None:
-        step = clip_by_rms(step, clipping_threshold, factoring.averaged)
-      step = rate * step
-      if multiply_by_parameter_scale:
-        step = step * parameter_scale(param, epsilon2, factoring.averaged)
+        step = step * step_size(
+          step, param.astype(jnp.float32), factoring.averaged
+        )
       if beta1 is not None:
         step = m = beta1 * m + (1.0 - beta1) * step
       if weight_decay_rate is not None:
-        step = step + weight_decay_rate * param
+        step = step + weight_decay_rate * param.astype(jnp.float32)
       return -step, v_row, v_col, v, m
 
     leaves, treedef = jax.tree.flatten(gradients)
@@ -249,25 +226,25 @@ def _mean_square_of_columns(matrix: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(matrix, cpu=block_by_block, default=whole)
 
 
-def factored_scaling(
-  gradient: jax.Array,
-  v_row: jax.Array,
-  v_col: jax.Array,
-  factoring: Factoring,
-) -> jax.Array:
-  """Returns gradient / sqrt(v) for `v = v_row v_col / mean(v_row)`."""
+def inverse_roots(
+  v_row: jax.Array, v_col: jax.Array, factoring: Factoring
+) -> tuple[jax.Array, jax.Array]:
+  """Returns row and column: `row column = 1 / sqrt(v_row v_col / mean(v_row))`.
+
+  Both keep all axes of the parameter.
+  """
   row = jnp.expand_dims(v_row, factoring.columns)
   column = jnp.expand_dims(v_col, factoring.rows)
   row = row / row.mean(axis=factoring.rows, keepdims=True)
-  return gradient * row**-0.5 * column**-0.5
+  return row**-0.5, column**-0.5
 
 
-def clip_by_rms(
+def excess(
   update: jax.Array, threshold: float, averaged: Sequence[int]
 ) -> jax.Array:
-  """Shrinks the update so that its root mean square is at most `threshold`."""
+  """Returns the root mean square relative to the threshold, at least 1."""
   rms = jnp.sqrt(jnp.mean(update**2, axis=tuple(averaged), keepdims=True))
-  return update / jnp.maximum(1.0, rms / threshold)
+  return jnp.maximum(1.0, rms / threshold)
 
 
 def parameter_scale(
@@ -276,6 +253,53 @@ def parameter_scale(
   """Returns the root mean square of the parameter, at least `epsilon2`."""
   rms = jnp.sqrt(jnp.mean(param**2, axis=tuple(averaged), keepdims=True))
   return jnp.maximum(rms, epsilon2)
+
+
+def _matrix_by_matrix(
+  function: Callable[..., PyTree], factoring: Factoring, *arrays: jax.Array
+) -> PyTree:
+  """Calls `function(*arrays, factoring)`, in parts where that is faster.
+
+  The first array has the shape of the parameter; the leading axes of all
+  arrays and results are its BATCH axes, if it has any.
+  """
+  shape, averaged = arrays[0].shape, factoring.averaged
+  num_batch = len(shape) - len(averaged)
+  whole = functools.partial(function, factoring=factoring)
+  if (
+    math.prod(shape) < _BEYOND_CACHE
+    or averaged != tuple(range(num_batch, len(shape)))
+    or not num_batch
+    # Parts of a sharded axis would be brought to every device.
+    or jax.sharding.get_abstract_mesh().size > 1
+  ):
+    return whole(*arrays)
+  num_matrices = math.prod(shape[:num_batch])
+  fitting = max(1, _IN_CACHE // math.prod(shape[num_batch:]))
+  size = next(n for n in range(fitting, 0, -1) if num_matrices % n == 0)
+  own = Factoring(
+    *(
+      tuple(axis - num_batch + 1 for axis in axes)
+      for axes in (averaged, factoring.rows, factoring.columns)
+    )
+  )
+
+  def in_parts(*arrays):
+    flat = [x.reshape(-1, *x.shape[num_batch:]) for x in arrays]
+
+    # Not a map over the arrays themselves: parts would be cut from copies.
+    def part(number):
+      cut = [jax.lax.dynamic_slice_in_dim(x, number * size, size) for x in flat]
+      return function(*cut, factoring=own)
+
+    results = jax.lax.map(part, jnp.arange(num_matrices // size))
+    # [parts, matrices, ...] -> [*batch, ...]
+    stack = lambda x: x.reshape(*shape[:num_batch], *x.shape[2:])
+    return jax.tree.map(stack, results)
+
+  # Each pass over a stack that is not in the cache costs as much as all that
+  # is computed in it.
+  return jax.lax.platform_dependent(*arrays, cpu=in_parts, default=whole)
 
 
 def _init_statistics(param, factoring: Factoring, momentum: bool):
@@ -294,93 +318,3 @@ def _init_statistics(param, factoring: Factoring, momentum: bool):
 def _unzip(treedef, rows, width: int) -> list[PyTree]:
   columns = list(zip(*rows, strict=True)) or [()] * width
   return [treedef.unflatten(column) for column in columns]
-
-
-def _factorings(
-  params: PyTree,
-  logical_axes: PyTree | None,
-  rules: Mapping[str, FactorDim],
-  min_size: int,
-) -> list[Factoring]:
-  """Returns the factoring of each leaf, in the order of `jax.tree.leaves`."""
-  # By path, not by tree_map: optax.masked replaces masked parameters by nodes
-  # without leaves, and logical axes may be tuples, which are trees themselves.
-  axes_of = {}
-  if logical_axes is not None:
-    named = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=_is_axes)
-    axes_of = {_name(path): axes for path, axes in named}
-  factorings = []
-  for path, param in jax.tree_util.tree_leaves_with_path(params):
-    name = _name(path)
-    axes = axes_of.get(name)
-    if axes is None and logical_axes is not None:
-      raise ValueError(
-        f'logical_axes must name the axes of every parameter, but {name} '
-        f'is missing. Create it with param_with_axes.'
-      )
-    factorings.append(_factoring(name, param.shape, axes, rules, min_size))
-  return factorings
-
-
-def _factoring(name, shape, axes, rules, min_size) -> Factoring:
-  """Returns the factoring of one parameter; names are checked for any rank."""
-  if axes is None:
-    if len(shape) > 2:
-      raise ValueError(
-        'A parameter of rank 3 or more must have logical axes, but '
-        f'{name} {tuple(shape)} has none. Give adafactor the logical_axes.'
-      )
-    return _by_size(shape, min_size)
-  dims = _rules_of_axes(name, shape, axes, rules)
-  if len(shape) <= 2 and FactorDim.BATCH not in dims:
-    # As in T5X: the size decides, rules of plain matrices are ignored.
-    return _by_size(shape, min_size)
-  where = {
-    kind: tuple(i for i, dim in enumerate(dims) if dim is kind)
-    for kind in FactorDim
-  }
-  batch = where[FactorDim.BATCH]
-  averaged = tuple(i for i in range(len(shape)) if i not in batch)
-  rows, columns = where[FactorDim.ROW], where[FactorDim.COLUMN]
-  if not (rows and columns):
-    return Factoring(averaged)
-  if where[FactorDim.NONE]:
-    raise ValueError(
-      'A parameter with ROW and COLUMN axes must have no NONE axis, but '
-      f'{name} with axes {tuple(axes)} has {[str(dim) for dim in dims]}. '
-      'Give that axis another rule in factor_rules.'
-    )
-  return Factoring(averaged, rows, columns)
-
-
-def _rules_of_axes(name, shape, axes, rules) -> list[FactorDim]:
-  if len(axes) != len(shape):
-    raise ValueError(
-      f'logical_axes must name each axis of a parameter, but {name} '
-      f'{tuple(shape)} has axes {tuple(axes)}. Correct its param_with_axes.'
-    )
-  for axis in axes:
-    if axis not in rules:
-      raise ValueError(
-        f'Every logical axis must have a factor rule, but {axis!r} of '
-        f'{name} {tuple(axes)} has none. Add it to factor_rules as ROW, '
-        'COLUMN, BATCH or NONE.'
-      )
-  return [rules[axis] for axis in axes]
-
-
-def _by_size(shape: Sequence[int], min_size: int) -> Factoring:
-  """Factors a matrix whose two sizes are large enough."""
-  averaged = tuple(range(len(shape)))
-  if len(shape) < 2 or min(shape) < min_size:
-    return Factoring(averaged)
-  small, large = np.argsort(shape, kind='stable')
-  return Factoring(averaged, (int(small),), (int(large),))
-
-
-def _is_axes(node: Any) -> bool:
-  return isinstance(node, (tuple, list, jax.sharding.PartitionSpec))
-
-
-def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')

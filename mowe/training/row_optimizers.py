@@ -151,9 +151,10 @@ class RowAdafactor:
     v_row, v_col = adafactor.factored_moments(
       gradient, v_row, v_col, matrix, decay, self.epsilon1
     )
-    step = adafactor.factored_scaling(gradient, v_row, v_col, matrix)
+    row, column = adafactor.inverse_roots(v_row, v_col, matrix)
+    step = gradient * row * column
     if self.clipping_threshold is not None:
-      step = adafactor.clip_by_rms(
+      step = step / adafactor.excess(
         step, self.clipping_threshold, matrix.averaged
       )
     step = rate * step

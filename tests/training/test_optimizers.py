@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mowe.training import adafactor, optimizers
+from mowe.training import adafactor, optimizers, partitioning
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 't5x_adafactor.npz'
 
@@ -51,8 +51,44 @@ def _assert_close(actual, expected, name):
   )
 
 
+@pytest.fixture
+def small_cache(monkeypatch):
+  """Stacks of matrices [6, 7] are updated in parts of up to 4 matrices."""
+  monkeypatch.setattr(adafactor, '_BEYOND_CACHE', 0)
+  monkeypatch.setattr(adafactor, '_IN_CACHE', 4 * 6 * 7)
+
+
 @pytest.mark.parametrize('config', _CONFIGS)
 def test_adafactor_equals_t5x(golden, config):
+  _compare_with_t5x(golden, config)
+
+
+@pytest.mark.usefixtures('small_cache')
+def test_adafactor_in_parts_equals_t5x(golden):
+  # 'wi' has 5 matrices, so parts of 1; 'scanned' has 2 x 3, so parts of 3.
+  _compare_with_t5x(golden, 'momentum')
+
+
+@pytest.mark.usefixtures('small_cache')
+def test_sharded_experts_stay_on_their_devices():
+  mesh = partitioning.make_mesh(expert=4, data=2)
+  optimizer = optimizers.adafactor(0.1, {'wi': _AXES['wi']})
+  spec = jax.sharding.PartitionSpec
+
+  def on_mesh(x):
+    by_expert = spec('expert') if x.shape[:1] == (8,) else spec()
+    sharding = jax.sharding.NamedSharding(mesh, by_expert)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  params = {'wi': jnp.zeros((8, 6, 7))}
+  arguments = jax.tree.map(on_mesh, (params, optimizer.init(params), params))
+  update = jax.jit(partitioning.on_mesh(optimizer.update, mesh))
+  program = update.lower(*arguments).compile().as_text()
+  assert 'all-gather' not in program
+  assert 'while' not in program
+
+
+def _compare_with_t5x(golden, config):
   offset = _CONFIGS[config].get('step_offset', 0)
   rates = jnp.asarray(golden['learning_rates'])
   optimizer = optimizers.Adafactor(

@@ -1,0 +1,155 @@
+"""How second moments are factored: rules by logical axis, as T5X has them.
+
+Source: t5x/adafactor.py, with its corner cases.
+"""
+
+import dataclasses
+import enum
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+
+class FactorDim(enum.StrEnum):
+  """How an axis takes part in the factored second moment."""
+
+  ROW = 'row'
+  COLUMN = 'column'
+  BATCH = 'batch'  # One set of statistics for each index of this axis.
+  NONE = 'none'
+
+
+FACTOR_RULES: Mapping[str, str] = types.MappingProxyType(
+  {
+    'vocab': FactorDim.COLUMN,
+    'embed': FactorDim.ROW,
+    'mlp': FactorDim.COLUMN,
+    'heads': FactorDim.COLUMN,
+    'kv': FactorDim.COLUMN,
+    'joined_kv': FactorDim.COLUMN,
+    'relpos_buckets': FactorDim.NONE,
+    'layers': FactorDim.BATCH,
+    'stack': FactorDim.BATCH,
+    'q_wi_fused': FactorDim.COLUMN,
+    'o_wo_fused': FactorDim.COLUMN,
+    'multiquery_heads': FactorDim.COLUMN,
+    'kv_fused': FactorDim.COLUMN,
+    'layer_norm_scale': FactorDim.NONE,
+    'mlp_activations': FactorDim.COLUMN,
+    # As in t5x/contrib/moe.
+    'expert': FactorDim.BATCH,
+    'expert_mlp': FactorDim.COLUMN,
+    'mlp_embed': FactorDim.ROW,
+    'unmodeled': FactorDim.NONE,
+  }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factoring:
+  """What is averaged over which axes of one parameter.
+
+  Attributes:
+    averaged: axes over which update clipping and parameter scale average.
+    rows: axes of `v_row`; empty if the second moment is not factored.
+    columns: axes of `v_col`; empty if the second moment is not factored.
+  """
+
+  averaged: tuple[int, ...]
+  rows: tuple[int, ...] = ()
+  columns: tuple[int, ...] = ()
+
+
+def factorings(
+  params: PyTree,
+  logical_axes: PyTree | None,
+  rules: Mapping[str, FactorDim],
+  min_size: int,
+) -> list[Factoring]:
+  """Returns the factoring of each leaf, in the order of `jax.tree.leaves`."""
+  # By path, not by tree_map: optax.masked replaces masked parameters by nodes
+  # without leaves, and logical axes may be tuples, which are trees themselves.
+  axes_of = {}
+  if logical_axes is not None:
+    named = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=_is_axes)
+    axes_of = {_name(path): axes for path, axes in named}
+  found = []
+  for path, param in jax.tree_util.tree_leaves_with_path(params):
+    name = _name(path)
+    axes = axes_of.get(name)
+    if axes is None and logical_axes is not None:
+      raise ValueError(
+        f'logical_axes must name the axes of every parameter, but {name} '
+        f'is missing. Create it with param_with_axes.'
+      )
+    found.append(_factoring(name, param.shape, axes, rules, min_size))
+  return found
+
+
+def _factoring(name, shape, axes, rules, min_size) -> Factoring:
+  """Returns the factoring of one parameter; names are checked for any rank."""
+  if axes is None:
+    if len(shape) > 2:
+      raise ValueError(
+        'A parameter of rank 3 or more must have logical axes, but '
+        f'{name} {tuple(shape)} has none. Give adafactor the logical_axes.'
+      )
+    return _by_size(shape, min_size)
+  dims = _rules_of_axes(name, shape, axes, rules)
+  if len(shape) <= 2 and FactorDim.BATCH not in dims:
+    # As in T5X: the size decides, rules of plain matrices are ignored.
+    return _by_size(shape, min_size)
+  where = {
+    kind: tuple(i for i, dim in enumerate(dims) if dim is kind)
+    for kind in FactorDim
+  }
+  batch = where[FactorDim.BATCH]
+  averaged = tuple(i for i in range(len(shape)) if i not in batch)
+  rows, columns = where[FactorDim.ROW], where[FactorDim.COLUMN]
+  if not (rows and columns):
+    return Factoring(averaged)
+  if where[FactorDim.NONE]:
+    raise ValueError(
+      'A parameter with ROW and COLUMN axes must have no NONE axis, but '
+      f'{name} with axes {tuple(axes)} has {[str(dim) for dim in dims]}. '
+      'Give that axis another rule in factor_rules.'
+    )
+  return Factoring(averaged, rows, columns)
+
+
+def _rules_of_axes(name, shape, axes, rules) -> list[FactorDim]:
+  if len(axes) != len(shape):
+    raise ValueError(
+      f'logical_axes must name each axis of a parameter, but {name} '
+      f'{tuple(shape)} has axes {tuple(axes)}. Correct its param_with_axes.'
+    )
+  for axis in axes:
+    if axis not in rules:
+      raise ValueError(
+        f'Every logical axis must have a factor rule, but {axis!r} of '
+        f'{name} {tuple(axes)} has none. Add it to factor_rules as ROW, '
+        'COLUMN, BATCH or NONE.'
+      )
+  return [rules[axis] for axis in axes]
+
+
+def _by_size(shape: Sequence[int], min_size: int) -> Factoring:
+  """Factors a matrix whose two sizes are large enough."""
+  averaged = tuple(range(len(shape)))
+  if len(shape) < 2 or min(shape) < min_size:
+    return Factoring(averaged)
+  small, large = np.argsort(shape, kind='stable')
+  return Factoring(averaged, (int(small),), (int(large),))
+
+
+def _is_axes(node: Any) -> bool:
+  return isinstance(node, (tuple, list, jax.sharding.PartitionSpec))
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
