@@ -1,12 +1,17 @@
 """Every choice is computed: pairs are sorted by expert."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import dropless_exchange, routing, slots, sorted_experts
+from mowe.layers import (
+  dropless_exchange,
+  expert_dropout,
+  routing,
+  slots,
+  sorted_experts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +79,15 @@ class DroplessDispatch:
     rows: jax.Array,
     kernels: dict[str, jax.Array],
     plan: slots.SlotPlan,
-    keep: Callable[[jax.Array], jax.Array] | None,
+    keep: expert_dropout.ExpertDropout | None,
     activations: tuple[str, ...],
   ) -> jax.Array:
     """Experts' outputs <float>[slots, embed]."""
     share = sorted_experts.even_share(
       plan.slots_of_pairs.size, kernels['wo'].shape[0]
     )
-    if keep is not None:
-      keep = keep(plan.pairs).astype(rows.dtype)
     return sorted_experts.feed_forward_by_expert(
-      rows, kernels, plan.group_sizes, keep, activations, share
+      rows, kernels, plan.group_sizes, keep, plan.pairs, activations, share
     )
 
   def across(self, num_shards: int) -> dropless_exchange.DroplessExchange:

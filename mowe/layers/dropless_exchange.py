@@ -82,17 +82,20 @@ class DroplessExchange:
       rows.shape[0],
       rows.shape[0] + sorted_experts.tile_size(share),
     )
+    pairs = index  # Only dropout asks for pairs.
     if keep is not None:
       pairs = _exchange(
         expert_parallel.number_pairs(plan.pairs, num_pairs)[:, None], *there
       )
-      keep = keep(slots.permute(pairs[:, 0], index, inverse))
-      keep = expert_parallel.own_units(keep).astype(rows.dtype)
+      pairs = slots.permute(pairs[:, 0], index, inverse)
+      own_masks = expert_parallel.own_units(keep.masks)
+      keep = dataclasses.replace(keep, masks=own_masks)
     outputs = sorted_experts.feed_forward_by_expert(
       slots.permute(_exchange(rows, *there), index, inverse),
       kernels,
       jnp.sum(received, axis=0),
       keep,
+      pairs,
       activations,
       share,
     )

@@ -20,8 +20,8 @@ class ExpertDropout:
     masks: <float32>[blocks, units], zeros where units are dropped.
     block: pairs that share a mask.
 
-  Call: pairs <int32>[slots], counted over all groups, to <float32>[slots,
-    units] that hidden units are to be multiplied with.
+  Call: pairs <int32>[...], counted over all groups, to <float32>[..., units]
+    that hidden units are to be multiplied with.
   """
 
   masks: jax.Array

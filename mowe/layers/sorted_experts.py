@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import feed_forward
+from mowe.layers import expert_dropout, feed_forward
 
 # More rows in a tile are no faster.
 _LARGEST_TILE = 256
@@ -34,12 +34,13 @@ def tile_size(share: int) -> int:
   return min(max(-(-share // 32) * 8, 8), _LARGEST_TILE)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def feed_forward_by_expert(
   rows: jax.Array,
   kernels: Arrays,
   group_sizes: jax.Array,
-  keep: jax.Array | None,
+  dropout: expert_dropout.ExpertDropout | None,
+  pairs: jax.Array,
   activations: tuple[str, ...],
   share: int,
 ) -> jax.Array:
@@ -51,18 +52,21 @@ def feed_forward_by_expert(
     kernels: `wi` or `wi_0`, `wi_1` <float>[expert, embed, expert_mlp] and `wo`
       <float>[expert, expert_mlp, embed].
     group_sizes: <int32>[expert], rows of each expert; zero is allowed.
-    keep: <float>[rows, expert_mlp] that hidden units are multiplied with, the
-      mask of dropout; None is all ones.
+    dropout: of hidden units, or None. Masks are read where they are used:
+      written for all rows they would be as large as the hidden units.
+    pairs: <int32>[rows], for the dropout.
     activations: as in the dense feed-forward.
     share: static, rows of each expert in the batched product.
 
   Returns:
     <float>[rows, embed]; meaningless beyond the last row of the last expert.
   """
-  return _forward(rows, kernels, group_sizes, keep, activations, share)[0]
+  return _forward(
+    rows, kernels, group_sizes, dropout, pairs, activations, share
+  )[0]
 
 
-def _forward(rows, kernels, group_sizes, keep, activations, share):
+def _forward(rows, kernels, group_sizes, dropout, pairs, activations, share):
   index, inverse = _windows(group_sizes, share, rows.shape[0])
   # Only projections are kept for the backward pass.
   expert = jax.checkpoint(
@@ -70,7 +74,8 @@ def _forward(rows, kernels, group_sizes, keep, activations, share):
     policy=jax.checkpoint_policies.dots_saveable,
     prevent_cse=False,
   )
-  kept = _maybe(functools.partial(_take, index=index), keep)
+  keep = functools.partial(_keep, dropout, dtype=rows.dtype)
+  kept = keep(jnp.take(pairs, index, mode='clip'))
   outputs, pull = jax.vjp(
     lambda rows, kernels: jax.vmap(expert)(rows, kernels, kept),
     _take(rows, index),
@@ -80,17 +85,17 @@ def _forward(rows, kernels, group_sizes, keep, activations, share):
   def tile(outputs, number, start, is_own):
     cut = functools.partial(_slice, start=start, size=is_own.shape[0])
     computed = _expert(
-      cut(rows), _at(kernels, number), _maybe(cut, keep), activations
+      cut(rows), _at(kernels, number), keep(cut(pairs)), activations
     )
     return _write(outputs, jnp.where(is_own, computed, cut(outputs)), start)
 
   outputs = _take(outputs.reshape(-1, rows.shape[1]), inverse)
   outputs = _for_each_tile(tile, outputs, group_sizes, share)
-  return outputs, (pull, rows, kernels, group_sizes, keep)
+  return outputs, (pull, rows, kernels, group_sizes, dropout, pairs)
 
 
 def _backward(activations, share, residuals, cotangent):
-  pull, rows, kernels, group_sizes, keep = residuals
+  pull, rows, kernels, group_sizes, dropout, pairs = residuals
   index, inverse = _windows(group_sizes, share, rows.shape[0])
   # Where an expert has fewer rows than the share, others were computed with it.
   is_own = index[:, :, None] < rows.shape[0]
@@ -99,8 +104,9 @@ def _backward(activations, share, residuals, cotangent):
   def tile(carry, number, start, is_own):
     d_rows, d_kernels = carry
     cut = functools.partial(_slice, start=start, size=is_own.shape[0])
+    kept = _keep(dropout, cut(pairs), rows.dtype)
     _, pull = jax.vjp(
-      lambda rows, own: _expert(rows, own, _maybe(cut, keep), activations),
+      lambda rows, own: _expert(rows, own, kept, activations),
       cut(rows),
       _at(kernels, number),
     )
@@ -116,7 +122,7 @@ def _backward(activations, share, residuals, cotangent):
   d_rows, d_kernels = _for_each_tile(
     tile, (d_rows, d_kernels), group_sizes, share
   )
-  return d_rows, d_kernels, None, None
+  return d_rows, d_kernels, None, None, None
 
 
 feed_forward_by_expert.defvjp(_forward, _backward)
@@ -179,8 +185,8 @@ def _for_each_tile(
   return jax.lax.fori_loop(0, ends[-1], visit, carry)
 
 
-def _maybe(function, array):
-  return None if array is None else function(array)
+def _keep(dropout, pairs, dtype):
+  return None if dropout is None else dropout(pairs).astype(dtype)
 
 
 def _take(rows, index):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import feed_forward, sorted_experts
+from mowe.layers import expert_dropout, feed_forward, sorted_experts
 
 EMBED, EXPERT_DIM = 5, 3
 
@@ -53,14 +53,18 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
     name: normal(4, EMBED, EXPERT_DIM)
     for name in feed_forward.kernel_names(activations)
   } | {'wo': normal(4, EXPERT_DIM, EMBED)}
-  keep = 2 * (normal(num_rows, EXPERT_DIM) > 0) if with_dropout else None
-  keep = None if keep is None else keep.astype(jnp.float32)
+  pairs = jnp.asarray(rng.permutation(num_rows), jnp.int32)
+  dropout = keep = None
+  if with_dropout:
+    masks = 2.0 * (normal(-(-num_rows // 7), EXPERT_DIM) > 0)
+    dropout = expert_dropout.ExpertDropout(masks, block=7)
+    keep = masks[pairs // 7]
 
   @jax.jit
   def both(rows, kernels, sizes):
     outputs, backward = jax.vjp(
       lambda r, k: sorted_experts.feed_forward_by_expert(
-        r, k, sizes, keep, activations, share
+        r, k, sizes, dropout, pairs, activations, share
       ),
       rows,
       kernels,
@@ -84,7 +88,7 @@ def test_few_rows_are_all_computed_in_tiles():
   kernels = {'wi': jnp.ones((8, 2, 3)), 'wo': jnp.ones((8, 3, 2))}
   sizes = jnp.asarray([0, 3, 0, 1, 0, 0, 2, 1])
   outputs = sorted_experts.feed_forward_by_expert(
-    rows, kernels, sizes, None, ('relu',), 0
+    rows, kernels, sizes, None, jnp.arange(rows.shape[0]), ('relu',), 0
   )
   np.testing.assert_array_equal(outputs[:7], np.full((7, 2), 6.0))
 
@@ -103,7 +107,7 @@ def test_no_array_is_larger_than_rows_or_kernels():
     jax.grad(
       lambda rows, kernels, sizes: jnp.sum(
         sorted_experts.feed_forward_by_expert(
-          rows, kernels, sizes, None, ('relu',), share
+          rows, kernels, sizes, None, jnp.arange(room), ('relu',), share
         )
       ),
       (0, 1),
