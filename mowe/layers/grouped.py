@@ -131,10 +131,11 @@ def _multiply(tokens, kernels, plan, product):
     own = jnp.take(kernels, experts, axis=0, mode='clip')
     return product(rows(tokens, sources), own.astype(tokens.dtype))
 
-  parts = [
-    _in_chunks(some_experts, at_once, experts, sources)
-    for experts, sources in zip(*plan.classes, strict=True)
-  ]
+  parts = []
+  for experts, sources in zip(*plan.classes, strict=True):
+    # Unused places come last: what they would be given is never read.
+    num_used = jnp.sum(sources[:, 0] < tokens.shape[0])
+    parts.append(_in_chunks(some_experts, at_once, num_used, experts, sources))
   slots = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
   return rows(slots, plan.slots.reshape(-1))
 
@@ -159,9 +160,12 @@ def rows(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _in_chunks(
-  function: Callable[..., jax.Array], at_once: int, *arrays: jax.Array
+  function: Callable[..., jax.Array],
+  at_once: int,
+  num_used: jax.Array,
+  *arrays: jax.Array,
 ) -> jax.Array:
-  """function(*arrays), of so many rows at a time."""
+  """function(*arrays), of so many rows at a time; zeros after `num_used`."""
   num_rows = arrays[0].shape[0]
   if num_rows <= at_once:
     return function(*arrays)
@@ -178,4 +182,4 @@ def _in_chunks(
 
   one = jax.eval_shape(lambda: function(*cut(0)))
   outputs = jnp.zeros((num_rows, *one.shape[1:]), one.dtype)
-  return jax.lax.fori_loop(0, -(-num_rows // at_once), some, outputs)
+  return jax.lax.fori_loop(0, -(-num_used // at_once), some, outputs)

@@ -53,7 +53,10 @@ def update_table(
   first = 0 if 'encoder' in factors else num_before
   last = num_before + (num_after if 'decoder' in factors else 0)
   layers = _over_all_tokens(factors, num_before)
-  chunks = _Chunks(plan.updates, sum(k[0].size for k in table.values()))
+  kernels = jax.tree.leaves(table)
+  chunks = _Chunks(
+    plan.updates, len(kernels[0]), sum(k[0].size for k in kernels)
+  )
 
   def gradients(experts, sources, is_new):
     """Experts of one chunk, those that change, and their gradients."""
@@ -93,10 +96,12 @@ class _Chunks:
   """Experts of all classes, a few of one class at a time.
 
   One loop goes over all, so that what the classes have in common, the row
-  optimizer, is compiled once.
+  optimizer, is compiled once. Chunks without any expert are left out.
   """
 
-  def __init__(self, classes: plans.SizeClasses, numbers_of_one: int):
+  def __init__(
+    self, classes: plans.SizeClasses, num_experts: int, numbers_of_one: int
+  ):
     sizes = [experts.size for experts in classes.experts]
     # Half of what a product takes: the row optimizer goes several times over
     # gradients and rows.
@@ -108,14 +113,21 @@ class _Chunks:
     self._size = max(2, min(cached, even))
     self._classes = classes
     of_class = [-(-size // self._size) for size in sizes]
-    self.number = sum(of_class)
     self._class = np.repeat(np.arange(len(sizes)), of_class)
     self._first = self._size * np.concatenate(
       [np.arange(number) for number in of_class]
     )
+    # Unused places come last in their class.
+    num_used = jnp.stack(
+      [jnp.sum(experts < num_experts) for experts in classes.experts]
+    )
+    used = jnp.asarray(self._first) < num_used[self._class]
+    (self._used,) = jnp.nonzero(used, size=len(self._class))
+    self.number = jnp.sum(used)
 
   def call(self, number: jax.Array, function: Callable[..., Any]) -> Any:
     """function(experts, sources, is_new) on a chunk of so many experts."""
+    number = self._used[number]
 
     def of_class(experts, sources, first):
       missing = max(0, self._size - experts.size)
