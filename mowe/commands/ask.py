@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from mowe.commands import model_folder
 from mowe.evaluation import inference
 from mowe.models import decoding
+from mowe.training import expert_stores
 from mowe.words import routing_vocabulary
 
 
@@ -16,6 +17,7 @@ def ask(
   num_beams: int = 1,
   max_length: int = 32,
   explain: bool = False,
+  store: expert_stores.Store | None = None,
 ) -> list[str]:
   """Answers questions; without any, reads them from the standard input.
 
@@ -26,12 +28,14 @@ def ask(
     num_beams: more than one searches with beams.
     max_length: most tokens of an answer.
     explain: show the experts of the question's words.
+    store: where word experts lie; None: on the device, or on disk if their
+      tables are large.
 
   Returns:
     The answers.
   """
   _check_prompt(prompt)
-  loaded = model_folder.load(model)
+  loaded = model_folder.load(model, store)
   vocabulary = loaded.vocabulary
   strategy = (
     decoding.Greedy()

@@ -6,6 +6,7 @@ from mowe.commands import data_config, model_folder, show_progress
 from mowe.evaluation import evaluate as evaluate_lib
 from mowe.evaluation import text_metrics
 from mowe.models import decoding
+from mowe.training import expert_stores
 
 
 def evaluate(
@@ -13,6 +14,7 @@ def evaluate(
   checkpoint_path: str,
   output_dir: str,
   data: data_config.DataConfig,
+  store: expert_stores.Store | None = None,
   strategy: decoding.Strategy = decoding.Greedy(),
   metric: Callable[..., dict[str, float]] = text_metrics.squad,
 ) -> evaluate_lib.EvaluationResult:
@@ -22,10 +24,12 @@ def evaluate(
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
     output_dir: gets predictions.jsonl and results.json.
     data: the questions.
+    store: where word experts lie; None: on the device, or on disk if their
+      tables are large.
     strategy: how answers are generated.
     metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
   """
-  loaded = model_folder.load(checkpoint_path)
+  loaded = model_folder.load(checkpoint_path, store)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
   generator = data.make_generator(
     loaded.model, loaded.params, strategy=strategy

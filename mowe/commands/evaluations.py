@@ -33,10 +33,19 @@ def sparse_streams(config: Any) -> tuple[str, ...]:
 def make_router(
   config: Any, trial_batches: Any, num_microbatches: int = 1
 ) -> Callable[[Any], tuple[Any, Any]]:
-  """batch -> (batch with routing ids, plan); plan None for a dense model."""
+  """batch -> (batch with routing ids, plan).
+
+  There is no plan for a dense model, nor for one whose layers read experts
+  from the host.
+  """
   streams = sparse_streams(config)
   if not streams:
     return lambda batch: (batch, None)
+  if getattr(config.make_sparse_layers()[0], 'rows_from', None) is not None:
+    return lambda batch: (
+      batch_router.add_routing_ids(batch, config.routing),
+      None,
+    )
   return batch_router.BatchRouter(
     config.routing,
     streams=streams,

@@ -5,6 +5,7 @@ import pathlib
 
 from mowe.commands import data_config, model_folder
 from mowe.models import decoding
+from mowe.training import expert_stores
 from mowe.training import progress as progress_lib
 
 # Examples written together: what a stopped run has to do again at most.
@@ -16,6 +17,7 @@ def infer(
   checkpoint_path: str,
   output_dir: str,
   data: data_config.DataConfig,
+  store: expert_stores.Store | None = None,
   strategy: decoding.Strategy = decoding.Greedy(),
 ) -> pathlib.Path:
   """Writes one line of JSON for each example, in the order of the task.
@@ -26,12 +28,14 @@ def infer(
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
     output_dir: gets <task>-predictions.jsonl.
     data: a token cache with inputs.
+    store: where word experts lie; None: on the device, or on disk if their
+      tables are large.
     strategy: how outputs are generated.
 
   Returns:
     The file: {"index", "inputs", "prediction", "score"} in each line.
   """
-  loaded = model_folder.load(checkpoint_path)
+  loaded = model_folder.load(checkpoint_path, store)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
   generator = data.make_generator(
     loaded.model, loaded.params, strategy=strategy

@@ -13,7 +13,18 @@ import optax
 from mowe.commands import model_folder
 from mowe.models import initialization, parameters, t5, threefry, upcycling
 from mowe.training import checkpoints as checkpoints_lib
-from mowe.training import optimizers, partitioning, row_optimizers, train_state
+from mowe.training import (
+  expert_records,
+  expert_sources,
+  expert_stores,
+  no_experts,
+  optimizers,
+  partitioning,
+  row_file,
+  row_index,
+  row_optimizers,
+  train_state,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,30 +86,42 @@ class Setup:
     checkpoints: checkpoints_lib.Checkpoints,
     described: dict[str, Any],
     initial_path: str | None,
-  ) -> tuple[train_state.TrainState, parameters.Tables]:
-    """The state to train, and the tables that are frozen ({} if none are).
+    store: expert_stores.Store = expert_stores.DeviceStore(),
+    experts_at_once: int = 0,
+  ) -> tuple[train_state.TrainState, expert_stores.Experts]:
+    """The state to train, and its word experts, to be closed in the end.
 
     Args:
       checkpoints: of this run; its latest is resumed if there is one.
       described: what must be as it was when the run began.
       initial_path: whose parameters a new run takes; None: fresh ones. Those
         of a dense model become experts; see `upcycling`.
+      store: where word experts lie.
+      experts_at_once: that an ordinary batch has.
     """
-    if checkpoints.latest_step() is not None:
+    is_resumed = checkpoints.latest_step() is not None
+    if is_resumed:
       checkpoints.check_metadata(described)
-      state = checkpoints.restore(self.abstract)
+      state = checkpoints.restore(self._without_tables())
       print(f'Resumed {checkpoints.folder} at step {int(state.step)}.')
-    elif initial_path is not None:
-      state = train_state.begin(
-        **self._parameters_of(initial_path), **self._how_to_make()
-      )
+      source = self._saved_experts(checkpoints, None)
     else:
-      state = train_state.create(
-        self.model, threefry.key(self.seed), **self._how_to_make()
-      )
-    if self.row_optimizer is not None:
-      return state, {}
-    return state.replace(tables={}), state.tables
+      if initial_path is not None:
+        params, source = self._parameters_of(initial_path)
+      else:
+        params, source = self._fresh_parameters()
+      state = self._begin(params)
+    if source is None:
+      return state, no_experts.NoExperts()
+    experts = store.open(
+      self._open_file(checkpoints.folder, source, is_resumed),
+      self._tables(),
+      is_trained=self.row_optimizer is not None,
+      is_resumed=is_resumed,
+      experts_at_once=experts_at_once,
+    )
+    tables, table_state = experts.start(source)
+    return state.replace(tables=tables, table_state=table_state), experts
 
   def jit(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
     """The jitted step: the state is donated and stays where it lies."""
@@ -111,32 +134,79 @@ class Setup:
       out_shardings=(_shardings(trained), None),
     )
 
-  def _how_to_make(self) -> dict[str, Any]:
-    return {
-      'optimizer': self.optimizer,
-      'row_optimizer': self.row_optimizer,
-      'shardings': _shardings(self.abstract),
-    }
+  def _tables(self) -> expert_sources.Arrays:
+    return self.abstract.tables, self.abstract.table_state
 
-  def _parameters_of(self, path: str) -> dict[str, Any]:
+  def _without_tables(self) -> train_state.TrainState:
+    return self.abstract.replace(tables={}, table_state={})
+
+  def _begin(self, params: Any) -> train_state.TrainState:
+    """Step 0 of training these ordinary parameters."""
+    return train_state.begin(
+      params,
+      {},
+      optimizer=self.optimizer,
+      row_optimizer=None,
+      shardings=_shardings(self._without_tables()),
+    )
+
+  def _fresh_parameters(
+    self,
+  ) -> tuple[Any, expert_sources.ExpertSource | None]:
+    key = threefry.key(self.seed)
+    params = initialization.initial_parameters(
+      self.model, key, _shardings(self.abstract.params)
+    )
+    if not self.abstract.tables:
+      return params, None
+    return params, expert_sources.FreshExperts(
+      self.model, key, self.abstract.tables
+    )
+
+  def _parameters_of(
+    self, path: str
+  ) -> tuple[Any, expert_sources.ExpertSource | None]:
+    """Ordinary parameters of other weights, and their experts."""
     folder, step = model_folder.split_checkpoint_path(path)
-    wanted = {'params': self.abstract.params, 'tables': self.abstract.tables}
+    wanted = self.abstract.params
     is_dense = self._is_dense_twin(folder)
     if is_dense:
-      wanted['params'] = upcycling.dense_shapes(self.abstract.params)
-    with checkpoints_lib.Checkpoints(folder) as source:
-      parts = source.restore_parameters(wanted, step)
-      step = source.latest_step() if step is None else step
+      wanted = upcycling.dense_shapes(wanted)
+    with checkpoints_lib.Checkpoints(folder) as saved:
+      params = saved.restore_parameters({'params': wanted}, step)['params']
+      step = saved.latest_step() if step is None else step
+      source = self._saved_experts(saved, step, kernels_only=True)
     print(f'Started from {folder}, step {step}.')
     if is_dense:
-      parts['params'] = upcycling.upcycle(
-        self.model,
-        parts['params'],
-        self.abstract.params,
-        threefry.key(self.seed),
+      params = upcycling.upcycle(
+        self.model, params, self.abstract.params, threefry.key(self.seed)
       )
       print('It is dense: every expert starts as a copy of its MLP.')
-    return parts
+    return params, source
+
+  def _saved_experts(
+    self, checkpoints, step, kernels_only=False
+  ) -> expert_sources.SavedExperts | None:
+    if not self.abstract.tables:
+      return None
+    source = expert_sources.SavedExperts(
+      checkpoints.finished(step), kernels_only
+    )
+    source.check(self._tables())
+    return source
+
+  def _open_file(self, folder, source, is_resumed) -> row_file.RowFile:
+    """Where the checkpoints of this run keep experts."""
+    if is_resumed:
+      index = source.index
+    else:
+      index = row_index.RowIndex.empty(
+        expert_records.record_dtype(*self._tables()),
+        jax.tree.leaves(self._tables())[0].shape[0],
+      )
+    return row_file.RowFile(
+      folder, index, jax.process_index(), jax.process_count()
+    )
 
   def _is_dense_twin(self, folder: pathlib.Path) -> bool:
     """Whether the folder has no experts and they are to be made of its MLPs."""

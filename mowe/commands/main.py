@@ -78,6 +78,11 @@ def _make_parser() -> argparse.ArgumentParser:
   ask.add_argument(
     '--explain', action='store_true', help="show the words' experts"
   )
+  ask.add_argument(
+    '--experts_on',
+    choices=('device', 'host', 'disk'),
+    help='where experts are read from; default: disk if they exceed 4 GiB',
+  )
   ask.set_defaults(run=_ask)
 
   words = verbs.add_parser(
@@ -263,7 +268,14 @@ def _infer(options, bindings):
 def _ask(options, bindings):
   del bindings
   from mowe.commands import ask
+  from mowe.training import expert_stores
 
+  stores = {
+    'device': expert_stores.DeviceStore(),
+    'host': expert_stores.HostStore(),
+    'disk': expert_stores.DiskStore(),
+    None: None,
+  }
   ask.ask(
     options.model,
     options.questions,
@@ -271,6 +283,7 @@ def _ask(options, bindings):
     num_beams=options.num_beams,
     max_length=options.max_length,
     explain=options.explain,
+    store=stores[options.experts_on],
   )
 
 

@@ -18,6 +18,7 @@ import jax
 
 from mowe.models import initialization, parameters, saved_config, t5
 from mowe.training import checkpoints as checkpoints_lib
+from mowe.training import expert_sources, expert_stores
 from mowe.words import routing_vocabulary, subwords
 
 _FORMAT = 'mowe model'
@@ -99,11 +100,15 @@ def split_checkpoint_path(path: str) -> tuple[pathlib.Path, int | None]:
   return whole, None
 
 
-def load(path: str, **changes: Any) -> LoadedModel:
+def load(
+  path: str, store: expert_stores.Store | None = None, **changes: Any
+) -> LoadedModel:
   """Loads a model folder, or one checkpoint in it, for inference.
 
   Args:
     path: a model folder (its latest checkpoint), or `.../checkpoint_<step>`.
+    store: where word experts lie; None: on the device, or on disk if they are
+      larger than 4 GiB.
     **changes: fields of the config to replace, such as `dtype`.
 
   Raises:
@@ -118,12 +123,19 @@ def load(path: str, **changes: Any) -> LoadedModel:
   with checkpoints_lib.Checkpoints(folder) as checkpoints:
     step = checkpoints.latest_step() if step is None else step
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
+    params, tables = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-      {'params': params, 'tables': tables},
+      (params, tables),
     )
-    parts = checkpoints.restore_parameters(abstract, step)
-  params = parameters.merge_tables(parts['params'], parts['tables'])
+    params = checkpoints.restore_parameters({'params': params}, step)['params']
+    if tables:
+      checkpoint = checkpoints.finished(step)
+      source = expert_sources.SavedExperts(checkpoint, kernels_only=True)
+      store = store or expert_stores.for_reading(tables)
+      tables, rows_from = store.open_for_reading(source, tables)
+      if rows_from is not None:
+        model = t5.T5(config.with_layer_changes(rows_from=rows_from))
+  params = parameters.merge_tables(params, tables)
   return LoadedModel(model, params, vocabulary, step)
 
 

@@ -23,6 +23,7 @@ from mowe.training import (
   checkpoints as checkpoints_lib,
 )
 from mowe.training import (
+  expert_stores,
   loop,
   metrics,
   optimizers,
@@ -66,6 +67,7 @@ def train(
   freeze_experts: bool = False,
   initial_checkpoint_path: str | None = None,
   num_microbatches: int = 1,
+  store: expert_stores.Store = expert_stores.DeviceStore(),
   make_mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh,
   eval_configs: Sequence[Any] = (),
   eval_period: int = 1000,
@@ -95,6 +97,7 @@ def train(
     freeze_experts: expert tables get no gradient and have no optimizer state.
     initial_checkpoint_path: a model folder or a checkpoint in one.
     num_microbatches: gradient accumulation over parts of a batch.
+    store: where word experts lie.
     make_mesh: gives the device mesh.
     eval_configs: evaluations, each with `prepare(model, vocabulary, loss)`.
     eval_period: steps between evaluations.
@@ -148,7 +151,14 @@ def train(
     ) as checkpoints,
     contextlib.ExitStack() as closing,
   ):
-    state, frozen = setup.start(checkpoints, described, initial_checkpoint_path)
+    state, experts = setup.start(
+      checkpoints,
+      described,
+      initial_checkpoint_path,
+      store,
+      getattr(router, 'experts_at_once', 0),
+    )
+    closing.callback(experts.close)
     first_step = int(state.step)
     # Not before: a refused resume leaves the folder as it was.
     if config_text is not None and jax.process_index() == 0:
@@ -157,16 +167,26 @@ def train(
     evaluate = _Evaluations(
       # On the mesh, experts stay on their devices, as in training.
       [
-        partitioning.on_mesh(one.prepare(module, vocabulary, loss), mesh)
+        partitioning.on_mesh(
+          one.prepare(
+            _with_layers(module, rows_from=experts.rows_from), vocabulary, loss
+          ),
+          mesh,
+        )
         for one in eval_configs
       ],
       writers['eval'],
-      frozen,
+      experts,
     )
 
     def save_checkpoint(step, state):
-      whole = state.replace(tables=state.tables or frozen)
-      checkpoints.save(step, whole, evaluate.of_step(step), described)
+      checkpoints.save(
+        step,
+        state.replace(tables={}, table_state={}),
+        evaluate.of_step(step),
+        described,
+        attach=lambda path: experts.save(path, state),
+      )
 
     # The best checkpoint must be one that was evaluated.
     save_period = eval_period if save.best_metric else save.period
@@ -182,23 +202,30 @@ def train(
       )
     )
     train_step = step_lib.make_train_step(
-      module,
+      _with_layers(module, num_slots=experts.num_slots),
       optimizer=setup.optimizer,
       row_optimizer=row_optimizer,
       loss=loss,
       seed=seed,
       num_microbatches=num_microbatches,
     )
-    state = loop.run(
-      state,
-      frozen,
-      train_step=setup.jit(train_step),
-      batches=prefetched,
-      total_steps=total_steps,
-      put=lambda batch, plan: (
+    train_step = setup.jit(train_step)
+
+    def whole_step(state, batch, fed):
+      state, frozen, plan = experts.ready(state, fed)
+      state, values = train_step(
+        state,
+        frozen,
         partitioning.put_batch(batch, batch_sharding),
         partitioning.put_batch(plan, everywhere),
-      ),
+      )
+      return state, values | experts.metrics()
+
+    state = loop.run(
+      state,
+      train_step=whole_step,
+      batches=experts.feed(prefetched),
+      total_steps=total_steps,
       actions=[
         loop.Every(eval_period, evaluate, at_stop=False),
         loop.Every(save_period, save_checkpoint),
@@ -209,8 +236,15 @@ def train(
       stop=stop,
     )
     checkpoints.wait()
-  _say_how_it_ended(int(state.step), total_steps, folder, stop)
-  return state.replace(tables=state.tables or frozen)
+    _say_how_it_ended(int(state.step), total_steps, folder, stop)
+    return state.replace(tables=experts.tables(state))
+
+
+def _with_layers(module, **changes):
+  """The model with what a run gives to its sparse layers."""
+  if not any(changes.values()):
+    return module
+  return t5.T5(module.config.with_layer_changes(**changes))
 
 
 def _open_writers(folder, first_step, tensorboard, closing):
@@ -233,18 +267,19 @@ def _open_writers(folder, first_step, tensorboard, closing):
 class _Evaluations:
   """Runs all evaluations, shows and writes their numbers."""
 
-  def __init__(self, prepared, writers, frozen):
+  def __init__(self, prepared, writers, experts):
     self._prepared = prepared
     self._writers = writers
-    self._frozen = frozen
+    self._experts = experts
     self._latest: tuple[int, dict[str, float]] | None = None
 
   def __call__(self, step: int, state: train_state.TrainState) -> None:
     if not self._prepared:
       return
     values: dict[str, metrics.Value] = {}
+    tables = self._experts.tables(state)
     for evaluation in self._prepared:
-      values |= evaluation(state.params, state.tables or self._frozen)
+      values |= evaluation(state.params, tables)
     # What experts have each is for the writers alone.
     numbers = {k: v for k, v in values.items() if np.ndim(v) == 0}
     self._latest = step, numbers

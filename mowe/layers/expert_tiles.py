@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.layers import feed_forward, grouped
+from mowe.layers import bfloat16_bits, feed_forward, grouped
 
 Arrays = dict[str, jax.Array]
 
@@ -53,15 +53,10 @@ class TableRows(NamedTuple):
     Equal experts are neighbours where tokens were sorted. Experts out of range
     have zeros.
     """
+    # Negative numbers would count from the end.
+    experts = jnp.where(experts < 0, _OUT_OF_RANGE, experts)
     return {
-      name: jnp.take(
-        kernel,
-        # Negative numbers would count from the end.
-        jnp.where(experts < 0, kernel.shape[0], experts),
-        axis=0,
-        mode='fill',
-        fill_value=0,
-      )
+      name: bfloat16_bits.to_float(grouped.rows(kernel, experts))
       for name, kernel in self.kernels.items()
     }
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mowe.layers import bfloat16_bits
 from mowe.words import plan as plans
 
 # Numbers of kernels that are gathered at a time: 4 MB stay in a CPU's cache;
@@ -60,7 +61,8 @@ def expert_product(
 
   Args:
     tokens: <float>[tokens, in].
-    kernels: <float>[num_experts, in, out]; read in the dtype of `tokens`.
+    kernels: <float>[num_experts, in, out], or bits <uint16> of bfloat16 (see
+      `bfloat16_bits`); read in the dtype of `tokens`.
     plan: of these tokens.
     factors: without, `kernels` have a gradient as large as themselves. With
       zeros in the shapes of Factors, they have none; the gradient of `factors`
@@ -83,8 +85,8 @@ def _backward(residuals, cotangents):
   tokens, kernels, plan, marker = residuals
   d_tokens = _multiply(cotangents, kernels, plan, _transposed_product)
   factors = Factors(tokens, cotangents)
-  if marker is not None:
-    return d_tokens, None, None, factors
+  if marker is not None or kernels.dtype == bfloat16_bits.DTYPE:
+    return d_tokens, None, None, None if marker is None else factors
   d_kernels = jnp.zeros_like(kernels)
   for experts, sources in zip(*plan.classes, strict=True):
     d_kernels = d_kernels.at[experts].set(
@@ -129,6 +131,7 @@ def _multiply(tokens, kernels, plan, product):
 
   def some_experts(experts, sources):
     own = jnp.take(kernels, experts, axis=0, mode='clip')
+    own = bfloat16_bits.to_float(own)
     return product(rows(tokens, sources), own.astype(tokens.dtype))
 
   parts = []

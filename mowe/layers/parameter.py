@@ -54,8 +54,9 @@ def declare(
   initializer: Initializer,
   shape: tuple[int, ...],
   axes: tuple[str, ...],
+  dtype: Any = jnp.float32,
 ) -> jax.Array:
-  """The parameter `name` of `module`, float32.
+  """The parameter `name` of `module`.
 
   Args:
     module: the layer, in its `setup` or its compact method.
@@ -63,8 +64,9 @@ def declare(
     initializer: see `Recipe`.
     shape: of the parameter.
     axes: logical name of each axis, kept in `params_axes` as T5X expects.
+    dtype: of the parameter, which the initializer is given.
   """
-  recipe = Recipe(initializer, shape, jnp.float32)
+  recipe = Recipe(initializer, shape, dtype)
   value = partitioning.param_with_axes(
     name, initializer, shape, recipe.dtype, axes=axes, module=module
   )

@@ -1,24 +1,35 @@
 """MoWE: a feed-forward in which each word owns, or shares, a small expert."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import expert_tiles, feed_forward, grouped, parameter
+from mowe.layers import (
+  bfloat16_bits,
+  expert_tiles,
+  feed_forward,
+  grouped,
+  host_rows,
+  parameter,
+)
 from mowe.words import plan as plans
 
 # An expert starts as a small correction of the residual stream: with T5's own
 # initialiser thousands of unread experts add noise that training has to undo.
 _WO_SCALE = 0.1
 
+_TABLE_DTYPES = ('float32', 'bfloat16')
+
 # Collection in which a train step gives each product its `grouped.Factors`.
 FACTORS = 'kernel_gradient_factors'
 
 
-def _expert_init(scale: float):
-  return parameter.variance_scaling(
+@functools.cache
+def _expert_init(scale: float, as_bits: bool) -> parameter.Initializer:
+  draw = parameter.variance_scaling(
     scale**2,
     'fan_in',
     'truncated_normal',
@@ -26,6 +37,14 @@ def _expert_init(scale: float):
     out_axis=-1,
     batch_axis=(0,),
   )
+  if not as_bits:
+    return draw
+
+  def draw_bits(key, shape, dtype):
+    del dtype
+    return bfloat16_bits.nearest(draw(key, shape, jnp.float32))
+
+  return draw_bits
 
 
 class ExpertTable(nn.Module):
@@ -36,38 +55,55 @@ class ExpertTable(nn.Module):
     embed_dim: width of the model.
     expert_dim: hidden units of one expert.
     activations: as in the dense feed-forward: gated with two names.
+    dtype: float32; or bfloat16, kept as bits <uint16> (see `bfloat16_bits`).
+    rows_from: gives rows on the host; the table is no parameter then.
 
-  Call: a dict of <float32>[rows, embed, expert_dim] (`wi_0`, `wi_1`, or `wi`)
-    and <float32>[rows, expert_dim, embed] (`wo`).
+  Call: a dict of <dtype>[rows, embed, expert_dim] (`wi_0`, `wi_1`, or `wi`)
+    and <dtype>[rows, expert_dim, embed] (`wo`).
   """
 
   num_experts: int
   embed_dim: int
   expert_dim: int
   activations: tuple[str, ...] = ('gelu', 'linear')
+  dtype: Any = jnp.float32
+  rows_from: host_rows.RowsFrom | None = None
 
   @nn.compact
   def __call__(self) -> dict[str, jax.Array]:
-    names = feed_forward.kernel_names(self.activations)
-    kernels = {
-      name: self._kernel(
-        name, 1.0, (self.embed_dim, self.expert_dim), 'embed', 'expert_mlp'
+    return {
+      name: parameter.declare(
+        self,
+        name,
+        _expert_init(_WO_SCALE if name == 'wo' else 1.0, self._is_bits()),
+        (self.num_experts, *shape),
+        axes=('expert', 'expert_mlp', 'embed')
+        if name == 'wo'
+        else ('expert', 'embed', 'expert_mlp'),
+        dtype=self._stored_dtype(),
       )
-      for name in names
+      for name, shape in self._shapes()
     }
-    kernels['wo'] = self._kernel(
-      'wo', _WO_SCALE, (self.expert_dim, self.embed_dim), 'expert_mlp', 'embed'
-    )
-    return kernels
 
-  def _kernel(self, name, scale, shape, *axes):
-    return parameter.declare(
-      self,
-      name,
-      _expert_init(scale),
-      (self.num_experts, *shape),
-      axes=('expert', *axes),
+  def reader(self) -> expert_tiles.TableRows | host_rows.HostRows:
+    """Reads the kernels of some experts."""
+    if self.rows_from is None:
+      return expert_tiles.TableRows(self())
+    return host_rows.HostRows(
+      self.rows_from, '/'.join(self.path), self._shapes(), self._stored_dtype()
     )
+
+  def _shapes(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Kernel name and (in, out) of one expert."""
+    names = feed_forward.kernel_names(self.activations)
+    outwards = (self.embed_dim, self.expert_dim)
+    return (*((name, outwards) for name in names), ('wo', outwards[::-1]))
+
+  def _is_bits(self) -> bool:
+    return jnp.dtype(self.dtype) == jnp.bfloat16
+
+  def _stored_dtype(self) -> Any:
+    return bfloat16_bits.DTYPE if self._is_bits() else self.dtype
 
 
 class MoweLayer(nn.Module):
@@ -82,9 +118,14 @@ class MoweLayer(nn.Module):
     activations: as in the dense feed-forward.
     share_experts: one table for all layers of the model (the paper's way)
       instead of one for each.
+    table_dtype: of the table: 'float32'; or 'bfloat16', half as large, trained
+      with stochastic rounding.
     dropout_rate: dropout of the hidden units.
     dtype: dtype of the computation.
     table: the shared ExpertTable; given by the stack.
+    num_slots: rows of the table where it holds the experts of some batches at a
+      time; None: all. Given by a run, as is `rows_from`.
+    rows_from: gives rows of the table where it is not on the device at all.
 
   Call: tokens <float>[batch, length, embed] and routing_ids, either
     <int32>[batch, length] or the StreamPlan of these tokens, to
@@ -98,9 +139,20 @@ class MoweLayer(nn.Module):
   expert_dim: int
   activations: tuple[str, ...] = ('gelu', 'linear')
   share_experts: bool = True
+  table_dtype: str = 'float32'
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
   table: ExpertTable | None = None
+  num_slots: int | None = None
+  rows_from: host_rows.RowsFrom | None = None
+
+  def __post_init__(self):
+    if self.table_dtype not in _TABLE_DTYPES:
+      raise ValueError(
+        f'table_dtype must be one of {_TABLE_DTYPES}, but is '
+        f"{self.table_dtype!r}. Take 'bfloat16' for half the memory."
+      )
+    super().__post_init__()
 
   def make_shared(self, embed_dim: int) -> dict[str, nn.Module]:
     """Modules that the stack owns once and hands to all layers, by name."""
@@ -134,10 +186,12 @@ class MoweLayer(nn.Module):
 
   def _make_table(self, embed_dim, **place):
     return ExpertTable(
-      self.num_experts,
+      self.num_slots or self.num_experts,
       embed_dim,
       self.expert_dim,
       self.activations,
+      self.table_dtype,
+      self.rows_from,
       **place,
     )
 
@@ -179,7 +233,7 @@ class MoweLayer(nn.Module):
     return expert_tiles.feed_forward_by_tiles(
       tokens,
       experts,
-      expert_tiles.TableRows(table()),
+      table.reader(),
       keep,
       self.num_experts,
       self.activations,

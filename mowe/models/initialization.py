@@ -1,5 +1,6 @@
 """Fresh parameters of a model, each drawn by a small program of its own."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ import jax
 from flax import linen as nn
 
 from mowe.layers import parameter
-from mowe.models import parameters
+from mowe.models import parameters, threefry
 
 _Path = tuple[str, ...]
 
@@ -40,25 +41,59 @@ def initial_parameters(
   Args:
     model: the model.
     key: the seed; one of `threefry.key` is fastest.
-    shardings: tree of shardings like the parameters, each of which is made
-      where it belongs, never whole on one device; None: on the default device.
+    shardings: tree of shardings of the parameters that are wanted, each of
+      which is made where it belongs, never whole on one device; None: all, on
+      the default device.
   """
   variables = abstract_variables(model)
-  paths = flax.traverse_util.flatten_dict(variables['params'])
   recipes = _recipes(variables)
-  placed = dict.fromkeys(paths)
-  if shardings is not None:
+  if shardings is None:
+    placed = dict.fromkeys(flax.traverse_util.flatten_dict(variables['params']))
+  else:
     placed = flax.traverse_util.flatten_dict(shardings)
   values = {
-    path: _program(recipe, placed[path])(_key_of(path, key))
-    for path, recipe in recipes.items()
+    path: _program(recipes[path], sharding)(_key_of(path, key))
+    for path, sharding in placed.items()
+    if path in recipes
   }
-  others = {path: placed[path] for path in paths if path not in recipes}
+  others = {path: placed[path] for path in placed if path not in recipes}
   if others:
     values |= _draw_together(model, key, others)
   return flax.traverse_util.unflatten_dict(
-    {path: values[path] for path in paths}
+    {path: values[path] for path in placed}
   )
+
+
+def initial_rows(
+  model: nn.Module, key: jax.Array, tables: parameters.Tables
+) -> Callable[[int, int], parameters.Tables]:
+  """Draws some rows of expert tables, as `initial_parameters` draws them all.
+
+  Args:
+    model: the model.
+    key: one of `threefry.key`.
+    tables: table -> kernel -> anything, such as abstract arrays.
+
+  Returns:
+    A function of the first expert and their number; one program is compiled
+    for each number and kind of kernel.
+  """
+  recipes = _recipes(abstract_variables(model))
+  paths = {
+    table: {kernel: (*table.split('/'), kernel) for kernel in kernels}
+    for table, kernels in tables.items()
+  }
+
+  def draw(first, number):
+    return jax.tree.map(
+      lambda path: _program_of_rows(recipes[path], number)(
+        _key_of(path, key), first
+      ),
+      paths,
+      is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+  return draw
 
 
 def _recipes(variables: Any) -> dict[_Path, parameter.Recipe]:
@@ -79,6 +114,18 @@ def _program(
     return recipe(key)
 
   return jax.jit(draw, out_shardings=sharding)
+
+
+@functools.cache
+def _program_of_rows(
+  recipe: parameter.Recipe, number: int
+) -> Callable[[jax.Array, int], jax.Array]:
+  some = dataclasses.replace(recipe, shape=(number, *recipe.shape[1:]))
+
+  def draw(key, first):
+    return some(threefry.key_of_rows(key, first, recipe.shape))
+
+  return jax.jit(draw)
 
 
 def _key_of(path: _Path, key: jax.Array) -> jax.Array:

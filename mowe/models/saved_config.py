@@ -18,8 +18,16 @@ from flax import linen as nn
 
 from mowe.models import t5
 
-# What the stack gives to a layer, or what Linen adds: no part of its config.
-_GIVEN = {'parent', 'name', 'dtype', 'dropout_rate', 'table'}
+# What the stack or a run gives to a layer, or what Linen adds: no part of its config.
+_GIVEN = {
+  'parent',
+  'name',
+  'dtype',
+  'dropout_rate',
+  'table',
+  'num_slots',
+  'rows_from',
+}
 
 # The fields of T5Config that make layers, in the order of make_sparse_layers.
 _FACTORIES = ('sparse_feed_forward', 'sparse_decoder_feed_forward')

@@ -167,6 +167,20 @@ class T5Config:
       for layer in self.make_sparse_layers()
     )
 
+  def with_layer_changes(self, **changes: Any) -> 'T5Config':
+    """This config with other fields in its sparse layers."""
+
+    def changed(factory):
+      if factory is None:
+        return None
+      return lambda **given: factory(**given).clone(parent=None, **changes)
+
+    return dataclasses.replace(
+      self,
+      sparse_feed_forward=changed(self.sparse_feed_forward),
+      sparse_decoder_feed_forward=changed(self.sparse_decoder_feed_forward),
+    )
+
   def make_dense_feed_forward(self) -> nn.Module:
     return feed_forward.DenseFeedForward(
       self.mlp_dim,

@@ -24,6 +24,34 @@ def key(seed: int) -> jax.Array:
   return jax.random.key(seed, impl=_WRITTEN_OUT)
 
 
+def key_of_rows(
+  key: jax.Array, first: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+  """A key that draws some rows of an array as if all of it were drawn.
+
+  `jax.random.normal(key_of_rows(key, 5, (9, 2)), (3, 2))` is, bit by bit,
+  `jax.random.normal(key, (9, 2))[5:8]`, and so for whatever draws each number
+  from bits of its own.
+
+  Args:
+    key: one of `key`.
+    first: <int>[], the first row.
+    shape: of the whole array, two axes or more.
+  """
+  row = math.prod(shape[1:])
+  first = jnp.asarray(first, jnp.uint32)
+  # As in `_counters`: one word numbers all elements, or those of a row.
+  if shape[0] * row <= _MOST:
+    offsets = jnp.stack([jnp.uint32(0), first * np.uint32(row)])
+  elif row <= _MOST:
+    offsets = jnp.stack([first, jnp.uint32(0)])
+  else:
+    raise ValueError(f'A row must have at most 2^32 elements, but has {row}.')
+  is_split = jnp.uint32(shape[0] * row > _MOST)
+  words = jnp.concatenate([jax.random.key_data(key), offsets, is_split[None]])
+  return jax.random.wrap_key_data(words, impl=_OF_ROWS)
+
+
 def _threefry(key_data, high, low):
   """Threefry-2x32 with 20 rounds: two hashed words of two words.
 
@@ -68,6 +96,18 @@ def _random_bits(key_data, bit_width, shape):
   return (high ^ low).astype(f'uint{bit_width}')
 
 
+def _random_bits_of_rows(words, bit_width, shape):
+  """Bits of rows [rows, ...]; see `key_of_rows`."""
+  key_data, high, low, is_split = words[:2], words[2], words[3], words[4]
+  row = _number(shape, (0,))
+  within = _number(shape, range(1, len(shape)))
+  size = np.uint32(math.prod(shape[1:]))
+  high = high + row * is_split
+  low = low + within + row * size * (1 - is_split)
+  bits_high, bits_low = _threefry(key_data, high, low)
+  return (bits_high ^ bits_low).astype(f'uint{bit_width}')
+
+
 @jax.jit
 def _fold_in(key_data, data):
   return jnp.stack(_threefry(key_data, jnp.uint32(0), data.astype(jnp.uint32)))
@@ -85,4 +125,14 @@ _WRITTEN_OUT = jax.extend.random.define_prng_impl(
   fold_in=_fold_in,
   name='threefry_written_out',
   tag='written_out',
+)
+
+_OF_ROWS = jax.extend.random.define_prng_impl(
+  key_shape=(5,),
+  seed=lambda seed: jnp.zeros(5, jnp.uint32),
+  split=lambda words, shape: jnp.broadcast_to(words, (*shape, 5)),
+  random_bits=_random_bits_of_rows,
+  fold_in=lambda words, data: words,
+  name='threefry_of_rows',
+  tag='of_rows',
 )

@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -95,6 +95,7 @@ class Checkpoints:
     state: PyTree,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    attach: Callable[[pathlib.Path], None] | None = None,
   ) -> bool:
     """Starts to save a step; the arrays may be donated as soon as it returns.
 
@@ -104,6 +105,7 @@ class Checkpoints:
       metrics: numbers of this step; must hold `best_metric` if there is one.
         None is a checkpoint that is never the best.
       metadata: anything JSON holds; see `check_metadata`.
+      attach: called with the folder, to put more into it at once.
 
     Returns:
       Whether it was saved: False if this very step was saved or restored last.
@@ -134,6 +136,10 @@ class Checkpoints:
       path.mkdir(parents=True)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f'checkpoint_folder_{step}')
+    if attach is not None:
+      attach(path)
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'checkpoint_attached_{step}')
     self._checkpointer.save(path / 'state', args=ocp.args.StandardSave(state))
     texts = {
       'metadata.json': _to_json(metadata or {}),
@@ -173,6 +179,23 @@ class Checkpoints:
     """Returns the last finished step, or None if there is none."""
     return max(self.all_steps(), default=None)
 
+  def finished(self, step: int | None = None) -> pathlib.Path:
+    """Returns the folder of a finished step, by default the latest.
+
+    Raises:
+      NoCheckpointError: there is none, or not of this step.
+    """
+    steps = self.all_steps()
+    if not steps or (step is not None and step not in steps):
+      wanted = (
+        'a checkpoint' if step is None else f'a checkpoint of step {step}'
+      )
+      raise NoCheckpointError(
+        f'{self.folder} must hold {wanted}, but has finished steps {steps}. '
+        'Check the path; a folder without manifest.json was not finished.'
+      )
+    return self._path(steps[-1] if step is None else step)
+
   def best_step(self) -> int | None:
     """Returns the best finished step by `best_metric`, or None.
 
@@ -191,11 +214,11 @@ class Checkpoints:
 
   def metrics(self, step: int | None = None) -> dict[str, float]:
     """Returns the metrics saved with a step, by default the latest."""
-    return _from_json(self._finished(step) / 'metrics.json')
+    return _from_json(self.finished(step) / 'metrics.json')
 
   def metadata(self, step: int | None = None) -> dict[str, Any]:
     """Returns the metadata saved with a step, by default the latest."""
-    return _from_json(self._finished(step) / 'metadata.json')
+    return _from_json(self.finished(step) / 'metadata.json')
 
   def check_metadata(
     self, expected: Mapping[str, Any], step: int | None = None
@@ -212,7 +235,7 @@ class Checkpoints:
       CheckpointMismatchError: names each difference, old and new.
       NoCheckpointError: there is none.
     """
-    path = self._finished(step)
+    path = self.finished(step)
     old = _flatten(_from_json(path / 'metadata.json'))
     # Through JSON, so that tuples and lists are alike.
     new = _flatten(json.loads(_to_json(expected)))
@@ -253,11 +276,11 @@ class Checkpoints:
   def restore_parameters(
     self, abstract_parts: Mapping[str, PyTree], step: int | None = None
   ) -> dict[str, PyTree]:
-    """Returns some parts of a state, say params and tables; see `restore`.
+    """Returns some parts of a state, say params; see `restore`.
 
     Args:
       abstract_parts: field of the saved state to its abstract tree, such as
-        {'params': ..., 'tables': ...}; nothing else is read from the disk.
+        {'params': ...}; nothing else is read from the disk.
       step: by default the latest.
 
     Raises:
@@ -316,22 +339,9 @@ class Checkpoints:
 
   def _verified(self, step: int | None) -> pathlib.Path:
     self.wait()
-    path = self._finished(step)
+    path = self.finished(step)
     manifests.verify(path)
     return path
-
-  def _finished(self, step: int | None) -> pathlib.Path:
-    """Returns the folder of a finished step, None being the latest."""
-    steps = self.all_steps()
-    if not steps or (step is not None and step not in steps):
-      wanted = (
-        'a checkpoint' if step is None else f'a checkpoint of step {step}'
-      )
-      raise NoCheckpointError(
-        f'{self.folder} must hold {wanted}, but has finished steps {steps}. '
-        'Check the path; a folder without manifest.json was not finished.'
-      )
-    return self._path(steps[-1] if step is None else step)
 
   def _path(self, step: int) -> pathlib.Path:
     return self.folder / f'{_PREFIX}{step}'

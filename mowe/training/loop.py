@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mowe.models import parameters
 from mowe.training import metrics as metrics_lib
 from mowe.training import progress as progress_lib
 from mowe.training import train_state
@@ -19,6 +18,16 @@ from mowe.training import train_state
 # Steps between two times at which the processes of a run ask each other: it
 # makes them wait for the device.
 _AGREE_PERIOD = 10
+
+
+# What the line of progress shows of what there is.
+_SHOWN = {
+  'loss': 'loss',
+  'accuracy': 'accuracy',
+  # Of experts that do not all lie on the device.
+  'experts/hit_rate': 'hits',
+  'experts/wait_ms': 'wait ms',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +96,10 @@ class DivergedError(FloatingPointError):
 
 def run(
   state: train_state.TrainState,
-  frozen: parameters.Tables,
   *,
   train_step: Callable[..., tuple[train_state.TrainState, dict[str, Any]]],
   batches: Iterable[tuple[dict[str, np.ndarray], Any]],
   total_steps: int,
-  put: Callable[[Any, Any], tuple[Any, Any]],
   actions: Sequence[Every] = (),
   writers: Sequence[metrics_lib.Writer] = (),
   progress: progress_lib.Progress,
@@ -103,11 +110,10 @@ def run(
 
   Args:
     state: where to begin; donated.
-    frozen: expert tables that are read but not trained.
-    train_step: as made by `step.make_train_step`, jitted.
+    train_step: `(state, batch, plan) -> (state, metrics)`; brings batch and
+      plan to the devices.
     batches: batches with their plans, beginning at `state.step`.
     total_steps: updates of the whole run, those before this call included.
-    put: brings a host batch and its plan to the devices.
     actions: what is done between steps.
     writers: get the metrics of each log period.
     progress: shows them.
@@ -131,7 +137,7 @@ def run(
       if step >= total_steps:
         break
       num_tokens = _num_tokens(batch)
-      state, metrics = train_step(state, frozen, *put(batch, plan))
+      state, metrics = train_step(state, batch, plan)
       step += 1
       pending.append(metrics)
       is_end, is_stop = step == total_steps, stop.is_due(step)
@@ -147,7 +153,11 @@ def run(
         pending = []
         for writer in writers:
           writer.write(step, values)
-        shown = {'loss': values['loss'], 'accuracy': values['accuracy']}
+        shown = {
+          label: values[name]
+          for name, label in _SHOWN.items()
+          if name in values
+        }
       progress.update(step, num_tokens, shown)
       for action in due:
         action.action(step, state)

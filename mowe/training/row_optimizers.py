@@ -29,7 +29,7 @@ class RowOptimizer(Protocol):
   """What the training step needs of an optimizer of table rows."""
 
   def init(self, table: Table) -> RowState:
-    """Returns the state of a whole table.
+    """Returns the state of a whole table: zeros.
 
     Args:
       table: name to <float>[num_experts, a, b], or anything with such a shape.

@@ -125,6 +125,8 @@ def make_train_step(
         plan,
         usable,
         state.step,
+        # Beyond those of the microbatches.
+        jax.random.fold_in(key, num_microbatches),
       )
     state = state.replace(
       step=state.step + 1,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.layers import grouped
+from mowe.layers import bfloat16_bits, grouped
 from mowe.models import parameters
 from mowe.training import row_optimizers
 from mowe.words import plan as plans
@@ -35,6 +35,7 @@ def update_table(
   plan: plans.ExpertPlan,
   usable: jax.Array,
   learning_rate_step: jax.Array,
+  key: jax.Array,
 ) -> tuple[dict[str, jax.Array], Any]:
   """Returns the table and its state after one step.
 
@@ -47,6 +48,7 @@ def update_table(
     plan: of the batch.
     usable: <bool>[]; without it nothing is changed.
     learning_rate_step: <int32>[], the global step, from 0.
+    key: of this step, for the rounding of tables in bfloat16.
   """
   num_before = 0 if plan.encoder is None else plan.encoder.slots.size
   num_after = 0 if plan.decoder is None else plan.decoder.slots.size
@@ -75,9 +77,10 @@ def update_table(
     new_rows, new_state = row_optimizer.update(
       of_kernels,
       jax.tree.map(read, table_state),
-      jax.tree.map(read, table),
+      {name: _to_float(read(whole)) for name, whole in table.items()},
       learning_rate_step,
     )
+    new_rows = _as_stored(new_rows, table, jax.random.fold_in(key, number))
     # Numbers beyond the table are dropped; each of its own, as promised.
     beyond = jnp.iinfo(jnp.int32).max - jnp.arange(experts.size)
     written = jnp.where(changed & usable, experts, beyond)
@@ -90,6 +93,24 @@ def update_table(
     )
 
   return jax.lax.fori_loop(0, chunks.number, update_chunk, (table, table_state))
+
+
+def _to_float(rows):
+  """Rows of a table, in float32 where they are kept as bits."""
+  if rows.dtype == bfloat16_bits.DTYPE:
+    return bfloat16_bits.to_float(rows).astype(jnp.float32)
+  return rows
+
+
+def _as_stored(rows, table, key):
+  """Rows in the dtypes of their table."""
+  keys = jax.random.split(key, len(rows))
+  return {
+    name: bfloat16_bits.stochastic(rows[name], one)
+    if table[name].dtype == bfloat16_bits.DTYPE
+    else rows[name]
+    for name, one in zip(sorted(rows), keys, strict=True)
+  }
 
 
 class _Chunks:

@@ -58,6 +58,8 @@ class BatchRouter:
       routing.num_experts,
       num_microbatches=num_microbatches,
     )
+    # Of an ordinary batch, with some slack.
+    self.experts_at_once = ladder[0].updates.num_experts
     self.planner = plans.Planner(
       ladder, routing.num_experts, num_microbatches=num_microbatches
     )

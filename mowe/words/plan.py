@@ -86,6 +86,10 @@ class ClassSizes:
   def num_slots(self) -> int:
     return sum(room * count for room, count in self.classes)
 
+  @property
+  def num_experts(self) -> int:
+    return sum(count for _, count in self.classes)
+
 
 @dataclasses.dataclass(frozen=True)
 class CapacityProfile:

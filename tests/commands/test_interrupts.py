@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mowe.training import checkpoints, metrics
+from mowe.training import checkpoints, expert_sources, metrics
 
 pytestmark = [
   pytest.mark.slow,
@@ -92,7 +92,11 @@ def _final(folder):
   checkpointer = ocp.PyTreeCheckpointer()
   tree = checkpointer.metadata(state).item_metadata.tree
   as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
-  return checkpointer.restore(state, restore_args=jax.tree.map(as_numpy, tree))
+  tree = checkpointer.restore(state, restore_args=jax.tree.map(as_numpy, tree))
+  source = expert_sources.SavedExperts(state.parent)
+  num_experts = len(source.index.places)
+  records = source.records(0, num_experts, source.read.dtype)
+  return tree | {'experts': records.view(np.uint8)}
 
 
 @pytest.fixture(scope='module')
@@ -104,17 +108,17 @@ def straight(world, tmp_path_factory):
   return folder
 
 
-def _rerun_and_compare(world, folder, straight, resumed_at):
+def _rerun_and_compare(world, folder, straight, resumed_at, *options):
   expected = _final(straight)
-  process = _start(world, folder)
+  process = _start(world, folder, *options)
   output = _finish(process)
   assert process.returncode == 0, output
   assert f'at step {resumed_at}.' in output
   actual = _final(folder)
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  assert set(actual) == {
-    'step', 'params', 'opt_state', 'tables', 'table_state'
-  }  # fmt: skip
+  assert {'params', 'opt_state', 'experts'} < {
+    name for name, tree in actual.items() if jax.tree.leaves(tree)
+  }
   for (path, want), got in zip(
     jax.tree_util.tree_leaves_with_path(expected),
     jax.tree.leaves(actual),
@@ -153,6 +157,41 @@ def test_a_killed_run_goes_on_from_its_checkpoint(world, straight, tmp_path):
   saved.close()
   assert process.returncode == -signal.SIGKILL and step < _TOTAL
   _rerun_and_compare(world, folder, straight, step)
+
+
+def test_experts_on_disk_survive_ten_kills(world, tmp_path):
+  """At random moments, also while experts or a checkpoint are written."""
+  # Few experts in a batch.
+  small = '--gin.BATCH_SIZE=1'
+  straight = tmp_path / 'straight'
+  process = _start(world, straight, small)
+  output = _finish(process)
+  assert process.returncode == 0, output
+  folder = tmp_path / 'run'
+  rng = np.random.default_rng(0)
+  on_disk = (
+    small,
+    '--gin_file=gin_configs/stores/disk.gin',
+    f'--gin.NUM_SLOTS={world.routing.num_experts - 2}',
+    '--gin.SAVE_PERIOD=8',
+  )
+  log = folder / 'train_metrics.jsonl'
+  size = lambda: log.stat().st_size if log.exists() else 0
+  saved = checkpoints.Checkpoints(folder)
+  killed_at = []
+  for _ in range(10):
+    process = _start(world, folder, *on_disk)
+    # Not before it has begun to train: most of the time is start-up.
+    before = size()
+    _wait_until(lambda before=before: size() != before, process)
+    time.sleep(rng.uniform(0, 0.3))
+    process.kill()
+    _finish(process)
+    killed_at.append(saved.latest_step() or 0)
+  saved.close()
+  assert killed_at == sorted(killed_at) and killed_at[0] < killed_at[-1]
+  assert killed_at[-1] < _TOTAL
+  _rerun_and_compare(world, folder, straight, killed_at[-1], *on_disk)
 
 
 def _free_port():

@@ -45,8 +45,8 @@ def _run(
   """Runs fake steps whose loss in step n is `losses[n]`, else n."""
   seen = []
 
-  def train_step(state, frozen, batch, plan):
-    assert frozen == {'frozen': 1} and plan == batch['number'] + 100
+  def train_step(state, batch, plan):
+    assert plan == batch['number'] + 100
     number = batch['number']
     seen.append(number)
     if on_step:
@@ -68,11 +68,9 @@ def _run(
   try:
     state = loop.run(
       state,
-      {'frozen': 1},
       train_step=train_step,
       batches=((_batch(n), n + 100) for n in range(first_step, total_steps)),
       total_steps=total_steps,
-      put=lambda batch, plan: (batch, plan),
       actions=actions,
       writers=[writer],
       progress=progress.Progress(total_steps, first_step, log_period, stream),

@@ -71,7 +71,14 @@ def _update(table, plan, factors, usable=True):
   state = _Descent().init(table)
   update = jax.jit(
     lambda table, state, factors, plan: table_updates.update_table(
-      _Descent(), table, state, factors, plan, jnp.asarray(usable), 0
+      _Descent(),
+      table,
+      state,
+      factors,
+      plan,
+      jnp.asarray(usable),
+      0,
+      jax.random.key(0),
     )
   )
   return update(table, state, factors, plan)

@@ -1,0 +1,91 @@
+"""Experts in host memory or on disk, behind slots on the device."""
+
+import pathlib
+
+import numpy as np
+
+from mowe.training import expert_sources, row_file
+
+
+class DiskRows:
+  """Experts in the file of the run; see `cached_experts.Backing`.
+
+  Args:
+    file: of the run.
+    is_resumed: whether the file already has them as they are.
+  """
+
+  def __init__(self, file: row_file.RowFile, is_resumed: bool):
+    self._file = file
+    self._is_resumed = is_resumed
+    self.dtype = file.dtype
+    self.num_experts = file.num_experts
+    self.seen = file.seen
+    self.read = file.read
+    self.write = file.write
+    self.save = file.save
+    self.close = file.close
+
+  def start(self, source: expert_sources.ExpertSource) -> None:
+    """See `Backing.start`."""
+    if self._is_resumed:
+      return
+    for experts, records in _all(source, self.dtype, self.num_experts):
+      self._file.write(experts, records)
+
+
+class HostRows:
+  """Experts in host memory; see `cached_experts.Backing`.
+
+  Args:
+    file: of the run, for checkpoints.
+    is_resumed: whether the file already has them as they are.
+  """
+
+  def __init__(self, file: row_file.RowFile, is_resumed: bool):
+    self._file = file
+    self.dtype = file.dtype
+    self.num_experts = file.num_experts
+    self.seen = file.seen
+    self.close = file.close
+    self._records = np.zeros(0, file.dtype)
+    self._is_changed = np.full(file.num_experts, not is_resumed)
+
+  def start(self, source: expert_sources.ExpertSource) -> None:
+    """See `Backing.start`."""
+    self._records = all_records(source, self.dtype, self.num_experts)
+
+  def read(self, experts: np.ndarray) -> np.ndarray:
+    """See `Backing.read`."""
+    return self._records[experts]
+
+  def write(self, experts: np.ndarray, records: np.ndarray) -> None:
+    """See `Backing.write`."""
+    self._records[experts] = records
+    self._is_changed[experts] = True
+
+  def save(self, checkpoint: pathlib.Path) -> None:
+    """See `Backing.save`."""
+    changed = np.flatnonzero(self._is_changed)
+    for first in range(0, len(changed), expert_sources.at_once(self.dtype)):
+      some = changed[first : first + expert_sources.at_once(self.dtype)]
+      self._file.write(some, self._records[some])
+    self._file.save(checkpoint)
+    self._is_changed[:] = False
+
+
+def all_records(
+  source: expert_sources.ExpertSource, dtype: np.dtype, num_experts: int
+) -> np.ndarray:
+  """Records [num_experts] of all experts, in host memory."""
+  records = np.empty(num_experts, dtype)
+  for experts, some in _all(source, dtype, num_experts):
+    records[experts] = some
+  return records
+
+
+def _all(source, dtype, num_experts):
+  """All experts with their records, a chunk at a time."""
+  for first, number in expert_sources.chunks(0, num_experts, dtype):
+    experts = np.arange(first, first + number)
+    yield experts, source.records(first, number, dtype)

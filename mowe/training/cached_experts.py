@@ -1,0 +1,301 @@
+"""Experts outside the device, of which those of the next batches lie in slots.
+
+The tables on the device have one row for each slot. A schedule (`SlotSchedule`)
+decides ahead of the step which experts come and go; threads read those that
+come while the step before runs, and write back those that went. Experts are
+written to the backing one by one as they leave, so that it has the last version
+of every expert that is in no slot.
+"""
+
+import collections
+import concurrent.futures
+import pathlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mowe.models import parameters
+from mowe.training import (
+  expert_metrics,
+  expert_records,
+  expert_sources,
+  kernel_cache,
+  metrics,
+  slot_rows,
+  slot_schedule,
+  train_state,
+)
+from mowe.words import plan as plans
+
+
+class Backing(Protocol):
+  """All experts, outside the device.
+
+  Attributes:
+    dtype: of a record.
+    num_experts: in the table.
+    seen: <bool>[num_experts], those that training has met.
+  """
+
+  dtype: np.dtype
+  num_experts: int
+  seen: np.ndarray
+
+  def start(self, source: expert_sources.ExpertSource) -> None:
+    """Takes the experts from where they come."""
+
+  def read(self, experts: np.ndarray) -> np.ndarray:
+    """Records [n] of experts; from several threads at once."""
+
+  def write(self, experts: np.ndarray, records: np.ndarray) -> None:
+    """Keeps records [n] of distinct experts."""
+
+  def save(self, checkpoint: pathlib.Path) -> None:
+    """Writes what a checkpoint needs into its folder."""
+
+  def close(self) -> None:
+    """Closes files."""
+
+
+class _Fed(NamedTuple):
+  """What a step needs, decided ahead of it.
+
+  Attributes:
+    plan: in slots.
+    experts: the plan in experts.
+    used: <int64>[n], slots of the batch.
+    move: what comes and goes before the step.
+    coming: rows that come, by calls: (row numbers, arrays).
+    gone: done when what goes is in the backing.
+  """
+
+  plan: plans.ExpertPlan
+  experts: plans.ExpertPlan
+  used: np.ndarray
+  move: slot_schedule.Move
+  coming: concurrent.futures.Future
+  gone: concurrent.futures.Future
+
+
+class CachedExperts:
+  """Tables of slots; see `expert_stores.Experts`.
+
+  Args:
+    backing: where all experts lie.
+    abstract: arrays of all experts, in the shardings that slots will have.
+    num_slots: rows on the device.
+    is_trained: whether experts change; else nothing is written back.
+
+  Attributes:
+    num_slots: rows of the tables of the step.
+    rows_from: gives evaluations the experts as the last `tables` left them.
+  """
+
+  def __init__(
+    self,
+    backing: Backing,
+    abstract: expert_sources.Arrays,
+    num_slots: int,
+    is_trained: bool,
+  ):
+    self._backing = backing
+    self._abstract = abstract
+    self.num_slots = num_slots
+    self.rows_from = kernel_cache.KernelCache(
+      backing.read, backing.dtype, backing.num_experts
+    )
+    self._is_trained = is_trained
+    self._schedule = slot_schedule.SlotSchedule(backing.num_experts, num_slots)
+    # As the steps so far have left it, while the schedule is ahead.
+    self._expert_in = np.full(num_slots, -1, np.int64)
+    self._is_changed = np.zeros(num_slots, bool)
+    # The move in which an expert went last, and those that are not done yet.
+    self._went_in = np.full(backing.num_experts, -1, np.int64)
+    self._gone: dict[int, concurrent.futures.Future] = {}
+    self._num_moves = 0
+    self._reading = concurrent.futures.ThreadPoolExecutor(1, 'experts_in')
+    self._writing = concurrent.futures.ThreadPoolExecutor(1, 'experts_out')
+    self._frozen: parameters.Tables = {}
+    self._counts = expert_metrics.ExpertCounts(backing.seen, is_trained)
+    self._moved: dict[str, metrics.Mean] = {}
+
+  def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
+    """See `Experts.start`."""
+    self._backing.start(source)
+    tables, table_state = jax.tree.map(
+      lambda leaf: jnp.zeros(
+        (self.num_slots, *leaf.shape[1:]), leaf.dtype, device=leaf.sharding
+      ),
+      self._abstract,
+    )
+    if self._is_trained:
+      return tables, table_state
+    self._frozen = tables
+    return {}, {}
+
+  def feed(
+    self, batches: Iterable[tuple[Any, plans.ExpertPlan]]
+  ) -> Iterator[tuple[Any, _Fed]]:
+    """See `Experts.feed`: one batch is scheduled ahead of the one given."""
+    waiting = collections.deque()
+    for batch, plan in batches:
+      waiting.append((batch, self._decide(plan)))
+      if len(waiting) > 1:
+        yield waiting.popleft()
+    yield from waiting
+
+  def ready(
+    self, state: train_state.TrainState, fed: _Fed
+  ) -> tuple[train_state.TrainState, parameters.Tables, plans.ExpertPlan]:
+    """See `Experts.ready`."""
+    self._raise_errors()
+    arrays = self._arrays(state)
+    move = fed.move
+    is_changed = self._is_changed[move.slots]
+    if is_changed.any():
+      going = self._take(arrays, move.slots[is_changed])
+      job = self._writing.submit(self._write, going)
+      job.add_done_callback(lambda job: _pass_on(job, fed.gone))
+    else:
+      fed.gone.set_result(None)
+    start = time.perf_counter()
+    coming = fed.coming.result()
+    waited = time.perf_counter() - start
+    for rows, values in coming:
+      arrays = slot_rows.put(arrays, rows, values)
+    self._expert_in[move.slots] = move.entering
+    self._is_changed[move.slots] = False
+    if self._is_trained:
+      self._is_changed[fed.used] = True
+    self._counts.count(fed.experts)
+    self._count_move(fed, int(is_changed.sum()), waited)
+    if self._is_trained:
+      tables, table_state = arrays
+      state = state.replace(tables=tables, table_state=table_state)
+      return state, {}, fed.plan
+    self._frozen = arrays[0]
+    return state, self._frozen, fed.plan
+
+  def metrics(self) -> dict[str, metrics.Mean]:
+    """See `Experts.metrics`."""
+    return self._counts.metrics() | self._moved
+
+  def tables(self, state: train_state.TrainState) -> parameters.Tables:
+    """See `Experts.tables`: none, as evaluations read `rows_from`."""
+    self._flush(state)
+    self.rows_from.clear()
+    return {}
+
+  def save(
+    self, checkpoint: pathlib.Path, state: train_state.TrainState
+  ) -> None:
+    """See `Experts.save`."""
+    self._flush(state)
+    self._backing.save(checkpoint)
+
+  def close(self) -> None:
+    """See `Experts.close`."""
+    for gone in self._gone.values():
+      gone.cancel()
+    self._reading.shutdown(cancel_futures=True)
+    self._writing.shutdown()
+    self._backing.close()
+
+  def _flush(self, state):
+    """Writes every change to the backing; the slots keep their experts."""
+    changed = np.flatnonzero(self._is_changed)
+    if len(changed):
+      going = self._take(self._arrays(state), changed)
+      self._writing.submit(self._write, going).result()
+      self._is_changed[:] = False
+    self._writing.submit(lambda: None).result()
+    self._raise_errors()
+
+  def _arrays(self, state) -> expert_sources.Arrays:
+    if self._is_trained:
+      return state.tables, state.table_state
+    return self._frozen, {}
+
+  def _decide(self, plan: plans.ExpertPlan) -> _Fed:
+    """Schedules a batch, and starts to read what comes."""
+    present = expert_metrics.experts_of(plan, self._backing.num_experts)
+    move = self._schedule.take(present)
+    earlier = np.unique(self._went_in[move.entering]).tolist()
+    needed = [self._gone[i] for i in earlier if i in self._gone]
+    self._went_in[move.leaving[move.leaving >= 0]] = self._num_moves
+    gone = self._gone[self._num_moves] = concurrent.futures.Future()
+    self._num_moves += 1
+    coming = self._reading.submit(self._read, move, needed)
+    in_slots = self._schedule.in_slots(plan)
+    used = expert_metrics.experts_of(in_slots, self.num_slots)
+    return _Fed(in_slots, plan, used, move, coming, gone)
+
+  def _read(self, move, needed):
+    """Rows that come, on the device; in a thread."""
+    for gone in needed:
+      gone.result()
+    coming = []
+    for some, size in slot_rows.calls(
+      len(move.slots), self._backing.dtype.itemsize
+    ):
+      records = np.zeros(size, self._backing.dtype)
+      experts = move.entering[some]
+      records[: len(experts)] = self._backing.read(experts)
+      values = expert_records.to_arrays(records, *self._abstract)
+      coming.append(
+        (slot_rows.padded(move.slots[some], size), self._put(values))
+      )
+    return coming
+
+  def _put(self, values):
+    return jax.tree.map(
+      lambda value, leaf: jax.device_put(value, leaf.sharding),
+      values,
+      self._abstract,
+    )
+
+  def _take(self, arrays, slots):
+    """Starts to copy the experts in these slots to the host."""
+    going = []
+    for some, size in slot_rows.calls(len(slots), self._backing.dtype.itemsize):
+      taken = slot_rows.get(arrays, slot_rows.padded(slots[some], size))
+      going.append((self._expert_in[slots[some]], taken))
+    return going
+
+  def _write(self, going):
+    """Writes what goes to the backing; in a thread."""
+    for experts, taken in going:
+      arrays = jax.device_get(taken)
+      records = expert_records.from_arrays(self._backing.dtype, *arrays)
+      self._backing.write(experts, records[: len(experts)])
+
+  def _raise_errors(self) -> None:
+    for number, gone in list(self._gone.items()):
+      if gone.done():
+        gone.result()
+        del self._gone[number]
+
+  def _count_move(self, fed, num_out, waited):
+    one = np.float32(1)
+    moved = (len(fed.move.slots) + num_out) * self._backing.dtype.itemsize
+    found = len(fed.used) - len(fed.move.slots)
+    self._moved = {
+      'experts/hit_rate': metrics.Mean(
+        np.float32(found), np.float32(len(fed.used))
+      ),
+      'experts/moved_mb': metrics.Mean(np.float32(moved / 1e6), one),
+      'experts/wait_ms': metrics.Mean(np.float32(1e3 * waited), one),
+    }
+
+
+def _pass_on(job, future):
+  """Gives the outcome of a job to a future that others wait for."""
+  error = job.exception()
+  if error is None:
+    future.set_result(None)
+  else:
+    future.set_exception(error)

@@ -1,0 +1,117 @@
+"""Experts that all lie on the devices."""
+
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from mowe.models import parameters
+from mowe.training import (
+  expert_metrics,
+  expert_records,
+  expert_sources,
+  metrics,
+  row_file,
+  slot_rows,
+  train_state,
+)
+from mowe.words import plan as plans
+
+
+class DeviceExperts:
+  """The tables of a run as arrays; see `expert_stores.Experts`.
+
+  Args:
+    file: where checkpoints keep experts.
+    abstract: the arrays, in their shardings.
+    is_trained: whether they change; else they are held apart from the state.
+    is_resumed: whether the file already has them as they are.
+  """
+
+  num_slots = None
+  rows_from = None
+
+  def __init__(
+    self,
+    file: row_file.RowFile,
+    abstract: expert_sources.Arrays,
+    is_trained: bool,
+    is_resumed: bool,
+  ):
+    self._file = file
+    self._abstract = abstract
+    self._is_trained = is_trained
+    self._is_changed = np.full(file.num_experts, not is_resumed)
+    self._frozen: parameters.Tables = {}
+    self._counts = expert_metrics.ExpertCounts(file.seen, is_trained)
+
+  def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
+    """See `Experts.start`."""
+    tables, table_state = source.arrays(self._abstract)
+    if self._is_trained:
+      return tables, table_state
+    self._frozen = tables
+    return {}, {}
+
+  def feed(
+    self, batches: Iterable[tuple[Any, plans.ExpertPlan]]
+  ) -> Iterator[tuple[Any, plans.ExpertPlan]]:
+    """See `Experts.feed`."""
+    return iter(batches)
+
+  def ready(
+    self, state: train_state.TrainState, fed: plans.ExpertPlan
+  ) -> tuple[train_state.TrainState, parameters.Tables, plans.ExpertPlan]:
+    """See `Experts.ready`."""
+    present = self._counts.count(fed)
+    if self._is_trained:
+      self._is_changed[present] = True
+    return state, self._frozen, fed
+
+  def metrics(self) -> dict[str, metrics.Mean]:
+    """See `Experts.metrics`."""
+    return self._counts.metrics()
+
+  def tables(self, state: train_state.TrainState) -> parameters.Tables:
+    """See `Experts.tables`."""
+    return state.tables or self._frozen
+
+  def save(
+    self, checkpoint: pathlib.Path, state: train_state.TrainState
+  ) -> None:
+    """See `Experts.save`: writes the experts that changed since the last."""
+    experts = np.flatnonzero(self._is_changed)
+    arrays = self.tables(state), state.table_state
+    dtype = self._file.dtype
+    calls = slot_rows.calls(len(experts), dtype.itemsize)
+
+    def fetch():
+      """Starts to copy rows to the host, one call ahead of writing them."""
+      for some, size in calls:
+        rows = slot_rows.padded(experts[some], size)
+        taken = slot_rows.get(arrays, rows)
+        jax.tree.map(lambda x: x.copy_to_host_async(), taken)
+        yield experts[some], taken
+
+    for some, taken in _one_ahead(fetch()):
+      records = expert_records.from_arrays(dtype, *jax.device_get(taken))
+      self._file.write(some, records[: len(some)])
+    self._file.save(checkpoint)
+    self._is_changed[:] = False
+
+  def close(self) -> None:
+    """See `Experts.close`."""
+    self._file.close()
+
+
+def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+  """The same items; the next is taken before one is given."""
+  items = iter(items)
+  last = next(items, None)
+  for item in items:
+    yield last
+    last = item
+  if last is not None:
+    yield last

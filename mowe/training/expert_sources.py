@@ -1,0 +1,168 @@
+"""Where the experts of a run come from: drawn afresh, or from a checkpoint."""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mowe.models import initialization, parameters
+from mowe.training import expert_records, row_index
+
+# Bytes that are on their way at a time, between disk, host and device.
+_CHUNK_BYTES = 2**26
+
+# Tables, and the state of their rows.
+Arrays = tuple[parameters.Tables, dict[str, Any]]
+
+
+class ExpertSource(Protocol):
+  """Gives the experts that a run begins with."""
+
+  def records(self, first: int, number: int, dtype: np.dtype) -> np.ndarray:
+    """Records [number] of neighbouring experts; fresh state is zeros."""
+
+  def arrays(self, abstract: Arrays) -> Arrays:
+    """All experts on the device, in the shardings of abstract arrays."""
+
+
+class FreshExperts:
+  """Draws experts; each is the same wherever and with whichever it is drawn.
+
+  Args:
+    model: the model.
+    key: of its parameters, one of `threefry.key`.
+    tables: abstract tables.
+  """
+
+  def __init__(
+    self, model: nn.Module, key: jax.Array, tables: parameters.Tables
+  ):
+    self._model = model
+    self._key = key
+    self._draw_rows = initialization.initial_rows(model, key, tables)
+
+  def records(self, first: int, number: int, dtype: np.dtype) -> np.ndarray:
+    """See `ExpertSource.records`."""
+    tables = jax.device_get(self._draw_rows(first, number))
+    kernels = expert_records.from_arrays(
+      expert_records.kernels_only(dtype), tables, {}
+    )
+    return expert_records.converted(kernels, dtype)
+
+  def arrays(self, abstract: Arrays) -> Arrays:
+    """See `ExpertSource.arrays`."""
+    tables, table_state = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    drawn = initialization.initial_parameters(
+      self._model, self._key, parameters.merge_tables({}, tables)
+    )
+    zeros = lambda: jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract[1]
+    )
+    fresh_state = jax.jit(zeros, out_shardings=table_state)()
+    return parameters.split_tables(drawn)[1], fresh_state
+
+
+class SavedExperts:
+  """Reads the experts of a checkpoint.
+
+  Args:
+    checkpoint: its folder.
+    kernels_only: leave row state out; a run then begins with a fresh one.
+
+  Raises:
+    DamagedCheckpointError: when records are not what was written.
+  """
+
+  def __init__(self, checkpoint: pathlib.Path, kernels_only: bool = False):
+    self.checkpoint = checkpoint
+    self.index = row_index.RowIndex.load(checkpoint)
+    self.read = row_index.RowReader(checkpoint.parent, self.index, kernels_only)
+
+  def check(self, abstract: Arrays) -> None:
+    """Raises ValueError unless the experts can become these arrays."""
+    num_experts = jax.tree.leaves(abstract)[0].shape[0]
+    problem = expert_records.check_convertible(
+      self.read.dtype, expert_records.record_dtype(*abstract)
+    )
+    there = len(self.index.places)
+    if there != num_experts:
+      problem = f'experts: {there:,} there, {num_experts:,} here'
+    if problem:
+      raise ValueError(
+        f'{self.checkpoint} must hold the experts of this model and row '
+        f'optimizer, but differs in {problem}. Build the model with the config '
+        'beside it in model.json.'
+      )
+
+  def records(self, first: int, number: int, dtype: np.dtype) -> np.ndarray:
+    """See `ExpertSource.records`."""
+    records = self.read(np.arange(first, first + number))
+    return expert_records.converted(records, dtype)
+
+  def arrays(self, abstract: Arrays) -> Arrays:
+    """See `ExpertSource.arrays`; host memory takes a chunk at a time."""
+    dtype = expert_records.record_dtype(*abstract)
+    leaves, treedef = jax.tree.flatten(abstract)
+    self.check(abstract)
+    devices = sorted(leaves[0].sharding.addressable_devices, key=lambda d: d.id)
+    shards = [self._of_device(abstract, dtype, device) for device in devices]
+    return treedef.unflatten(
+      jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+      for leaf, *parts in zip(leaves, *shards, strict=True)
+    )
+
+  def _of_device(self, abstract, dtype, device):
+    """The part of each array that lies on a device."""
+    indices = [
+      leaf.sharding.addressable_devices_indices_map(leaf.shape)[device]
+      for leaf in jax.tree.leaves(abstract)
+    ]
+    num_experts = len(self.index.places)
+    start, stop, _ = indices[0][0].indices(num_experts)
+    parts = [
+      jnp.zeros(
+        leaf.sharding.shard_shape(leaf.shape), leaf.dtype, device=device
+      )
+      for leaf in jax.tree.leaves(abstract)
+    ]
+    for first, number in chunks(start, stop, dtype):
+      records = self.records(first, number, dtype)
+      arrays = jax.tree.leaves(expert_records.to_arrays(records, *abstract))
+      rows = [
+        jax.device_put(array[:, *index[1:]], device)
+        for array, index in zip(arrays, indices, strict=True)
+      ]
+      parts = _fill(parts, rows, first - start)
+    return parts
+
+
+def chunks(start: int, stop: int, dtype: np.dtype) -> Iterator[tuple[int, int]]:
+  """(first, number) of neighbouring experts, so many at a time.
+
+  All have the same number, so that programs are compiled once: the last may
+  overlap the one before.
+  """
+  number = min(stop - start, at_once(dtype))
+  for first in range(start, stop, number or 1):
+    yield min(first, stop - number), number
+
+
+def at_once(dtype: np.dtype) -> int:
+  """How many experts are on their way at a time."""
+  return max(1, _CHUNK_BYTES // dtype.itemsize)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _fill(parts, rows, first):
+  return jax.tree.map(
+    lambda part, some: jax.lax.dynamic_update_slice_in_dim(
+      part, some, first, 0
+    ),
+    parts,
+    rows,
+  )

@@ -1,0 +1,205 @@
+"""Writing experts to disk so that no checkpoint is ever half of something.
+
+While the index of a checkpoint that is kept refers to a place of the file,
+nothing is written there: the next version of that expert goes to a free place.
+So a process may be killed at any moment, also while it writes, and every
+finished checkpoint still is what it was. A new checkpoint costs only the
+experts that have changed since the one before.
+
+The file takes the room of all experts and, for each checkpoint that is kept, of
+those that changed after it.
+"""
+
+import fcntl
+import os
+import pathlib
+import threading
+
+import numpy as np
+
+from mowe.training import manifests, row_index
+
+
+class TableInUseError(RuntimeError):
+  """Another process writes the experts of this folder."""
+
+
+class DiskFullError(OSError):
+  """There is no room for experts; finished checkpoints are unharmed."""
+
+
+class RowFile:
+  """Records of the experts of a run, read and written one by one.
+
+  Several threads may call it at once, though not for the same expert. Each
+  process of a run of several writes its share of the experts to a file of its
+  own, and reads those of all.
+
+  Args:
+    folder: of the model.
+    index: where the experts lie at the beginning, such as in the checkpoint
+      that is resumed; it is kept true from then on.
+    process: number of this process.
+    num_processes: that share the experts.
+
+  Attributes:
+    dtype: of a record.
+    num_experts: in the table.
+    seen: <bool>[num_experts], those that training has met: for its owner to
+      keep true, saved with each checkpoint.
+
+  Raises:
+    TableInUseError: another process has it open.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    index: row_index.RowIndex,
+    process: int = 0,
+    num_processes: int = 1,
+  ):
+    self._folder = pathlib.Path(folder)
+    self._index = index
+    self._process = process
+    self.dtype = index.dtype
+    self.num_experts = len(index.places)
+    self.seen = index.seen
+    ends = [
+      self.num_experts * i // num_processes for i in range(num_processes + 1)
+    ]
+    self._own = slice(ends[process], ends[process + 1])
+    self._path = row_index.data_path(self._folder, process)
+    self._file = _open_locked(self._path)
+    self._reader = row_index.RowReader(self._folder, index)
+    self._lock = threading.Lock()
+    # Of the places in this process's file: how many checkpoints refer to each,
+    # and whether it holds the present version of an expert.
+    self._held = np.zeros(0, np.int32)
+    self._is_current = np.zeros(0, bool)
+    self._free = np.zeros(0, np.int64)
+    self._checkpoints: dict[pathlib.Path, np.ndarray] = {}
+    for manifest in self._folder.glob(f'checkpoint_*/{manifests.FILE_NAME}'):
+      if row_index.exists(manifest.parent):
+        self._hold(manifest.parent, row_index.RowIndex.load(manifest.parent))
+    own = self._own_places(index)
+    self._grow(own.max(initial=-1) + 1)
+    self._is_current[own] = True
+    # What a killed process left behind the last place that counts.
+    os.ftruncate(self._file, len(self._held) * self.dtype.itemsize)
+
+  def read(self, experts: np.ndarray) -> np.ndarray:
+    """Records [n] of these experts; see `RowReader`."""
+    return self._reader(experts)
+
+  def write(self, experts: np.ndarray, records: np.ndarray) -> None:
+    """Writes records [n] of distinct experts.
+
+    Those of other processes are left to them.
+
+    Raises:
+      DiskFullError: there is no room.
+    """
+    is_own = (experts >= self._own.start) & (experts < self._own.stop)
+    experts, records = experts[is_own], records[is_own]
+    if not len(experts):
+      return
+    places = self._places_for(experts)
+    # In the order of places: what lies together is written together.
+    order = np.argsort(places)
+    experts, places = experts[order], places[order]
+    records = np.ascontiguousarray(records[order])
+    size = records.dtype.itemsize
+
+    def write_run(run):
+      view = memoryview(records[run].view(np.uint8).reshape(-1))
+      done, offset = 0, int(places[run.start]) * size
+      while done < len(view):
+        done += os.pwrite(self._file, view[done:], offset + done)
+      return self._reader.checksums_of(records[run])
+
+    try:
+      checksums = list(
+        self._reader.pool.map(write_run, row_index.runs(places, size))
+      )
+    except OSError as error:
+      raise DiskFullError(
+        error.errno,
+        f'{self._path} must take {records.nbytes:,} more bytes of experts, but '
+        f'writing failed: {error.strerror}. Finished checkpoints are unharmed: '
+        'make room, then run the same command to continue',
+      ) from error
+    self._index.files[experts] = self._process
+    self._index.places[experts] = places
+    self._index.checksums[experts] = np.concatenate(checksums)
+
+  def save(self, checkpoint: pathlib.Path) -> None:
+    """Writes the index of a checkpoint into its folder.
+
+    Until that folder is gone, what the index refers to is kept.
+    """
+    os.fsync(self._file)
+    self._index.save(checkpoint, self._process, self._own)
+    self._hold(checkpoint, self._index)
+
+  def close(self) -> None:
+    """Closes the file; another process may open it then."""
+    self._reader.close()
+    os.close(self._file)
+
+  def _places_for(self, experts):
+    """Where the next versions of these experts are written, <int64>[n]."""
+    with self._lock:
+      is_here = self._index.files[experts] == self._process
+      places = np.where(is_here, self._index.places[experts], -1)
+      known = np.flatnonzero(places >= 0)
+      # Where a checkpoint refers to it, the old version stays for that alone.
+      kept = known[self._held[places[known]] > 0]
+      self._is_current[places[kept]] = False
+      places[kept] = -1
+      missing = np.flatnonzero(places < 0)
+      places[missing] = self._take_free(len(missing))
+      self._is_current[places] = True
+      return places
+
+  def _take_free(self, number: int) -> np.ndarray:
+    if number > len(self._free):
+      for folder in [one for one in self._checkpoints if not one.exists()]:
+        self._held[self._checkpoints.pop(folder)] -= 1
+      self._free = np.flatnonzero(~self._is_current & (self._held == 0))
+      end, missing = len(self._held), number - len(self._free)
+      if missing > 0:
+        self._grow(end + missing)
+        self._free = np.append(self._free, np.arange(end, end + missing))
+    taken, self._free = np.split(self._free, [number])
+    return taken
+
+  def _hold(self, checkpoint, index):
+    places = self._own_places(index)
+    with self._lock:
+      self._grow(places.max(initial=-1) + 1)
+      self._held[places] += 1
+      self._checkpoints[checkpoint] = places
+
+  def _own_places(self, index):
+    is_here = (index.files == self._process) & (index.places >= 0)
+    return index.places[is_here].copy()
+
+  def _grow(self, num_places):
+    more = max(0, num_places - len(self._held))
+    self._held = np.pad(self._held, (0, more))
+    self._is_current = np.pad(self._is_current, (0, more))
+
+
+def _open_locked(path: pathlib.Path) -> int:
+  file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  try:
+    # The system takes the lock away when the process ends, however it ends.
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    os.close(file)
+    raise TableInUseError(
+      f'One process at a time may train in {path.parent}, but another one has '
+      f'{path.name} open. Wait until it ends, or give another MODEL_DIR.'
+    ) from error
+  return file

@@ -1,0 +1,95 @@
+"""Which expert lies in which slot of the device's tables, step by step."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mowe.words import plan as plans
+
+
+class Move(NamedTuple):
+  """What changes before a step.
+
+  Attributes:
+    slots: <int64>[n], slots that get another expert.
+    entering: <int64>[n], the experts that come into them.
+    leaving: <int64>[n], those that were there; -1: none.
+  """
+
+  slots: np.ndarray
+  entering: np.ndarray
+  leaving: np.ndarray
+
+
+class SlotSchedule:
+  """Gives the experts of each batch slots; the least recently used leave.
+
+  The schedule runs ahead of the device: it only decides.
+
+  Args:
+    num_experts: of the whole table.
+    num_slots: rows of the tables on the device.
+  """
+
+  def __init__(self, num_experts: int, num_slots: int):
+    self._slot_of = np.full(num_experts, -1, np.int32)
+    self._expert_in = np.full(num_slots, -1, np.int64)
+    self._last_use = np.zeros(num_slots, np.int64)
+    self._now = 0
+
+  def take(self, experts: np.ndarray) -> Move:
+    """Makes sure that these experts, <int>[n] distinct, have slots.
+
+    Raises:
+      ValueError: there are more of them than slots.
+    """
+    num_slots = len(self._expert_in)
+    if len(experts) > num_slots:
+      raise ValueError(
+        'The experts of a batch must fit into the slots on the device, but a '
+        f'batch has {len(experts):,} experts and num_slots is {num_slots:,}. '
+        f'Raise num_slots to {len(experts) * 5 // 4:,} or more, or take a '
+        'smaller batch.'
+      )
+    self._now += 1
+    slots = self._slot_of[experts]
+    self._last_use[slots[slots >= 0]] = self._now
+    entering = experts[slots < 0].astype(np.int64)
+    # Slots that this batch does not use, the longest unused ones first.
+    count = len(entering)
+    order = np.argpartition(self._last_use, count - 1)[:count]
+    order.sort()
+    leaving = self._expert_in[order]
+    self._slot_of[leaving[leaving >= 0]] = -1
+    self._slot_of[entering] = order
+    self._expert_in[order] = entering
+    self._last_use[order] = self._now
+    return Move(order, entering, leaving)
+
+  def in_slots(self, plan: plans.ExpertPlan) -> plans.ExpertPlan:
+    """The plan with slots in the place of experts.
+
+    Numbers of unused places stay beyond all slots, each of its own.
+    """
+    num_experts, num_slots = len(self._slot_of), len(self._expert_in)
+
+    def renumber(experts):
+      slots = self._slot_of[np.minimum(experts, num_experts - 1)]
+      beyond = experts - num_experts + num_slots
+      return np.where(experts < num_experts, slots, beyond).astype(np.int32)
+
+    def renumber_classes(classes):
+      return classes._replace(
+        experts=tuple(renumber(experts) for experts in classes.experts)
+      )
+
+    def renumber_stream(stream):
+      if stream is None:
+        return None
+      return stream._replace(classes=renumber_classes(stream.classes))
+
+    return plans.ExpertPlan(
+      renumber_stream(plan.encoder),
+      renumber_stream(plan.decoder),
+      renumber_classes(plan.updates),
+    )
