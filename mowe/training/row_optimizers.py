@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mowe.training import adafactor
 
@@ -197,6 +198,9 @@ class RowAdam:
     b2: decay of the second moment, per visit.
     eps: added to the root of the second moment.
     weight_decay: multiplied by the learning rate, as in optax.adamw.
+    max_norm: largest norm of the gradient of one expert, which is shrunk to it;
+      None for no clipping. A norm of all gradients together is never computed:
+      those of tables are formed a few experts at a time.
   """
 
   learning_rate: LearningRate
@@ -204,6 +208,7 @@ class RowAdam:
   b2: float = 0.999
   eps: float = 1e-8
   weight_decay: float = 0.0
+  max_norm: float | None = None
 
   def init(self, table: Table) -> RowAdamState:
     """See `RowOptimizer.init`."""
@@ -237,6 +242,11 @@ class RowAdam:
       gap = jnp.where(state.counts == 0, 1, global_step - state.last_visits)
       keep = (1.0 - rate * self.weight_decay) ** gap
       gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+      if self.max_norm is not None:
+        shrink = self.max_norm / jnp.maximum(
+          optax.global_norm(gradient), self.max_norm
+        )
+        gradient = jax.tree.map(lambda g: g * shrink, gradient)
       mu = jax.tree.map(
         lambda m, g: self.b1 * m + (1 - self.b1) * g, state.mu, gradient
       )

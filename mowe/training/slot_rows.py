@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Bytes of rows in one call, and how much smaller the smaller calls are.
-_CALL_BYTES = 2**25
+_CALL_BYTES = 2**24
 _SMALLER = (1, 8, 64)
 
 

@@ -111,6 +111,18 @@ def test_adam_equals_optax_on_each_expert_alone(expert):
   assert state.last_visits[expert] == _visits_of(expert)[-1]
 
 
+@pytest.mark.parametrize('max_norm', [5.0, 100.0])
+def test_adam_clips_each_expert_alone(max_norm):
+  norms = [
+    float(optax.global_norm(jax.tree.map(lambda x: x[1], _gradients(step))))
+    for step in _visits_of(1)
+  ]
+  assert 5.0 < min(norms) and max(norms) < 100.0
+  table, _ = _train(row_optimizers.RowAdam(0.1, max_norm=max_norm), _table())
+  alone = optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(0.1))
+  _assert_expert(table, 1, _train_alone(alone, 1))
+
+
 def test_adam_with_decay_equals_adamw_without_gaps():
   table, _ = _train(
     row_optimizers.RowAdam(0.1, weight_decay=0.5),

@@ -1,5 +1,7 @@
 """Memory of the compiled train step: nothing grows with the expert table."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -9,17 +11,17 @@ from mowe.models import t5
 from mowe.training import optimizers, row_optimizers, step, train_state
 from mowe.words import plan as plans
 
-_FEW, _MANY = 512, 8192
+_FEW, _MANY = 4096, 262_144
 _BATCH, _INPUTS, _TARGETS = 2, 6, 4
 
 
-@pytest.fixture(scope='module')
-def compiled():
-  """Number of experts -> (bytes of tables and their state, memory)."""
-  return {number: _compile(number) for number in (_FEW, _MANY)}
+@pytest.fixture(scope='module', params=['float32', 'bfloat16'])
+def compiled(request):
+  """Number of experts -> (bytes of tables and their state, program)."""
+  return {number: _compile(number, request.param) for number in (_FEW, _MANY)}
 
 
-def _compile(num_experts):
+def _compile(num_experts, table_dtype):
   model = t5.T5(
     t5.T5Config(
       vocab_size=32,
@@ -30,7 +32,7 @@ def _compile(num_experts):
       num_encoder_layers=2,
       num_decoder_layers=2,
       sparse_feed_forward=lambda **given: word_experts.MoweLayer(
-        num_experts, 16, **given
+        num_experts, 16, table_dtype=table_dtype, **given
       ),
       sparse_encoder_layers=(1,),
       sparse_decoder_layers=(1,),
@@ -69,18 +71,30 @@ def _compile(num_experts):
   lowered = jax.jit(function, donate_argnums=(0,)).lower(state, {}, batch, plan)
   leaves = jax.tree.leaves((state.tables, state.table_state))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  return size, lowered.compile().memory_analysis()
+  return size, lowered.compile()
 
 
 def test_temporaries_do_not_grow_with_the_table(compiled):
-  few, many = (compiled[n][1].temp_size_in_bytes for n in (_FEW, _MANY))
-  # Alignment may differ by a little; one copied kernel would be 4 MiB.
+  few, many = (
+    compiled[n][1].memory_analysis().temp_size_in_bytes for n in (_FEW, _MANY)
+  )
+  # Alignment may differ by a little; one copied kernel would be 64 MiB.
   assert abs(many - few) < 4096
+
+
+def test_no_instruction_copies_a_table(compiled):
+  text = compiled[_MANY][1].as_text()
+  copies = [
+    line.strip()
+    for line in text.splitlines()
+    if re.search(rf'= \w+\[{_MANY},\d+,\d+\]\S* (copy|convert)\(', line)
+  ]
+  assert f'[{_MANY},' in text and not copies
 
 
 def test_tables_are_updated_in_place(compiled):
   grown = compiled[_MANY][0] - compiled[_FEW][0]
-  few, many = compiled[_FEW][1], compiled[_MANY][1]
+  few, many = (compiled[n][1].memory_analysis() for n in (_FEW, _MANY))
   assert many.alias_size_in_bytes - few.alias_size_in_bytes == grown
   # Outputs beyond the aliased state are metrics.
   assert many.output_size_in_bytes - many.alias_size_in_bytes < 4096
