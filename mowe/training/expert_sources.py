@@ -14,7 +14,7 @@ from mowe.models import initialization, parameters
 from mowe.training import expert_records, row_index
 
 # Bytes that are on their way at a time, between disk, host and device.
-_CHUNK_BYTES = 2**26
+_CHUNK_BYTES = 2**24
 
 # Tables, and the state of their rows.
 Arrays = tuple[parameters.Tables, dict[str, Any]]
