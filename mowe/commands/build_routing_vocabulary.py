@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mowe.commands import show_progress
 from mowe.data import text_files
-from mowe.words import build, routing_vocabulary, subwords
+from mowe.words import build, placement, routing_vocabulary, subwords
 
 # Texts that travel to a worker process together.
 _TEXTS_AT_ONCE = 2000
@@ -22,6 +22,7 @@ def build_routing_vocabulary(
   num_skipped: int = 16,
   names_files: Sequence[str] = (),
   balanced: bool = False,
+  num_blocks: int = 1,
   field: str = 'text',
   num_workers: int | None = None,
   extra_ids: int = 100,
@@ -38,10 +39,14 @@ def build_routing_vocabulary(
     names_files: only words of these names are kept; one name a line, and after
       a tab anything.
     balanced: experts by expected load instead of id modulo `num_experts`.
+    num_blocks: parts of equal count and even load into which experts are
+      numbered, one for each device that shares them; serves all numbers of
+      devices that divide it.
     field: of .jsonl records.
     num_workers: processes; None: one, or all cores for much text.
     extra_ids: sentinels of the vocabulary.
   """
+  placement.check_num_blocks(num_experts, num_blocks)
   loaded = subwords.load_subwords(vocabulary, extra_ids)
   names = None
   if names_files:
@@ -67,8 +72,9 @@ def build_routing_vocabulary(
       num_workers=num_workers,
       progress=lambda phase, done: progress(done) if phase == 'count' else None,
     )
+  built = placement.in_blocks(built, num_blocks)
   built.save(output)
-  _say(output, built, report)
+  _say(output, built, report, num_blocks)
   return built
 
 
@@ -77,7 +83,7 @@ def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
     yield group
 
 
-def _say(output, built, report):
+def _say(output, built, report, num_blocks):
   loads = built.loads()
   lines = [
     f'{output}: {report.num_kept_words:,} words of '
@@ -89,6 +95,14 @@ def _say(output, built, report):
     f'  {built.num_experts:,} experts; the busiest has '
     f'{loads.max_over_mean:.1f} times the mean load',
   ]
+  if num_blocks > 1:
+    balance = placement.balance(loads.shares, num_blocks)
+    lines.append(
+      f'  {num_blocks} blocks of {built.num_experts // num_blocks:,} experts; '
+      f'the busiest has {balance.max_over_mean:.2f} times the mean load'
+    )
+    if hot := placement.describe_hot_words(built, num_blocks):
+      lines.append(f'  {hot}')
   if report.num_collisions:
     lines.append(
       f'  {report.num_collisions:,} spellings had the hash of a more '

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,10 @@ def sparse_streams(config: Any) -> tuple[str, ...]:
 
 
 def make_router(
-  config: Any, trial_batches: Any, num_microbatches: int = 1
+  config: Any,
+  trial_batches: Any,
+  mesh_shape: Mapping[str, int],
+  num_microbatches: int = 1,
 ) -> Callable[[Any], tuple[Any, Any]]:
   """batch -> (batch with routing ids, plan).
 
@@ -51,6 +54,7 @@ def make_router(
     streams=streams,
     trial_batches=trial_batches,
     num_microbatches=num_microbatches,
+    devices=tuple(mesh_shape.get(axis, 1) for axis in ('data', 'expert')),
   )
 
 
@@ -71,13 +75,15 @@ class LossEvaluation:
   def prepare(
     self, model: nn.Module, vocabulary: Any, loss: step_lib.LossConfig
   ) -> Evaluation:
-    """Makes the batches and their plans once."""
+    """Makes the batches once, and what plans them for the current mesh."""
     batches = list(
       itertools.islice(
         self.data.open(vocabulary).eval_batches(), self.num_batches
       )
     )
-    router = make_router(model.config, batches)
+    router = make_router(
+      model.config, batches, jax.sharding.get_abstract_mesh().shape
+    )
     eval_step = jax.jit(step_lib.make_eval_step(model, loss))
 
     def evaluation(params, tables):

@@ -100,6 +100,12 @@ def _make_parser() -> argparse.ArgumentParser:
     '--names', nargs='*', default=(), help='files of names: only their words'
   )
   words.add_argument('--balanced', action='store_true', help='not id modulo')
+  words.add_argument(
+    '--num_blocks',
+    type=int,
+    default=1,
+    help='evenly loaded parts for devices that share the experts, such as 128',
+  )
   words.add_argument('--field', default='text', help='of .jsonl records')
   words.add_argument('--num_workers', type=int)
   words.add_argument('--extra_ids', type=int, default=100)
@@ -300,6 +306,7 @@ def _build_routing_vocabulary(options, bindings):
     num_skipped=options.num_skipped,
     names_files=options.names,
     balanced=options.balanced,
+    num_blocks=options.num_blocks,
     field=options.field,
     num_workers=options.num_workers,
     extra_ids=options.extra_ids,

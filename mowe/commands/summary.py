@@ -9,6 +9,10 @@ import rich.console
 import rich.table
 
 from mowe.models import costs, t5
+from mowe.words import placement
+
+# Load of the busiest block over the mean, from which on a remedy is told.
+_UNEVEN = 1.2
 
 
 def show(
@@ -46,6 +50,40 @@ def show(
     said = ', '.join(f'{name} {count:,}' for name, count in counts.items())
     console.print(f'  {task}: {said}')
   console.print(f'Devices    {mesh_shape}')
+
+
+def show_experts(
+  routing: Any, seen_loads: np.ndarray, mesh: jax.sharding.Mesh
+) -> None:
+  """Prints how even the blocks of word experts are, if there are several.
+
+  Args:
+    routing: the RoutingVocabulary.
+    seen_loads: <int64>[num_experts], tokens of each in the trial batches.
+    mesh: the devices.
+  """
+  num_blocks = mesh.shape['expert']
+  if num_blocks == 1:
+    return
+  expected, seen = (
+    placement.balance(loads, num_blocks).max_over_mean
+    for loads in (routing.loads().shares, seen_loads)
+  )
+  print(
+    f'Experts    {num_blocks} blocks of {routing.num_experts // num_blocks:,}; '
+    f'the busiest has {expected:.2f} times the mean load by the counts of '
+    f'words, {seen:.2f} times in trial batches'
+  )
+  hot = placement.describe_hot_words(routing, num_blocks)
+  if hot:
+    print(hot)
+  elif expected > _UNEVEN:
+    print(
+      'Blocks of experts should be evenly loaded, but the busiest has '
+      f'{expected:.2f} times the mean: all devices wait for it. Build the '
+      'routing vocabulary with --num_blocks, such as 128; a model that is '
+      'trained already must keep its own.'
+    )
 
 
 def _parameter_table(params, cost, num_frozen):

@@ -130,10 +130,15 @@ def train(
     )
   batches = data.open(vocabulary)
   router = evaluations.make_router(
-    model, _trial_batches(batches, data.trial_steps), num_microbatches
+    model,
+    _trial_batches(batches, data.trial_steps),
+    mesh.shape,
+    num_microbatches,
   )
   setup = initial_state.Setup.make(module, optimizer, row_optimizer, mesh, seed)
   summary.show(setup.abstract, data, batches, mesh, model, freeze_experts)
+  if has_tables:
+    summary.show_experts(model.routing, router.seen_loads, mesh)
   if dry_run:
     return None
 
@@ -168,7 +173,7 @@ def train(
       # On the mesh, experts stay on their devices, as in training.
       [
         partitioning.on_mesh(
-          one.prepare(
+          partitioning.on_mesh(one.prepare, mesh)(
             _with_layers(module, rows_from=experts.rows_from), vocabulary, loss
           ),
           mesh,
@@ -191,7 +196,6 @@ def train(
     # The best checkpoint must be one that was evaluated.
     save_period = eval_period if save.best_metric else save.period
     batch_sharding = partitioning.batch_sharding(mesh)
-    everywhere = partitioning.replicated(mesh)
     stop = loop.StopSignal()
     prefetched = closing.enter_context(
       prefetch.Prefetcher(
@@ -217,7 +221,7 @@ def train(
         state,
         frozen,
         partitioning.put_batch(batch, batch_sharding),
-        partitioning.put_batch(plan, everywhere),
+        partitioning.put_plan(plan, mesh),
       )
       return state, values | experts.metrics()
 

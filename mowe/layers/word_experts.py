@@ -1,6 +1,7 @@
 """MoWE: a feed-forward in which each word owns, or shares, a small expert."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from mowe.layers import (
   grouped,
   host_rows,
   parameter,
+  word_exchange,
 )
 from mowe.words import plan as plans
+from mowe.words import sharded_plan
 
 # An expert starts as a small correction of the residual stream: with T5's own
 # initialiser thousands of unread experts add noise that training has to undo.
@@ -128,8 +131,9 @@ class MoweLayer(nn.Module):
     rows_from: gives rows of the table where it is not on the device at all.
 
   Call: tokens <float>[batch, length, embed] and routing_ids, either
-    <int32>[batch, length] or the StreamPlan of these tokens, to
-    <dtype>[batch, length, embed].
+    <int32>[batch, length] or the plan of these tokens (a StreamPlan, or for
+    experts on several devices a ShardedStreamPlan), to <dtype>[batch, length,
+    embed].
 
   Raises:
     ValueError: `routing_ids` is missing or has another leading shape.
@@ -164,11 +168,21 @@ class MoweLayer(nn.Module):
     """This layer, not yet bound, reading the stack's shared modules."""
     return self.clone(table=shared.get('experts'), parent=None)
 
+  def check_mesh(
+    self, mesh_shape: Mapping[str, int], batch: int, length: int
+  ) -> None:
+    """Raises ValueError if the experts cannot be split over a mesh."""
+    del batch, length
+    sharded_plan.check_num_experts(self.num_experts, mesh_shape['expert'])
+
   @nn.compact
   def __call__(
     self,
     tokens: jax.Array,
-    routing_ids: jax.Array | plans.StreamPlan | None = None,
+    routing_ids: jax.Array
+    | plans.StreamPlan
+    | sharded_plan.ShardedStreamPlan
+    | None = None,
     *,
     deterministic: bool = True,
   ) -> jax.Array:
@@ -176,8 +190,12 @@ class MoweLayer(nn.Module):
     table = self.table
     if table is None:
       table = self._make_table(tokens.shape[-1], name='experts')
-    flat = tokens.reshape(-1, tokens.shape[-1]).astype(self.dtype)
     dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
+    if isinstance(routing_ids, sharded_plan.ShardedStreamPlan):
+      return self._exchanged(
+        tokens.astype(self.dtype), routing_ids, table, dropout
+      )
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(self.dtype)
     if isinstance(routing_ids, plans.StreamPlan):
       outputs = self._planned(flat, routing_ids, table, dropout)
     else:
@@ -198,27 +216,55 @@ class MoweLayer(nn.Module):
   def _planned(self, tokens, plan, table, dropout):
     """One batched product for each size class of the plan."""
     kernels = table()
+    factors = self._all_factors(kernels, tokens.shape[:1])
+    return self._feed_forward(tokens, plan, kernels, factors, dropout)
 
+  def _exchanged(self, tokens, plan, table, dropout):
+    """As `_planned`, each token on the device that has its expert."""
+    kernels = table()
+    *devices, num_owners, capacity = plan.sent.shape
+    factors = self._all_factors(kernels, (*devices, num_owners * capacity))
+    keep = None
+    if dropout.rate and not dropout.deterministic:
+      # What it would draw on one device.
+      units = (tokens.shape[0] * tokens.shape[1], self.expert_dim)
+      keep = dropout(jnp.ones(units, self.dtype)) != 0
+      keep = keep.reshape(*tokens.shape[:2], -1)
+
+    def experts(rows, plan, *, kernels, factors, keep):
+      def drop(hidden):
+        if keep is None:
+          return hidden
+        # As in nn.Dropout, to the last bit.
+        return jnp.where(keep, hidden / (1.0 - dropout.rate), 0)
+
+      return self._feed_forward(rows, plan, kernels, factors, drop)
+
+    return word_exchange.on_owners(
+      experts, tokens, plan, kernels=kernels, factors=factors, keep=keep
+    )
+
+  def _feed_forward(self, tokens, plan, kernels, factors, dropout):
     def product(name, tokens):
-      return grouped.expert_product(
-        tokens, kernels[name], plan, self._factors(name, kernels[name], tokens)
-      )
+      return grouped.expert_product(tokens, kernels[name], plan, factors[name])
 
     names = feed_forward.kernel_names(self.activations)
     projections = [product(name, tokens) for name in names]
     hidden = dropout(feed_forward.activate(projections, self.activations))
     return product('wo', hidden)
 
-  def _factors(self, name, kernel, tokens):
+  def _all_factors(self, kernels, leading):
+    return {
+      name: self._factors(name, kernel.shape[-2:], leading)
+      for name, kernel in kernels.items()
+    }
+
+  def _factors(self, name, widths, leading):
     """Zeros whose gradient are the factors of the kernels' gradient."""
     if self.is_mutable_collection(FACTORS):
-      width = (tokens.shape[0], kernel.shape[-1])
+      zeros = lambda width: jnp.zeros((*leading, width), self.dtype)
       return self.variable(
-        FACTORS,
-        name,
-        lambda: grouped.Factors(
-          jnp.zeros_like(tokens), jnp.zeros(width, tokens.dtype)
-        ),
+        FACTORS, name, lambda: grouped.Factors(*map(zeros, widths))
       ).value
     if self.has_variable(FACTORS, name):
       return self.get_variable(FACTORS, name)
@@ -247,6 +293,9 @@ def _check_routing_ids(tokens, routing_ids):
       'T5Config.routing to a RoutingVocabulary, or give '
       'encoder_routing_ids and decoder_routing_ids with the batch.'
     )
+  if isinstance(routing_ids, sharded_plan.ShardedStreamPlan):
+    # Compared with the mesh, in word_exchange.
+    return
   ids = (
     routing_ids.slots
     if isinstance(routing_ids, plans.StreamPlan)

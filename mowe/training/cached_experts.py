@@ -222,7 +222,7 @@ class CachedExperts:
 
   def _decide(self, plan: plans.ExpertPlan) -> _Fed:
     """Schedules a batch, and starts to read what comes."""
-    present = expert_metrics.experts_of(plan, self._backing.num_experts)
+    present = plan.present_experts(self._backing.num_experts)
     move = self._schedule.take(present)
     earlier = np.unique(self._went_in[move.entering]).tolist()
     needed = [self._gone[i] for i in earlier if i in self._gone]
@@ -231,7 +231,7 @@ class CachedExperts:
     self._num_moves += 1
     coming = self._reading.submit(self._read, move, needed)
     in_slots = self._schedule.in_slots(plan)
-    used = expert_metrics.experts_of(in_slots, self.num_slots)
+    used = in_slots.present_experts(self.num_slots)
     return _Fed(in_slots, plan, used, move, coming, gone)
 
   def _read(self, move, needed):

@@ -4,6 +4,7 @@ import numpy as np
 
 from mowe.training.metrics import Mean
 from mowe.words import plan as plans
+from mowe.words import sharded_plan
 
 
 class ExpertCounts:
@@ -20,22 +21,19 @@ class ExpertCounts:
     self._num_unseen = int(np.count_nonzero(~seen))
     self._latest: dict[str, Mean] = {}
 
-  def count(self, plan: plans.ExpertPlan) -> np.ndarray:
+  def count(
+    self, plan: plans.ExpertPlan | sharded_plan.ShardedPlan
+  ) -> np.ndarray:
     """Counts a step; returns the experts of its batch, ascending."""
-    present = experts_of(plan, len(self._seen))
+    present = plan.present_experts(len(self._seen))
     if self._is_trained:
       self._num_unseen -= int(np.count_nonzero(~self._seen[present]))
       self._seen[present] = True
-    num_tokens = sum(
-      np.count_nonzero(stream.slots < _num_slots(stream))
-      for stream in (plan.encoder, plan.decoder)
-      if stream is not None
-    )
     one = np.float32(1)
     self._latest = {
       'experts/distinct': Mean(np.float32(len(present)), one),
       'experts/tokens_each': Mean(
-        np.float32(num_tokens), np.float32(len(present))
+        np.float32(plan.num_tokens()), np.float32(len(present))
       ),
     }
     if self._is_trained:
@@ -47,15 +45,3 @@ class ExpertCounts:
   def metrics(self) -> dict[str, Mean]:
     """Numbers of the last step."""
     return self._latest
-
-
-def experts_of(plan: plans.ExpertPlan, num_experts: int) -> np.ndarray:
-  """Experts of a plan, <int32>[n], ascending."""
-  experts = np.concatenate([e.reshape(-1) for e in plan.updates.experts])
-  return np.sort(experts[experts < num_experts])
-
-
-def _num_slots(stream: plans.StreamPlan) -> int:
-  return sum(
-    int(np.prod(sources.shape[-2:])) for sources in stream.classes.sources
-  )

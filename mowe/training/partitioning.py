@@ -8,6 +8,8 @@ import jax
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mowe.words import sharded_plan
+
 MESH_AXES = ('data', 'expert', 'model')
 
 # Logical axis -> mesh axis. A new sharding is a new row.
@@ -155,6 +157,31 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
       x.shape, sharding, lambda index: x[index]
     ),
     batch,
+  )
+
+
+def put_plan(plan: Any, mesh: Mesh) -> Any:
+  """As `put_batch`, for the plan of a batch, or None.
+
+  The plan of one device goes everywhere, each part of a ShardedPlan to its
+  device.
+  """
+  if not isinstance(plan, sharded_plan.ShardedPlan):
+    return put_batch(plan, replicated(mesh))
+
+  def put(arrays, *axes):
+    return put_batch(arrays, NamedSharding(mesh, PartitionSpec(*axes)))
+
+  def put_stream(stream):
+    if stream is None:
+      return None
+    is_cut = stream.places.ndim > 3
+    return put(stream, *[None] * is_cut, *sharded_plan.DEVICE_AXES)
+
+  return sharded_plan.ShardedPlan(
+    put_stream(plan.encoder),
+    put_stream(plan.decoder),
+    put(plan.updates, sharded_plan.DEVICE_AXES[1]),
   )
 
 

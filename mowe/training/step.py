@@ -14,10 +14,12 @@ from mowe.training import (
   losses,
   router_training,
   row_optimizers,
+  sharded_updates,
   table_updates,
   train_state,
 )
 from mowe.training.metrics import Mean
+from mowe.words import sharded_plan
 
 Metrics = dict[str, Mean]
 Batch = dict[str, jax.Array]
@@ -115,9 +117,11 @@ def make_train_step(
     # Also a dependency: the backward pass reads the tables, and would be given
     # a copy of them if it could end after they change.
     usable = jnp.isfinite(metrics['gradient_norm'].total)
+    is_sharded = isinstance(plan, sharded_plan.ShardedPlan)
+    updates_of = sharded_updates if is_sharded else table_updates
     new_tables, table_state = {}, {}
     for name, of_layers in parameters.by_table(factors, state.tables).items():
-      new_tables[name], table_state[name] = table_updates.update_table(
+      new_tables[name], table_state[name] = updates_of.update_table(
         row_optimizer,
         state.tables[name],
         state.table_state[name],
@@ -270,7 +274,7 @@ def _global_norm(tree):
 
 
 def _accumulate(gradients, batch, streams, key, num_microbatches):
-  """Adds up gradients and metrics of the parts; joins factors of tokens."""
+  """Adds up gradients and metrics of the parts; stacks factors of tokens."""
   # [batch, ...] -> [parts, batch / parts, ...]; plans are already cut.
   # Every part takes rows from all over the batch, so from every device.
   cut = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
@@ -286,7 +290,4 @@ def _accumulate(gradients, batch, streams, key, num_microbatches):
 
   first, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-  summed, factors = jax.lax.scan(add, zeros, parts)
-  # [parts, tokens of one, width] -> [tokens, width]
-  join = lambda x: x.reshape(-1, x.shape[-1])
-  return summed, jax.tree.map(join, factors)
+  return jax.lax.scan(add, zeros, parts)

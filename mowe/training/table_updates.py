@@ -43,22 +43,60 @@ def update_table(
     row_optimizer: of the rows.
     table: kernel name -> <float>[num_experts, in, out].
     table_state: of the whole table.
-    factors: of the layers that use the table, each over all tokens of its
-      stream, microbatch by microbatch.
+    factors: of the layers that use the table, over the tokens of their
+      stream; with more than one microbatch [microbatches, tokens, width].
     plan: of the batch.
     usable: <bool>[]; without it nothing is changed.
     learning_rate_step: <int32>[], the global step, from 0.
     key: of this step, for the rounding of tables in bfloat16.
   """
-  num_before = 0 if plan.encoder is None else plan.encoder.slots.size
-  num_after = 0 if plan.decoder is None else plan.decoder.slots.size
+  num_tokens = tuple(
+    0 if stream is None else stream.slots.size
+    for stream in (plan.encoder, plan.decoder)
+  )
+  return update_rows(
+    row_optimizer,
+    table,
+    table_state,
+    jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), factors),
+    plan.updates,
+    num_tokens,
+    usable,
+    learning_rate_step,
+    key,
+  )
+
+
+def update_rows(
+  row_optimizer: row_optimizers.RowOptimizer,
+  table: dict[str, jax.Array],
+  table_state: Any,
+  factors: parameters.TableFactors,
+  updates: plans.SizeClasses,
+  num_tokens: tuple[int, int],
+  usable: jax.Array,
+  learning_rate_step: jax.Array,
+  key: jax.Array,
+) -> tuple[dict[str, jax.Array], Any]:
+  """As `update_table`, with factors over all tokens of their stream.
+
+  Args:
+    row_optimizer: as above, like all that is not named here.
+    table: kernels.
+    table_state: of the table.
+    factors: each over all tokens of its stream, microbatch by microbatch.
+    updates: the experts, with tokens of the encoder before the decoder's.
+    num_tokens: of the encoder and of the decoder.
+    usable: whether anything is changed.
+    learning_rate_step: the global step.
+    key: for rounding.
+  """
+  num_before, num_after = num_tokens
   first = 0 if 'encoder' in factors else num_before
   last = num_before + (num_after if 'decoder' in factors else 0)
   layers = _over_all_tokens(factors, num_before)
   kernels = jax.tree.leaves(table)
-  chunks = _Chunks(
-    plan.updates, len(kernels[0]), sum(k[0].size for k in kernels)
-  )
+  chunks = _Chunks(updates, len(kernels[0]), sum(k[0].size for k in kernels))
 
   def gradients(experts, sources, is_new):
     """Experts of one chunk, those that change, and their gradients."""

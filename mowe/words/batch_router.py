@@ -1,11 +1,13 @@
 """Routing ids and the plan of a batch, made on the host before its step."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from mowe.words import plan as plans
+from mowe.words import sharded_plan
 
 Batch = dict[str, np.ndarray]
 
@@ -38,9 +40,14 @@ class BatchRouter:
     trial_batches: from which the capacity profiles are made: some twenty
       training batches.
     num_microbatches: parts into which a step cuts the batch.
+    devices: along the mesh axes (data, expert). Experts on more than one get
+      a ShardedPlan.
 
-  Call: a batch to (the batch with routing ids, its ExpertPlan). May be called
-    from several threads.
+  Attributes:
+    seen_loads: <int64>[num_experts], tokens of each in the trial batches.
+
+  Call: a batch to (the batch with routing ids, its plan). May be called from
+    several threads.
   """
 
   def __init__(
@@ -50,23 +57,46 @@ class BatchRouter:
     streams: tuple[str, ...],
     trial_batches: Iterable[Batch],
     num_microbatches: int = 1,
+    devices: tuple[int, int] = (1, 1),
   ):
     self._routing = routing
     self._streams = streams
-    ladder = plans.profile_ladder(
-      (self._ids(add_routing_ids(b, routing)) for b in trial_batches),
+    self.seen_loads = np.zeros(routing.num_experts, np.int64)
+    make_ladder, make_plan = plans.profile_ladder, plans.make_plan
+    if devices[1] > 1:
+      make_ladder, make_plan = (
+        functools.partial(function, devices=devices)
+        for function in (sharded_plan.profile_ladder, sharded_plan.make_plan)
+      )
+    ladder = make_ladder(
+      map(self._seen_ids, trial_batches),
       routing.num_experts,
       num_microbatches=num_microbatches,
     )
     # Of an ordinary batch, with some slack.
     self.experts_at_once = ladder[0].updates.num_experts
     self.planner = plans.Planner(
-      ladder, routing.num_experts, num_microbatches=num_microbatches
+      ladder,
+      routing.num_experts,
+      num_microbatches=num_microbatches,
+      make_plan=make_plan,
     )
 
-  def __call__(self, batch: Batch) -> tuple[Batch, plans.ExpertPlan]:
+  def __call__(
+    self, batch: Batch
+  ) -> tuple[Batch, plans.ExpertPlan | sharded_plan.ShardedPlan]:
     batch = add_routing_ids(batch, self._routing)
     return batch, self.planner(self._ids(batch))
 
   def _ids(self, batch: Batch) -> Batch:
     return {name: batch[f'{name}_routing_ids'] for name in self._streams}
+
+  def _seen_ids(self, batch: Batch) -> Batch:
+    ids = self._ids(add_routing_ids(batch, self._routing))
+    num_experts = self._routing.num_experts
+    for of_stream in ids.values():
+      has_expert = (of_stream >= 0) & (of_stream < num_experts)
+      self.seen_loads += np.bincount(
+        of_stream[has_expert], minlength=num_experts
+      )
+    return ids

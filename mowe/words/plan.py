@@ -75,6 +75,19 @@ class ExpertPlan(NamedTuple):
   decoder: StreamPlan | None
   updates: SizeClasses
 
+  def present_experts(self, num_experts: int) -> np.ndarray:
+    """Experts of the batch, <int32>[n], ascending."""
+    experts = np.concatenate(self.updates.experts)
+    return np.sort(experts[experts < num_experts])
+
+  def num_tokens(self) -> int:
+    """Tokens that have an expert."""
+    return sum(
+      count_tokens(stream)
+      for stream in (self.encoder, self.decoder)
+      if stream is not None
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassSizes:
@@ -102,6 +115,14 @@ class CapacityProfile:
 
   streams: tuple[tuple[str, ClassSizes], ...]
   updates: ClassSizes
+
+
+def count_tokens(plan: StreamPlan) -> int:
+  """Tokens with a slot; the arrays may have leading axes."""
+  num_slots = sum(
+    int(np.prod(sources.shape[-2:])) for sources in plan.classes.sources
+  )
+  return int(np.count_nonzero(plan.slots < num_slots))
 
 
 def count_classes(routing_ids: np.ndarray, num_experts: int) -> np.ndarray:

@@ -219,15 +219,35 @@ def test_evaluations_during_training(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_devices_and_microbatches_train_alike(world, tmp_path):
-  plain = world.train(tmp_path / 'one', 2, model=world.config(dropout_rate=0.0))
+def test_eight_devices_and_microbatches_train_alike(world, tmp_path, capsys):
+  settings = {
+    'model': world.config(dropout_rate=0.0),
+    'eval_configs': [evaluations.LossEvaluation(world.data(), num_batches=2)],
+  }
+  plain = world.train(tmp_path / 'one', 2, **settings)
+  assert 'blocks of' not in capsys.readouterr().out
   spread = world.train(
     tmp_path / 'eight',
     2,
-    model=world.config(dropout_rate=0.0),
     make_mesh=functools.partial(partitioning.make_mesh, expert=2, data=4),
     data=world.data(batch_size=8),
+    **settings,
   )
+  assert 'Experts    2 blocks of' in capsys.readouterr().out
+  for name in ('train_metrics.jsonl', 'eval_metrics.jsonl'):
+    one, eight = (
+      metrics.read_json_lines(tmp_path / run / name)[-1]
+      for run in ('one', 'eight')
+    )
+    assert one.keys() == eight.keys()
+    for key in set(one) & {
+      'loss',
+      'validation/loss',
+      'experts/distinct',
+      'experts/tokens_each',
+      'experts/never_seen',
+    }:
+      assert eight[key] == pytest.approx(one[key], rel=1e-5), key
   for one, other in zip(
     jax.tree.leaves(jax.device_get(plain.tables)),
     jax.tree.leaves(jax.device_get(spread.tables)),

@@ -1,0 +1,115 @@
+"""A training step with word experts on eight devices equals one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import tiny
+
+from mowe.models import parameters, t5
+from mowe.training import partitioning, train_state
+from mowe.training import step as step_lib
+from mowe.words import plan as plans
+from mowe.words import sharded_plan
+
+MESHES = {
+  '2x4': {'data': 2, 'expert': 4},
+  '2x2x2': {'data': 2, 'expert': 2, 'model': 2},
+}
+# Without second moments: they have twice the relative error of gradients.
+_OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Descent:
+  """Gradient descent that keeps the gradients it has seen, added up."""
+
+  def init(self, table):
+    return jax.tree.map(jnp.zeros_like, dict(table))
+
+  def update(self, gradients, state_rows, rows, step, present=None):
+    del step, present
+    new = jax.tree.map(lambda p, g: p - 0.1 * g, rows, gradients)
+    return new, jax.tree.map(jnp.add, state_rows, gradients)
+
+
+_ROW_OPTIMIZER = _Descent()
+
+
+def make_plan(batch, mesh, num_microbatches):
+  ids = tiny.stream_ids(batch)
+  devices = mesh.shape['data'], mesh.shape['expert']
+  ladder = sharded_plan.profile_ladder(
+    [ids], tiny.EXPERTS, devices=devices, num_microbatches=num_microbatches
+  )
+  planner = plans.Planner(
+    ladder,
+    tiny.EXPERTS,
+    num_microbatches=num_microbatches,
+    make_plan=functools.partial(sharded_plan.make_plan, devices=devices),
+  )
+  return planner(ids)
+
+
+def _step(sizes, num_microbatches, dropout_rate):
+  """State and metrics after one step; sizes of the mesh, or one device."""
+  model = t5.T5(tiny.make_config(dropout_rate=dropout_rate))
+  create = functools.partial(
+    train_state.create,
+    model,
+    optimizer=_OPTIMIZER,
+    row_optimizer=_ROW_OPTIMIZER,
+  )
+  train_step = step_lib.make_train_step(
+    model,
+    optimizer=_OPTIMIZER,
+    row_optimizer=_ROW_OPTIMIZER,
+    loss=step_lib.LossConfig(),
+    seed=0,
+    num_microbatches=num_microbatches,
+  )
+  mesh = partitioning.make_mesh(
+    **sizes, devices=None if sizes else jax.devices()[:1]
+  )
+  key = jax.random.key(0)
+  variables = jax.eval_shape(
+    functools.partial(parameters.initial_variables, model), key
+  )
+  shardings = partitioning.state_shardings(
+    jax.eval_shape(create, key),
+    partitioning.parameter_axes(variables['params_axes']),
+    mesh,
+  )
+  state = jax.device_put(tiny.jit(create)(key), shardings)
+  step = tiny.jit(
+    partitioning.on_mesh(train_step, mesh), out_shardings=(shardings, None)
+  )
+  batch = tiny.make_batch()
+  if sizes:
+    plan = make_plan(batch, mesh, num_microbatches)
+  else:
+    plan = tiny.make_plan(batch, num_microbatches)
+  arguments = (
+    state,
+    {},
+    partitioning.put_batch(batch, partitioning.batch_sharding(mesh)),
+    partitioning.put_plan(plan, mesh),
+  )
+  text = step.lower(*arguments).compile().as_text()
+  return *step(*arguments), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('mesh', 'num_microbatches', 'dropout_rate'),
+  [('2x4', 1, 0.2), ('2x2x2', 2, 0.0)],
+)
+def test_a_step_equals_one_device(mesh, num_microbatches, dropout_rate):
+  state, metrics, text = _step(MESHES[mesh], num_microbatches, dropout_rate)
+  expected, expected_metrics, _ = _step({}, num_microbatches, dropout_rate)
+  assert ' all-to-all(' in text
+  tiny.assert_close(state, expected, 1e-6)
+  tiny.assert_close(metrics, expected_metrics, 1e-6)
