@@ -40,18 +40,23 @@ _ROW_OPTIMIZER = _Descent()
 
 
 def make_plan(batch, mesh, num_microbatches):
-  ids = tiny.stream_ids(batch)
+  """In two size classes, as in `tiny.make_plan`."""
   devices = mesh.shape['data'], mesh.shape['expert']
-  ladder = sharded_plan.profile_ladder(
-    [ids], tiny.EXPERTS, devices=devices, num_microbatches=num_microbatches
-  )
-  planner = plans.Planner(
-    ladder,
+  own = tiny.EXPERTS // devices[1]
+  num_tokens = 2 * tiny.BATCH * tiny.INPUTS
+  sizes = plans.ClassSizes(((4, own), (num_tokens, own)))
+  stream = sharded_plan.StreamProfile(2 * tiny.INPUTS, sizes)
+  plan = sharded_plan.make_plan(
+    tiny.stream_ids(batch),
+    sharded_plan.ShardedProfile(
+      (('encoder', stream), ('decoder', stream)), sizes
+    ),
     tiny.EXPERTS,
+    devices=devices,
     num_microbatches=num_microbatches,
-    make_plan=functools.partial(sharded_plan.make_plan, devices=devices),
   )
-  return planner(ids)
+  assert plan is not None
+  return plan
 
 
 def _step(sizes, num_microbatches, dropout_rate):
@@ -113,3 +118,64 @@ def test_a_step_equals_one_device(mesh, num_microbatches, dropout_rate):
   assert ' all-to-all(' in text
   tiny.assert_close(state, expected, 1e-6)
   tiny.assert_close(metrics, expected_metrics, 1e-6)
+
+
+def _memory(num_experts):
+  """Bytes of the tables of a device, and memory of the step on 2 x 4."""
+  layer = functools.partial(tiny.word_experts.MoweLayer, num_experts, 4)
+  model = t5.T5(
+    tiny.make_config(
+      sparse_feed_forward=layer,
+      routing=tiny.FixedRouting(num_experts),
+    )
+  )
+  create = functools.partial(
+    train_state.create,
+    model,
+    optimizer=_OPTIMIZER,
+    row_optimizer=_ROW_OPTIMIZER,
+  )
+  key = jax.random.key(0)
+  mesh = partitioning.make_mesh(**MESHES['2x4'])
+  variables = jax.eval_shape(
+    functools.partial(parameters.initial_variables, model), key
+  )
+  state = jax.eval_shape(create, key)
+  shardings = partitioning.state_shardings(
+    state, partitioning.parameter_axes(variables['params_axes']), mesh
+  )
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    shardings,
+  )
+  train_step = step_lib.make_train_step(
+    model,
+    optimizer=_OPTIMIZER,
+    row_optimizer=_ROW_OPTIMIZER,
+    loss=step_lib.LossConfig(),
+    seed=0,
+  )
+  batch = tiny.make_batch()
+  lowered = jax.jit(
+    partitioning.on_mesh(train_step, mesh),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  ).lower(
+    state,
+    {},
+    partitioning.put_batch(batch, partitioning.batch_sharding(mesh)),
+    partitioning.put_plan(make_plan(batch, mesh, 1), mesh),
+  )
+  tables = jax.tree.leaves((state.tables, state.table_state))
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in tables) // 4
+  return size, lowered.compile().memory_analysis()
+
+
+@pytest.mark.slow
+def test_tables_are_updated_in_place_on_their_devices():
+  few, many = _memory(tiny.EXPERTS), _memory(128 * tiny.EXPERTS)
+  grown = many[0] - few[0]
+  assert many[1].alias_size_in_bytes - few[1].alias_size_in_bytes == grown
+  # One kernel of one device would be 147 KB more.
+  assert abs(many[1].temp_size_in_bytes - few[1].temp_size_in_bytes) < 8192
