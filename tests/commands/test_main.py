@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mowe.commands import ask, main
-from mowe.words import routing_vocabulary, subwords
+from mowe.words import placement, routing_vocabulary, subwords
 
 
 @pytest.fixture(scope='module')
@@ -242,6 +242,26 @@ def test_build_routing_vocabulary(world, tmp_path, capsys):
   balanced = routing_vocabulary.load(tmp_path / 'balanced.npz')
   np.testing.assert_array_equal(hashed.counts, balanced.counts)
   assert balanced.loads().max_over_mean < hashed.loads().max_over_mean
+
+
+def test_build_routing_vocabulary_in_blocks(world, tmp_path, capsys):
+  assert _run(*_build(world, tmp_path / 'plain.npz')) == 0
+  assert 'blocks' not in capsys.readouterr().out
+  assert _run(*_build(world, tmp_path / 'placed.npz', '--num_blocks', 3)) == 0
+  assert '3 blocks of 2 experts; the busiest has' in capsys.readouterr().out
+  plain, placed = (
+    placement.balance(
+      routing_vocabulary.load(tmp_path / name).loads().shares, 3
+    ).max_over_mean
+    for name in ('plain.npz', 'placed.npz')
+  )
+  assert placed < plain
+  # Refused before any text is read.
+  text = _refused(
+    capsys, *_build(world, tmp_path / 'no.npz', '--num_blocks', 4)
+  )
+  assert 'num_experts = 6, but is 4' in text
+  assert not (tmp_path / 'no.npz').exists()
 
 
 def test_build_routing_vocabulary_of_names(world, tmp_path):

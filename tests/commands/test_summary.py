@@ -1,9 +1,11 @@
 """The table of parameters: what is stored, met by a token, and frozen."""
 
+import dataclasses
 import functools
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from mowe.commands import summary
@@ -53,3 +55,32 @@ def test_rows_add_up_and_only_tables_are_frozen(world, capsys, freeze_experts):
   rows = _rows(capsys, world.config(), freeze_experts)
   stored = rows['experts'][0]
   assert rows['experts'][2] == rows['all'][2] == stored * freeze_experts
+
+
+def test_how_even_blocks_of_experts_are(world, capsys):
+  routing = world.routing
+  counts = np.where(np.arange(routing.num_words) < 10, 100, 1)
+  routing = dataclasses.replace(routing, counts=counts).with_experts(
+    8, num_skipped=0
+  )
+  # Of ten frequent words experts 0 and 1 have two each, the others one.
+  seen = np.array([6, 2, 1, 1, 1, 1, 1, 1])
+
+  def shown(num_blocks, seen=seen):
+    mesh = jax.sharding.Mesh(
+      np.array(jax.devices()[:num_blocks]).reshape(1, -1), ('data', 'expert')
+    )
+    summary.show_experts(routing, seen, mesh)
+    return capsys.readouterr().out
+
+  assert shown(1) == ''
+  text = shown(2)
+  shares = routing.loads().shares
+  expected = 2 * shares[:4].sum() / shares.sum()
+  assert text.startswith(
+    f'Experts    2 blocks of 4; the busiest has {expected:.2f} times the mean '
+    'load by the counts of words, 1.43 times in trial batches\n'
+  )
+  assert ('--num_blocks' in text) == (expected > 1.2)
+  # With a block for each expert the busiest are more than the mean.
+  assert repr(routing.word(0)) in shown(8)

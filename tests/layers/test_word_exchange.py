@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import word_experts
+from mowe.layers import bfloat16_bits, word_experts
 from mowe.training import (
   partitioning,
   sharded_updates,
@@ -202,6 +202,25 @@ def test_equals_one_device(mesh, most, tolerance):
   assert state.sharding.shard_shape((NUM_EXPERTS,)) == (own,)
   rows = BATCH // sizes['data'] // sizes['expert']
   assert outputs.sharding.shard_shape(outputs.shape)[0] == rows
+
+
+def test_a_table_of_bits():
+  layer, table = make_layer()
+  bits = jax.tree.map(bfloat16_bits.nearest, table)
+  ids = make_ids(4)
+  *expected, _, _ = on_one_device(layer, bits, ids)
+  (*actual, new, state), _ = on_mesh(layer, bits, ids, MESHES['2x4'])
+  check_equal(actual, expected, 0)
+  # Stochastic rounding draws by owner; replicas along `data` draw the same.
+  present = np.unique(ids[(ids >= 0) & (ids < NUM_EXPERTS)])
+  np.testing.assert_array_equal(np.flatnonzero(state), present)
+  for name, kernel in new.items():
+    assert kernel.dtype == bits[name].dtype
+    copies = {}
+    for shard in kernel.addressable_shards:
+      copies.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    for one, other in copies.values():
+      np.testing.assert_array_equal(one, other)
 
 
 def test_dropout_draws_as_on_one_device():
