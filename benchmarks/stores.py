@@ -205,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_help=False, parents=[mowe_step.make_parser()]
   )
   parser.add_argument('--kept', type=float, default=0.8)
-  parser.add_argument('--num_slots', type=int)
+  parser.add_argument('--num_slots', type=int, default=4096)
   parser.add_argument('--folder', default=tempfile.gettempdir())
   return parser
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from mowe.models import parameters
 from mowe.training import (
+  background,
   expert_metrics,
   expert_records,
   expert_sources,
@@ -117,8 +118,8 @@ class CachedExperts:
     self._went_in = np.full(backing.num_experts, -1, np.int64)
     self._gone: dict[int, concurrent.futures.Future] = {}
     self._num_moves = 0
-    self._reading = concurrent.futures.ThreadPoolExecutor(1, 'experts_in')
-    self._writing = concurrent.futures.ThreadPoolExecutor(1, 'experts_out')
+    self._reading = background.threads(1, 'experts_in')
+    self._writing = background.threads(1, 'experts_out')
     self._frozen: parameters.Tables = {}
     self._counts = expert_metrics.ExpertCounts(backing.seen, is_trained)
     self._moved: dict[str, metrics.Mean] = {}
@@ -242,9 +243,9 @@ class CachedExperts:
     for some, size in slot_rows.calls(
       len(move.slots), self._backing.dtype.itemsize
     ):
-      records = np.zeros(size, self._backing.dtype)
-      experts = move.entering[some]
-      records[: len(experts)] = self._backing.read(experts)
+      # The last call may have room for more: those are read twice.
+      experts = np.resize(move.entering[some], size)
+      records = self._backing.read(experts)
       values = expert_records.to_arrays(records, *self._abstract)
       coming.append(
         (slot_rows.padded(move.slots[some], size), self._put(values))

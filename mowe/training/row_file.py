@@ -101,14 +101,16 @@ class RowFile:
       DiskFullError: there is no room.
     """
     is_own = (experts >= self._own.start) & (experts < self._own.stop)
-    experts, records = experts[is_own], records[is_own]
+    if not is_own.all():
+      experts, records = experts[is_own], records[is_own]
     if not len(experts):
       return
     places = self._places_for(experts)
-    # In the order of places: what lies together is written together.
-    order = np.argsort(places)
-    experts, places = experts[order], places[order]
-    records = np.ascontiguousarray(records[order])
+    if (np.diff(places) < 0).any():
+      # In the order of places: what lies together is written together.
+      order = np.argsort(places)
+      experts, places, records = experts[order], places[order], records[order]
+    records = np.ascontiguousarray(records)
     size = records.dtype.itemsize
 
     def write_run(run):
@@ -119,9 +121,7 @@ class RowFile:
       return self._reader.checksums_of(records[run])
 
     try:
-      checksums = list(
-        self._reader.pool.map(write_run, row_index.runs(places, size))
-      )
+      checksums = self._reader.each(write_run, row_index.runs(places, size))
     except OSError as error:
       raise DiskFullError(
         error.errno,

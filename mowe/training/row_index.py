@@ -5,7 +5,6 @@ A model folder has a file of records, `experts.0.rows`, for all its checkpoints
 every expert the place of its record, and checksums that each read compares.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -13,11 +12,12 @@ import os
 import pathlib
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
-from mowe.training import expert_records, manifests
+from mowe.training import background, expert_records, manifests
 
 # Bytes of neighbouring records that are read or written by one call.
 _RUN_BYTES = 2**22
@@ -126,7 +126,8 @@ class RowReader:
     self._stride = index.dtype.itemsize
     self._descriptors: dict[int, int] = {}
     self._opening = threading.Lock()
-    self.pool = concurrent.futures.ThreadPoolExecutor(num_threads, 'experts')
+    self._num_threads = num_threads
+    self._pool = background.threads(num_threads, 'experts')
 
   def __call__(self, experts: np.ndarray) -> np.ndarray:
     experts = np.asarray(experts)
@@ -134,13 +135,23 @@ class RowReader:
     files, places = self._index.files[experts], self._index.places[experts]
     # Whole records of neighbours are read by one call.
     step = 1 if self.dtype.itemsize == self._stride else None
-    list(
-      self.pool.map(
-        lambda run: self._read_run(experts[run], records[run]),
-        runs(files.astype(np.int64) << 48 | places, self._stride, step),
-      )
+    self.each(
+      lambda run: self._read_run(experts[run], records[run]),
+      runs(files.astype(np.int64) << 48 | places, self._stride, step),
     )
     return records
+
+  def each(
+    self, function: Callable[[slice], Any], cut: Iterable[slice]
+  ) -> list[Any]:
+    """Calls a function with each slice, in all threads; results in order."""
+    cut = list(cut)
+    # A share for each thread: handing over single rows costs more than
+    # reading them.
+    share = -(-len(cut) // self._num_threads) or 1
+    shares = [cut[i : i + share] for i in range(0, len(cut), share)]
+    work = lambda some: [function(one) for one in some]
+    return list(itertools.chain.from_iterable(self._pool.map(work, shares)))
 
   def checksums_of(self, records: np.ndarray) -> np.ndarray:
     """Checksums <uint32>[n, 2] of contiguous records [n]."""
@@ -153,7 +164,7 @@ class RowReader:
 
   def close(self) -> None:
     """Ends the threads and closes the files."""
-    self.pool.shutdown()
+    self._pool.shutdown()
     for descriptor in self._descriptors.values():
       os.close(descriptor)
 
