@@ -30,6 +30,7 @@ class DiskRows:
     """See `Backing.start`."""
     if self._is_resumed:
       return
+    self._file.check_room()
     for experts, records in _all(source, self.dtype, self.num_experts):
       self._file.write(experts, records)
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from mowe.training import expert_records, row_index
 
 # Bytes that are on their way at a time, between disk, host and device.
 _CHUNK_BYTES = 2**24
+
+_SECONDS_BETWEEN_LINES = 10
 
 # Tables, and the state of their rows.
 Arrays = tuple[parameters.Tables, dict[str, Any]]
@@ -145,11 +148,19 @@ def chunks(start: int, stop: int, dtype: np.dtype) -> Iterator[tuple[int, int]]:
   """(first, number) of neighbouring experts, so many at a time.
 
   All have the same number, so that programs are compiled once: the last may
-  overlap the one before.
+  overlap the one before. What takes long says how far it is.
   """
   number = min(stop - start, at_once(dtype))
+  said_at = time.monotonic()
   for first in range(start, stop, number or 1):
     yield min(first, stop - number), number
+    if time.monotonic() - said_at > _SECONDS_BETWEEN_LINES:
+      done, whole = (
+        f'{experts * dtype.itemsize / 1e9:.1f}'
+        for experts in (first + number - start, stop - start)
+      )
+      print(f'Experts: {done} of {whole} GB', flush=True)
+      said_at = time.monotonic()
 
 
 def at_once(dtype: np.dtype) -> int:

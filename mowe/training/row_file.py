@@ -13,6 +13,7 @@ those that changed after it.
 import fcntl
 import os
 import pathlib
+import shutil
 import threading
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from mowe.training import manifests, row_index
 
 
-class TableInUseError(RuntimeError):
+class TableInUseError(OSError):
   """Another process writes the experts of this folder."""
 
 
@@ -124,14 +125,24 @@ class RowFile:
       checksums = self._reader.each(write_run, row_index.runs(places, size))
     except OSError as error:
       raise DiskFullError(
-        error.errno,
         f'{self._path} must take {records.nbytes:,} more bytes of experts, but '
         f'writing failed: {error.strerror}. Finished checkpoints are unharmed: '
-        'make room, then run the same command to continue',
+        'make room, then run the same command to continue.'
       ) from error
     self._index.files[experts] = self._process
     self._index.places[experts] = places
     self._index.checksums[experts] = np.concatenate(checksums)
+
+  def check_room(self) -> None:
+    """Raises DiskFullError unless all experts have room."""
+    size = self.num_experts * self.dtype.itemsize
+    free = shutil.disk_usage(self._folder).free
+    if free < size:
+      raise DiskFullError(
+        f'{self._folder} must have room for {size / 1e9:.1f} GB of experts, but '
+        f'{free / 1e9:.1f} GB are free. Make room, give another MODEL_DIR, or '
+        "set TABLE_DTYPE = 'bfloat16' or fewer experts."
+      )
 
   def save(self, checkpoint: pathlib.Path) -> None:
     """Writes the index of a checkpoint into its folder.

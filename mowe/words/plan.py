@@ -13,10 +13,13 @@ All static sizes are shapes.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+
+_logger = logging.getLogger(__name__)
 
 # Room of a class grows by a third to a half: at most a third of all slots
 # stay empty, and the number of classes stays logarithmic.
@@ -268,6 +271,13 @@ class Planner:
     for k, profile in enumerate(self._ladder):
       plan = self._make_plan(batch, profile)
       if plan is not None:
+        if k and k not in self.profiles_used:
+          _logger.warning(
+            'A batch has more experts than the trial batches: the step is '
+            'compiled for capacity profile %d of %d.',
+            k + 1,
+            len(self._ladder),
+          )
         self.profiles_used[k] = self.profiles_used.get(k, 0) + 1
         return plan
     shapes = {name: ids.shape for name, ids in batch.items()}

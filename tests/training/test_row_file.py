@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -173,6 +174,18 @@ def test_a_full_disk_harms_no_checkpoint(saved, tmp_path, monkeypatch):
   ):
     file.write(np.array([3, 1])[:1], _records(1, 9))
   _assert_same_bits(_read(path), records)
+
+
+def test_a_table_larger_than_the_disk_is_refused_early(saved, monkeypatch):
+  file, _, _ = saved
+  file.check_room()
+  usage = shutil.disk_usage('.')._replace(free=7 * 40 - 1)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda folder: usage)
+  with pytest.raises(
+    row_file.DiskFullError,
+    match=r'must have room for 0\.0 GB of experts, but 0\.0 GB are free\. Make',
+  ):
+    file.check_room()
 
 
 def _change(path, change):
