@@ -1,5 +1,7 @@
 """Experts in host memory or on disk, behind slots on the device."""
 
+import collections
+import concurrent.futures
 import pathlib
 
 import numpy as np
@@ -86,7 +88,17 @@ def all_records(
 
 
 def _all(source, dtype, num_experts):
-  """All experts with their records, a chunk at a time."""
-  for first, number in expert_sources.chunks(0, num_experts, dtype):
-    experts = np.arange(first, first + number)
-    yield experts, source.records(first, number, dtype)
+  """All experts with their records, a chunk at a time.
+
+  The next chunk is drawn or read while the one before is taken care of.
+  """
+  with concurrent.futures.ThreadPoolExecutor(1, 'experts') as thread:
+    waiting = collections.deque()
+    for first, number in expert_sources.chunks(0, num_experts, dtype):
+      coming = thread.submit(source.records, first, number, dtype)
+      waiting.append((np.arange(first, first + number), coming))
+      if len(waiting) > 1:
+        experts, records = waiting.popleft()
+        yield experts, records.result()
+    for experts, records in waiting:
+      yield experts, records.result()

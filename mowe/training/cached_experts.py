@@ -200,10 +200,11 @@ class CachedExperts:
 
   def close(self) -> None:
     """See `Experts.close`."""
+    self._writing.shutdown()
+    # Those of batches that were fed but never made ready.
     for gone in self._gone.values():
       gone.cancel()
     self._reading.shutdown(cancel_futures=True)
-    self._writing.shutdown()
     self._backing.close()
 
   def _flush(self, state):
