@@ -1,5 +1,7 @@
 """Experts on disk and in host memory, from training to answers."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from mowe.training import (
   expert_sources,
   expert_stores,
   metrics,
+  partitioning,
   row_file,
 )
 from tests.commands import conftest
 
 _TOTAL = 5
 _DISK = expert_stores.DiskStore(num_slots=13)
+_ALL_ON_DISK = expert_stores.DiskStore(num_slots=conftest.NUM_EXPERTS)
 
 
 def _train(world, folder, total_steps=_TOTAL, **changes):
@@ -117,6 +121,30 @@ def test_finetuning_frozen_experts_from_another_store(world, runs, tmp_path):
   assert list(tuned.dtype.names) == kernels
   for name in kernels:
     np.testing.assert_array_equal(tuned[name], source[name])
+
+
+@pytest.mark.slow
+def test_experts_on_several_devices_continue_and_move_to_one(world, tmp_path):
+  make_mesh = functools.partial(
+    partitioning.make_mesh, data=2, expert=2, devices=jax.devices()[:4]
+  )
+  straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
+  changes = {'data': world.data(), 'eval_configs': ()}
+  _train(world, straight, make_mesh=make_mesh, **changes)
+  _train(world, stopped, 2, make_mesh=make_mesh, **changes)
+  state = _train(world, stopped, make_mesh=make_mesh, **changes)
+  table = state.tables['experts']['wo']
+  assert table.sharding.spec[0] == 'expert'
+  assert table.sharding.shard_shape(table.shape)[0] == conftest.NUM_EXPERTS // 2
+  assert (
+    _experts(straight, _TOTAL).tobytes() == _experts(stopped, _TOTAL).tobytes()
+  )
+  # What several devices have written, one takes up, on disk.
+  state = _train(world, stopped, _TOTAL + 1, store=_ALL_ON_DISK, **changes)
+  assert int(state.step) == _TOTAL + 1
+  before, after = _experts(stopped, _TOTAL), _experts(stopped, _TOTAL + 1)
+  name = 'state/experts/counts'
+  assert (after[name] >= before[name]).all() and (after != before).any()
 
 
 def test_two_runs_in_one_folder(world, runs):
