@@ -431,14 +431,13 @@ def generate(
   max_length: int,
   strategy: Strategy,
   key: jax.Array | None = None,
-  encoder_routing_ids: Any = None,
-  encoder_params: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Generates a sequence for every row of the inputs.
 
-  Compiled once for each model, strategy, length and shape of the inputs. The
-  decoder of a sparse model needs `T5Config.routing`, and the full tables of
-  experts: nobody knows in advance which ones it will ask for.
+  Compiled once for each model, strategy, length and shape of the inputs. A
+  model with word experts needs `T5Config.routing`, and all of its tables, or
+  layers that read them from the host: nobody knows in advance which experts the
+  decoder will ask for.
 
   Args:
     model: with the calls of `mowe.models.t5.T5`.
@@ -447,27 +446,13 @@ def generate(
     max_length: most tokens of a sequence, EOS included.
     strategy: how tokens are chosen.
     key: of random strategies.
-    encoder_routing_ids: <int32>[batch, inputs], or a StreamPlan; by default
-      made from the tokens by the model.
-    encoder_params: parameters for the encoder's pass, when those of a plan
-      (compact tables) are not the decoder's.
 
   Returns:
     Tokens <int32>[batch, max_length], EOS and 0 after their end, and scores
     <float32>[batch].
   """
   apply = functools.partial(model.apply, enable_dropout=False)
-  encoder_variables = (
-    variables
-    if encoder_params is None
-    else {**variables, 'params': encoder_params}
-  )
-  encoded = apply(
-    encoder_variables,
-    encoder_input_tokens,
-    encoder_routing_ids=encoder_routing_ids,
-    method='encode',
-  )
+  encoded = apply(variables, encoder_input_tokens, method='encode')
   cache = initial_cache(
     model, variables, encoded, encoder_input_tokens, max_length
   )

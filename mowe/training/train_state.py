@@ -39,9 +39,8 @@ def create(
   *,
   optimizer: optax.GradientTransformation,
   row_optimizer: row_optimizers.RowOptimizer | None,
-  shardings: TrainState | None = None,
 ) -> TrainState:
-  """A fresh state; under `jit` or `eval_shape` it works as well.
+  """A fresh state with whole tables; works under `jit` and `eval_shape`, too.
 
   Args:
     model: the model.
@@ -49,21 +48,11 @@ def create(
     optimizer: of the ordinary parameters.
     row_optimizer: of the expert tables; None if they are frozen: they have no
       state then, and are to be taken out of the state that is trained.
-    shardings: where each array is made; None: no sharding.
   """
-  placed = shardings and parameters.merge_tables(
-    shardings.params, shardings.tables
-  )
   params, tables = parameters.split_tables(
-    initialization.initial_parameters(model, key, placed)
+    initialization.initial_parameters(model, key)
   )
-  return begin(
-    params,
-    tables,
-    optimizer=optimizer,
-    row_optimizer=row_optimizer,
-    shardings=shardings,
-  )
+  return begin(params, tables, optimizer=optimizer, row_optimizer=row_optimizer)
 
 
 def begin(

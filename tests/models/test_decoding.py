@@ -184,27 +184,6 @@ def test_beams_of_a_model_keep_their_own_cache(model_and_variables):
   assert (np.diff(scores, axis=1) <= 0).all()
 
 
-def test_the_encoder_takes_given_routing_ids_and_parameters():
-  model, variables = make_model('mowe')
-  run = functools.partial(
-    decoding.generate, model, variables, INPUT_TOKENS, TARGETS
-  )
-  # The table renumbered for the encoder alone, as a compact one would be.
-  params = variables['params']
-  order = np.array([3, 0, 6, 2, 5, 1, 4])
-  experts = {name: w[order] for name, w in params['experts'].items()}
-  new_number = np.append(np.argsort(order), [7, -1]).astype(np.int32)
-  ids = model.config.routing.encoder_ids(INPUT_TOKENS)
-  actual = run(
-    decoding.Greedy(),
-    encoder_routing_ids=new_number[ids],
-    encoder_params={**params, 'experts': experts},
-  )
-  expected = run(decoding.Greedy())
-  np.testing.assert_array_equal(actual[0], expected[0])
-  np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6)
-
-
 def test_packed_rows_equal_separate_ones(model_and_variables):
   model, variables = model_and_variables
   inputs = [encode('a zorblat', INPUTS), encode('the foxes', INPUTS)]
