@@ -95,6 +95,7 @@ def test_the_text_is_plain():
       'expert_dim': 3,
       'activations': ['relu'],
       'share_experts': False,
+      'table_dtype': 'float32',
     },
   }
 
