@@ -44,7 +44,10 @@ def make_router(
   streams = sparse_streams(config)
   if not streams:
     return lambda batch: (batch, None)
-  if getattr(config.make_sparse_layers()[0], 'rows_from', None) is not None:
+  if any(
+    getattr(layer, 'rows_from', None) is not None
+    for layer in config.make_sparse_layers()
+  ):
     return lambda batch: (
       batch_router.add_routing_ids(batch, config.routing),
       None,

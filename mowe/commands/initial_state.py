@@ -1,5 +1,6 @@
 """The train state a run begins with: resumed, from other weights, or fresh."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -36,8 +37,7 @@ class Setup:
     optimizer: the optax transformation of ordinary parameters.
     row_optimizer: of expert tables; None: they are frozen, and held apart from
       the trained state.
-    abstract: shapes and shardings of the state, tables always included, as it
-      is on disk.
+    abstract: shapes and shardings of the state, whole tables always included.
     seed: of fresh parameters.
   """
 
@@ -99,29 +99,45 @@ class Setup:
       store: where word experts lie.
       experts_at_once: that an ordinary batch has.
     """
-    is_resumed = checkpoints.latest_step() is not None
-    if is_resumed:
+    if not self.abstract.tables:
+      state, _, _ = self._start(checkpoints, described, initial_path)
+      return state, no_experts.NoExperts()
+    with contextlib.ExitStack() as if_it_fails:
+      # Before looking for checkpoints: another run may be about to end.
+      file = row_file.LockedFile(checkpoints.folder, jax.process_index())
+      if_it_fails.callback(file.close)
+      state, source, is_resumed = self._start(
+        checkpoints, described, initial_path
+      )
+      with contextlib.closing(source):
+        experts = store.open(
+          row_file.RowFile(
+            file,
+            self._index(source, is_resumed),
+            jax.process_index(),
+            jax.process_count(),
+          ),
+          self._tables(),
+          is_trained=self.row_optimizer is not None,
+          is_resumed=is_resumed,
+          experts_at_once=experts_at_once,
+        )
+        tables, table_state = experts.start(source)
+      if_it_fails.pop_all()
+    return state.replace(tables=tables, table_state=table_state), experts
+
+  def _start(self, checkpoints, described, initial_path):
+    """The state without tables, their source, whether a run is resumed."""
+    if checkpoints.latest_step() is not None:
       checkpoints.check_metadata(described)
       state = checkpoints.restore(self._without_tables())
       print(f'Resumed {checkpoints.folder} at step {int(state.step)}.')
-      source = self._saved_experts(checkpoints, None)
+      return state, self._saved_experts(checkpoints, None), True
+    if initial_path is not None:
+      params, source = self._parameters_of(initial_path)
     else:
-      if initial_path is not None:
-        params, source = self._parameters_of(initial_path)
-      else:
-        params, source = self._fresh_parameters()
-      state = self._begin(params)
-    if source is None:
-      return state, no_experts.NoExperts()
-    experts = store.open(
-      self._open_file(checkpoints.folder, source, is_resumed),
-      self._tables(),
-      is_trained=self.row_optimizer is not None,
-      is_resumed=is_resumed,
-      experts_at_once=experts_at_once,
-    )
-    tables, table_state = experts.start(source)
-    return state.replace(tables=tables, table_state=table_state), experts
+      params, source = self._fresh_parameters()
+    return self._begin(params), source, False
 
   def jit(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
     """The jitted step: the state is donated and stays where it lies."""
@@ -195,17 +211,13 @@ class Setup:
     source.check(self._tables())
     return source
 
-  def _open_file(self, folder, source, is_resumed) -> row_file.RowFile:
-    """Where the checkpoints of this run keep experts."""
+  def _index(self, source, is_resumed) -> row_index.RowIndex:
+    """Where the experts lie in the file of this run, as it begins."""
     if is_resumed:
-      index = source.index
-    else:
-      index = row_index.RowIndex.empty(
-        expert_records.record_dtype(*self._tables()),
-        jax.tree.leaves(self._tables())[0].shape[0],
-      )
-    return row_file.RowFile(
-      folder, index, jax.process_index(), jax.process_count()
+      return source.index
+    return row_index.RowIndex.empty(
+      expert_records.record_dtype(*self._tables()),
+      jax.tree.leaves(self._tables())[0].shape[0],
     )
 
   def _is_dense_twin(self, folder: pathlib.Path) -> bool:

@@ -36,6 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = re.sub(r'\n\s*In call to configurable .*', '', str(error))
     print(f'mowe: {text}', file=sys.stderr)
     return 1
+  except RuntimeError as error:
+    # Of a callback, when a compiled program reads experts from the host: jax
+    # keeps only the text.
+    damaged = re.search(r'DamagedCheckpointError: (.*)', str(error))
+    if not damaged or os.environ.get('MOWE_TRACE'):
+      raise
+    print(f'mowe: {damaged[1]}', file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
     print('mowe: stopped.', file=sys.stderr)
     return 130

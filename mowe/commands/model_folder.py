@@ -4,6 +4,7 @@
   vocabulary.model        SentencePiece model, a copy (unless bytes are read)
   routing_vocabulary.npz  a copy, for models with word experts
   checkpoint_<step>/      see training/checkpoints
+  experts.0.rows          word experts of all checkpoints
 
 It says everything that `evaluate`, `infer` and `ask` need, and can be moved.
 """
@@ -34,7 +35,8 @@ class LoadedModel:
 
   Attributes:
     model: the Linen module.
-    params: all parameters, expert tables among them.
+    params: all parameters; expert tables among them, unless the model reads
+      experts from the host.
     vocabulary: the subword vocabulary.
     step: of the checkpoint.
   """

@@ -109,7 +109,8 @@ def train(
     config_text: gives the text that is kept as `config.gin`.
 
   Returns:
-    The last state; None after a dry run.
+    The last state, without tables if they are not on the device; None after a
+    dry run.
 
   Raises:
     ValueError: parts that do not fit together, before anything is written or
@@ -122,6 +123,8 @@ def train(
       model, vocabulary, data, mesh, num_microbatches,
       has_tables, row_optimizer, freeze_experts,
   )  # fmt: skip
+  if has_tables:
+    store.check_mesh(mesh)
   if save.best_metric and not eval_configs:
     raise ValueError(
       'The best checkpoint needs an evaluation that gives its metric, but '
@@ -163,7 +166,10 @@ def train(
       store,
       getattr(router, 'experts_at_once', 0),
     )
+    # A checkpoint that is still being written needs the file of experts: it
+    # must not be another run's before it is finished.
     closing.callback(experts.close)
+    closing.callback(checkpoints.wait)
     first_step = int(state.step)
     # Not before: a refused resume leaves the folder as it was.
     if config_text is not None and jax.process_index() == 0:

@@ -32,7 +32,7 @@ class TableRows(NamedTuple):
   """Reads the kernels of experts from tables on the device.
 
   What reads them from elsewhere is a pytree with the same members; without
-  gradients it needs no `add`.
+  gradients it needs neither `add` nor `is_bits`.
 
   Attributes:
     kernels: kernel name -> <float>[num_experts, in, out].
@@ -46,6 +46,12 @@ class TableRows(NamedTuple):
     return grouped.experts_at_once(
       sum(kernel[0].size for kernel in self.kernels.values())
     )
+
+  @property
+  def is_bits(self) -> bool:
+    """Whether the tables are bits of bfloat16, which have no gradient."""
+    kernels = self.kernels.values()
+    return any(kernel.dtype == bfloat16_bits.DTYPE for kernel in kernels)
 
   def __call__(self, experts: jax.Array) -> Arrays:
     """Kernel name -> <float>[n, in, out] of experts <int32>[n].
@@ -153,7 +159,8 @@ def _backward(num_experts, activations, residuals, cotangents):
       read(experts),
     )
     d_rows, d_kernels = pull(grouped.rows(cotangents, sources))
-    d_read = d_read.add(experts, d_kernels)
+    if not read.is_bits:
+      d_read = d_read.add(experts, d_kernels)
     return chunks.write(number, d_tokens, d_rows), d_read
 
   d_tokens, d_read = jax.lax.fori_loop(
@@ -162,6 +169,8 @@ def _backward(num_experts, activations, residuals, cotangents):
     some_tiles,
     (chunks.empty_rows(tokens), jax.tree.map(jnp.zeros_like, read)),
   )
+  if read.is_bits:
+    d_read = None
   return grouped.rows(d_tokens, tiles.rows), None, d_read, None
 
 

@@ -168,12 +168,20 @@ class T5Config:
     )
 
   def with_layer_changes(self, **changes: Any) -> 'T5Config':
-    """This config with other fields in its sparse layers."""
+    """This config with other fields in those sparse layers that have them."""
 
     def changed(factory):
       if factory is None:
         return None
-      return lambda **given: factory(**given).clone(parent=None, **changes)
+
+      def make(**given):
+        layer = factory(**given)
+        fields = {field.name for field in dataclasses.fields(layer)}
+        if not fields >= changes.keys():
+          return layer
+        return layer.clone(parent=None, **changes)
+
+      return make
 
     return dataclasses.replace(
       self,

@@ -16,5 +16,8 @@ def threads(number: int, name: str) -> concurrent.futures.ThreadPoolExecutor:
 
 def _give_way() -> None:
   # Linux has a priority for each thread; elsewhere it is that of the process.
-  if sys.platform == 'linux':
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+  if sys.platform != 'linux':
+    return
+  thread = threading.get_native_id()
+  if os.getpriority(os.PRIO_PROCESS, thread) < _NICENESS:
+    os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)

@@ -5,6 +5,7 @@ One folder per step, `checkpoint_1000`, as in T5X:
   state/          the arrays, written by Orbax in the background
   metadata.json   what must still hold on resume: config, digests of data
   metrics.json    metrics of this step, for `best_step`
+  experts.0.npz   where word experts lie in experts.0.rows, beside the folder
   manifest.json   sha256 of every other file; written last
 
 The manifest is what makes a checkpoint: a folder without one is unfinished and

@@ -13,6 +13,7 @@ from mowe.training import (
   expert_records,
   expert_sources,
   metrics,
+  partitioning,
   row_file,
   slot_rows,
   train_state,
@@ -45,6 +46,11 @@ class DeviceExperts:
     self._is_trained = is_trained
     self._is_changed = np.full(file.num_experts, not is_resumed)
     self._frozen: parameters.Tables = {}
+    # Rows are fetched whole, also by a process that has a part of each.
+    sharding = jax.tree.leaves(abstract)[0].sharding
+    self._everywhere = None
+    if sharding.num_devices > 1:
+      self._everywhere = partitioning.replicated(sharding.mesh)
     self._counts = expert_metrics.ExpertCounts(file.seen, is_trained)
 
   def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
@@ -91,7 +97,7 @@ class DeviceExperts:
       """Starts to copy rows to the host, one call ahead of writing them."""
       for some, size in calls:
         rows = slot_rows.padded(experts[some], size)
-        taken = slot_rows.get(arrays, rows)
+        taken = slot_rows.get(arrays, rows, self._everywhere)
         jax.tree.map(lambda x: x.copy_to_host_async(), taken)
         yield experts[some], taken
 

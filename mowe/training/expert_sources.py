@@ -32,6 +32,9 @@ class ExpertSource(Protocol):
   def arrays(self, abstract: Arrays) -> Arrays:
     """All experts on the device, in the shardings of abstract arrays."""
 
+  def close(self) -> None:
+    """Closes files."""
+
 
 class FreshExperts:
   """Draws experts; each is the same wherever and with whichever it is drawn.
@@ -69,6 +72,9 @@ class FreshExperts:
     fresh_state = jax.jit(zeros, out_shardings=table_state)()
     return parameters.split_tables(drawn)[1], fresh_state
 
+  def close(self) -> None:
+    """See `ExpertSource.close`."""
+
 
 class SavedExperts:
   """Reads the experts of a checkpoint.
@@ -83,8 +89,18 @@ class SavedExperts:
 
   def __init__(self, checkpoint: pathlib.Path, kernels_only: bool = False):
     self.checkpoint = checkpoint
+    if not row_index.exists(checkpoint):
+      raise ValueError(
+        f'{checkpoint} must hold word experts, but has none: it is of a model '
+        'without them, or from before they had files of their own. Give a '
+        'checkpoint of a model with word experts.'
+      )
     self.index = row_index.RowIndex.load(checkpoint)
     self.read = row_index.RowReader(checkpoint.parent, self.index, kernels_only)
+
+  def close(self) -> None:
+    """Closes the file; nothing is read any more."""
+    self.read.close()
 
   def check(self, abstract: Arrays) -> None:
     """Raises ValueError unless the experts can become these arrays."""

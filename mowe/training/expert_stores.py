@@ -5,6 +5,7 @@ its step, and gives checkpoints what has changed. Whatever the store, a run ends
 with the same bits, and its checkpoints can be read by every other store.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -81,6 +82,9 @@ class Experts(Protocol):
 class Store(Protocol):
   """Settings of where experts lie."""
 
+  def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError if experts cannot lie there in a run on this mesh."""
+
   def open(
     self,
     file: row_file.RowFile,
@@ -114,6 +118,9 @@ class Store(Protocol):
 class DeviceStore:
   """All experts on the devices, split over the mesh axis `expert`."""
 
+  def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
+    """Accepts any mesh."""
+
   def open(
     self,
     file: row_file.RowFile,
@@ -131,7 +138,8 @@ class DeviceStore:
     self, source: expert_sources.SavedExperts, abstract: parameters.Tables
   ) -> tuple[parameters.Tables, None]:
     """See `Store.open_for_reading`."""
-    return source.arrays((abstract, {}))[0], None
+    with contextlib.closing(source):
+      return source.arrays((abstract, {}))[0], None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +151,10 @@ class HostStore:
   """
 
   num_slots: int | None = None
+
+  def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
+    """See `Store.check_mesh`."""
+    _check_one_device(mesh)
 
   def open(
     self,
@@ -165,7 +177,8 @@ class HostStore:
     source.check((abstract, {}))
     dtype = expert_records.record_dtype(abstract, {})
     num_experts = jax.tree.leaves(abstract)[0].shape[0]
-    records = backings.all_records(source, dtype, num_experts)
+    with contextlib.closing(source):
+      records = backings.all_records(source, dtype, num_experts)
     # Nothing is kept twice.
     return {}, kernel_cache.KernelCache(
       records.__getitem__, dtype, num_experts, most_bytes=0
@@ -181,6 +194,10 @@ class DiskStore:
   """
 
   num_slots: int | None = None
+
+  def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
+    """See `Store.check_mesh`."""
+    _check_one_device(mesh)
 
   def open(
     self,
@@ -216,15 +233,16 @@ def for_reading(abstract: parameters.Tables) -> Store:
   return DiskStore() if size > _LARGE else DeviceStore()
 
 
-def _cached(backing, abstract, num_slots, is_trained):
-  leaf = jax.tree.leaves(abstract)[0]
-  if leaf.sharding.num_devices > 1 or jax.process_count() > 1:
+def _check_one_device(mesh):
+  if mesh.size > 1:
     raise ValueError(
       'Experts in host memory or on disk need a run on one device, but this '
-      f'one has {leaf.sharding.num_devices} in {jax.process_count()} '
-      'process(es). Take DeviceStore, which splits them over the mesh axis '
-      'expert.'
+      f'one has {mesh.size}. Take DeviceStore, which splits them over the mesh '
+      'axis expert.'
     )
+
+
+def _cached(backing, abstract, num_slots, is_trained):
   return cached_experts.CachedExperts(
     backing, abstract, min(num_slots, backing.num_experts), is_trained
   )

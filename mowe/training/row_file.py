@@ -10,6 +10,7 @@ The file takes the room of all experts and, for each checkpoint that is kept, of
 those that changed after it.
 """
 
+import errno
 import fcntl
 import os
 import pathlib
@@ -29,6 +30,52 @@ class DiskFullError(OSError):
   """There is no room for experts; finished checkpoints are unharmed."""
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class LockedFile:
+  """The file of records of a folder, open for one process alone.
+
+  It is to be locked before one decides which checkpoint is resumed: whoever had
+  it before may have been about to finish another one.
+
+  Args:
+    folder: of the model.
+    process: number of this process.
+
+  Attributes:
+    path: of the file, made if it is not there.
+    descriptor: for reading and writing.
+
+  Raises:
+    TableInUseError: another process has it open.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str], process: int = 0):
+    self.path = row_index.data_path(pathlib.Path(folder), process)
+    self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      # The system takes the lock away when the process ends, however it ends.
+      fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      os.close(self.descriptor)
+      if not isinstance(error, BlockingIOError):
+        raise OSError(
+          f'{self.path} must be on a file system with locks, so that two runs '
+          f'do not write it, but locking failed: {error.strerror}. Give a '
+          'MODEL_DIR elsewhere.'
+        ) from error
+      raise TableInUseError(
+        f'One process at a time may train in {self.path.parent}, but another '
+        f'one has {self.path.name} open. Wait until it ends, or give another '
+        'MODEL_DIR.'
+      ) from error
+
+  def close(self) -> None:
+    """Lets other processes open it."""
+    os.close(self.descriptor)
+
+
 class RowFile:
   """Records of the experts of a run, read and written one by one.
 
@@ -37,7 +84,7 @@ class RowFile:
   own, and reads those of all.
 
   Args:
-    folder: of the model.
+    file: where this process writes; closed with this object.
     index: where the experts lie at the beginning, such as in the checkpoint
       that is resumed; it is kept true from then on.
     process: number of this process.
@@ -50,17 +97,19 @@ class RowFile:
       keep true, saved with each checkpoint.
 
   Raises:
-    TableInUseError: another process has it open.
+    DamagedCheckpointError: the file lacks records of the index.
   """
 
   def __init__(
     self,
-    folder: str | os.PathLike[str],
+    file: LockedFile,
     index: row_index.RowIndex,
     process: int = 0,
     num_processes: int = 1,
   ):
-    self._folder = pathlib.Path(folder)
+    self._locked = file
+    self._path, self._file = file.path, file.descriptor
+    self._folder = file.path.parent
     self._index = index
     self._process = process
     self.dtype = index.dtype
@@ -70,8 +119,6 @@ class RowFile:
       self.num_experts * i // num_processes for i in range(num_processes + 1)
     ]
     self._own = slice(ends[process], ends[process + 1])
-    self._path = row_index.data_path(self._folder, process)
-    self._file = _open_locked(self._path)
     self._reader = row_index.RowReader(self._folder, index)
     self._lock = threading.Lock()
     # Of the places in this process's file: how many checkpoints refer to each,
@@ -86,8 +133,7 @@ class RowFile:
     own = self._own_places(index)
     self._grow(own.max(initial=-1) + 1)
     self._is_current[own] = True
-    # What a killed process left behind the last place that counts.
-    os.ftruncate(self._file, len(self._held) * self.dtype.itemsize)
+    self._cut_off_the_rest()
 
   def read(self, experts: np.ndarray) -> np.ndarray:
     """Records [n] of these experts; see `RowReader`."""
@@ -106,7 +152,7 @@ class RowFile:
       experts, records = experts[is_own], records[is_own]
     if not len(experts):
       return
-    places = self._places_for(experts)
+    places, left = self._places_for(experts)
     if (np.diff(places) < 0).any():
       # In the order of places: what lies together is written together.
       order = np.argsort(places)
@@ -124,6 +170,8 @@ class RowFile:
     try:
       checksums = self._reader.each(write_run, row_index.runs(places, size))
     except OSError as error:
+      if error.errno not in _NO_ROOM:
+        raise
       raise DiskFullError(
         f'{self._path} must take {records.nbytes:,} more bytes of experts, but '
         f'writing failed: {error.strerror}. Finished checkpoints are unharmed: '
@@ -132,6 +180,8 @@ class RowFile:
     self._index.files[experts] = self._process
     self._index.places[experts] = places
     self._index.checksums[experts] = np.concatenate(checksums)
+    with self._lock:
+      self._is_current[left] = False
 
   def check_room(self) -> None:
     """Raises DiskFullError unless all experts have room."""
@@ -156,27 +206,45 @@ class RowFile:
   def close(self) -> None:
     """Closes the file; another process may open it then."""
     self._reader.close()
-    os.close(self._file)
+    self._locked.close()
+
+  def _cut_off_the_rest(self):
+    """Removes what a killed process left behind the last place that counts."""
+    needed = len(self._held) * self.dtype.itemsize
+    size = os.fstat(self._file).st_size
+    if size < needed:
+      raise manifests.DamagedCheckpointError(
+        f'{self._path} must hold at least {needed:,} bytes, as the checkpoints '
+        f'beside it refer to them, but has {size:,}. Copy that file again from '
+        'where it was whole: a checkpoint alone has no experts.'
+      )
+    os.ftruncate(self._file, needed)
 
   def _places_for(self, experts):
-    """Where the next versions of these experts are written, <int64>[n]."""
+    """Where the next versions of these experts are written, <int64>[n].
+
+    And the places of old versions, which count until the new ones are written.
+    """
     with self._lock:
       is_here = self._index.files[experts] == self._process
       places = np.where(is_here, self._index.places[experts], -1)
       known = np.flatnonzero(places >= 0)
       # Where a checkpoint refers to it, the old version stays for that alone.
       kept = known[self._held[places[known]] > 0]
-      self._is_current[places[kept]] = False
+      left = places[kept]
       places[kept] = -1
       missing = np.flatnonzero(places < 0)
       places[missing] = self._take_free(len(missing))
       self._is_current[places] = True
-      return places
+      return places, left
+
+  def _release_removed(self):
+    for folder in [one for one in self._checkpoints if not one.exists()]:
+      self._held[self._checkpoints.pop(folder)] -= 1
 
   def _take_free(self, number: int) -> np.ndarray:
     if number > len(self._free):
-      for folder in [one for one in self._checkpoints if not one.exists()]:
-        self._held[self._checkpoints.pop(folder)] -= 1
+      self._release_removed()
       self._free = np.flatnonzero(~self._is_current & (self._held == 0))
       end, missing = len(self._held), number - len(self._free)
       if missing > 0:
@@ -188,8 +256,13 @@ class RowFile:
   def _hold(self, checkpoint, index):
     places = self._own_places(index)
     with self._lock:
+      self._release_removed()
       self._grow(places.max(initial=-1) + 1)
       self._held[places] += 1
+      # Frozen experts lie where they are: one array for all checkpoints.
+      for same in self._checkpoints.values():
+        if np.array_equal(places, same):
+          places = same
       self._checkpoints[checkpoint] = places
 
   def _own_places(self, index):
@@ -200,17 +273,3 @@ class RowFile:
     more = max(0, num_places - len(self._held))
     self._held = np.pad(self._held, (0, more))
     self._is_current = np.pad(self._is_current, (0, more))
-
-
-def _open_locked(path: pathlib.Path) -> int:
-  file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-  try:
-    # The system takes the lock away when the process ends, however it ends.
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    os.close(file)
-    raise TableInUseError(
-      f'One process at a time may train in {path.parent}, but another one has '
-      f'{path.name} open. Wait until it ends, or give another MODEL_DIR.'
-    ) from error
-  return file

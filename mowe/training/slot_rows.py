@@ -41,12 +41,23 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
   return beyond.astype(np.int32)
 
 
-@jax.jit
-def get(arrays: Any, rows: jax.Array) -> Any:
-  """Rows [n, ...] of arrays [rows, ...]; anything where there is no such row."""
-  return jax.tree.map(
+@functools.partial(jax.jit, static_argnames='sharding')
+def get(
+  arrays: Any, rows: jax.Array, sharding: jax.sharding.Sharding | None = None
+) -> Any:
+  """Rows [n, ...] of arrays [rows, ...]; anything where there is no such row.
+
+  Args:
+    arrays: a tree of them.
+    rows: <int32>[n].
+    sharding: of the results; None: as XLA likes.
+  """
+  taken = jax.tree.map(
     lambda array: jnp.take(array, rows, axis=0, mode='clip'), arrays
   )
+  if sharding is None:
+    return taken
+  return jax.lax.with_sharding_constraint(taken, sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

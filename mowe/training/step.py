@@ -120,7 +120,8 @@ def make_train_step(
     is_sharded = isinstance(plan, sharded_plan.ShardedPlan)
     updates_of = sharded_updates if is_sharded else table_updates
     new_tables, table_state = {}, {}
-    for name, of_layers in parameters.by_table(factors, state.tables).items():
+    by_table = parameters.by_table(factors, state.tables)
+    for number, (name, of_layers) in enumerate(by_table.items()):
       new_tables[name], table_state[name] = updates_of.update_table(
         row_optimizer,
         state.tables[name],
@@ -130,7 +131,7 @@ def make_train_step(
         usable,
         state.step,
         # Beyond those of the microbatches.
-        jax.random.fold_in(key, num_microbatches),
+        jax.random.fold_in(key, num_microbatches + number),
       )
     state = state.replace(
       step=state.step + 1,

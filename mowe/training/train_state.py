@@ -21,7 +21,9 @@ class TrainState:
     params: ordinary parameters, nested as in the model.
     opt_state: the optax state of `params`.
     tables: path of a table, such as `experts` -> its kernels
-      <float32>[num_experts, ...] by name. Empty when experts are frozen.
+      [num_experts, ...] by name, <float32> or bits of bfloat16; or the experts
+      that are on the device, [num_slots, ...]. Empty when experts are frozen,
+      and in checkpoints, which keep experts beside it.
     table_state: path of a table -> state of the row optimizer, every leaf with
       a leading axis of experts.
   """

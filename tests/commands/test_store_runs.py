@@ -1,12 +1,13 @@
 """Experts on disk and in host memory, from training to answers."""
 
 import functools
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from mowe.commands import ask, evaluations, model_folder
+from mowe.commands import ask, evaluations, main, model_folder
 from mowe.training import (
   expert_sources,
   expert_stores,
@@ -97,6 +98,17 @@ def test_answers_do_not_depend_on_where_experts_are(runs, capsys, store):
   assert ask.ask(str(folder), questions, max_length=6, store=store) == expected
 
 
+def test_damaged_experts_are_told_in_one_line(runs, tmp_path, capsys):
+  folder = tmp_path / 'copy'
+  shutil.copytree(runs['device'][0], folder)
+  data = folder / 'experts.0.rows'
+  data.write_bytes(bytes(data.stat().st_size))
+  arguments = ['ask', str(folder), 'Who met Quimby?', '--experts_on', 'disk']
+  assert main.main(arguments) == 1
+  (line,) = capsys.readouterr().err.splitlines()[-1:]
+  assert line.startswith('mowe: Expert ') and 'other contents' in line
+
+
 def test_large_tables_are_read_from_disk(runs, monkeypatch):
   folder, _ = runs['device']
   assert 'experts' in model_folder.load(str(folder)).params
@@ -150,7 +162,7 @@ def test_experts_on_several_devices_continue_and_move_to_one(world, tmp_path):
 def test_two_runs_in_one_folder(world, runs):
   folder, _ = runs['disk']
   source = expert_sources.SavedExperts(folder / f'checkpoint_{_TOTAL}')
-  file = row_file.RowFile(folder, source.index)
+  file = row_file.RowFile(row_file.LockedFile(folder), source.index)
   with pytest.raises(row_file.TableInUseError, match='One process at a time'):
     _train(world, folder, _TOTAL + 1, store=_DISK)
   file.close()

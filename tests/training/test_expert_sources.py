@@ -55,7 +55,9 @@ def _save(folder, abstract, seed=0):
     else:
       records[name] = rng.normal(size=shape)
   folder.mkdir(exist_ok=True)
-  file = row_file.RowFile(folder, row_index.RowIndex.empty(dtype, _EXPERTS))
+  file = row_file.RowFile(
+    row_file.LockedFile(folder), row_index.RowIndex.empty(dtype, _EXPERTS)
+  )
   file.write(np.arange(_EXPERTS), records)
   checkpoint = folder / 'checkpoint_1'
   checkpoint.mkdir()
@@ -135,7 +137,8 @@ def test_onto_several_devices_and_back(tmp_path, monkeypatch, mesh_shape):
   assert tables['experts']['wi'].sharding == sharding
   (tmp_path / 'many' / 'checkpoint_1').mkdir(parents=True)
   file = row_file.RowFile(
-    tmp_path / 'many', row_index.RowIndex.empty(records.dtype, _EXPERTS)
+    row_file.LockedFile(tmp_path / 'many'),
+    row_index.RowIndex.empty(records.dtype, _EXPERTS),
   )
   experts = device_experts.DeviceExperts(file, abstract, True, False)
   whole = train_state.TrainState(0, {}, {}, tables, state)
@@ -162,6 +165,11 @@ def test_experts_of_another_model(tmp_path, changes, said):
     f'in {re.escape(said)}.* Build the model with',
   ):
     source.arrays(_abstract(**changes))
+
+
+def test_a_checkpoint_without_experts(tmp_path):
+  with pytest.raises(ValueError, match='must hold word experts, but has none'):
+    expert_sources.SavedExperts(tmp_path)
 
 
 def test_state_of_another_row_optimizer(tmp_path):
@@ -195,7 +203,7 @@ def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
       make = jax.jit(lambda: jnp.arange(experts * 2048.0).reshape(experts, -1))
       tables = {'experts': {'wi': make().block_until_ready()}}
       before = peak()
-      file = row_file.RowFile(folder, row_index.RowIndex.empty(dtype, experts))
+      file = row_file.RowFile(row_file.LockedFile(folder), row_index.RowIndex.empty(dtype, experts))
       store = device_experts.DeviceExperts(file, abstract, True, False)
       checkpoint.mkdir()
       store.save(checkpoint, train_state.TrainState(0, {}, {}, tables, {}))

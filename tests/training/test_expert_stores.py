@@ -1,7 +1,6 @@
 """Stores end with the same bits as each other, also when they take turns."""
 
 import functools
-import re
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from mowe.training import (
   expert_stores,
   manifests,
   optimizers,
+  partitioning,
   row_file,
   row_index,
   row_optimizers,
@@ -95,7 +95,7 @@ class _Run:
       index = row_index.RowIndex.empty(self.dtype, tiny.EXPERTS)
       rest = state
     self.experts = store.open(
-      row_file.RowFile(folder, index),
+      row_file.RowFile(row_file.LockedFile(folder), index),
       abstract,
       is_trained=is_trained,
       is_resumed=bool(saved),
@@ -280,27 +280,13 @@ def test_a_failed_write_ends_the_run(tmp_path, monkeypatch):
   run.close()
 
 
-def test_many_devices_are_refused(tmp_path):
+def test_many_devices_are_refused():
   if jax.device_count() < 2:
     pytest.skip('needs 2 devices')
-  mesh = jax.make_mesh((2,), ('expert',))
-  leaf = jax.ShapeDtypeStruct(
-    (tiny.EXPERTS, 2, 3),
-    'f4',
-    sharding=jax.sharding.NamedSharding(
-      mesh, jax.sharding.PartitionSpec('expert')
-    ),
-  )
-  arrays = {'experts': {'wi': leaf}}, {}
-  dtype = expert_records.record_dtype(*arrays)
-  file = row_file.RowFile(
-    tmp_path, row_index.RowIndex.empty(dtype, tiny.EXPERTS)
-  )
-  with pytest.raises(
-    ValueError,
-    match=re.escape('need a run on one device, but this one has 2'),
-  ):
-    expert_stores.DiskStore().open(
-      file, arrays, is_trained=True, is_resumed=False, experts_at_once=3
-    )
-  file.close()
+  mesh = partitioning.make_mesh(devices=jax.devices()[:2])
+  for store in (expert_stores.HostStore(), expert_stores.DiskStore()):
+    with pytest.raises(
+      ValueError, match='need a run on one device, but this one has 2. Take'
+    ):
+      store.check_mesh(mesh)
+  expert_stores.DeviceStore().check_mesh(mesh)

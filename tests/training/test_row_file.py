@@ -1,5 +1,6 @@
 """Experts on disk: same bits back, old checkpoints unharmed, damage found."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -37,7 +38,9 @@ def _finish(path):
 
 def _fresh(folder, **processes):
   index = row_index.RowIndex.empty(_DTYPE, _EXPERTS)
-  return row_file.RowFile(folder, index, **processes)
+  process = processes.get('process', 0)
+  locked = row_file.LockedFile(folder, process)
+  return row_file.RowFile(locked, index, **processes)
 
 
 def _read(checkpoint, **settings):
@@ -62,7 +65,8 @@ def saved(tmp_path):
   file.save(path)
   _finish(path)
   yield file, path, records
-  file.close()
+  with contextlib.suppress(OSError):
+    file.close()
 
 
 def test_records_come_back_in_any_order(saved):
@@ -107,7 +111,9 @@ def test_checkpoints_stay_as_they_were(tmp_path, seed):
       # As after a kill: what was written since the last checkpoint is lost.
       file.close()
       last = max(copies, key=lambda path: int(path.name.split('_')[1]))
-      file = row_file.RowFile(tmp_path, row_index.RowIndex.load(last))
+      file = row_file.RowFile(
+        row_file.LockedFile(tmp_path), row_index.RowIndex.load(last)
+      )
       now = copies[last]
     _assert_same_bits(file.read(np.arange(_EXPERTS)), now)
     for path, records in copies.items():
@@ -138,7 +144,9 @@ def test_processes_share_a_table(tmp_path):
   _finish(path)
   _assert_same_bits(_read(path), records)
   # One process goes on with what two have written.
-  file = row_file.RowFile(tmp_path, row_index.RowIndex.load(path))
+  file = row_file.RowFile(
+    row_file.LockedFile(tmp_path), row_index.RowIndex.load(path)
+  )
   new = _records(2, 1)
   file.write(np.array([1, 6]), new)
   path = _checkpoint(tmp_path, 2)
@@ -213,6 +221,23 @@ def test_damaged_records_are_found_by_name(saved, tmp_path):
   data.unlink()
   with pytest.raises(error, match='that file is missing'):
     _read(path)
+
+
+def test_a_file_that_lacks_records_is_found_when_it_is_opened(saved, tmp_path):
+  file, path, _ = saved
+  file.close()
+  index = row_index.RowIndex.load(path)
+  data = row_index.data_path(tmp_path, 0)
+  for size in (_EXPERTS * _DTYPE.itemsize - 1, 0):
+    os.truncate(data, size)
+    locked = row_file.LockedFile(tmp_path)
+    with pytest.raises(
+      manifests.DamagedCheckpointError,
+      match=f'must hold at least 280 bytes, .* but has {size}. Copy that file',
+    ):
+      row_file.RowFile(locked, index)
+    locked.close()
+    assert data.stat().st_size == size
 
 
 def test_damaged_state_does_not_matter_to_who_reads_kernels(saved, tmp_path):
