@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks import stores
-from mowe.training import expert_stores
+from mowe.stores import expert_stores
 
 # Bytes of the disk that stay free.
 _LEAST_FREE = 8 * 2**30

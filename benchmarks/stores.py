@@ -27,9 +27,9 @@ import numpy as np
 from benchmarks import dense_step, mowe_step
 from mowe.commands import initial_state
 from mowe.models import t5
+from mowe.stores import expert_stores
 from mowe.training import (
   checkpoints,
-  expert_stores,
   optimizers,
   partitioning,
   row_optimizers,

@@ -18,6 +18,7 @@ _ARROWS = {
   'layers': {'layers', 'words'},
   'models': {'models', 'layers', 'words'},
   'training': {'training', 'models', 'layers', 'words'},
+  'stores': {'stores', 'training', 'models', 'layers', 'words'},
   'interop': {'interop', 'models', 'layers', 'words'},
   'data': {'data', 'words'},
   'evaluation': {'evaluation', 'data', 'models', 'layers', 'words'},
@@ -71,7 +72,8 @@ def test_words_import_numpy_and_sentencepiece_only():
 
 
 @pytest.mark.parametrize(
-  'package', ['words', 'layers', 'models', 'training', 'evaluation']
+  'package',
+  ['words', 'layers', 'models', 'training', 'stores', 'evaluation'],
 )
 def test_heavy_packages_stay_out(package):
   for path in _files(package):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from mowe.commands import model_folder
 from mowe.evaluation import inference
 from mowe.models import decoding
-from mowe.training import expert_stores
+from mowe.stores import expert_stores
 from mowe.words import routing_vocabulary
 
 

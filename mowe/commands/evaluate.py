@@ -6,7 +6,7 @@ from mowe.commands import data_config, model_folder, show_progress
 from mowe.evaluation import evaluate as evaluate_lib
 from mowe.evaluation import text_metrics
 from mowe.models import decoding
-from mowe.training import expert_stores
+from mowe.stores import expert_stores
 
 
 def evaluate(

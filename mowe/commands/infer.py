@@ -5,7 +5,7 @@ import pathlib
 
 from mowe.commands import data_config, model_folder
 from mowe.models import decoding
-from mowe.training import expert_stores
+from mowe.stores import expert_stores
 from mowe.training import progress as progress_lib
 
 # Examples written together: what a stopped run has to do again at most.

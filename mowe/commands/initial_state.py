@@ -13,16 +13,18 @@ import optax
 
 from mowe.commands import model_folder
 from mowe.models import initialization, parameters, t5, threefry, upcycling
-from mowe.training import checkpoints as checkpoints_lib
-from mowe.training import (
+from mowe.stores import (
   expert_records,
   expert_sources,
   expert_stores,
   no_experts,
-  optimizers,
-  partitioning,
   row_file,
   row_index,
+)
+from mowe.training import checkpoints as checkpoints_lib
+from mowe.training import (
+  optimizers,
+  partitioning,
   row_optimizers,
   train_state,
 )

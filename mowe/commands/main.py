@@ -282,7 +282,7 @@ def _infer(options, bindings):
 def _ask(options, bindings):
   del bindings
   from mowe.commands import ask
-  from mowe.training import expert_stores
+  from mowe.stores import expert_stores
 
   stores = {
     'device': expert_stores.DeviceStore(),

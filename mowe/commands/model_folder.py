@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from mowe.models import initialization, parameters, saved_config, t5
+from mowe.stores import expert_sources, expert_stores
 from mowe.training import checkpoints as checkpoints_lib
-from mowe.training import expert_sources, expert_stores
 from mowe.words import routing_vocabulary, subwords
 
 _FORMAT = 'mowe model'

@@ -19,11 +19,11 @@ from mowe.commands import (
 )
 from mowe.data import prefetch
 from mowe.models import t5
+from mowe.stores import expert_stores
 from mowe.training import (
   checkpoints as checkpoints_lib,
 )
 from mowe.training import (
-  expert_stores,
   loop,
   metrics,
   optimizers,

@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mowe.training import checkpoints, expert_sources, metrics
+from mowe.stores import expert_sources
+from mowe.training import checkpoints, metrics
 
 pytestmark = [
   pytest.mark.slow,

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from mowe.commands import ask, evaluations, main, model_folder
-from mowe.training import (
+from mowe.stores import (
   expert_sources,
   expert_stores,
-  metrics,
-  partitioning,
   row_file,
 )
+from mowe.training import metrics, partitioning
 from tests.commands import conftest
 
 _TOTAL = 5

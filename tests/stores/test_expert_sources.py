@@ -10,15 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mowe.training import (
+from mowe.stores import (
   device_experts,
   expert_records,
   expert_sources,
-  manifests,
   row_file,
   row_index,
-  train_state,
 )
+from mowe.training import manifests, train_state
 
 _EXPERTS = 9
 _SPEC = jax.sharding.PartitionSpec
@@ -188,8 +187,14 @@ def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
   program = """
     import pathlib, resource, sys
     import jax, jax.numpy as jnp
-    from mowe.training import (device_experts, expert_records, expert_sources,
-                               manifests, row_file, row_index, train_state)
+    from mowe.training import manifests, train_state
+    from mowe.stores import (
+      device_experts,
+      expert_records,
+      expert_sources,
+      row_file,
+      row_index,
+    )
     folder, action = pathlib.Path(sys.argv[1]), sys.argv[2]
     experts = 100_000  # of 8 KiB
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

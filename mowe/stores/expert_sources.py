@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from mowe.models import initialization, parameters
-from mowe.training import expert_records, row_index
+from mowe.stores import expert_records, row_index
 
 # Bytes that are on their way at a time, between disk, host and device.
 _CHUNK_BYTES = 2**24

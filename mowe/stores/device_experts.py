@@ -8,14 +8,16 @@ import jax
 import numpy as np
 
 from mowe.models import parameters
-from mowe.training import (
+from mowe.stores import (
   expert_metrics,
   expert_records,
   expert_sources,
-  metrics,
-  partitioning,
   row_file,
   slot_rows,
+)
+from mowe.training import (
+  metrics,
+  partitioning,
   train_state,
 )
 from mowe.words import plan as plans

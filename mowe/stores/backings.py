@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from mowe.training import expert_sources, row_file
+from mowe.stores import expert_sources, row_file
 
 
 class DiskRows:

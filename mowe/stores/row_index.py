@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mowe.training import background, expert_records, manifests
+from mowe.stores import background, expert_records
+from mowe.training import manifests
 
 # Bytes of neighbouring records that are read or written by one call.
 _RUN_BYTES = 2**22

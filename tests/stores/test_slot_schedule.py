@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from mowe.training import slot_schedule
+from mowe.stores import slot_schedule
 from mowe.words import plan as plans
 
 _EXPERTS, _SLOTS = 40, 13

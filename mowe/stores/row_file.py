@@ -19,7 +19,8 @@ import threading
 
 import numpy as np
 
-from mowe.training import manifests, row_index
+from mowe.stores import row_index
+from mowe.training import manifests
 
 
 class TableInUseError(OSError):

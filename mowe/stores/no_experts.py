@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mowe.models import parameters
-from mowe.training import expert_sources, metrics, train_state
+from mowe.stores import expert_sources
+from mowe.training import metrics, train_state
 
 
 class NoExperts:

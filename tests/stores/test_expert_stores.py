@@ -8,15 +8,17 @@ import pytest
 
 from mowe.layers import word_experts
 from mowe.models import t5, threefry
-from mowe.training import (
+from mowe.stores import (
   expert_records,
   expert_sources,
   expert_stores,
+  row_file,
+  row_index,
+)
+from mowe.training import (
   manifests,
   optimizers,
   partitioning,
-  row_file,
-  row_index,
   row_optimizers,
   step,
 )

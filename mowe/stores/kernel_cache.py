@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mowe.training import expert_records
+from mowe.stores import expert_records
 
 _MOST_BYTES = 2**28
 

@@ -19,17 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mowe.models import parameters
-from mowe.training import (
+from mowe.stores import (
   background,
   expert_metrics,
   expert_records,
   expert_sources,
   kernel_cache,
-  metrics,
   slot_rows,
   slot_schedule,
-  train_state,
 )
+from mowe.training import metrics, train_state
 from mowe.words import plan as plans
 
 

@@ -15,17 +15,16 @@ import jax
 
 from mowe.layers import host_rows
 from mowe.models import parameters
-from mowe.training import (
+from mowe.stores import (
   backings,
   cached_experts,
   device_experts,
   expert_records,
   expert_sources,
   kernel_cache,
-  metrics,
   row_file,
-  train_state,
 )
+from mowe.training import metrics, train_state
 
 # Tables of more bytes are not loaded as a whole, unless one asks for it.
 _LARGE = 2**32

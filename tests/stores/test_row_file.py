@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from mowe.training import manifests, row_file, row_index
+from mowe.stores import row_file, row_index
+from mowe.training import manifests
 
 _EXPERTS = 7
 _DTYPE = np.dtype(
