@@ -43,6 +43,8 @@ _SIZES = {
   't5_xl': (2048, 32, 64, 5120, 24),
 }
 _VOCAB = 32128
+# Of examples/text_pretrain_mowe_1m.gin.
+_MILLION = 2**20
 
 
 def _write_routing(path, num_experts):
@@ -60,7 +62,7 @@ def _write_routing(path, num_experts):
 def routing_paths(tmp_path_factory):
   folder = tmp_path_factory.mktemp('routing')
   paths = {}
-  for number in set(_EXPERTS.values()):
+  for number in {*_EXPERTS.values(), _MILLION}:
     paths[number] = folder / f'{number}.npz'
     _write_routing(paths[number], number)
   return paths
@@ -352,9 +354,30 @@ def test_a_header_says_what_a_file_is(file):
 
 @pytest.mark.parametrize('file', _names('optimizers'))
 def test_an_optimizer_has_both_parts(file, routing_paths):
-  _parse([file], routing_paths)
+  # A file for rows alone comes after one for both.
+  both = ['gin_configs/optimizers/adamw.gin'] if 'rows_' in file else []
+  _parse([*both, file], routing_paths)
   _made('OPTIMIZER').build({'scale': ('embed',)})
-  assert _made('ROW_OPTIMIZER').learning_rate(10) > 0
+  rate = _made('ROW_OPTIMIZER').learning_rate
+  assert (rate(10) if callable(rate) else rate) > 0
+
+
+@pytest.mark.parametrize('file', _names('stores'))
+def test_a_store_replaces_the_device(file, routing_paths):
+  name = pathlib.Path(file).stem
+  for run in ('pretrain', 'evaluate', 'infer'):
+    files = _complete(f'gin_configs/runs/{run}.gin')
+    _parse([*(files if run == 'pretrain' else files[-1:]), file], routing_paths)
+    store = _made('EXPERT_STORE')
+    assert type(store).__name__ == f'{name.title()}Store'
+    assert store.num_slots is None
+
+
+def test_a_million_experts_lie_on_disk_in_bfloat16(routing_paths):
+  _parse(['gin_configs/examples/text_pretrain_mowe_1m.gin'], routing_paths)
+  layer, _ = _made('MODEL').make_sparse_layers()
+  assert (layer.num_experts, layer.table_dtype) == (_MILLION, 'bfloat16')
+  assert type(_made('EXPERT_STORE')).__name__ == 'DiskStore'
 
 
 def test_dropout_is_off_in_pretraining_and_on_in_finetuning(routing_paths):
