@@ -62,7 +62,6 @@ setuptools.setup(
   extras_require={
     'gpu': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
-    'huggingface': ['safetensors'],
     'test': [
       'hypothesis',
       'pytest',

@@ -1,134 +1,39 @@
-"""Rules by hand, and what a checkpoint must be to be read."""
+"""Models in and out: bit for bit, and complete or not at all."""
 
+import dataclasses
 import json
 import re
 
+import flax
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from mowe.interop import huggingface, rules
+from mowe.interop import huggingface, huggingface_config, safetensors_format
+from mowe.models import parameters, saved_config, t5
 
-Rule = rules.Rule
+_NAMES = ('t5', 'switch')
+_EMBEDDING = ('token_embedder', 'embedding')
+_HEAD = ('decoder', 'logits_dense', 'kernel')
 
-_RULES = (
-  Rule(r'emb', 'embedding'),
-  Rule(r'emb_again', 'embedding'),
-  Rule(r'block(\d+)\.(in|out)', r'layers_\1/\2/kernel', np.transpose),
-  Rule(r'block(\d+)\.expert_(?P<expert>\d+)', r'layers_\1/expert'),
-  Rule(r'position_ids', None),
+_TIED = t5.T5Config(
+  vocab_size=13,
+  emb_dim=6,
+  num_heads=2,
+  head_dim=5,
+  mlp_dim=7,
+  num_encoder_layers=1,
+  num_decoder_layers=2,
+  mlp_activations=('relu',),
+  logits_via_embedding=True,
 )
 
 
-def test_a_table_by_hand():
-  kernel = np.arange(6).reshape(2, 3)
-  actual = rules.translate(
-    {
-      'emb': np.asarray([3, 4]),
-      'emb_again': np.asarray([3, 4]),
-      'block7.out': kernel,
-      # Ten experts: in order of their numbers, and not of their names.
-      **{f'block7.expert_{e}': np.asarray([e, -e]) for e in range(11)},
-      'position_ids': np.asarray([0, 1]),
-    },
-    _RULES,
-  )
-  expected = {
-    ('embedding',): [3, 4],
-    ('layers_7', 'out', 'kernel'): kernel.T,
-    ('layers_7', 'expert'): [[e, -e] for e in range(11)],
-  }
-  assert set(actual) == set(expected)
-  for path, value in expected.items():
-    np.testing.assert_array_equal(actual[path], value)
-
-
-@pytest.mark.parametrize(
-  ('names', 'message'),
-  [
-    (['emb', 'block7.bias'], 'block7.bias matches none. Take'),
-    (['block7.out', 'block7.out.'], 'block7.out. matches none'),
-  ],
-)
-def test_a_name_without_a_rule_is_refused(names, message):
-  with pytest.raises(ValueError, match=message):
-    rules.places(names, _RULES)
-
-
-def test_a_name_with_two_rules_is_refused():
-  two = (*_RULES, Rule(r'e.*', 'other'))
-  with pytest.raises(ValueError, match=re.escape("emb matches ['emb', 'e.*']")):
-    rules.places(['emb'], two)
-
-
-def test_tensors_that_contradict_each_other_are_refused():
-  with pytest.raises(ValueError, match='embedding is one parameter here, but'):
-    rules.translate(
-      {'emb': np.asarray([3]), 'emb_again': np.asarray([4])}, _RULES
-    )
-
-
-def test_a_missing_expert_is_refused():
-  tensors = {f'block0.expert_{e}': np.zeros(2) for e in (0, 2)}
-  with pytest.raises(ValueError, match=r'without a gap, but has \[0, 2\]'):
-    rules.translate(tensors, _RULES)
-
-
-_SWITCH = {
-  'model_type': 'switch_transformers',
-  'vocab_size': 9,
-  'd_model': 6,
-  'num_heads': 2,
-  'd_kv': 5,
-  'd_ff': 7,
-  'num_layers': 5,
-  'num_decoder_layers': 3,
-  'dense_act_fn': 'relu',
-  'num_experts': 4,
-  'expert_capacity': 3,
-  'encoder_sparse_step': 2,
-  'decoder_sparse_step': 3,
-  'tie_word_embeddings': False,
-}
-
-
-def test_a_config_of_switch():
-  config = huggingface.make_config(_SWITCH)
-  assert config.sparse_encoder_layers == (1, 3)
-  assert config.sparse_decoder_layers == (1,)
-  assert not config.logits_via_embedding
-  layer, _ = config.make_sparse_layers()
-  assert layer.activations == config.mlp_activations == ('relu',)
-  assert (layer.num_experts, layer.expert_dim) == (4, 7)
-  # transformers' default.
-  assert layer.routing.jitter == 0.01
-
-
-@pytest.mark.parametrize(
-  ('depth', 'step', 'expected'),
-  [(12, 4, (1, 5, 9)), (3, 1, (0, 1, 2)), (4, 2, (1, 3)), (4, 0, ())],
-)
-def test_sparse_blocks(depth, step, expected):
-  assert huggingface.sparse_blocks(depth, step) == expected
-
-
-def test_a_switch_without_experts_is_dense():
-  steps = {'encoder_sparse_step': 0, 'decoder_sparse_step': 0}
-  config = huggingface.make_config(_SWITCH | steps)
-  assert config.sparse_feed_forward is None
-
-
-@pytest.mark.parametrize(
-  ('change', 'message'),
-  [
-    ({'model_type': 'llama'}, "but is 'llama'. Other architectures"),
-    ({'relative_attention_num_buckets': 16}, 'must be 32, but is 16'),
-    ({'dense_act_fn': 'gelu'}, "but is 'gelu'. A checkpoint"),
-  ],
-)
-def test_other_settings_are_refused(change, message):
-  with pytest.raises(ValueError, match=message):
-    huggingface.make_config(_SWITCH | change)
+@pytest.fixture(params=_NAMES)
+def golden(request, golden_dir):
+  return golden_dir / f'hf_{request.param}_tiny'
 
 
 @pytest.fixture
@@ -136,50 +41,275 @@ def t5_folder(golden_dir):
   return golden_dir / 'hf_t5_tiny'
 
 
-def _copy(source, target, change=None, drop=None):
+def _params(config, dtype=np.float32):
+  """Other numbers everywhere, which `dtype` holds."""
+  shapes = jax.eval_shape(
+    lambda key: parameters.initial_variables(t5.T5(config), key),
+    jax.random.key(0),
+  )['params']
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(dtype).astype(np.float32), shapes
+  )
+
+
+def _assert_same(actual, expected):
+  actual = flax.traverse_util.flatten_dict(actual)
+  expected = flax.traverse_util.flatten_dict(expected)
+  assert set(actual) == set(expected)
+  for name, value in expected.items():
+    assert actual[name].dtype == value.dtype
+    assert actual[name].shape == value.shape
+    assert actual[name].tobytes() == value.tobytes(), name
+
+
+def _logits(config, params, io):
+  inputs, targets = io['input_ids'], io['decoder_input_ids']
+  real = io['attention_mask'].astype(bool)
+  return t5.T5(config).apply(
+    {'params': params},
+    np.where(real, inputs, 0),
+    targets,
+    np.ones_like(targets),
+    enable_dropout=False,
+  )
+
+
+def test_tensors_of_transformers_come_back(golden, tmp_path):
+  config, params = huggingface.load(golden)
+  huggingface.save(tmp_path / 'a', config, params)
+  written = tmp_path / 'a' / 'model.safetensors'
+  _assert_same(
+    safetensors.load_file(written),
+    safetensors.load_file(golden / 'model.safetensors'),
+  )
+
+
+def test_what_is_written_has_the_logits_of_transformers(golden, tmp_path):
+  config, params = huggingface.load(golden)
+  huggingface.save(
+    tmp_path / 'a', config, jax.tree.map(jax.numpy.asarray, params)
+  )
+  again, params_again = huggingface.load(tmp_path / 'a')
+  assert saved_config.to_json(again) == saved_config.to_json(config)
+  _assert_same(params_again, params)
+  with np.load(golden / 'io.npz') as io:
+    logits = _logits(again, params_again, io)
+    expected = io['logits']
+  np.testing.assert_allclose(
+    logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+  )
+
+
+def test_bfloat16_in_parts(golden, tmp_path):
+  config, params = huggingface.load(golden)
+  huggingface.save(
+    tmp_path / 'a', config, params, dtype='bfloat16', max_file_bytes=20000
+  )
+  files = sorted((tmp_path / 'a').glob('model-*.safetensors'))
+  assert len(files) > 5
+  tensors = {}
+  for file in files:
+    tensors |= safetensors_format.read(file)
+  assert {x.dtype for x in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+  rounded = jax.tree.map(
+    lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params
+  )
+  again, read = huggingface.load(tmp_path / 'a')
+  _assert_same(read, rounded)
+  # Nothing is rounded twice.
+  huggingface.save(tmp_path / 'b', again, read, dtype='bfloat16')
+  _assert_same(
+    safetensors_format.read(tmp_path / 'b' / 'model.safetensors'), tensors
+  )
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {},
+    {'mlp_activations': ('gelu', 'linear'), 'logits_via_embedding': False},
+    {'mlp_activations': ('silu', 'linear'), 'vocab_size': 384},
+  ],
+)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_versions_of_t5_come_back(change, dtype, tmp_path):
+  config = dataclasses.replace(_TIED, **change)
+  params = _params(config, huggingface.DTYPES[dtype])
+  huggingface.save(tmp_path / 'a', config, params, dtype=dtype)
+  again, read = huggingface.load(tmp_path / 'a')
+  assert again == config
+  _assert_same(read, params)
+
+
+@pytest.mark.parametrize('is_tied', [False, True])
+def test_a_switch_with_biases_comes_back(is_tied, tmp_path):
+  config = huggingface_config.make_config(
+    {
+      'model_type': 'switch_transformers',
+      'vocab_size': 13,
+      'd_model': 6,
+      'num_heads': 2,
+      'd_kv': 5,
+      'd_ff': 7,
+      'num_layers': 3,
+      'num_decoder_layers': 2,
+      'num_experts': 11,
+      'expert_capacity': 4,
+      'encoder_sparse_step': 3,
+      'decoder_sparse_step': 0,
+      'router_bias': True,
+      'tie_word_embeddings': is_tied,
+    }
+  )
+  params = _params(config)
+  huggingface.save(tmp_path / 'a', config, params)
+  again, read = huggingface.load(tmp_path / 'a')
+  assert saved_config.to_json(again) == saved_config.to_json(config)
+  _assert_same(read, params)
+  tensors = safetensors.load_file(tmp_path / 'a' / 'model.safetensors')
+  mlp = params['encoder']['layers_1']['mlp']
+  block = 'encoder.block.1.layer.1.mlp'
+  np.testing.assert_array_equal(
+    tensors[f'{block}.experts.expert_10.wi.weight'],
+    mlp['expert']['wi']['kernel'][10].T,
+  )
+  np.testing.assert_array_equal(
+    tensors[f'{block}.router.classifier.bias'],
+    mlp['router']['router_weights']['w']['bias'],
+  )
+  # Tied, transformers writes one array; untied it has four.
+  copies = {'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight'}
+  names = copies | {'lm_head.weight', 'shared.weight'}
+  expected = {'shared.weight'} if is_tied else names
+  assert names & set(tensors) == expected
+
+
+def _copy(source, target, change=None, drop=(), add=None):
+  """A checkpoint with other tensors, or another config."""
   described = json.loads((source / 'config.json').read_text())
   target.mkdir()
   (target / 'config.json').write_text(json.dumps(described | (change or {})))
   tensors = safetensors.load_file(source / 'model.safetensors')
-  tensors.pop(drop, None)
-  # In two files, as large models are.
-  names = sorted(tensors)
-  for number, part in enumerate((names[:9], names[9:])):
-    safetensors.save_file(
-      {name: tensors[name] for name in part},
-      target / f'model-{number}.safetensors',
-    )
+  tensors = {n: x for n, x in tensors.items() if n not in drop} | (add or {})
+  safetensors.save_file(tensors, target / 'model.safetensors')
   return target
 
 
-def test_a_model_in_two_files(t5_folder, tmp_path):
-  _, expected = huggingface.load(t5_folder)
-  _, actual = huggingface.load(_copy(t5_folder, tmp_path / 'a'))
-  kernel = lambda p: p['encoder']['layers_1']['mlp']['wi_1']['kernel']
-  np.testing.assert_array_equal(kernel(actual), kernel(expected))
-  assert kernel(actual).dtype == np.float32
-
-
-def test_incomplete_and_contradicting_checkpoints_are_refused(
-  t5_folder, tmp_path
-):
+def test_tensors_that_are_missing_or_left_over_are_listed(t5_folder, tmp_path):
   norm = 'encoder.final_layer_norm.weight'
-  with pytest.raises(ValueError, match='encoder_norm/scale: absent there'):
-    huggingface.load(_copy(t5_folder, tmp_path / 'a', drop=norm))
-  deeper = {'num_layers': 4}
-  with pytest.raises(ValueError, match='absent there, .* here'):
-    huggingface.load(_copy(t5_folder, tmp_path / 'b', deeper))
-  tied = {'scale_decoder_outputs': True}
-  with pytest.raises(ValueError, match='lm_head.weight must equal'):
-    huggingface.load(_copy(t5_folder, tmp_path / 'c', tied))
+  with pytest.raises(ValueError, match=f'but are missing: {norm}. Take both'):
+    huggingface.load(_copy(t5_folder, tmp_path / 'a', drop=[norm]))
+  extra = {'encoder.bias': np.zeros(2, np.float32)}
+  with pytest.raises(ValueError, match='no rule is for encoder.bias. Take'):
+    huggingface.load(_copy(t5_folder, tmp_path / 'b', add=extra))
+  message = 'missing: encoder.block.2.layer.0.SelfAttention.k.weight, enc.*Take'
+  with pytest.raises(ValueError, match=message):
+    huggingface.load(_copy(t5_folder, tmp_path / 'c', {'num_layers': 3}))
+  message = 'too many: encoder.block.1.layer.0.SelfAttention.k.weight, enc'
+  with pytest.raises(ValueError, match=message):
+    huggingface.load(_copy(t5_folder, tmp_path / 'd', {'num_layers': 1}))
+  plain = {
+    'feed_forward_proj': 'relu',
+    'dense_act_fn': 'relu',
+    'is_gated_act': False,
+  }
+  message = 'missing: decoder.block.0.layer.2.DenseReluDense.wi.weight, .*too '
+  with pytest.raises(ValueError, match=message):
+    huggingface.load(_copy(t5_folder, tmp_path / 'e', plain))
+
+
+def test_other_shapes_are_refused(t5_folder, tmp_path):
+  message = re.escape('another shape: lm_head.weight [96, 32] instead of [100,')
+  with pytest.raises(ValueError, match=message):
+    huggingface.load(_copy(t5_folder, tmp_path / 'a', {'vocab_size': 100}))
+  name = 'encoder.block.0.layer.1.DenseReluDense.wo.weight'
+  turned = {name: np.zeros((48, 32), np.float32)}
+  message = re.escape(f'{name} [48, 32] instead of [32, 48]. Take')
+  with pytest.raises(ValueError, match=message):
+    huggingface.load(_copy(t5_folder, tmp_path / 'b', add=turned))
+
+
+def test_experts_that_are_missing_are_listed(golden_dir, tmp_path):
+  folder = golden_dir / 'hf_switch_tiny'
+  name = 'encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight'
+  with pytest.raises(ValueError, match=f'but are missing: {name}. Take'):
+    huggingface.load(_copy(folder, tmp_path / 'a', drop=[name]))
+  more = {name.replace('_2', '_7'): np.zeros((48, 32), np.float32)}
+  with pytest.raises(ValueError, match='too many: .*expert_7.wi.weight. Take'):
+    huggingface.load(_copy(folder, tmp_path / 'b', add=more))
+  # Separate embeddings are ones that we do not have.
+  other = {'encoder.embed_tokens.weight': np.zeros((96, 32), np.float32)}
+  with pytest.raises(ValueError, match='embed_tokens.weight must equal shared'):
+    huggingface.load(_copy(folder, tmp_path / 'c', add=other))
+  # transformers ties no Switch whose config does not say so.
+  with pytest.raises(ValueError, match='missing: lm_head.weight. Take'):
+    huggingface.load(_copy(folder, tmp_path / 'd', drop=['lm_head.weight']))
+
+
+def test_scaled_logits_need_a_tied_head(t5_folder, tmp_path):
+  scaled = {'scale_decoder_outputs': True}
+  with pytest.raises(ValueError, match='lm_head.weight must equal shared.weig'):
+    huggingface.load(_copy(t5_folder, tmp_path / 'a', scaled))
   config, params = huggingface.load(
-    _copy(t5_folder, tmp_path / 'd', tied, drop='lm_head.weight')
+    _copy(t5_folder, tmp_path / 'b', scaled, drop=['lm_head.weight'])
   )
   assert config.logits_via_embedding
   assert 'logits_dense' not in params['decoder']
 
 
-def test_a_folder_without_weights_is_refused(t5_folder, tmp_path):
-  (tmp_path / 'config.json').write_text('{}')
-  with pytest.raises(FileNotFoundError, match=r"has \['config.json'\]. Save"):
-    huggingface.load(tmp_path)
+@pytest.mark.parametrize('kept', ['shared.weight', 'lm_head.weight'])
+def test_without_scaling_one_array_is_read_for_both(kept, t5_folder, tmp_path):
+  """transformers 5 ties every T5 with one array, whichever it is."""
+  both = {'shared.weight', 'lm_head.weight'}
+  folder = _copy(
+    t5_folder,
+    tmp_path / 'a',
+    {'tie_word_embeddings': True},
+    drop=both - {kept},
+  )
+  config, params = huggingface.load(folder)
+  assert not config.logits_via_embedding
+  array = safetensors.load_file(folder / 'model.safetensors')[kept]
+  flat = flax.traverse_util.flatten_dict(params)
+  np.testing.assert_array_equal(flat[_EMBEDDING], array)
+  np.testing.assert_array_equal(flat[_HEAD], array.T)
+
+
+def test_copies_and_what_no_model_reads_may_be_there(t5_folder, tmp_path):
+  shared = safetensors.load_file(t5_folder / 'model.safetensors')[
+    'shared.weight'
+  ]
+  attention = 'decoder.block.0.layer.1.EncDecAttention'
+  more = {
+    'encoder.embed_tokens.weight': shared,
+    'decoder.embed_tokens.weight': shared,
+    f'{attention}.relative_attention_bias.weight': np.ones((3, 2), np.float32),
+  }
+  _, expected = huggingface.load(t5_folder)
+  _, actual = huggingface.load(_copy(t5_folder, tmp_path / 'a', add=more))
+  _assert_same(actual, expected)
+  # Some checkpoints have the embedding under its other names only.
+  folder = _copy(t5_folder, tmp_path / 'b', add=more, drop=['shared.weight'])
+  _assert_same(huggingface.load(folder)[1], expected)
+
+
+def test_parameters_of_another_model_are_refused(tmp_path):
+  params = _params(_TIED)
+  deeper = dataclasses.replace(_TIED, num_encoder_layers=2)
+  name = 'encoder.block.1.layer.0.SelfAttention.k.weight'
+  with pytest.raises(ValueError, match=f'missing: {name}, '):
+    huggingface.save(tmp_path / 'a', deeper, params)
+  params['encoder']['bias'] = np.zeros(3, np.float32)
+  with pytest.raises(ValueError, match='but encoder/bias matches none. The'):
+    huggingface.save(tmp_path / 'a', _TIED, params)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_and_other_dtypes_are_refused(tmp_path):
+  params = _params(_TIED)
+  with pytest.raises(FileExistsError, match='must not be there yet, but is. C'):
+    huggingface.save(tmp_path, _TIED, params)
+  with pytest.raises(ValueError, match="but is 'float16'. float16 cannot"):
+    huggingface.save(tmp_path / 'a', _TIED, params, dtype='float16')
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,331 @@
+"""config.json of T5 and Switch in Hugging Face transformers, and our T5Config.
+
+Read from transformers 5.23.0, models/t5 and models/switch_transformers, and from
+models/mt5 of 5.18.0. ByT5 and T5 1.1 are of the type `t5`.
+
+Vocabulary: rows of the embedding stay as they are. The released models have
+32128 rows for 32100 ids (32000 pieces and 100 sentinels, rounded up to a
+multiple of 128), some later ones 32100: both are read and written unchanged.
+Rows beyond the vocabulary are never an input, but have logits as there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mowe.interop import rules
+from mowe.layers import (
+  capacity_dispatch,
+  moe,
+  token_groups,
+  tokens_choose,
+)
+from mowe.models import saved_config, t5
+
+T5 = 't5'
+MT5 = 'mt5'
+SWITCH = 'switch_transformers'
+KINDS = (MT5, SWITCH, T5)
+
+# feed_forward_proj of T5, and what transformers makes of it.
+_PROJECTIONS = {
+  'relu': ('relu',),
+  'gelu_new': ('gelu',),
+  'silu': ('silu',),
+  'gated-relu': ('relu', 'linear'),
+  'gated-gelu': ('gelu', 'linear'),
+  'gated-silu': ('silu', 'linear'),
+}
+# dense_act_fn of Switch, whose feed-forwards cannot be gated.
+_PLAIN = {
+  name: parts for name, parts in _PROJECTIONS.items() if len(parts) == 1
+}
+
+# What our T5 has built in.
+_FIXED = {
+  'relative_attention_num_buckets': 32,
+  'relative_attention_max_distance': 128,
+  'layer_norm_epsilon': 1e-6,
+  'is_encoder_decoder': True,
+  'router_dtype': 'float32',
+}
+
+_SIZES = ('vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_heads', 'num_layers')
+
+# So small that the least number of slots is the number of slots.
+_NO_SHARE = 1e-9
+
+
+def make_config(config: Mapping[str, Any]) -> t5.T5Config:
+  """The model that a `config.json` describes.
+
+  Raises:
+    ValueError: another architecture, or a setting that our T5 does not have.
+  """
+  kind = config.get('model_type')
+  if kind not in KINDS:
+    raise ValueError(
+      f'model_type must be one of {list(KINDS)}, but is {kind!r}. Other '
+      'architectures cannot be read.'
+    )
+  for name, value in _FIXED.items():
+    if config.get(name, value) != value:
+      raise ValueError(
+        f'{name} must be {value}, but is {config[name]}. Our T5 has that '
+        'built in: a checkpoint with another one cannot be read.'
+      )
+  sizes = {name: _size(config, name) for name in _SIZES}
+  has_depth = config.get('num_decoder_layers') is not None
+  dense = t5.T5Config(
+    vocab_size=sizes['vocab_size'],
+    emb_dim=sizes['d_model'],
+    num_heads=sizes['num_heads'],
+    head_dim=sizes['d_kv'],
+    mlp_dim=sizes['d_ff'],
+    num_encoder_layers=sizes['num_layers'],
+    num_decoder_layers=_size(
+      config, 'num_decoder_layers' if has_depth else 'num_layers'
+    ),
+    mlp_activations=_activations(config, kind),
+    logits_via_embedding=_scales_logits(config, kind),
+    dropout_rate=config.get('dropout_rate', 0.1),
+  )
+  return _with_experts(dense, config) if kind == SWITCH else dense
+
+
+def describe(config: t5.T5Config, dtype: str) -> dict[str, Any]:
+  """The `config.json` of a model, with weights in `dtype`.
+
+  Raises:
+    ValueError: transformers has no such model.
+  """
+  is_switch = config.sparse_feed_forward is not None
+  described = {
+    'd_ff': config.mlp_dim,
+    'd_kv': config.head_dim,
+    'd_model': config.emb_dim,
+    'decoder_start_token_id': 0,
+    'dropout_rate': config.dropout_rate,
+    'dtype': dtype,
+    'eos_token_id': 1,
+    'initializer_factor': 1.0,
+    'is_decoder': False,
+    'is_encoder_decoder': True,
+    'layer_norm_epsilon': 1e-6,
+    'num_decoder_layers': config.num_decoder_layers,
+    'num_heads': config.num_heads,
+    'num_layers': config.num_encoder_layers,
+    'pad_token_id': 0,
+    'relative_attention_max_distance': 128,
+    'relative_attention_num_buckets': 32,
+    'tie_word_embeddings': config.logits_via_embedding,
+    'use_cache': True,
+    'vocab_size': config.vocab_size,
+  }
+  described |= _describe_experts(config) if is_switch else _describe_t5(config)
+  _check_same(config, described)
+  return described
+
+
+def sparse_blocks(depth: int, step: int) -> tuple[int, ...]:
+  """Blocks with experts: the second of every `step`, none if it is 0."""
+  if step == 0:
+    return ()
+  return tuple(i for i in range(depth) if step == 1 or i % step == 1)
+
+
+def _size(config, name):
+  value = config.get(name)
+  if type(value) is not int or value < 1:
+    raise ValueError(
+      f'{name} of config.json must be a positive number, but is {value!r}. '
+      'Take the config.json that was saved with the weights.'
+    )
+  return value
+
+
+def _activations(config, kind):
+  known = _PLAIN if kind == SWITCH else _PROJECTIONS
+  default = 'gated-gelu' if kind == MT5 else 'relu'
+  field = 'dense_act_fn' if kind == SWITCH else 'feed_forward_proj'
+  name = config.get(field, default)
+  if not isinstance(name, str) or name not in known:
+    raise ValueError(
+      f'{field} must be one of {sorted(known)}, but is {name!r}. A checkpoint '
+      'with another activation cannot be read.'
+    )
+  parts = _described_activations(name)
+  for field in () if kind == SWITCH else parts:
+    if config.get(field, parts[field]) != parts[field]:
+      raise ValueError(
+        f'{field} must be {parts[field]!r}, as feed_forward_proj is {name!r}, '
+        f'but is {config[field]!r}. Correct the one that is wrong.'
+      )
+  return known[name]
+
+
+def _described_activations(name):
+  """What transformers derives from feed_forward_proj, and saves beside it."""
+  act_fn = name.split('-')[-1]
+  return {
+    'dense_act_fn': 'gelu_new' if name == 'gated-gelu' else act_fn,
+    'is_gated_act': name.startswith('gated-'),
+  }
+
+
+def _scales_logits(config, kind):
+  """Whether logits are scaled, which only models with a tied head do."""
+  if kind == MT5:
+    # Not in transformers 5, whatever the flag says.
+    return False
+  tied = config.get('tie_word_embeddings', True) is not False
+  if kind == SWITCH:
+    return tied
+  # Where transformers 5 keeps what T5's flag once meant: it ties every T5
+  # whose two arrays are equal, or which has one only.
+  return bool(config.get('scale_decoder_outputs', tied))
+
+
+def _with_experts(dense, config):
+  layers = tuple(
+    sparse_blocks(depth, _sparse_step(config, stack, depth))
+    for stack, depth in (
+      ('encoder', dense.num_encoder_layers),
+      ('decoder', dense.num_decoder_layers),
+    )
+  )
+  if not any(layers):
+    return dense
+  layer = functools.partial(
+    moe.MoeLayer,
+    _size(config, 'num_experts'),
+    dense.mlp_dim,
+    activations=dense.mlp_activations,
+    routing=tokens_choose.TokensChoose(
+      jitter=config.get('router_jitter_noise', 0.01),
+      use_bias=config.get('router_bias', False),
+    ),
+    dispatch=capacity_dispatch.CapacityDispatch(
+      _NO_SHARE, _NO_SHARE, min_capacity=_size(config, 'expert_capacity')
+    ),
+    groups=token_groups.SequenceGroups(),
+  )
+  return dataclasses.replace(
+    dense,
+    sparse_feed_forward=layer,
+    sparse_encoder_layers=layers[0],
+    sparse_decoder_layers=layers[1],
+  )
+
+
+def _sparse_step(config, stack, depth):
+  """The step that is saved, or what transformers would make of the number."""
+  step = config.get(f'{stack}_sparse_step')
+  number = config.get(f'num_sparse_{stack}_layers', 3)
+  value = number if step is None else step
+  if type(value) is not int or value < 0:
+    raise ValueError(
+      f'{stack}_sparse_step and num_sparse_{stack}_layers of config.json must '
+      f'be 0 or more, but one is {value!r}. Take the config.json that was '
+      'saved with the weights.'
+    )
+  if step is not None:
+    return step
+  return depth // number if number else depth
+
+
+def _describe_t5(config):
+  name = _name_of(config.mlp_activations, _PROJECTIONS)
+  return _described_activations(name) | {
+    'architectures': ['T5ForConditionalGeneration'],
+    'classifier_dropout': 0.0,
+    'feed_forward_proj': name,
+    'model_type': T5,
+    'scale_decoder_outputs': config.logits_via_embedding,
+  }
+
+
+def _describe_experts(config):
+  layer, _ = config.make_sparse_layers()
+  is_ours = (
+    isinstance(layer, moe.MoeLayer)
+    and isinstance(layer.routing, tokens_choose.TokensChoose)
+    and isinstance(layer.dispatch, capacity_dispatch.CapacityDispatch)
+  )
+  if not is_ours:
+    raise ValueError(
+      'Switch in transformers has a learned router and room for a fixed '
+      f'number of tokens, but sparse_feed_forward is {_parts(layer)}. Save the '
+      'model in our own format.'
+    )
+  steps = {}
+  for stack, depth in (
+    ('encoder', config.num_encoder_layers),
+    ('decoder', config.num_decoder_layers),
+  ):
+    layers = getattr(config, f'sparse_{stack}_layers')
+    steps[f'num_sparse_{stack}_layers'] = len(layers)
+    steps[f'{stack}_sparse_step'] = _step_of(layers, depth)
+  return steps | {
+    'add_cross_attention': False,
+    'add_router_probs': False,
+    'architectures': ['SwitchTransformersForConditionalGeneration'],
+    'bos_token_id': None,
+    'dense_act_fn': _name_of(config.mlp_activations, _PLAIN),
+    'expert_capacity': layer.dispatch.min_capacity,
+    'model_type': SWITCH,
+    'num_experts': layer.num_experts,
+    'router_aux_loss_coef': 0.001,
+    'router_bias': layer.routing.use_bias,
+    'router_dtype': 'float32',
+    'router_ignore_padding_tokens': False,
+    'router_jitter_noise': layer.routing.jitter,
+    'router_z_loss_coef': 0.001,
+  }
+
+
+def _parts(layer):
+  parts = (layer, *(getattr(layer, x, None) for x in ('routing', 'dispatch')))
+  return ' with '.join(type(x).__name__ for x in parts if x is not None)
+
+
+def _step_of(layers, depth):
+  """The step that gives these blocks, the usual one where several do."""
+  usual = depth // len(layers) if layers else 0
+  for step in (usual, *range(1, depth + 1)):
+    if sparse_blocks(depth, step) == tuple(layers):
+      return step
+  raise ValueError(
+    'Sparse blocks must be the second of every so many, as in transformers, '
+    f'but are {layers} of {depth}. Save the model in our own format.'
+  )
+
+
+def _name_of(activations, known):
+  for name, parts in known.items():
+    if parts == tuple(activations):
+      return name
+  raise ValueError(
+    f'Activations must be among {list(known.values())}, but are '
+    f'{tuple(activations)}. transformers has no such model: save it in our '
+    'own format.'
+  )
+
+
+def _check_same(config, described):
+  """Raises unless a reader of the config makes the model again."""
+  given = saved_config.to_json(config)
+  again = saved_config.to_json(make_config(described))
+  different = [
+    f'{name}: {given[name]} here, {again[name]} there'
+    for name in given
+    if name not in ('dtype', 'remat') and given[name] != again[name]
+  ]
+  if config.routing is not None:
+    different.append('routing: a vocabulary here, none there')
+  if different:
+    raise ValueError(
+      'A model must be one that transformers has, but it differs in '
+      f'{rules.listed(different)}. Save it in our own format.'
+    )

@@ -1,0 +1,208 @@
+"""A folder of `save_pretrained`: config.json and weights in safetensors files.
+
+config.json                        what the model is
+model.safetensors                  all weights, or
+model-00001-of-00003.safetensors   a part of them, and
+model.safetensors.index.json       which tensor is in which part
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mowe.interop import rules, safetensors_format
+
+_CONFIG = 'config.json'
+_WHOLE = 'model.safetensors'
+_INDEX = 'model.safetensors.index.json'
+
+# Endings of files that hold weights as pickles.
+_PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+
+
+def read(
+  folder: str | os.PathLike,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The config, and tensors by name as read-only views of the files.
+
+  Raises:
+    FileNotFoundError: the folder, its config or its weights are not there.
+    ValueError: weights in another format, damaged files, or an index that
+      names a file outside the folder or disagrees with the files.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(
+      f'A model must be a folder with {_CONFIG} and {_WHOLE}, but {folder} is '
+      f'{"a file" if folder.exists() else "not there"}. Give the folder that '
+      'save_pretrained wrote.'
+    )
+  has_whole, has_index = (folder / _WHOLE).exists(), (folder / _INDEX).exists()
+  if has_whole and has_index:
+    raise ValueError(
+      f'{folder} must have {_WHOLE} or {_INDEX}, but has both. Remove the one '
+      'that is left over from another model.'
+    )
+  if not (has_whole or has_index) or not (folder / _CONFIG).is_file():
+    raise _nothing_to_read(folder)
+  config = _read_json(folder / _CONFIG)
+  if has_whole:
+    return config, safetensors_format.read(folder / _WHOLE)
+  return config, _read_parts(folder)
+
+
+def write(
+  folder: str | os.PathLike,
+  config: Mapping[str, Any],
+  tensors: Mapping[str, np.ndarray],
+  *,
+  max_file_bytes: int,
+) -> None:
+  """Writes a new folder, which is there complete or not at all.
+
+  Args:
+    folder: where; its parents are made.
+    config: for config.json.
+    tensors: by name.
+    max_file_bytes: bytes of tensors in one file; a larger tensor has a file of
+      its own.
+
+  Raises:
+    FileExistsError: the folder is there.
+  """
+  folder = pathlib.Path(folder)
+  if os.path.lexists(folder):
+    raise _exists(folder)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = pathlib.Path(
+    tempfile.mkdtemp(prefix=f'{folder.name}.partial-', dir=folder.parent)
+  )
+  try:
+    _write_weights(partial, tensors, max_file_bytes)
+    _write_json(partial / _CONFIG, config)
+    # mkdtemp gives 0700; other users of a shared folder must read it.
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o777 & ~umask)
+    if os.path.lexists(folder):
+      raise _exists(folder)
+    partial.rename(folder)
+  except BaseException:
+    shutil.rmtree(partial)
+    raise
+
+
+def _read_parts(folder):
+  index = _read_json(folder / _INDEX)
+  parts = index.get('weight_map')
+  if not isinstance(parts, dict) or not all(
+    isinstance(part, str) for part in parts.values()
+  ):
+    raise ValueError(
+      f'{folder / _INDEX} must have a weight_map from tensors to files, but '
+      f'has {sorted(index)}. Fetch it again.'
+    )
+  tensors: dict[str, np.ndarray] = {}
+  for part in sorted(set(parts.values())):
+    # A link is fine: a cache of downloads is made of them.
+    is_beside = not set('/\\\0') & set(part) and part.endswith('.safetensors')
+    if not is_beside:
+      raise ValueError(
+        f'{folder / _INDEX} must name safetensors files beside it, but names '
+        f'{part!r}. Do not use this model: the index may have been made to '
+        'read other files.'
+      )
+    if not (folder / part).is_file():
+      raise FileNotFoundError(
+        f'{folder / _INDEX} must name files that are there, but {part} is not. '
+        'Fetch the rest of the model.'
+      )
+    found = safetensors_format.read(folder / part)
+    wanted = {name for name, file in parts.items() if file == part}
+    if set(found) != wanted:
+      raise ValueError(
+        f'{folder / part} must hold what {_INDEX} says, but differs in '
+        f'{rules.listed(sorted(wanted ^ set(found)))}. Fetch both again.'
+      )
+    tensors |= found
+  return tensors
+
+
+def _read_json(path):
+  try:
+    tree = json.loads(path.read_text('utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f'{path} must be JSON, but is not: {error}. Fetch it again.'
+    ) from None
+  if not isinstance(tree, dict):
+    raise ValueError(
+      f'{path} must be a JSON object, but is a {type(tree).__name__}. Fetch it '
+      'again.'
+    )
+  return tree
+
+
+def _nothing_to_read(folder):
+  names = sorted(path.name for path in folder.iterdir())
+  pickles = [name for name in names if name.endswith(_PICKLES)]
+  if pickles and not any(name.endswith('.safetensors') for name in names):
+    return ValueError(
+      f'{folder} must hold its weights as {_WHOLE}, but has '
+      f'{rules.listed(pickles)}: a pickle, which can run any code when it is '
+      'read. Save the model with save_pretrained(folder, '
+      'safe_serialization=True) where you trust it.'
+    )
+  return FileNotFoundError(
+    f'{folder} must hold {_CONFIG} and {_WHOLE} or {_INDEX}, but has '
+    f'{names}. Save the model with save_pretrained(folder, '
+    'safe_serialization=True).'
+  )
+
+
+def _write_weights(folder, tensors, max_file_bytes):
+  files: list[dict[str, np.ndarray]] = [{}]
+  room = max_file_bytes
+  for name in sorted(tensors):
+    if files[-1] and tensors[name].nbytes > room:
+      files.append({})
+      room = max_file_bytes
+    files[-1][name] = tensors[name]
+    room -= tensors[name].nbytes
+  if len(files) == 1:
+    safetensors_format.write(folder / _WHOLE, files[0])
+    return
+  weight_map = {}
+  for number, part in enumerate(files, start=1):
+    file = f'model-{number:05}-of-{len(files):05}.safetensors'
+    safetensors_format.write(folder / file, part)
+    weight_map |= dict.fromkeys(part, file)
+  index = {
+    'metadata': {
+      'total_parameters': sum(tensor.size for tensor in tensors.values()),
+      'total_size': sum(tensor.nbytes for tensor in tensors.values()),
+    },
+    'weight_map': weight_map,
+  }
+  _write_json(folder / _INDEX, index)
+
+
+def _write_json(path, tree):
+  with open(path, 'x', encoding='utf-8') as file:
+    json.dump(tree, file, indent=2, sort_keys=True)
+    file.write('\n')
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _exists(folder):
+  return FileExistsError(
+    f'{folder} must not be there yet, but is. Choose another folder, or remove '
+    'it.'
+  )

@@ -1,0 +1,199 @@
+"""One file of the safetensors format: arrays by name, and nothing that runs.
+
+Eight bytes with the length of a header, little-endian; the header, JSON; the
+arrays, row by row. Every byte belongs to one array. Source: the format's
+description at github.com/huggingface/safetensors.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+# float32 holds the values of all of them.
+DTYPES = {
+  'F32': np.dtype('<f4'),
+  'F16': np.dtype('<f2'),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Of the format, so that a damaged length cannot fill the memory.
+_LONGEST_HEADER = 100_000_000
+
+_PICKLES = {
+  b'PK\x03\x04': 'a zip archive, as torch.save writes',
+  b'\x80': 'a pickle',
+}
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Arrays by name, as read-only views of the file.
+
+  The whole header is checked first; an array's bytes are read when it is used.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is damaged, cut short, of another format, or holds
+      arrays that are not of floating point.
+  """
+  path = pathlib.Path(path)
+  length = path.stat().st_size
+  header, start = _read_header(path, length)
+  header.pop('__metadata__', None)
+  entries = {
+    name: _check_entry(path, name, entry, length - start)
+    for name, entry in header.items()
+  }
+  _check_places(path, entries, length - start)
+  # An empty file part cannot be mapped.
+  content = np.empty(0, np.uint8)
+  if length > start:
+    content = np.memmap(path, np.uint8, 'r', offset=start)
+  return {
+    name: content[first:last].view(dtype).reshape(shape)
+    for name, (dtype, shape, first, last) in entries.items()
+  }
+
+
+def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes a new file, with arrays in the order of their names.
+
+  Raises:
+    FileExistsError: the file is there.
+    ValueError: an array of a dtype that is not written.
+  """
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  at = 0
+  for name in sorted(arrays):
+    array = arrays[name]
+    if array.dtype not in _NAMES:
+      raise ValueError(
+        f'Weights must be of {sorted(map(str, _NAMES))}, but {name} is '
+        f'{array.dtype}. Convert it.'
+      )
+    header[name] = {
+      'dtype': _NAMES[array.dtype],
+      'shape': list(array.shape),
+      'data_offsets': [at, at + array.nbytes],
+    }
+    at += array.nbytes
+  described = json.dumps(header, separators=(',', ':')).encode()
+  # Arrays start at a multiple of 8.
+  described += b' ' * (-len(described) % 8)
+  with open(path, 'xb') as file:
+    file.write(len(described).to_bytes(8, 'little'))
+    file.write(described)
+    for name in sorted(arrays):
+      file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _read_header(path, length) -> tuple[dict[str, Any], int]:
+  """The header, and where arrays start."""
+  with open(path, 'rb') as file:
+    first = file.read(9)
+    size = int.from_bytes(first[:8], 'little')
+    is_whole = len(first) == 9 and size <= min(length - 8, _LONGEST_HEADER)
+    if not is_whole or first[8:] != b'{':
+      _refuse_pickles(path, first)
+    if not is_whole:
+      raise _damaged(
+        path, f'is {length} bytes long with a header of {size} bytes'
+      )
+    file.seek(8)
+    described = file.read(size)
+  try:
+    header = json.loads(described, object_pairs_hook=_unique)
+  except (ValueError, RecursionError) as error:
+    raise _damaged(path, f'has a header that is no JSON ({error})') from None
+  if not isinstance(header, dict):
+    raise _damaged(path, f'has a header that is a {type(header).__name__}')
+  return header, 8 + size
+
+
+def _refuse_pickles(path, first):
+  for magic, kind in _PICKLES.items():
+    if first.startswith(magic):
+      raise ValueError(
+        f'{path} must be a safetensors file, but is {kind}, which can run any '
+        'code when it is read. Save the model with save_pretrained(folder, '
+        'safe_serialization=True) where you trust it.'
+      )
+
+
+def _unique(pairs):
+  found = dict(pairs)
+  if len(found) != len(pairs):
+    raise ValueError('a name is there twice')
+  return found
+
+
+def _check_entry(path, name, entry, length):
+  """Dtype, shape, first byte and the one after the last."""
+  is_whole = isinstance(entry, dict) and set(entry) == {
+    'dtype',
+    'shape',
+    'data_offsets',
+  }
+  if not is_whole or not (
+    isinstance(entry['dtype'], str)
+    and _are_sizes(entry['shape'])
+    and _are_sizes(entry['data_offsets'])
+  ):
+    raise _damaged(path, f'describes {name} as {str(entry)[:200]}')
+  if entry['dtype'] not in DTYPES:
+    raise ValueError(
+      f'Weights must be of {sorted(DTYPES)}, but {name} in {path} is '
+      f'{entry["dtype"]!r}. Convert it, or leave it out.'
+    )
+  if len(entry['data_offsets']) != 2:
+    raise _damaged(path, f'gives {name} the bytes {entry["data_offsets"]}')
+  dtype, shape = DTYPES[entry['dtype']], tuple(entry['shape'])
+  first, last = entry['data_offsets']
+  wanted = dtype.itemsize * math.prod(shape)
+  if not first <= last <= length:
+    raise _damaged(
+      path, f'gives {name} the bytes {first} to {last} of {length}'
+    )
+  if last - first != wanted:
+    raise _damaged(
+      path, f'gives {name} {last - first} bytes, where its shape needs {wanted}'
+    )
+  return dtype, shape, first, last
+
+
+def _are_sizes(values):
+  return isinstance(values, list) and all(
+    type(value) is int and value >= 0 for value in values
+  )
+
+
+def _check_places(path, entries, length):
+  """Raises unless arrays follow each other to the end of the file."""
+  at = 0
+  for name, (_, _, first, last) in sorted(
+    entries.items(), key=lambda item: item[1][2:]
+  ):
+    if first != at:
+      raise _damaged(
+        path,
+        f'has {name} start at byte {first}, where the array before it ends at '
+        f'{at}',
+      )
+    at = last
+  if at != length:
+    raise _damaged(path, f'has {length - at} bytes after its last array')
+
+
+def _damaged(path, found):
+  return ValueError(
+    f'{path} must be a whole safetensors file, but {found}. It was damaged or '
+    'cut short: fetch it again.'
+  )
