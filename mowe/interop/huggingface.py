@@ -137,6 +137,14 @@ def load(folder: str | os.PathLike) -> tuple[t5.T5Config, Any]:
   """
   described, tensors = safetensors_folder.read(folder)
   config = huggingface_config.make_config(described)
+  num_blocks = config.num_encoder_layers + config.num_decoder_layers
+  if num_blocks > len(tensors):
+    # Seen before a model of that depth is built.
+    raise ValueError(
+      'config.json must describe the weights beside it, but has '
+      f'{num_blocks} blocks for {len(tensors)} tensors. Take both from the '
+      'same checkpoint.'
+    )
   is_switch = described['model_type'] == huggingface_config.SWITCH
   table = _rules(config, is_switch)
   tensors = rules.without_copies(tensors, table)

@@ -53,6 +53,11 @@ _FIXED = {
 
 _SIZES = ('vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_heads', 'num_layers')
 
+_TAKE = 'Take the config.json that was saved with the weights.'
+
+# Above those of every model, and so small that a wrong one fills no memory.
+_LARGEST = 2**24
+
 # So small that the least number of slots is the number of slots.
 _NO_SHARE = 1e-9
 
@@ -89,7 +94,7 @@ def make_config(config: Mapping[str, Any]) -> t5.T5Config:
     ),
     mlp_activations=_activations(config, kind),
     logits_via_embedding=_scales_logits(config, kind),
-    dropout_rate=config.get('dropout_rate', 0.1),
+    dropout_rate=_rate(config, 'dropout_rate', 0.1),
   )
   return _with_experts(dense, config) if kind == SWITCH else dense
 
@@ -137,10 +142,20 @@ def sparse_blocks(depth: int, step: int) -> tuple[int, ...]:
 
 def _size(config, name):
   value = config.get(name)
-  if type(value) is not int or value < 1:
+  if type(value) is not int or not 1 <= value <= _LARGEST:
     raise ValueError(
-      f'{name} of config.json must be a positive number, but is {value!r}. '
-      'Take the config.json that was saved with the weights.'
+      f'{name} of config.json must be a number from 1 to {_LARGEST}, but is '
+      f'{value!r}. {_TAKE}'
+    )
+  return value
+
+
+def _rate(config, name, default):
+  value = config.get(name, default)
+  if type(value) not in (int, float) or not 0 <= value < 1:
+    raise ValueError(
+      f'{name} of config.json must be at least 0 and below 1, but is '
+      f'{value!r}. {_TAKE}'
     )
   return value
 
@@ -203,8 +218,8 @@ def _with_experts(dense, config):
     dense.mlp_dim,
     activations=dense.mlp_activations,
     routing=tokens_choose.TokensChoose(
-      jitter=config.get('router_jitter_noise', 0.01),
-      use_bias=config.get('router_bias', False),
+      jitter=_rate(config, 'router_jitter_noise', 0.01),
+      use_bias=config.get('router_bias', False) is True,
     ),
     dispatch=capacity_dispatch.CapacityDispatch(
       _NO_SHARE, _NO_SHARE, min_capacity=_size(config, 'expert_capacity')
@@ -227,8 +242,7 @@ def _sparse_step(config, stack, depth):
   if type(value) is not int or value < 0:
     raise ValueError(
       f'{stack}_sparse_step and num_sparse_{stack}_layers of config.json must '
-      f'be 0 or more, but one is {value!r}. Take the config.json that was '
-      'saved with the weights.'
+      f'be 0 or more, but one is {value!r}. {_TAKE}'
     )
   if step is not None:
     return step

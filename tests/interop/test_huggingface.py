@@ -219,6 +219,12 @@ def test_tensors_that_are_missing_or_left_over_are_listed(t5_folder, tmp_path):
     huggingface.load(_copy(t5_folder, tmp_path / 'e', plain))
 
 
+def test_more_blocks_than_tensors_are_refused_at_once(t5_folder, tmp_path):
+  many = {'num_layers': 2**24}
+  with pytest.raises(ValueError, match='16777219 blocks for 66 tensors. Take'):
+    huggingface.load(_copy(t5_folder, tmp_path / 'a', many))
+
+
 def test_other_shapes_are_refused(t5_folder, tmp_path):
   message = re.escape('another shape: lm_head.weight [96, 32] instead of [100,')
   with pytest.raises(ValueError, match=message):
