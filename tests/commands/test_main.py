@@ -173,9 +173,9 @@ def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
   assert 'step 2/2' in shown and f'Finished step 2; saved in {folder}' in shown
   files = {path.name for path in folder.iterdir()}
   assert files == {
-    'checkpoint_2', 'config.gin', 'eval_metrics.jsonl', 'model.json',
-    'routing_vocabulary.npz', 'tensorboard', 'train_metrics.jsonl',
-    'vocabulary.model',
+    'checkpoint_2', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',
+    'model.json', 'routing_vocabulary.npz', 'tensorboard',
+    'train_metrics.jsonl', 'vocabulary.model',
   }  # fmt: skip
   # What was run can be run again: nothing is left to do.
   assert _run('train', f'--gin_file={folder / "config.gin"}') == 0
