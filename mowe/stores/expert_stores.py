@@ -8,8 +8,8 @@ with the same bits, and its checkpoints can be read by every other store.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -142,18 +142,21 @@ class DeviceStore:
 
 
 @dataclasses.dataclass(frozen=True)
-class HostStore:
-  """All experts in host memory, those of the next batches on the device.
-
-  Attributes:
-    num_slots: experts on the device; None: twice those of a batch.
-  """
+class _SlotStore:
+  """Experts outside the device, but for those in its slots."""
 
   num_slots: int | None = None
 
+  _backing: ClassVar[Callable[..., cached_experts.Backing]]
+
   def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
     """See `Store.check_mesh`."""
-    _check_one_device(mesh)
+    if mesh.size > 1:
+      raise ValueError(
+        'Experts in host memory or on disk need a run on one device, but this '
+        f'one has {mesh.size}. Take DeviceStore, which splits them over the '
+        'mesh axis expert.'
+      )
 
   def open(
     self,
@@ -165,9 +168,24 @@ class HostStore:
     experts_at_once: int,
   ) -> Experts:
     """See `Store.open`."""
-    backing = backings.HostRows(file, is_resumed)
     num_slots = self.num_slots or 2 * experts_at_once
-    return _cached(backing, abstract, num_slots, is_trained)
+    return cached_experts.CachedExperts(
+      self._backing(file, is_resumed),
+      abstract,
+      min(num_slots, file.num_experts),
+      is_trained,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStore(_SlotStore):
+  """All experts in host memory, those of the next batches on the device.
+
+  Attributes:
+    num_slots: experts on the device; None: twice those of a batch.
+  """
+
+  _backing = backings.HostRows
 
   def open_for_reading(
     self, source: expert_sources.SavedExperts, abstract: parameters.Tables
@@ -185,32 +203,14 @@ class HostStore:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiskStore:
+class DiskStore(_SlotStore):
   """All experts in the model's folder, those of the next batches on the device.
 
   Attributes:
     num_slots: experts on the device; None: twice those of a batch.
   """
 
-  num_slots: int | None = None
-
-  def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
-    """See `Store.check_mesh`."""
-    _check_one_device(mesh)
-
-  def open(
-    self,
-    file: row_file.RowFile,
-    abstract: expert_sources.Arrays,
-    *,
-    is_trained: bool,
-    is_resumed: bool,
-    experts_at_once: int,
-  ) -> Experts:
-    """See `Store.open`."""
-    backing = backings.DiskRows(file, is_resumed)
-    num_slots = self.num_slots or 2 * experts_at_once
-    return _cached(backing, abstract, num_slots, is_trained)
+  _backing = backings.DiskRows
 
   def open_for_reading(
     self, source: expert_sources.SavedExperts, abstract: parameters.Tables
@@ -230,18 +230,3 @@ def for_reading(abstract: parameters.Tables) -> Store:
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
   )
   return DiskStore() if size > _LARGE else DeviceStore()
-
-
-def _check_one_device(mesh):
-  if mesh.size > 1:
-    raise ValueError(
-      'Experts in host memory or on disk need a run on one device, but this '
-      f'one has {mesh.size}. Take DeviceStore, which splits them over the mesh '
-      'axis expert.'
-    )
-
-
-def _cached(backing, abstract, num_slots, is_trained):
-  return cached_experts.CachedExperts(
-    backing, abstract, min(num_slots, backing.num_experts), is_trained
-  )
