@@ -10,24 +10,13 @@ from flax import linen as nn
 
 from mowe.commands import data_config
 from mowe.evaluation import evaluate, text_metrics
-from mowe.models import parameters
+from mowe.models import model_config, parameters
 from mowe.training import metrics as metrics_lib
 from mowe.training import step as step_lib
 from mowe.words import batch_router
 
 # (params, tables) -> numbers by name.
 Evaluation = Callable[[Any, parameters.Tables], dict[str, float]]
-
-
-def sparse_streams(config: Any) -> tuple[str, ...]:
-  """Which of the two stacks have sparse layers that read word experts."""
-  if config.sparse_feed_forward is None or config.routing is None:
-    return ()
-  layers = {
-    'encoder': config.sparse_encoder_layers,
-    'decoder': config.sparse_decoder_layers,
-  }
-  return tuple(name for name, sparse in layers.items() if sparse)
 
 
 def make_router(
@@ -41,12 +30,12 @@ def make_router(
   There is no plan for a dense model, nor for one whose layers read experts
   from the host.
   """
-  streams = sparse_streams(config)
+  streams = model_config.word_streams(config)
   if not streams:
     return lambda batch: (batch, None)
   if any(
     getattr(layer, 'rows_from', None) is not None
-    for layer in config.make_sparse_layers()
+    for layer in config.sparse_layers().values()
   ):
     return lambda batch: (
       batch_router.add_routing_ids(batch, config.routing),

@@ -10,9 +10,16 @@ from typing import Any
 import flax
 import jax
 import optax
+from flax import linen as nn
 
 from mowe.commands import model_folder
-from mowe.models import initialization, parameters, t5, threefry, upcycling
+from mowe.models import (
+  initialization,
+  model_config,
+  parameters,
+  threefry,
+  upcycling,
+)
 from mowe.stores import (
   expert_records,
   expert_sources,
@@ -43,7 +50,7 @@ class Setup:
     seed: of fresh parameters.
   """
 
-  model: t5.T5
+  model: nn.Module
   optimizer: optax.GradientTransformation
   row_optimizer: row_optimizers.RowOptimizer | None
   abstract: train_state.TrainState
@@ -52,7 +59,7 @@ class Setup:
   @classmethod
   def make(
     cls,
-    model: t5.T5,
+    model: nn.Module,
     optimizer: optimizers.Optimizer,
     row_optimizer: row_optimizers.RowOptimizer | None,
     mesh: jax.sharding.Mesh,
@@ -224,7 +231,7 @@ class Setup:
 
   def _is_dense_twin(self, folder: pathlib.Path) -> bool:
     """Whether the folder has no experts and they are to be made of its MLPs."""
-    if not self.model.config.routes_tokens:
+    if not model_config.routes_tokens(self.model.config):
       return False
     source, _ = model_folder.load_config(folder)
     if source.sparse_feed_forward is not None:

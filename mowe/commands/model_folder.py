@@ -16,8 +16,14 @@ import shutil
 from typing import Any
 
 import jax
+from flax import linen as nn
 
-from mowe.models import initialization, parameters, saved_config, t5
+from mowe.models import (
+  initialization,
+  model_config,
+  parameters,
+  saved_config,
+)
 from mowe.stores import expert_sources, expert_stores
 from mowe.training import checkpoints as checkpoints_lib
 from mowe.words import routing_vocabulary, subwords
@@ -41,13 +47,15 @@ class LoadedModel:
     step: of the checkpoint.
   """
 
-  model: t5.T5
+  model: nn.Module
   params: Any
   vocabulary: subwords.Subwords
   step: int
 
 
-def describe(config: t5.T5Config, vocabulary: subwords.Subwords) -> dict:
+def describe(
+  config: model_config.ModelConfig, vocabulary: subwords.Subwords
+) -> dict:
   """What model.json holds."""
   is_bytes = isinstance(vocabulary, subwords.ByteVocabulary)
   return {
@@ -66,7 +74,7 @@ def describe(config: t5.T5Config, vocabulary: subwords.Subwords) -> dict:
 
 
 def create(
-  folder: str, config: t5.T5Config, vocabulary: subwords.Subwords
+  folder: str, config: model_config.ModelConfig, vocabulary: subwords.Subwords
 ) -> pathlib.Path:
   """Writes the model's description, or checks the one that is there.
 
@@ -119,7 +127,7 @@ def load(
   """
   folder, step = split_checkpoint_path(path)
   config, vocabulary = load_config(folder, **changes)
-  model = t5.T5(config)
+  model = config.build()
   variables = initialization.abstract_variables(model)
   params, tables = parameters.split_tables(variables['params'])
   with checkpoints_lib.Checkpoints(folder) as checkpoints:
@@ -136,14 +144,14 @@ def load(
       store = store or expert_stores.for_reading(tables)
       tables, rows_from = store.open_for_reading(source, tables)
       if rows_from is not None:
-        model = t5.T5(config.with_layer_changes(rows_from=rows_from))
+        model = config.with_layer_changes(rows_from=rows_from).build()
   params = parameters.merge_tables(params, tables)
   return LoadedModel(model, params, vocabulary, step)
 
 
 def load_config(
   folder: pathlib.Path, **changes: Any
-) -> tuple[t5.T5Config, subwords.Subwords]:
+) -> tuple[model_config.ModelConfig, subwords.Subwords]:
   """Config and subword vocabulary of a model folder."""
   file = folder / _MODEL
   if not file.is_file():

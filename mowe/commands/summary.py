@@ -8,7 +8,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from mowe.models import costs, t5
+from mowe.models import costs, model_config
 from mowe.words import placement
 
 # Load of the busiest block over the mean, from which on a remedy is told.
@@ -20,7 +20,7 @@ def show(
   data: Any,
   batches: Any,
   mesh: jax.sharding.Mesh,
-  config: t5.T5Config,
+  config: model_config.ModelConfig,
   freeze_experts: bool,
 ) -> None:
   """Prints the table of a run; used before training and by a dry run.

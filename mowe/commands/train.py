@@ -18,7 +18,7 @@ from mowe.commands import (
   summary,
 )
 from mowe.data import prefetch
-from mowe.models import t5
+from mowe.models import model_config
 from mowe.stores import expert_stores
 from mowe.training import (
   checkpoints as checkpoints_lib,
@@ -56,7 +56,7 @@ class SaveConfig:
 
 def train(
   *,
-  model: t5.T5Config,
+  model: model_config.ModelConfig,
   vocabulary: subwords.Subwords,
   data: data_config.DataConfig,
   model_dir: str,
@@ -116,9 +116,9 @@ def train(
     ValueError: parts that do not fit together, before anything is written or
       compiled.
   """
-  module = t5.T5(model)
+  module = model.build()
   mesh = make_mesh()
-  has_tables = bool(evaluations.sparse_streams(model))
+  has_tables = bool(model_config.word_streams(model))
   row_optimizer = _check(
       model, vocabulary, data, mesh, num_microbatches,
       has_tables, row_optimizer, freeze_experts,
@@ -254,7 +254,7 @@ def _with_layers(module, **changes):
   """The model with what a run gives to its sparse layers."""
   if not any(changes.values()):
     return module
-  return t5.T5(module.config.with_layer_changes(**changes))
+  return module.config.with_layer_changes(**changes).build()
 
 
 def _open_writers(folder, first_step, tensorboard, closing):

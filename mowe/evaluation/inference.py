@@ -44,7 +44,7 @@ class Generator:
   compiles nothing.
 
   Attributes:
-    model: with the calls of `mowe.models.t5.T5`.
+    model: of a `model_config.ModelConfig`.
     params: its parameters, the tables of experts among them
       (`models.parameters.merge_tables`).
     strategy: how tokens are chosen.

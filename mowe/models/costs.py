@@ -6,10 +6,9 @@ import fractions
 import flax
 import jax
 import numpy as np
-from flax import linen as nn
 
 from mowe.layers import moe
-from mowe.models import parameters, t5
+from mowe.models import model_config, parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +52,9 @@ class ModelCosts:
     )
 
 
-def model_costs(config: t5.T5Config) -> ModelCosts:
+def model_costs(config: model_config.ModelConfig) -> ModelCosts:
   """Costs of a model, read off the shapes of its parameters."""
-  model = t5.T5(config)
+  model = config.build()
   params = jax.eval_shape(
     lambda key: parameters.initial_variables(model, key)['params'],
     jax.random.key(0),
@@ -66,10 +65,10 @@ def model_costs(config: t5.T5Config) -> ModelCosts:
   in_experts = sum(map(_size, jax.tree.leaves(tables)))
   active = fractions.Fraction(row * len(tables))
   read = dict.fromkeys(_STACKS, fractions.Fraction(0))
-  layers = _sparse_layers(config)
+  layers, blocks = config.sparse_layers(), config.sparse_blocks()
   for stack, layer in layers.items():
     if not isinstance(layer, moe.MoeLayer):
-      read[stack] += row * len(getattr(config, f'sparse_{stack}_layers'))
+      read[stack] += row * len(blocks[stack])
   for path, leaf in flax.traverse_util.flatten_dict(ordinary).items():
     if path[-1] != 'kernel':
       continue
@@ -103,12 +102,6 @@ def experts_per_token(layer: moe.MoeLayer) -> fractions.Fraction:
   size = getattr(layer.groups, 'size', _GROUP_SIZE)
   pairs = layer.routing.num_pairs(size, layer.num_experts)
   return fractions.Fraction(pairs, size)
-
-
-def _sparse_layers(config: t5.T5Config) -> dict[str, nn.Module]:
-  if config.sparse_feed_forward is None:
-    return {}
-  return dict(zip(_STACKS, config.make_sparse_layers(), strict=True))
 
 
 def _size(leaf) -> int:

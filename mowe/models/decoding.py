@@ -427,7 +427,7 @@ def _map_rows(function, tree):
 def generate(
   model: nn.Module,
   variables: Any,
-  encoder_input_tokens: jax.Array,
+  inputs: jax.Array,
   max_length: int,
   strategy: Strategy,
   key: jax.Array | None = None,
@@ -435,14 +435,14 @@ def generate(
   """Generates a sequence for every row of the inputs.
 
   Compiled once for each model, strategy, length and shape of the inputs. A
-  model with word experts needs `T5Config.routing`, and all of its tables, or
+  model with word experts needs the `routing` of its config, and all of its tables, or
   layers that read them from the host: nobody knows in advance which experts the
   decoder will ask for.
 
   Args:
-    model: with the calls of `mowe.models.t5.T5`.
+    model: of a `model_config.ModelConfig`.
     variables: a dict with 'params'.
-    encoder_input_tokens: <int32>[batch, inputs], 0 is padding.
+    inputs: <int32>[batch, inputs], 0 is padding.
     max_length: most tokens of a sequence, EOS included.
     strategy: how tokens are chosen.
     key: of random strategies.
@@ -451,68 +451,7 @@ def generate(
     Tokens <int32>[batch, max_length], EOS and 0 after their end, and scores
     <float32>[batch].
   """
-  apply = functools.partial(model.apply, enable_dropout=False)
-  encoded = apply(variables, encoder_input_tokens, method='encode')
-  cache = initial_cache(
-    model, variables, encoded, encoder_input_tokens, max_length
+  step_function, cache = model.start_generation(
+    variables, inputs, max_length, strategy.rows_per_example
   )
-  # The keys and values of the encoder's outputs, computed once.
-  _, memory = model.apply(
-    variables, encoded, method='remember', mutable=['encoder_memory']
-  )
-  encoded, inputs, memory = expand_rows(
-    (encoded, encoder_input_tokens, memory), strategy.rows_per_example
-  )
-
-  def step_function(tokens, cache):
-    logits, changed = apply(
-      {**variables, **memory, 'cache': cache},
-      encoded,
-      inputs,
-      tokens,
-      tokens,
-      decode=True,
-      max_decode_length=max_length,
-      method='decode',
-      mutable=['cache'],
-    )
-    return logits[:, 0], changed['cache']
-
-  batch_size = encoder_input_tokens.shape[0]
-  return strategy(step_function, cache, batch_size, max_length, key)
-
-
-def initial_cache(
-  model: nn.Module,
-  variables: Any,
-  encoded: jax.Array,
-  encoder_input_tokens: jax.Array,
-  max_length: int,
-) -> Cache:
-  """The model's cache before the first token: zeros, computed by no pass.
-
-  Args:
-    model: with the calls of `mowe.models.t5.T5`.
-    variables: a dict with 'params'.
-    encoded: <dtype>[batch, inputs, embed], the encoder's outputs.
-    encoder_input_tokens: <int32>[batch, inputs].
-    max_length: steps for which the cache has room.
-  """
-  targets = jnp.ones((encoded.shape[0], max_length), jnp.int32)
-
-  def first_pass(variables, encoded, inputs):
-    _, changed = model.apply(
-      variables,
-      encoded,
-      inputs,
-      targets,
-      targets,
-      enable_dropout=False,
-      decode=True,
-      method='decode',
-      mutable=['cache'],
-    )
-    return changed['cache']
-
-  shapes = jax.eval_shape(first_pass, variables, encoded, encoder_input_tokens)
-  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  return strategy(step_function, cache, inputs.shape[0], max_length, key)

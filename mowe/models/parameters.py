@@ -67,13 +67,12 @@ def initial_variables(model: nn.Module, key: jax.Array, **settings: Any) -> Any:
   Lengths do not matter to any parameter, so tiny inputs do. `settings` are for
   Linen, such as `mutable`.
   """
-  ids = jnp.ones((1, 2), jnp.int32)
-  routing = {}
-  if model.config.sparse_feed_forward is not None:
-    routing = {
-      'encoder_routing_ids': jnp.zeros((1, 2), jnp.int32),
-      'decoder_routing_ids': jnp.zeros((1, 2), jnp.int32),
-    }
+  ids, config = jnp.ones((1, 2), jnp.int32), model.config
+  batch = {'decoder_target_tokens': ids}
+  for stream in config.streams:
+    batch[f'{stream}_input_tokens'] = ids
+    if config.sparse_feed_forward is not None:
+      batch[f'{stream}_routing_ids'] = jnp.zeros((1, 2), jnp.int32)
   return model.init(
-    key, ids, ids, ids, enable_dropout=False, **routing, **settings
+    key, batch, enable_dropout=False, method='of_batch', **settings
   )

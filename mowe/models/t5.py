@@ -4,6 +4,8 @@ Parameter names, shapes and logical axes of the dense parts are those of
 T5X's minimal network, so its checkpoints fit without renaming.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import embedding
-from mowe.models import t5_config, t5_stacks
+from mowe.models import decoding, model_config, t5_config, t5_stacks
 
 # `t5.T5Config` in gin files and code: config and model go together.
 Routing = t5_config.Routing
@@ -99,6 +101,20 @@ class T5(nn.Module):
       enable_dropout=enable_dropout,
       decode=decode,
       max_decode_length=None,
+    )
+
+  def of_batch(
+    self, batch: Mapping[str, Any], *, enable_dropout: bool = True
+  ) -> jax.Array:
+    """Logits <float32>[batch, targets, vocab] of a batch by T5X's keys.
+
+    Args:
+      batch: as in docs/architecture.md; routing ids may be StreamPlans.
+      enable_dropout: draws from the `dropout` stream.
+    """
+    return self(
+      **{name: batch[name] for name in _FEATURES if name in batch},
+      enable_dropout=enable_dropout,
     )
 
   def encode(
@@ -229,11 +245,7 @@ class T5(nn.Module):
     self.decoder.remember(encoded)
 
   def _routing_ids(self, method, ids, real, segment_ids):
-    if self.config.routing is not None:
-      return getattr(self.config.routing, method)(ids, segment_ids)
-    # Word experts have no use for the ids of tokens, and say that they miss
-    # those of words.
-    return jnp.where(real, ids, -1) if self.config.routes_tokens else None
+    return model_config.routing_ids(self.config, method, ids, real, segment_ids)
 
   def _decoder_routing_ids(self, inputs, real, segment_ids, decode):
     if not decode or self.config.routing is None:
@@ -249,6 +261,61 @@ class T5(nn.Module):
     self.put_variable('cache', 'word_so_far', state)
     return ids
 
+  @nn.nowrap
+  def start_generation(
+    self,
+    variables: Any,
+    inputs: jax.Array,
+    max_length: int,
+    rows_per_example: int,
+  ) -> tuple[decoding.StepFunction, decoding.Cache]:
+    """The step function and the cache that `decoding` begins with.
+
+    Args:
+      variables: a dict with 'params'.
+      inputs: <int32>[batch, inputs], 0 is padding.
+      max_length: most tokens of a sequence.
+      rows_per_example: rows of the step function; the cache has one.
+    """
+    apply = functools.partial(self.apply, enable_dropout=False)
+    encoded = apply(variables, inputs, method='encode')
+    cache = initial_cache(self, variables, encoded, inputs, max_length)
+    # The keys and values of the encoder's outputs, computed once.
+    _, memory = self.apply(
+      variables, encoded, method='remember', mutable=['encoder_memory']
+    )
+    encoded, inputs, memory = decoding.expand_rows(
+      (encoded, inputs, memory), rows_per_example
+    )
+
+    def step_function(tokens, cache):
+      logits, changed = apply(
+        {**variables, **memory, 'cache': cache},
+        encoded,
+        inputs,
+        tokens,
+        tokens,
+        decode=True,
+        max_decode_length=max_length,
+        method='decode',
+        mutable=['cache'],
+      )
+      return logits[:, 0], changed['cache']
+
+    return step_function, cache
+
+
+# What of a batch `T5.__call__` takes.
+_FEATURES = (
+  'encoder_input_tokens',
+  'decoder_input_tokens',
+  'decoder_target_tokens',
+  'encoder_segment_ids',
+  'decoder_segment_ids',
+  'encoder_routing_ids',
+  'decoder_routing_ids',
+)
+
 
 def _same_segment(mask, query_segments, key_segments):
   """Lets a query see only keys of its own packed segment."""
@@ -256,3 +323,39 @@ def _same_segment(mask, query_segments, key_segments):
     return mask
   same = query_segments[:, None, :, None] == key_segments[:, None, None, :]
   return mask & same
+
+
+def initial_cache(
+  model: nn.Module,
+  variables: Any,
+  encoded: jax.Array,
+  encoder_input_tokens: jax.Array,
+  max_length: int,
+) -> decoding.Cache:
+  """The model's cache before the first token: zeros, computed by no pass.
+
+  Args:
+    model: with the calls of `mowe.models.t5.T5`.
+    variables: a dict with 'params'.
+    encoded: <dtype>[batch, inputs, embed], the encoder's outputs.
+    encoder_input_tokens: <int32>[batch, inputs].
+    max_length: steps for which the cache has room.
+  """
+  targets = jnp.ones((encoded.shape[0], max_length), jnp.int32)
+
+  def first_pass(variables, encoded, inputs):
+    _, changed = model.apply(
+      variables,
+      encoded,
+      inputs,
+      targets,
+      targets,
+      enable_dropout=False,
+      decode=True,
+      method='decode',
+      mutable=['cache'],
+    )
+    return changed['cache']
+
+  shapes = jax.eval_shape(first_pass, variables, encoded, encoder_input_tokens)
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

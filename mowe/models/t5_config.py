@@ -2,36 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import feed_forward
+from mowe.models import model_config
 
-
-class Routing(Protocol):
-  """What the model asks of a routing vocabulary; all on jax arrays."""
-
-  num_experts: int
-
-  def encoder_ids(self, tokens, segment_ids=None):
-    """Routing ids <int32>[batch, length] of whole words."""
-
-  def decoder_ids(self, tokens, segment_ids=None):
-    """Routing ids <int32>[batch, length] of the words so far."""
-
-  def decoder_step(self, tokens, state):
-    """Routing ids of one token [batch, 1], and the next state."""
-
-  def initial_state(self, batch):
-    """State before the first token, <uint32>[batch, 2]."""
-
-
-def default_dtype() -> str:
-  """'bfloat16' on accelerators, 'float32' on CPU, where it is faster."""
-  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+Routing = model_config.Routing
+default_dtype = model_config.default_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +64,13 @@ class T5Config:
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
     feed_forward.check_activations(self.mlp_activations)
-    if self.dtype == jnp.float16:
-      raise ValueError(
-        'dtype must be float32 or bfloat16, but is float16: the activations '
-        'of T5 exceed its largest number, 65504, and training ends in NaN. '
-        "Use 'bfloat16'."
-      )
-    for stack, layers, depth in (
-      ('encoder', self.sparse_encoder_layers, self.num_encoder_layers),
-      ('decoder', self.sparse_decoder_layers, self.num_decoder_layers),
-    ):
-      outside = [i for i in layers if not 0 <= i < depth]
-      if outside:
-        raise ValueError(
-          f'sparse_{stack}_layers must lie in 0..{depth - 1}, as the {stack} '
-          f'has {depth} blocks, but holds {outside}. Blocks count from 0: '
-          'the fifth is 4.'
-        )
+    model_config.check_dtype(self.dtype)
+    depths = {
+      'encoder': self.num_encoder_layers,
+      'decoder': self.num_decoder_layers,
+    }
+    for stream, blocks in self.sparse_blocks().items():
+      model_config.check_blocks(stream, blocks, depths[stream])
     has_layers = bool(self.sparse_encoder_layers or self.sparse_decoder_layers)
     if has_layers != (self.sparse_feed_forward is not None):
       raise ValueError(
@@ -110,29 +80,31 @@ class T5Config:
         f'{self.sparse_decoder_layers}. Set both or neither.'
       )
     if self.sparse_feed_forward is not None:
-      self._check_layers()
+      model_config.check_layers(self)
 
-  def _check_layers(self):
-    encoder, decoder = self.make_sparse_layers()
-    if self.sparse_decoder_layers and getattr(decoder, 'looks_ahead', False):
-      raise ValueError(
-        'A token of the decoder must not be routed by later tokens, but '
-        f'{decoder.routing} does so: it would learn from the future and fail '
-        'when it generates. Set sparse_decoder_feed_forward to a layer with '
-        'TokensChoose(batch_prioritized=False) or a hash router.'
-      )
-    if self.routing is None:
-      return
-    for layer in (encoder, decoder):
-      experts = getattr(layer, 'num_experts', self.routing.num_experts)
-      has_table = not getattr(layer, 'reads_token_ids', False)
-      if has_table and experts != self.routing.num_experts:
-        raise ValueError(
-          'The layer and the routing vocabulary must have the same number '
-          f'of experts, but the layer has {experts} and the vocabulary '
-          f'{self.routing.num_experts}. Set num_experts of the layer, or '
-          'build the vocabulary with --num_experts.'
-        )
+  # Of the inputs, and of the targets.
+  streams = ('encoder', 'decoder')
+  # Batches have nothing to do with each other.
+  memory_length = 0
+
+  def build(self) -> nn.Module:
+    """The T5 of these sizes."""
+    from mowe.models import t5
+
+    return t5.T5(self)
+
+  def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
+    """Of each stack the blocks whose feed-forward is sparse."""
+    return {
+      'encoder': self.sparse_encoder_layers,
+      'decoder': self.sparse_decoder_layers,
+    }
+
+  def sparse_layers(self) -> dict[str, nn.Module]:
+    """A sparse layer of each stack; {} if there is none."""
+    if self.sparse_feed_forward is None:
+      return {}
+    return dict(zip(self.streams, self.make_sparse_layers(), strict=True))
 
   def check_mesh(
     self,
@@ -140,49 +112,13 @@ class T5Config:
     batch_size: int,
     lengths: Mapping[str, int],
   ) -> None:
-    """Raises ValueError if sparse layers cannot be split over a mesh.
-
-    Args:
-      mesh_shape: devices along each axis.
-      batch_size: rows that go through the model at once.
-      lengths: tokens of 'inputs' and 'targets'.
-    """
-    if self.sparse_feed_forward is None:
-      return
-    encoder, decoder = self.make_sparse_layers()
-    for layer, blocks, length in (
-      (encoder, self.sparse_encoder_layers, lengths['inputs']),
-      (decoder, self.sparse_decoder_layers, lengths['targets']),
-    ):
-      if blocks and hasattr(layer, 'check_mesh'):
-        layer.check_mesh(mesh_shape, batch_size, length)
-
-  @property
-  def routes_tokens(self) -> bool:
-    """Whether sparse layers take token ids for routing ids."""
-    if self.sparse_feed_forward is None:
-      return False
-    return any(
-      getattr(layer, 'reads_token_ids', False)
-      for layer in self.make_sparse_layers()
-    )
+    """See `model_config.check_mesh`; lengths of 'inputs' and 'targets'."""
+    of_streams = {'encoder': lengths['inputs'], 'decoder': lengths['targets']}
+    model_config.check_mesh(self, mesh_shape, batch_size, of_streams)
 
   def with_layer_changes(self, **changes: Any) -> 'T5Config':
     """This config with other fields in those sparse layers that have them."""
-
-    def changed(factory):
-      if factory is None:
-        return None
-
-      def make(**given):
-        layer = factory(**given)
-        fields = {field.name for field in dataclasses.fields(layer)}
-        if not fields >= changes.keys():
-          return layer
-        return layer.clone(parent=None, **changes)
-
-      return make
-
+    changed = lambda factory: model_config.changed_factory(factory, changes)
     return dataclasses.replace(
       self,
       sparse_feed_forward=changed(self.sparse_feed_forward),
@@ -208,13 +144,9 @@ class T5Config:
 
   def make_shared(self) -> dict[str, nn.Module]:
     """Modules shared by all sparse layers, such as a table of experts."""
-    if self.sparse_feed_forward is None:
-      return {}
-    shared: dict[str, nn.Module] = {}
-    for layer in self.make_sparse_layers():
-      if not shared and hasattr(layer, 'make_shared'):
-        shared = layer.make_shared(self.emb_dim)
-    return shared
+    return model_config.shared_modules(
+      self.sparse_layers().values(), self.emb_dim
+    )
 
   def make_feed_forward(
     self, is_sparse: bool, is_decoder: bool, shared: dict[str, nn.Module]
@@ -222,6 +154,4 @@ class T5Config:
     if not is_sparse:
       return self.make_dense_feed_forward()
     layer = self.make_sparse_layers()[is_decoder]
-    if shared and hasattr(layer, 'with_shared'):
-      return layer.with_shared(shared)
-    return layer
+    return model_config.with_shared(layer, shared)

@@ -174,10 +174,8 @@ def _mean_values(pending) -> dict[str, metrics_lib.Value]:
 
 
 def _num_tokens(batch) -> int:
-  return int(
-    np.count_nonzero(batch['encoder_input_tokens'])
-    + np.count_nonzero(batch['decoder_target_tokens'])
-  )
+  names = ('encoder_input_tokens', 'decoder_target_tokens')
+  return int(sum(np.count_nonzero(batch[n]) for n in names if n in batch))
 
 
 def _check_finite(step, values):

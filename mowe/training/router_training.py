@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mowe.layers import router_losses, routing
-from mowe.models import t5_config
+from mowe.models import model_config
 from mowe.training.metrics import Mean
 
 # Path of a layer -> its stats.
@@ -76,7 +76,10 @@ def metrics(stats: LayerStats) -> dict[str, Mean]:
 
 
 def balance(
-  params: Any, old_params: Any, stats: LayerStats, config: t5_config.T5Config
+  params: Any,
+  old_params: Any,
+  stats: LayerStats,
+  config: model_config.ModelConfig,
 ) -> Any:
   """`params` with the next selection bias of every router that has one.
 
@@ -91,7 +94,7 @@ def balance(
   for path, one in stats.items():
     name = (*path, 'router', routing.SELECTION_BIAS)
     if name in flat:
-      layer = config.make_sparse_layers()[path[0] == 'decoder']
+      layer = config.sparse_layers()[path[0]]
       flat[name] = router_losses.balanced_bias(
         old[name], one, layer.routing.bias_rate
       )

@@ -160,23 +160,15 @@ def make_eval_step(
 
 
 def _apply(model, params, tables, factors, batch, streams, key, mutable):
-  names = (
-    'encoder_segment_ids',
-    'decoder_segment_ids',
-    'encoder_routing_ids',
-    'decoder_routing_ids',
-  )
   return model.apply(
     {
       'params': parameters.merge_tables(params, tables),
       word_experts.FACTORS: factors,
     },
-    batch['encoder_input_tokens'],
-    batch['decoder_input_tokens'],
-    batch['decoder_target_tokens'],
+    batch | streams,
     enable_dropout=key is not None,
     rngs=None if key is None else {'dropout': key},
-    **{name: batch[name] for name in names if name in batch} | streams,
+    method='of_batch',
     mutable=mutable,
   )
 
@@ -234,10 +226,14 @@ def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
 
 
 def _num_real_tokens(batch):
-  count = lambda name: jnp.maximum(jnp.sum(batch[name] > 0), 1)
+  names = {
+    'encoder': 'encoder_input_tokens',
+    'decoder': 'decoder_target_tokens',
+  }
   return {
-    'encoder': count('encoder_input_tokens'),
-    'decoder': count('decoder_target_tokens'),
+    stream: jnp.maximum(jnp.sum(batch[name] > 0), 1)
+    for stream, name in names.items()
+    if name in batch
   }
 
 

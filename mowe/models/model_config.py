@@ -1,0 +1,233 @@
+"""What the configs of all models have in common.
+
+Training, data and commands know a model by `ModelConfig` alone; `T5Config` and
+`DecoderOnlyConfig` are two of them. The functions below are what both are made
+of: checks, and factories of sparse layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# Makes a layer; a class will do.
+Factory = Callable[..., nn.Module]
+
+
+class Routing(Protocol):
+  """What the model asks of a routing vocabulary; all on jax arrays."""
+
+  num_experts: int
+
+  def encoder_ids(self, tokens, segment_ids=None):
+    """Routing ids <int32>[batch, length] of whole words."""
+
+  def decoder_ids(self, tokens, segment_ids=None):
+    """Routing ids <int32>[batch, length] of the words so far."""
+
+  def decoder_step(self, tokens, state):
+    """Routing ids of one token [batch, 1], and the next state."""
+
+  def initial_state(self, batch):
+    """State before the first token, <uint32>[batch, 2]."""
+
+
+class ModelConfig(Protocol):
+  """Sizes and parts of a model.
+
+  The Linen module of `build` has its `config`, and two calls:
+    of_batch(batch, enable_dropout=...): logits <float32>[batch, targets, vocab]
+      of a batch of docs/architecture.md, routing ids or plans among it;
+    start_generation(variables, inputs, max_length, rows_per_example): the
+      step function and the cache that `models.decoding` begins with.
+  Its parameters stand below the names of its streams.
+
+  Attributes:
+    vocab_size: rows of the embedding.
+    emb_dim: width of the model.
+    dropout_rate: dropout everywhere.
+    dtype: of activations.
+    logits_via_embedding: logits from the embedding, not from their own kernel.
+    routing: gives routing ids where the batch has none, or None.
+    sparse_feed_forward: makes sparse layers, or None.
+    streams: streams of tokens in its batches: 'encoder' if inputs have a stack
+      of their own, and 'decoder'.
+    memory_length: tokens of earlier batches that a batch attends to.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  dropout_rate: float
+  dtype: Any
+  logits_via_embedding: bool
+  routing: Routing | None
+  sparse_feed_forward: Factory | None
+  streams: tuple[str, ...]
+  memory_length: int
+
+  def build(self) -> nn.Module:
+    """The Linen module."""
+
+  def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
+    """Of each stream the blocks, from 0, whose feed-forward is sparse."""
+
+  def sparse_layers(self) -> dict[str, nn.Module]:
+    """Of each stream a sparse layer; {} without `sparse_feed_forward`."""
+
+  def with_layer_changes(self, **changes: Any) -> 'ModelConfig':
+    """This config with other fields in those sparse layers that have them."""
+
+  def check_mesh(
+    self,
+    mesh_shape: Mapping[str, int],
+    batch_size: int,
+    lengths: Mapping[str, int],
+  ) -> None:
+    """Raises ValueError if sparse layers cannot be split over a mesh."""
+
+
+def default_dtype() -> str:
+  """'bfloat16' on accelerators, 'float32' on CPU, where it is faster."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def check_dtype(dtype: Any) -> None:
+  """Raises ValueError for float16."""
+  if jnp.dtype(dtype) == jnp.float16:
+    raise ValueError(
+      'dtype must be float32 or bfloat16, but is float16: the activations '
+      'of T5 exceed its largest number, 65504, and training ends in NaN. '
+      "Use 'bfloat16'."
+    )
+
+
+def check_blocks(stream: str, blocks: tuple[int, ...], depth: int) -> None:
+  """Raises ValueError unless the sparse blocks of a stream are there."""
+  outside = [i for i in blocks if not 0 <= i < depth]
+  if outside:
+    raise ValueError(
+      f'sparse_{stream}_layers must lie in 0..{depth - 1}, as the {stream} '
+      f'has {depth} blocks, but holds {outside}. Blocks count from 0: '
+      'the fifth is 4.'
+    )
+
+
+def check_layers(config: ModelConfig) -> None:
+  """Raises ValueError if sparse layers do not fit their stream or routing."""
+  layers, blocks = config.sparse_layers(), config.sparse_blocks()
+  decoder = layers['decoder']
+  if blocks['decoder'] and getattr(decoder, 'looks_ahead', False):
+    raise ValueError(
+      'A token of the decoder must not be routed by later tokens, but '
+      f'{decoder.routing} does so: it would learn from the future and fail '
+      'when it generates. Set the decoder to a layer with '
+      'TokensChoose(batch_prioritized=False) or a hash router '
+      '(sparse_decoder_feed_forward of a T5Config).'
+    )
+  if config.routing is None:
+    return
+  for layer in layers.values():
+    experts = getattr(layer, 'num_experts', config.routing.num_experts)
+    has_table = not getattr(layer, 'reads_token_ids', False)
+    if has_table and experts != config.routing.num_experts:
+      raise ValueError(
+        'The layer and the routing vocabulary must have the same number '
+        f'of experts, but the layer has {experts} and the vocabulary '
+        f'{config.routing.num_experts}. Set num_experts of the layer, or '
+        'build the vocabulary with --num_experts.'
+      )
+
+
+def check_mesh(
+  config: ModelConfig,
+  mesh_shape: Mapping[str, int],
+  batch_size: int,
+  lengths: Mapping[str, int],
+) -> None:
+  """Raises ValueError if sparse layers cannot be split over a mesh.
+
+  Args:
+    config: of the model.
+    mesh_shape: devices along each axis.
+    batch_size: rows that go through the model at once.
+    lengths: tokens of each stream.
+  """
+  blocks = config.sparse_blocks()
+  for stream, layer in config.sparse_layers().items():
+    if blocks[stream] and hasattr(layer, 'check_mesh'):
+      layer.check_mesh(mesh_shape, batch_size, lengths[stream])
+
+
+def routes_tokens(config: ModelConfig) -> bool:
+  """Whether sparse layers take token ids for routing ids."""
+  return any(
+    getattr(layer, 'reads_token_ids', False)
+    for layer in config.sparse_layers().values()
+  )
+
+
+def word_streams(config: ModelConfig) -> tuple[str, ...]:
+  """Streams with sparse layers that read word experts."""
+  if config.sparse_feed_forward is None or config.routing is None:
+    return ()
+  return tuple(
+    name for name, blocks in config.sparse_blocks().items() if blocks
+  )
+
+
+def routing_ids(
+  config: ModelConfig,
+  method: str,
+  ids: jax.Array,
+  real: jax.Array,
+  segment_ids: jax.Array | None,
+) -> jax.Array | None:
+  """Routing ids <int32>[batch, length] that the model makes itself.
+
+  Args:
+    config: of the model.
+    method: of its routing, `encoder_ids` or `decoder_ids`.
+    ids: <int32>[batch, length], input tokens.
+    real: <bool>[batch, length], False for padding.
+    segment_ids: <int32>[batch, length] of packed examples, or None.
+  """
+  if config.routing is not None:
+    return getattr(config.routing, method)(ids, segment_ids)
+  # Word experts have no use for the ids of tokens, and say that they miss
+  # those of words.
+  return jnp.where(real, ids, -1) if routes_tokens(config) else None
+
+
+def changed_factory(factory: Factory | None, changes: Mapping[str, Any]):
+  """A factory whose layers have other fields, if they have these."""
+  if factory is None:
+    return None
+
+  def make(**given):
+    layer = factory(**given)
+    fields = {field.name for field in dataclasses.fields(layer)}
+    if not fields >= changes.keys():
+      return layer
+    return layer.clone(parent=None, **changes)
+
+  return make
+
+
+def shared_modules(
+  layers: Iterable[nn.Module], emb_dim: int
+) -> dict[str, nn.Module]:
+  """Modules shared by all sparse layers, such as a table of experts."""
+  for layer in layers:
+    if hasattr(layer, 'make_shared') and (shared := layer.make_shared(emb_dim)):
+      return shared
+  return {}
+
+
+def with_shared(layer: nn.Module, shared: dict[str, nn.Module]) -> nn.Module:
+  """The layer with those shared modules that it uses."""
+  if shared and hasattr(layer, 'with_shared'):
+    return layer.with_shared(shared)
+  return layer
