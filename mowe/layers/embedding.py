@@ -21,12 +21,13 @@ class Embedding(nn.Module):
   vocab_size: int
   embed_dim: int
   dtype: Any = jnp.float32
+  stddev: float = 1.0
 
   def setup(self):
     self.embedding = parameter.declare(
       self,
       'embedding',
-      parameter.normal(stddev=1.0),
+      parameter.normal(stddev=self.stddev),
       (self.vocab_size, self.embed_dim),
       axes=('vocab', 'embed'),
     )

@@ -77,6 +77,9 @@ class ModelConfig(Protocol):
   def sparse_layers(self) -> dict[str, nn.Module]:
     """Of each stream a sparse layer; {} without `sparse_feed_forward`."""
 
+  def parts(self) -> dict[str, nn.Module]:
+    """A layer of each field that makes some, by the name of the field."""
+
   def with_layer_changes(self, **changes: Any) -> 'ModelConfig':
     """This config with other fields in those sparse layers that have them."""
 

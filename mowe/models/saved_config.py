@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.models import t5
+from mowe.models import decoder_only, model_config, t5
 
 # What the stack or a run gives to a layer, or what Linen adds: no part of its config.
 _GIVEN = {
@@ -29,37 +29,47 @@ _GIVEN = {
   'rows_from',
 }
 
-# The fields of T5Config that make layers, in the order of make_sparse_layers.
-_FACTORIES = ('sparse_feed_forward', 'sparse_decoder_feed_forward')
+# What the stack gives besides to the part that a field makes.
+_GIVEN_TO = {'attention': {'num_heads', 'head_dim', 'relpos_bias'}}
+
+# Name in a file of each kind of config; a file without one holds a T5Config.
+_FAMILY = 'family'
+_FAMILIES = {'decoder_only': decoder_only.DecoderOnlyConfig}
 
 # Longer tuples of integers, such as the table of a HashRouter, become bytes.
 _LONG = 64
 _INTEGER_TYPES = ('uint8', 'uint16', 'int64')
 
 
-def to_json(config: t5.T5Config) -> dict[str, Any]:
+def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
   """The config as a tree of JSON values; the routing is saved on its own.
 
   Raises:
     ValueError: a layer holds a class or a value that could not be read again.
   """
-  tree = {}
+  tree: dict[str, Any] = {}
+  for family, cls in _FAMILIES.items():
+    if isinstance(config, cls):
+      tree[_FAMILY] = family
+  parts = config.parts()
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if field.name == 'routing':
       continue
     if field.name == 'dtype':
       value = jnp.dtype(value).name
-    if field.name in _FACTORIES and value is not None:
-      layer = config.make_sparse_layers()[_FACTORIES.index(field.name)]
-      value = _part_to_json(layer, leave_out=_GIVEN)
+    if field.name in parts:
+      given = _GIVEN | _GIVEN_TO.get(field.name, set())
+      value = _part_to_json(parts[field.name], leave_out=given)
     tree[field.name] = value
   return json.loads(json.dumps(tree))
 
 
 def from_json(
-  tree: dict[str, Any], routing: t5.Routing | None = None, **changes: Any
-) -> t5.T5Config:
+  tree: dict[str, Any],
+  routing: model_config.Routing | None = None,
+  **changes: Any,
+) -> model_config.ModelConfig:
   """Inverse of `to_json`.
 
   Args:
@@ -70,16 +80,31 @@ def from_json(
   Raises:
     ValueError: the tree names a field or a class that this package lacks.
   """
-  known = {field.name for field in dataclasses.fields(t5.T5Config)}
+  tree = dict(tree)
+  family = tree.pop(_FAMILY, None)
+  cls = t5.T5Config if family is None else _FAMILIES.get(family)
+  if cls is None:
+    raise ValueError(
+      f'The family of a saved model must be one of {sorted(_FAMILIES)}, but is '
+      f'{family!r}. It was written by another version: use that one.'
+    )
+  known = {field.name for field in dataclasses.fields(cls)}
   _check_names('A model config', tree, known)
-  values = {name: _tuples(value) for name, value in tree.items()}
-  for name in _FACTORIES:
-    if tree.get(name) is not None:
-      cls, fields = _part_from_json(tree[name], 'A saved feed-forward')
-      if not issubclass(cls, nn.Module):
-        raise ValueError(_not_a_class('A saved feed-forward', tree[name]))
-      values[name] = functools.partial(cls, **fields)
-  return t5.T5Config(**(values | {'routing': routing} | changes))
+  values = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      values[name] = _factory_from_json(value)
+    else:
+      values[name] = _tuples(value)
+  return cls(**(values | {'routing': routing} | changes))
+
+
+def _factory_from_json(tree):
+  what = 'A saved layer'
+  cls, fields = _part_from_json(tree, what)
+  if not issubclass(cls, nn.Module):
+    raise ValueError(_not_a_class(what, tree))
+  return functools.partial(cls, **fields)
 
 
 def _part_to_json(part, leave_out=frozenset()) -> dict[str, Any]:

@@ -116,6 +116,16 @@ class T5Config:
     of_streams = {'encoder': lengths['inputs'], 'decoder': lengths['targets']}
     model_config.check_mesh(self, mesh_shape, batch_size, of_streams)
 
+  def parts(self) -> dict[str, nn.Module]:
+    """A layer of each field that makes some."""
+    fields = ('sparse_feed_forward', 'sparse_decoder_feed_forward')
+    made = self.sparse_layers().values()
+    return {
+      field: layer
+      for field, layer in zip(fields, made, strict=False)
+      if getattr(self, field) is not None
+    }
+
   def with_layer_changes(self, **changes: Any) -> 'T5Config':
     """This config with other fields in those sparse layers that have them."""
     changed = lambda factory: model_config.changed_factory(factory, changes)
