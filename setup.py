@@ -58,6 +58,7 @@ setuptools.setup(
     'tensorboardX',
     'tensorflow',
     'tensorflow-datasets',
+    'tensorstore',
   ],
   extras_require={
     'gpu': ['jax[cuda12]'],

@@ -7,7 +7,7 @@ rule matches: nothing of a checkpoint is lost without a word.
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,9 +114,17 @@ def without_copies(
 
 
 def check_names(
-  given: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
+  given: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  source: str = 'config.json',
 ) -> None:
-  """Raises ValueError unless names and shapes are those that are wanted."""
+  """Raises ValueError unless names and shapes are those that are wanted.
+
+  Args:
+    given: name to something with a shape.
+    wanted: likewise.
+    source: what describes the model.
+  """
   missing = sorted(set(wanted) - set(given))
   surplus = sorted(set(given) - set(wanted))
   other = [
@@ -135,7 +143,7 @@ def check_names(
   ]
   if found:
     raise ValueError(
-      'The tensors must be those of the model in config.json, but are '
+      f'The tensors must be those of the model in {source}, but are '
       f'{"; ".join(found)}. Take both from the same checkpoint.'
     )
 

@@ -9,14 +9,12 @@ model.safetensors.index.json       which tensor is in which part
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mowe.interop import rules, safetensors_format
+from mowe.interop import new_folder, rules, safetensors_format
 
 _CONFIG = 'config.json'
 _WHOLE = 'model.safetensors'
@@ -76,26 +74,9 @@ def write(
   Raises:
     FileExistsError: the folder is there.
   """
-  folder = pathlib.Path(folder)
-  if os.path.lexists(folder):
-    raise _exists(folder)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = pathlib.Path(
-    tempfile.mkdtemp(prefix=f'{folder.name}.partial-', dir=folder.parent)
-  )
-  try:
+  with new_folder.new_folder(folder) as partial:
     _write_weights(partial, tensors, max_file_bytes)
     _write_json(partial / _CONFIG, config)
-    # mkdtemp gives 0700; other users of a shared folder must read it.
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o777 & ~umask)
-    if os.path.lexists(folder):
-      raise _exists(folder)
-    partial.rename(folder)
-  except BaseException:
-    shutil.rmtree(partial)
-    raise
 
 
 def _read_parts(folder):
@@ -199,10 +180,3 @@ def _write_json(path, tree):
     file.write('\n')
     file.flush()
     os.fsync(file.fileno())
-
-
-def _exists(folder):
-  return FileExistsError(
-    f'{folder} must not be there yet, but is. Choose another folder, or remove '
-    'it.'
-  )
