@@ -19,7 +19,7 @@ _ARROWS = {
   'models': {'models', 'layers', 'words'},
   'training': {'training', 'models', 'layers', 'words'},
   'stores': {'stores', 'training', 'models', 'layers', 'words'},
-  'interop': {'interop', 'models', 'layers', 'words'},
+  'interop': {'interop', 'training', 'models', 'layers', 'words'},
   'data': {'data', 'words'},
   'evaluation': {'evaluation', 'data', 'models', 'layers', 'words'},
 }

@@ -221,7 +221,7 @@ def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
     'z_loss': summed(z_loss),
     'accuracy': summed(right),
   }
-  metrics |= _routing_metrics(model, batch)
+  metrics |= routing_metrics(model, batch)
   return jnp.sum((entropy + z_loss) * weights), metrics, stats
 
 
@@ -237,8 +237,11 @@ def _num_real_tokens(batch):
   }
 
 
-def _routing_metrics(model, batch):
-  """Shares of tokens that had an expert: routed + skipped + padding = all."""
+def routing_metrics(model: nn.Module, batch: Batch) -> Metrics:
+  """Shares of tokens that had an expert: routed + skipped + padding = all.
+
+  Of the streams that have routing ids in the batch.
+  """
   metrics = {}
   for stream in ('encoder', 'decoder'):
     ids = batch.get(f'{stream}_routing_ids')
