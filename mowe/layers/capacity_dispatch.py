@@ -123,14 +123,7 @@ class CapacityDispatch:
     num_experts = kernels['wo'].shape[0]
     # [slots, embed] -> [experts, groups * capacity, embed]
     by_expert = lambda x: x.reshape(num_experts, -1, x.shape[-1])
-    tokens = by_expert(rows)
-    hidden = feed_forward.activate(
-      [
-        jnp.einsum('ecm,emf->ecf', tokens, kernels[name])
-        for name in feed_forward.kernel_names(activations)
-      ],
-      activations,
-    )
+    hidden = feed_forward.hidden_units(by_expert(rows), kernels, activations)
     if keep is not None:
       hidden *= by_expert(keep(plan.pairs)).astype(hidden.dtype)
     outputs = jnp.einsum('ecf,efm->ecm', hidden, kernels['wo'])

@@ -47,8 +47,8 @@ def shard(
       units, and a tree of sums over tokens, which are added up over devices.
       It exchanges rows with other devices itself (`Dispatch.across`).
     groups: arrays <...>[groups, ...], among them `tokens`.
-    kernels: <float>[expert, embed, expert_mlp], and `wo`, <float>[expert,
-      expert_mlp, embed].
+    kernels: <float>[expert, embed, expert_mlp], biases <float>[expert,
+      expert_mlp], and `wo`, <float>[expert, expert_mlp, embed].
     shared: what every device reads whole.
 
   Returns:
@@ -61,8 +61,11 @@ def shard(
   num_experts, expert_dim, _ = kernels['wo'].shape
   check_sizes(mesh.shape, groups['tokens'].shape[0], num_experts, expert_dim)
   of_tokens = PartitionSpec(TOKEN_AXES)
-  inner = PartitionSpec(EXPERT_AXIS, None, HIDDEN_AXIS)
-  outer = PartitionSpec(EXPERT_AXIS, HIDDEN_AXIS)
+
+  def of_kernel(name, array):
+    if name == 'wo':
+      return PartitionSpec(EXPERT_AXIS, HIDDEN_AXIS)
+    return PartitionSpec(EXPERT_AXIS, *(None,) * (array.ndim - 2), HIDDEN_AXIS)
 
   def on_device(groups, kernels, shared):
     # Where copies begin to differ, their gradients are added up: those of
@@ -79,7 +82,7 @@ def shard(
     on_device,
     in_specs=(
       of_tokens,
-      {name: outer if name == 'wo' else inner for name in kernels},
+      {name: of_kernel(name, array) for name, array in kernels.items()},
       PartitionSpec(),
     ),
     out_specs=(of_tokens, PartitionSpec()),

@@ -39,6 +39,7 @@ class ExpertsChoose:
   is_balanced = True
   looks_ahead = True
   bias_rate = 0.0
+  exclusion_rate = 0.0
 
   def __post_init__(self):
     if self.factor <= 0 or self.min_tokens < 1 or not 0 <= self.jitter < 1:
@@ -68,9 +69,11 @@ class ExpertsChoose:
     is_valid: jax.Array,
     routing_ids: jax.Array | None = None,
     selection_bias: jax.Array | None = None,
+    excluded: jax.Array | None = None,
+    training: bool = False,
   ) -> routing.Choices:
     """Choices of all groups; see `routing.Router`."""
-    del routing_ids, selection_bias
+    del routing_ids, selection_bias, excluded, training
     num_groups, num_tokens, _ = logits.shape
     probs = jax.nn.softmax(logits)
     if self.routes_padding:

@@ -33,6 +33,31 @@ def kernel_names(activations: tuple[str, ...]) -> tuple[str, ...]:
   return tuple(f'wi_{i}' for i in range(len(activations)))
 
 
+def bias_name(kernel_name: str) -> str:
+  """Name of the bias that is added after a kernel: `wi_bias`."""
+  return f'{kernel_name}_bias'
+
+
+def hidden_units(
+  rows: jax.Array, kernels: dict[str, jax.Array], activations: tuple[str, ...]
+) -> jax.Array:
+  """Activated projections <float>[..., rows, mlp] of rows [..., rows, embed].
+
+  Args:
+    rows: <float>[..., rows, embed].
+    kernels: `kernel_names` -> <float>[..., embed, mlp], and perhaps
+      `bias_name` of them -> <float>[..., mlp].
+    activations: a name for each kernel.
+  """
+  projections = []
+  for name in kernel_names(activations):
+    projection = rows @ kernels[name]
+    if bias_name(name) in kernels:
+      projection += kernels[bias_name(name)][..., None, :]
+    projections.append(projection)
+  return activate(projections, activations)
+
+
 def activate(
   projections: list[jax.Array], activations: tuple[str, ...]
 ) -> jax.Array:

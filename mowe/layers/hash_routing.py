@@ -88,9 +88,11 @@ class HashRouter:
     is_valid: jax.Array,
     routing_ids: jax.Array | None,
     selection_bias: jax.Array | None = None,
+    excluded: jax.Array | None = None,
+    training: bool = False,
   ) -> routing.Choices:
     """Choices of all groups; see `routing.Router`."""
-    del logits, selection_bias
+    del logits, selection_bias, excluded, training
     if routing_ids is None:
       raise ValueError(
         'HashRouter needs the ids of its tokens as routing_ids, but got None. '

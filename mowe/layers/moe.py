@@ -14,6 +14,8 @@ from mowe.layers import (
   expert_dropout,
   expert_parallel,
   feed_forward,
+  initial_experts,
+  parameter,
   router_losses,
   routing,
   slots,
@@ -29,6 +31,7 @@ def mix(
   ids: jax.Array | None,
   logits: jax.Array | None,
   bias: jax.Array | None,
+  excluded: jax.Array | None,
   dropout: expert_dropout.ExpertDropout | None,
   kernels: dict[str, jax.Array],
   num_experts: int,
@@ -46,6 +49,7 @@ def mix(
     ids: <int32>[groups, tokens], or None.
     logits: <float32>[groups, tokens, experts]; None if nothing is learned.
     bias: <float32>[experts] for the selection of experts, or None.
+    excluded: <bool>[groups, tokens, experts] that no token may have, or None.
     dropout: of hidden units, or None.
     kernels: as ExpertKernels gives them, or this device's part of them.
     num_experts: of all devices.
@@ -53,7 +57,7 @@ def mix(
     dispatch: gives slots, and has them computed.
     losses: how the router's losses are formed.
     activations: as in the dense feed-forward.
-    training: which capacity there is.
+    training: how the router decides, and which capacity there is.
   """
   choices = router(
     logits,
@@ -61,6 +65,8 @@ def mix(
     is_valid=is_valid,
     routing_ids=ids,
     selection_bias=bias,
+    excluded=excluded,
+    training=training,
   )
   plan = dispatch.plan(
     choices, router, num_experts=num_experts, training=training
@@ -93,42 +99,66 @@ class ExpertKernels(nn.Module):
     embed_dim: width of the model.
     expert_dim: hidden units of one expert.
     activations: as in the dense feed-forward.
+    initialization: draws them.
+    use_bias: with biases of the hidden units.
 
   Call: a dict of <float32>[expert, embed, expert_dim] (`wi_0`, `wi_1`, or
-    `wi`) and <float32>[expert, expert_dim, embed] (`wo`).
+    `wi`), <float32>[expert, expert_dim, embed] (`wo`) and perhaps
+    <float32>[expert, expert_dim] (`wi_bias` and so on).
   """
 
   num_experts: int
   embed_dim: int
   expert_dim: int
   activations: tuple[str, ...]
+  initialization: Any = initial_experts.DenseInit()
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self) -> dict[str, jax.Array]:
     inner = (self.num_experts, self.embed_dim, self.expert_dim)
     outer = (self.num_experts, self.expert_dim, self.embed_dim)
-    kernels = {
-      name: _Kernel(inner, ('expert', 'embed', 'expert_mlp'), name=name)()
-      for name in feed_forward.kernel_names(self.activations)
-    }
-    wo = _Kernel(outer, ('expert', 'expert_mlp', 'embed'), name='wo')
-    return kernels | {'wo': wo()}
+    arrays = {}
+    for name in feed_forward.kernel_names(self.activations):
+      arrays[name], bias = _Projection(
+        inner,
+        ('expert', 'embed', 'expert_mlp'),
+        self.initialization.inner(inner),
+        self.use_bias,
+        name=name,
+      )()
+      if self.use_bias:
+        arrays[feed_forward.bias_name(name)] = bias
+    arrays['wo'], _ = _Projection(
+      outer,
+      ('expert', 'expert_mlp', 'embed'),
+      self.initialization.outer(outer),
+      name='wo',
+    )()
+    return arrays
 
 
-class _Kernel(nn.Module):
+class _Projection(nn.Module):
   """A module of its own for the name, `wi_0/kernel`, as in a dense layer."""
 
   shape: tuple[int, ...]
   axes: tuple[str, ...]
+  kernel_init: parameter.Initializer
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self):
-    # Every expert starts as a dense layer of its size would.
-    init = nn.initializers.variance_scaling(
-      1.0, 'fan_in', 'truncated_normal', batch_axis=(0,)
+    kernel = partitioning.param_with_axes(
+      'kernel', self.kernel_init, self.shape, jnp.float32, axes=self.axes
     )
-    return partitioning.param_with_axes(
-      'kernel', init, self.shape, jnp.float32, axes=self.axes
+    if not self.use_bias:
+      return kernel, None
+    return kernel, partitioning.param_with_axes(
+      'bias',
+      nn.initializers.zeros,
+      (self.shape[0], self.shape[2]),
+      jnp.float32,
+      axes=(self.axes[0], self.axes[2]),
     )
 
 
@@ -146,6 +176,9 @@ class MoeLayer(nn.Module):
     dispatch: DroplessDispatch or CapacityDispatch.
     groups: tokens that are routed together.
     losses: how the router's losses are formed.
+    initialization: draws the kernels: DenseInit, SigmaInit, ...
+    use_bias: experts have a bias before the activation, and all of them
+      together one after it; padding gets that one as well.
     shared_expert_dim: hidden units of a dense feed-forward, `shared_expert`,
       that every token meets besides; 0 has none.
     dropout_rate: dropout of the hidden units.
@@ -169,6 +202,8 @@ class MoeLayer(nn.Module):
   dispatch: Any = dropless_dispatch.DroplessDispatch()
   groups: Any = token_groups.TokenGroups()
   losses: Any = router_losses.RouterLosses()
+  initialization: Any = initial_experts.DenseInit()
+  use_bias: bool = False
   shared_expert_dim: int = 0
   dropout_rate: float = 0.0
   expert_dropout_rate: float | None = None
@@ -218,12 +253,14 @@ class MoeLayer(nn.Module):
     batch, length, embed_dim = tokens.shape
     is_valid, ids = self._validity(tokens, routing_ids)
     grouped = self.groups.split(tokens, 0)
-    logits, bias = self._logits(grouped, deterministic)
+    logits, bias, excluded = self._logits(grouped, deterministic)
     kernels = ExpertKernels(
       self.num_experts,
       embed_dim,
       self.expert_dim,
       self.activations,
+      self.initialization,
+      self.use_bias,
       name='expert',
     )()
     kernels = {name: w.astype(self.dtype) for name, w in kernels.items()}
@@ -244,6 +281,7 @@ class MoeLayer(nn.Module):
       'is_valid': is_valid,
       'ids': ids,
       'logits': logits,
+      'excluded': excluded,
     }
     num_pairs = grouped.shape[0] * self.routing.num_pairs(
       grouped.shape[1], self.num_experts
@@ -260,6 +298,8 @@ class MoeLayer(nn.Module):
       )
     outputs = self.groups.merge(outputs, batch, length)
     self._sow(stats)
+    if self.use_bias:
+      outputs += self._output_bias(embed_dim)[None, None, :]
     if self.shared_expert_dim:
       outputs += feed_forward.DenseFeedForward(
         self.shared_expert_dim,
@@ -285,9 +325,12 @@ class MoeLayer(nn.Module):
 
   def _logits(self, tokens, deterministic):
     if not self.routing.is_learned:
-      return None, None
+      return None, None, None
     return routing.LearnedRouting(
-      self.routing, self.num_experts, name='router'
+      self.routing,
+      self.num_experts,
+      self.initialization.router(tokens.shape[-1]),
+      name='router',
     )(tokens, deterministic=deterministic)
 
   def _dropout(self, deterministic, num_pairs, length):
@@ -298,6 +341,13 @@ class MoeLayer(nn.Module):
     return expert_dropout.ExpertDropout.draw(
       self.make_rng('dropout'), rate, num_pairs, length, self.expert_dim
     )
+
+  def _output_bias(self, embed_dim):
+    zeros = nn.initializers.zeros
+    bias = partitioning.param_with_axes(
+      'bias', zeros, (embed_dim,), jnp.float32, axes=('embed',)
+    )
+    return bias.astype(self.dtype)
 
   def _sow(self, stats):
     self.sow(

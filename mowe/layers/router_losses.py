@@ -12,13 +12,23 @@ import jax.numpy as jnp
 
 from mowe.layers import routing, slots
 
+# Fields that a router without weights leaves at zero.
+_SCALARS = (
+  'load_balance',
+  'importance',
+  'z_loss',
+  'group_information',
+  'num_loss_tokens',
+  'entropy',
+)
+
 # The collection that a layer sows its stats into, and their name there.
 COLLECTION = 'router_stats'
 NAME = 'stats'
 
 
 class RouterStats(NamedTuple):
-  """Sums of one layer; all <float32>[] but for the two per expert.
+  """Sums of one layer; all <float32>[] but for the three per expert.
 
   tokens = padding + skipped + left behind + computed, and
   choices = sum(load) + sum(dropped).
@@ -38,7 +48,11 @@ class RouterStats(NamedTuple):
     importance: squared coefficient of variation of the experts' probabilities,
       times `num_loss_tokens`.
     z_loss: squared log-sum-exp of the logits.
-    num_loss_tokens: what the three losses are to be divided by.
+    total_probs: <float32>[experts], softmax of the logits, whose mean over all
+      tokens the entropy regulariser is of.
+    group_information: negative entropy of the mean softmax of each group, times
+      its tokens, where the regulariser is of groups.
+    num_loss_tokens: what all of these are to be divided by.
     num_not_finite: routed tokens with an infinite or NaN logit. A trainer
       refuses to go on if there is one.
   """
@@ -56,6 +70,8 @@ class RouterStats(NamedTuple):
   load_balance: jax.Array
   importance: jax.Array
   z_loss: jax.Array
+  total_probs: jax.Array
+  group_information: jax.Array
   num_loss_tokens: jax.Array
   num_not_finite: jax.Array
 
@@ -68,10 +84,14 @@ def add(first: RouterStats, second: RouterStats) -> RouterStats:
 def losses(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
   """Sum and count of each loss; only these have gradients."""
   count = stats.num_loss_tokens
+  # Of the mean over everything that was added up: devices, not only groups.
+  mean_probs = stats.total_probs / jnp.maximum(count, 1)
+  information = count * _information(mean_probs) + stats.group_information
   return {
     'load_balance_loss': (stats.load_balance, count),
     'router_z_loss': (stats.z_loss, count),
     'importance_loss': (stats.importance, count),
+    'entropy_regularizer': (information, count),
   }
 
 
@@ -118,8 +138,12 @@ def balanced_bias(
 class RouterLosses:
   """Losses over real tokens, one at perfect balance for any k.
 
+  The entropy regulariser is at least -log(experts), and its probabilities are
+  the mean over all tokens of the batch.
+
   Source: load balance: Switch, arXiv 2101.03961, equation 4; z-loss: ST-MoE,
-  arXiv 2202.08906; importance: arXiv 1701.06538, equation 7.
+  arXiv 2202.08906; importance: arXiv 1701.06538, equation 7; entropy: arXiv
+  2310.10837, section 5.
   """
 
   def sums(
@@ -129,7 +153,7 @@ class RouterLosses:
     num_chosen: jax.Array,
     is_valid: jax.Array,
   ) -> dict[str, jax.Array]:
-    """The four loss fields of `RouterStats`.
+    """The six loss fields of `RouterStats`.
 
     Args:
       logits: <float32>[groups, tokens, experts].
@@ -144,11 +168,38 @@ class RouterLosses:
     shares = _ratio(num_chosen, jnp.sum(num_chosen, axis=1, keepdims=True))
     squares = num_experts * jnp.sum(total_probs**2, axis=1)
     z = jax.nn.logsumexp(logits, axis=-1)
-    return {
+    # [groups, experts]; `probs` may be sigmoids.
+    total_softmax = jnp.sum(
+      jnp.where(is_valid[:, :, None], jax.nn.softmax(logits), 0), axis=1
+    )
+    return self._regularizer(total_softmax, num_valid) | {
       'load_balance': num_experts * jnp.sum(shares * total_probs),
       'importance': jnp.sum(_ratio(squares, num_valid) - num_valid),
       'z_loss': jnp.sum(jnp.where(is_valid, z**2, 0)),
       'num_loss_tokens': jnp.sum(num_valid),
+    }
+
+  def _regularizer(self, total_softmax, num_valid):
+    del num_valid
+    return {
+      'total_probs': jnp.sum(total_softmax, axis=0),
+      'group_information': jnp.zeros(()),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupEntropyLosses(RouterLosses):
+  """The same, but the entropy regulariser is of each group by itself.
+
+  With SequenceGroups it is of each sequence. Groups weigh as much as they have
+  real tokens.
+  """
+
+  def _regularizer(self, total_softmax, num_valid):
+    mean = total_softmax / jnp.maximum(num_valid, 1)[:, None]
+    return {
+      'total_probs': jnp.zeros_like(total_softmax[0]),
+      'group_information': jnp.sum(num_valid * _information(mean)),
     }
 
 
@@ -189,9 +240,8 @@ def measure(
   load = plan.group_sizes.astype(jnp.float32)
   chosen = count(num_chosen)
   zero = jnp.zeros((), jnp.float32)
-  sums = dict.fromkeys(
-    ('load_balance', 'importance', 'z_loss', 'num_loss_tokens', 'entropy'), zero
-  )
+  sums = dict.fromkeys(_SCALARS, zero)
+  sums['total_probs'] = jnp.zeros_like(load)
   num_not_finite = zero
   if logits is not None:
     sums |= router_losses.sums(logits, choices.probs, num_chosen, is_valid)
@@ -224,3 +274,9 @@ def _ratio(total, count):
 
 def _entropy(probs):
   return -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1)
+
+
+def _information(probs):
+  """Negative entropy; its gradient is finite where a probability is zero."""
+  smallest = jnp.finfo(probs.dtype).tiny
+  return jnp.sum(probs * jnp.log(jnp.maximum(probs, smallest)), axis=-1)

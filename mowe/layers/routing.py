@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
+from mowe.layers import parameter
+
 # Name of the parameter in the module `router`.
 SELECTION_BIAS = 'selection_bias'
 
@@ -67,6 +69,8 @@ class Router(Protocol):
     is_valid: jax.Array,
     routing_ids: jax.Array | None,
     selection_bias: jax.Array | None,
+    excluded: jax.Array | None,
+    training: bool,
   ) -> Choices:
     """Choices of all groups.
 
@@ -77,6 +81,9 @@ class Router(Protocol):
       routing_ids: <int32>[groups, tokens], or None.
       selection_bias: <float32>[experts] added to the scores when experts are
         selected, and not to the weights; or None.
+      excluded: <bool>[groups, tokens, experts], what no token may have this
+        time; or None.
+      training: decides as in training.
     """
 
 
@@ -89,6 +96,7 @@ class RouterWeights(nn.Module):
     jitter: in training, inputs are multiplied by numbers drawn evenly from
       1 - jitter .. 1 + jitter, out of the `dropout` stream. Experts get the
       tokens without it.
+    kernel_init: draws the kernel, <float32>[embed, experts].
 
   Call: tokens <float>[groups, tokens, embed] to <float32>[groups, tokens,
     experts].
@@ -97,6 +105,8 @@ class RouterWeights(nn.Module):
   num_experts: int
   use_bias: bool = False
   jitter: float = 0.0
+  # 0.02, as in flaxformer: the first choices are nearly even.
+  kernel_init: parameter.Initializer = parameter.normal(0.02)
 
   @nn.compact
   def __call__(
@@ -110,7 +120,9 @@ class RouterWeights(nn.Module):
         minval=1 - self.jitter,
         maxval=1 + self.jitter,
       )
-    return _Projection(self.num_experts, self.use_bias, name='w')(tokens)
+    return _Projection(
+      self.num_experts, self.use_bias, self.kernel_init, name='w'
+    )(tokens)
 
 
 class _Projection(nn.Module):
@@ -118,16 +130,15 @@ class _Projection(nn.Module):
 
   features: int
   use_bias: bool
+  kernel_init: parameter.Initializer
 
   @nn.compact
   def __call__(self, inputs):
     make = lambda name, init, shape, axes: partitioning.param_with_axes(
       name, init, shape, jnp.float32, axes=axes
     )
-    # 0.02, as in flaxformer: the first choices are nearly even.
-    normal = nn.initializers.normal(0.02)
     shape = (inputs.shape[-1], self.features)
-    kernel = make('kernel', normal, shape, ('embed', 'unmodeled'))
+    kernel = make('kernel', self.kernel_init, shape, ('embed', 'unmodeled'))
     logits = jnp.matmul(inputs, kernel, precision=jax.lax.Precision.HIGHEST)
     if self.use_bias:
       bias = make('bias', nn.initializers.zeros, (shape[1],), ('unmodeled',))
@@ -135,8 +146,27 @@ class _Projection(nn.Module):
     return logits
 
 
+class ExcludedExperts(nn.Module):
+  """Leaves experts out at random: in sigma-MoE, expert dropout.
+
+  Source: arXiv 2310.10837, section 5. Each token loses experts of its own.
+
+  Attributes:
+    rate: share of the experts that is left out.
+
+  Call: the shape of the logits to <bool>[groups, tokens, experts], drawn from
+    the `dropout` stream.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.uniform(self.make_rng('dropout'), shape) < self.rate
+
+
 class LearnedRouting(nn.Module):
-  """What a learned router reads: its logits and its selection bias.
+  """What a learned router reads: logits, selection bias, excluded experts.
 
   No gradient reaches the bias: it is a parameter so that it is saved and read
   with the model, and `router_losses.balanced_bias` gives its next value.
@@ -144,22 +174,26 @@ class LearnedRouting(nn.Module):
   Attributes:
     router: what decides.
     num_experts: experts to choose from.
+    kernel_init: draws the kernel of the logits.
 
   Call: tokens <float>[groups, tokens, embed] to logits <float32>[groups,
-    tokens, experts] and the bias <float32>[experts], None without one.
+    tokens, experts], the bias <float32>[experts], and <bool>[groups, tokens,
+    experts]; None for each of the latter two that there is not.
   """
 
   router: Any
   num_experts: int
+  kernel_init: parameter.Initializer = parameter.normal(0.02)
 
   @nn.compact
   def __call__(
     self, tokens: jax.Array, *, deterministic: bool
-  ) -> tuple[jax.Array, jax.Array | None]:
+  ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     logits = RouterWeights(
       self.num_experts,
       self.router.use_bias,
       self.router.jitter,
+      self.kernel_init,
       name='router_weights',
     )(tokens, deterministic=deterministic)
     bias = None
@@ -173,4 +207,9 @@ class LearnedRouting(nn.Module):
           axes=('unmodeled',),
         )
       )
-    return logits, bias
+    excluded = None
+    if self.router.exclusion_rate > 0 and not deterministic:
+      excluded = ExcludedExperts(self.router.exclusion_rate, name='excluded')(
+        logits.shape
+      )
+    return logits, bias, excluded

@@ -50,7 +50,8 @@ def feed_forward_by_expert(
     rows: <float>[rows, embed], those of expert 0 first, then of expert 1, ...;
       at least `tile_size(share)` further rows follow that no expert owns.
     kernels: `wi` or `wi_0`, `wi_1` <float>[expert, embed, expert_mlp] and `wo`
-      <float>[expert, expert_mlp, embed].
+      <float>[expert, expert_mlp, embed]; perhaps `wi_bias` <float>[expert,
+      expert_mlp] and so on.
     group_sizes: <int32>[expert], rows of each expert; zero is allowed.
     dropout: of hidden units, or None. Masks are read where they are used:
       written for all rows they would be as large as the hidden units.
@@ -130,10 +131,7 @@ feed_forward_by_expert.defvjp(_forward, _backward)
 
 def _expert(rows, kernels, keep, activations):
   """Feed-forward of rows [rows, embed] of one expert."""
-  names = feed_forward.kernel_names(activations)
-  hidden = feed_forward.activate(
-    [rows @ kernels[name] for name in names], activations
-  )
+  hidden = feed_forward.hidden_units(rows, kernels, activations)
   if keep is not None:
     hidden *= keep
   return hidden @ kernels['wo']

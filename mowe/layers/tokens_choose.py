@@ -1,6 +1,7 @@
-"""Each token chooses its k experts: Switch (k = 1), GShard, DeepSeek."""
+"""Each token chooses its k experts: Switch (k = 1), GShard, sigma-MoE."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ class TokensChoose:
   """The k best scores of each token; all first choices come before any second.
 
   Source: Switch, arXiv 2101.03961; batch priority: V-MoE, arXiv 2106.05974;
-  sigmoid scores and the selection bias: DeepSeek-V3, arXiv 2412.19437.
+  sigmoid scores and excluded experts: sigma-MoE, arXiv 2310.10837; the
+  selection bias: DeepSeek-V3, arXiv 2412.19437.
 
   Attributes:
     k: experts of a token.
@@ -23,6 +25,9 @@ class TokensChoose:
       of earlier ones. Encoders only: it looks ahead.
     bias_rate: step of the selection bias that balances loads without a loss;
       0 has no bias.
+    exclusion_rate: share of the experts that a token cannot have in training,
+      other ones for each token (expert dropout of sigma-MoE). A token that is
+      left with fewer than k has those.
     jitter: noise on the router's inputs in training.
     use_bias: the router's projection has a bias.
     routes_padding: padding chooses as other tokens do, with weight zero, as in
@@ -37,6 +42,7 @@ class TokensChoose:
   renormalize: bool = False
   batch_prioritized: bool = False
   bias_rate: float = 0.0
+  exclusion_rate: float = 0.0
   jitter: float = 0.0
   use_bias: bool = False
   routes_padding: bool = False
@@ -54,6 +60,11 @@ class TokensChoose:
         'renormalize must come with k of at least 2, but k is 1: the only '
         'weight would always be 1, and no gradient would reach the router. '
         'Leave renormalize out, or raise k.'
+      )
+    if not 0 <= self.exclusion_rate < 1:
+      raise ValueError(
+        'exclusion_rate must lie in 0..1, and below 1, or no expert would be '
+        f'left, but is {self.exclusion_rate}. sigma-MoE has 0.05 or 0.1.'
       )
     if not 0 <= self.jitter < 1 or self.bias_rate < 0:
       raise ValueError(
@@ -86,29 +97,63 @@ class TokensChoose:
     is_valid: jax.Array,
     routing_ids: jax.Array | None = None,
     selection_bias: jax.Array | None = None,
+    excluded: jax.Array | None = None,
+    training: bool = False,
   ) -> routing.Choices:
     """Choices of all groups; see `routing.Router`."""
     del routing_ids
     scores = jax.nn.sigmoid(logits) if self.sigmoid else jax.nn.softmax(logits)
-    # The mask comes first: padding then has equal scores, all zero.
+    is_real = is_valid[:, :, None]
+    is_allowed = jnp.broadcast_to(is_real, logits.shape)
     if self.routes_padding:
-      scores *= is_valid[:, :, None]
-    selected = jax.lax.stop_gradient(scores)
-    if selection_bias is not None:
-      selected += selection_bias[None, None, :]
-    experts = jax.lax.top_k(selected, self.k)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+      # Padding has equal scores, all zero.
+      scores *= is_real
+      logits = jnp.where(is_real, logits, 0)
+      is_allowed = jnp.ones_like(is_allowed)
+    if excluded is not None:
+      is_allowed &= ~excluded
+    ranks = self.ranks(
+      logits, scores, selection_bias, is_valid=is_valid, training=training
+    )
+    ranks = jax.lax.stop_gradient(jnp.where(is_allowed, ranks, -jnp.inf))
+    experts = jax.lax.top_k(ranks, self.k)[1]
+    of_chosen = functools.partial(jnp.take_along_axis, indices=experts, axis=-1)
+    is_chosen = of_chosen(is_allowed)
+    own = of_chosen(scores)
     # By the scores: renormalised weights of one choice are all equal.
-    priority = jax.lax.stop_gradient(weights[:, :, 0] * is_valid)
+    priority = jax.lax.stop_gradient(own[:, :, 0] * is_valid)
     if self.renormalize:
-      weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
-    weights *= is_valid[:, :, None]
-    if not self.routes_padding:
-      experts = jnp.where(is_valid[:, :, None], experts, num_experts)
+      own = self._shares(own, of_chosen(logits), is_chosen)
+    weights = jnp.where(is_chosen & is_real, own, 0)
+    experts = jnp.where(is_chosen, experts, num_experts)
     probs = scores
     if self.sigmoid:
       probs /= jnp.sum(scores, axis=-1, keepdims=True) + 1e-20
     return self._in_order(experts, weights, probs, priority)
+
+  def ranks(
+    self,
+    logits: jax.Array,
+    scores: jax.Array,
+    selection_bias: jax.Array | None,
+    *,
+    is_valid: jax.Array,
+    training: bool,
+  ) -> jax.Array:
+    """<float32>[groups, tokens, experts], the k largest of which are chosen."""
+    del is_valid, training
+    if selection_bias is not None:
+      return scores + selection_bias[None, None, :]
+    # Scores have the same order, but ties: large sigmoids are all 1.
+    return logits
+
+  def _shares(self, scores, logits, is_chosen):
+    if self.sigmoid:
+      scores = jnp.where(is_chosen, scores, 0)
+      return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    # The softmax of the chosen alone: no sum of small numbers to divide by.
+    lowest = jnp.finfo(logits.dtype).min
+    return jax.nn.softmax(jnp.where(is_chosen, logits, lowest))
 
   def _in_order(self, experts, weights, probs, priority):
     num_groups, num_tokens, k = experts.shape

@@ -21,17 +21,23 @@ LayerStats = dict[tuple[str, ...], router_losses.RouterStats]
 
 @dataclasses.dataclass(frozen=True)
 class RouterLossConfig:
-  """Coefficients of the routers' losses, each a mean over layers and tokens.
+  """Coefficients of the routers' losses.
+
+  All but the last are means over layers and tokens.
 
   Attributes:
     load_balance: of the loss that is 1 at perfect balance.
     z_loss: of the squared log-sum-exp of the router's logits.
     importance: of the squared variation of the experts' total probability.
+    entropy: of the negative entropy of the experts' mean probability. It is
+      added up over layers, as in sigma-MoE, where it is 0.001 or less; with
+      microbatches the mean is over the tokens of each.
   """
 
   load_balance: float = 0.01
   z_loss: float = 0.0
   importance: float = 0.0
+  entropy: float = 0.0
 
 
 def layer_stats(variables: Any) -> LayerStats:
@@ -44,7 +50,7 @@ def layer_stats(variables: Any) -> LayerStats:
 def loss(
   stats: LayerStats, config: RouterLossConfig, shares: dict[str, jax.Array]
 ) -> jax.Array:
-  """The weighted losses, averaged over layers.
+  """The weighted losses of all layers; see `RouterLossConfig`.
 
   Args:
     stats: of one microbatch.
@@ -53,6 +59,7 @@ def loss(
       the batch: with them microbatches add up to the mean over the batch.
   """
   total = jnp.zeros(())
+  regularizer = jnp.zeros(())
   for path, one in stats.items():
     means = {
       name: value / jnp.maximum(count, 1)
@@ -63,7 +70,9 @@ def loss(
       + config.z_loss * means['router_z_loss']
       + config.importance * means['importance_loss']
     )
-  return total / max(1, len(stats))
+    share = shares[path[0]]
+    regularizer += share * config.entropy * means['entropy_regularizer']
+  return total / max(1, len(stats)) + regularizer
 
 
 def metrics(stats: LayerStats) -> dict[str, Mean]:

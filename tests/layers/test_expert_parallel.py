@@ -228,6 +228,19 @@ def test_noise_is_that_of_one_device(dispatch):
   assert np.any(quiet['outputs'] != expected['outputs'])
 
 
+@pytest.mark.parametrize('dispatch', DISPATCHES)
+def test_excluded_experts_and_biases_are_those_of_one_device(dispatch):
+  router = tokens_choose.TokensChoose(3, sigmoid=True, exclusion_rate=0.8)
+  layer = make_layer(router, dispatch, use_bias=True)
+  key = jax.random.key(3)
+  step, arguments = on_mesh(layer, MESHES['2x2x2'], key)
+  found = step(*arguments)
+  params, _ = make_parameters(layer)
+  alone = jax.jit(functools.partial(value_and_gradients, layer, key))
+  check_equal(found, alone(params, *make_inputs()))
+  assert found['stats'].num_skipped > 0
+
+
 def test_without_the_mesh_xla_splits_the_layer():
   layer = make_layer()
   mesh = partitioning.make_mesh(**MESHES['2x2x2'])

@@ -5,9 +5,8 @@ options of a case come from the JSON file alone.
 """
 
 import dataclasses
-import functools
-import json
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,25 +25,13 @@ _ACTIVATIONS = {'gelu_tanh': 'gelu', 'relu': 'relu', 'linear': 'linear'}
 
 
 def pytest_generate_tests(metafunc):
-  """One test per case of the folder; one that skips if it is not there."""
-  path = metafunc.config.parity_dir / 'moe_routers.json'
-  if not path.is_file():
-    reason = f'needs {path}; name its folder with --golden_dir'
-    skip = pytest.param(None, marks=pytest.mark.skip(reason=reason))
-    metafunc.parametrize('case', [skip])
-    return
-  cases = json.loads(path.read_text())['cases']
   kind = 'router' if metafunc.function is test_router else 'layer'
-  names = [name for name, case in cases.items() if case['kind'] == kind]
-  metafunc.parametrize('case', names)
+  golden_cases.parametrize(metafunc, 'moe_routers', {kind})
 
 
 @pytest.fixture(scope='module')
 def golden(request):
-  folder = request.config.parity_dir
-  with np.load(folder / 'moe_routers.npz') as arrays:
-    arrays = dict(arrays)
-  return json.loads((folder / 'moe_routers.json').read_text()), arrays
+  return golden_cases.read(request.config.parity_dir, 'moe_routers')
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +41,7 @@ def highest_precision():
 
 
 def test_router(case, golden):
-  options, arrays, check = load(golden, case)
+  options, arrays, check = golden_cases.load(golden, case)
   inputs = arrays['inputs']['inputs']
   num_experts, capacity = options['num_experts'], options['capacity']
   router = make_router(options, options['group_size'], capacity)
@@ -82,7 +69,9 @@ def test_router(case, golden):
     )
     return losses_of(stats) | {'choices': choices, 'plan': plan}
 
-  found, grads = values_and_gradients(options, run, arrays['params'])
+  found, grads = golden_cases.values_and_gradients(
+    options, run, arrays['params']
+  )
   as_arrays = as_masks if options['dispatch'] == 'mask' else as_indices
   found |= as_arrays(found['choices'], found['plan'], num_experts, capacity)
   check('outputs', found)
@@ -101,7 +90,7 @@ class Exactly(capacity_dispatch.CapacityDispatch):
 
 
 def test_layer(case, golden):
-  options, arrays, check = load(golden, case)
+  options, arrays, check = golden_cases.load(golden, case)
   tokens = arrays['inputs']['inputs']
   layer = make_layer(options)
   training = options['mode'] == 'train'
@@ -134,7 +123,7 @@ def test_layer(case, golden):
     return {'outputs': outputs} | losses_of(stats) | metrics
 
   params = arrays['params'] | {'inputs': tokens}
-  found, grads = values_and_gradients(
+  found, grads = golden_cases.values_and_gradients(
     options, run, params, arrays['cotangents']
   )
   check('outputs', found)
@@ -280,71 +269,3 @@ def as_indices(choices, plan, num_experts, capacity):
     'dispatch_indices': np.stack([experts, position], -1).astype(np.int32),
     'combine_weights': weights,
   }
-
-
-def values_and_gradients(options, run, params, cotangents=None):
-  """What `run` finds, with the objectives, and their gradients by name."""
-  found, grads = {}, {}
-  for name, weights in options['objectives'].items():
-
-    def objective(params, weights=weights):
-      found = run(params)
-      total = 0.0
-      for role, weight in weights.items():
-        parts = {role: 1.0} if role in found else cotangents
-        for output, cotangent in parts.items():
-          total += weight * jnp.sum(found[output] * cotangent)
-      return total, found
-
-    differentiated = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    (total, values), grads[name] = differentiated(params)
-    found |= values | {name: total}
-  return found, grads
-
-
-def load(golden, case):
-  """Options and arrays by role, and what compares found arrays with them."""
-  document, arrays = golden
-  options = document['cases'][case]
-  read = lambda roles: {role: arrays[name] for role, name in roles.items()}
-  groups = options['arrays']
-  given = {
-    part: jax.tree.map(jnp.asarray, read(groups[part]))
-    for part in ('inputs', 'params', 'cotangents')
-  }
-
-  def check(part, found, key=None):
-    roles = groups[part] if key is None else groups[part][key]
-    rules = options['comparison']
-    for role, expected in read(roles).items():
-      rule = rules.get(role)
-      if role not in found and rule == 'optional':
-        continue
-      compare(
-        np.asarray(found[role]),
-        expected,
-        rule=rule,
-        tolerance=document['tolerances'][part],
-        capacity=options['capacity'],
-        what=f'{case}: {part} {role}',
-      )
-
-  return options, given, check
-
-
-def compare(found, expected, *, rule, tolerance, capacity, what):
-  assert found.shape == expected.shape, what
-  if rule == 'clip_positions':
-    clip = functools.partial(np.minimum, [np.iinfo(np.int32).max, capacity])
-    found, expected = clip(found), clip(expected)
-  if np.issubdtype(expected.dtype, np.integer):
-    np.testing.assert_array_equal(found, expected, err_msg=what)
-    return
-  largest = np.abs(expected).max(initial=0)
-  np.testing.assert_allclose(
-    found,
-    expected,
-    rtol=tolerance['rtol'],
-    atol=tolerance['atol'] + tolerance['max_rtol'] * largest,
-    err_msg=what,
-  )

@@ -83,7 +83,7 @@ def _run(model, batch, config=None, num_microbatches=1, state=None):
 def test_the_loss_has_the_mean_of_the_routers_losses():
   model, batch = _model(), _batch()
   config = router_training.RouterLossConfig(
-    load_balance=0.5, z_loss=0.25, importance=0.125
+    load_balance=0.5, z_loss=0.25, importance=0.125, entropy=0.0625
   )
   state, new, metrics = _run(model, batch, config)
 
@@ -99,6 +99,9 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
         * (0.5 * one.load_balance + 0.25 * one.z_loss + 0.125 * one.importance)
         / one.num_loss_tokens
       )
+      # Not halved: added up over both layers.
+      probs = one.total_probs / one.num_loss_tokens
+      total += 0.0625 * jnp.sum(probs * jnp.log(probs))
     return total
 
   grads = tiny.jit(jax.grad(loss))(state.params)
