@@ -101,6 +101,7 @@ class Run:
       row_optimizer,
       partitioning.make_mesh(),
       seed=0,
+      batch_size=arguments.batch_size,
     )
     self._words = Words(arguments)
     ladder = plans.profile_ladder(

@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 
 from mowe.data import cache as cache_lib
-from mowe.data import cache_builders, text_files
+from mowe.data import cache_builders, lm_cache, text_files
 from mowe.words import subwords as subwords_lib
 
-KINDS = ('text', 'questions')
+KINDS = ('text', 'questions', lm_cache.KIND)
 TASK_MODULES = ('mowe.tasks.pretraining', 'mowe.tasks.closed_book_qa')
 # Below this a process pool costs more than it saves.
 _BYTES_WORTH_WORKERS = 32 * 2**20
@@ -39,7 +39,8 @@ def cache_task(
     output: the folder to write.
     vocabulary: a SentencePiece file, or 'bytes'.
     files: paths or globs of .jsonl, .txt, and either with .gz.
-    kind: of files: 'text' for pretraining, 'questions' for question answering.
+    kind: of files: 'text' for pretraining, 'questions' for question answering,
+      'language_model' for running text.
     seqio_task: name of a registered task; loads TensorFlow.
     split: of the seqio task.
     task_modules: imported first, to register the seqio task; one that has a
@@ -47,8 +48,9 @@ def cache_task(
       None: mowe's own, TASK_MODULES.
     tfds_data_dir: where TFDS keeps its data sets.
     extra_ids: sentinels of the vocabulary.
-    field: of kind 'text', holds the text.
-    unit: of text files: 'line' or 'paragraph' is one record.
+    field: of records of text, holds the text.
+    unit: of text files: 'line' or 'paragraph' is one record; running text has
+      the units of `lm_cache`.
     prompt: of kind 'questions', the inputs, with fields in braces.
     answers_field: of kind 'questions', a list of answers or one answer.
     overwrite: replace a cache that was made from other things.
@@ -100,6 +102,11 @@ def cache_task(
     'num_workers': num_workers,
     'progress': progress,
   }
+  if kind == lm_cache.KIND:
+    del shared['sources']
+    return lm_cache.cache_texts(
+      files, output, subwords, field=field, unit=unit, **shared
+    )
   if kind == 'text':
     # A source's digest does not tell how it was cut into records.
     shared['sources'] = [{**source, 'unit': unit} for source in sources]

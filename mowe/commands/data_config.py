@@ -9,8 +9,10 @@ from flax import linen as nn
 
 from mowe.data import batches as batches_lib
 from mowe.data import cache as cache_lib
+from mowe.data import lm_batches
 from mowe.data import tasks as tasks_lib
 from mowe.evaluation import inference
+from mowe.models import model_config
 
 # What a folder with a token cache holds.
 _CACHE_FILE = 'cache.json'
@@ -26,12 +28,13 @@ class DataConfig:
   Attributes:
     mixture_or_task_name: folder of a token cache below `cache_dir`, several
       with their rates ({'a': 0.7, 'b': 0.3}), or a seqio mixture or task.
-    task_feature_lengths: tokens of 'inputs' and 'targets', EOS included.
+    task_feature_lengths: tokens of 'inputs' and 'targets', EOS included. A
+      model with one stack has both in a row, and language models no inputs.
     batch_size: rows of a batch.
     cache_dir: folder of token caches.
     use_cached_tasks: read token caches; otherwise stream with seqio.
-    objective: makes a task of a text cache: `tasks.SpanCorruptionTask` or
-      `tasks.SalientSpanTask`.
+    objective: makes a task of a cache of text: `tasks.SpanCorruptionTask`,
+      `tasks.SalientSpanTask`, or for language models one of `lm_tasks`.
     pack: several examples in a row.
     split: of a seqio mixture.
     seed: of the order of examples and of masking.
@@ -52,9 +55,16 @@ class DataConfig:
   trial_steps: int = 20
   registered_tasks: Any = None
 
-  def open(self, vocabulary: Any) -> Any:
-    """The batches; caches are checked against the subword vocabulary."""
+  def open(self, vocabulary: Any, model: model_config.ModelConfig) -> Any:
+    """The batches that a model reads.
+
+    Raises:
+      ValueError: a cache was made with another subword vocabulary, or the task
+        does not fit the model.
+    """
+    is_one_stack = 'encoder' not in model.streams
     if not self.use_cached_tasks:
+      _check_memory(model, False)
       # Only here: seqio and TensorFlow take seconds to load.
       from mowe.data import seqio_stream
 
@@ -65,19 +75,37 @@ class DataConfig:
         split=self.split,
         seed=self.seed,
         pack=self.pack,
+        is_one_stack=is_one_stack,
       )
     pairs = [
       (self._task(cache, name), rate)
       for name, rate in self._rates().items()
       for cache in [self.open_cache(name, vocabulary)]
     ]
+    contiguous = [
+      task for task, _ in pairs if getattr(task, 'is_contiguous', False)
+    ]
+    _check_memory(model, bool(contiguous))
+    if contiguous:
+      self._check_contiguous(pairs, is_one_stack)
+      return lm_batches.ContiguousBatches(contiguous[0], self.batch_size)
     return batches_lib.Batches(
       pairs,
       self.batch_size,
       self.task_feature_lengths,
       seed=self.seed,
       pack=self.pack,
+      of_rows=lm_batches.make_batch if is_one_stack else None,
     )
+
+  def _check_contiguous(self, pairs, is_one_stack):
+    if len(pairs) > 1 or self.pack or not is_one_stack:
+      raise ValueError(
+        'Text in its order must be that of one task, not packed, for a model '
+        f'with one stack, but there are {len(pairs)} tasks, pack is '
+        f'{self.pack}, and the model has {"one" if is_one_stack else "two"}. '
+        'Set OBJECTIVE = @lm_tasks.LanguageModelTask for text in any order.'
+      )
 
   def open_cache(self, name: str, vocabulary: Any) -> cache_lib.TokenCache:
     """The token cache of one task."""
@@ -105,7 +133,7 @@ class DataConfig:
       params,
       batch_size=self.batch_size,
       max_target_length=lengths['targets'],
-      input_lengths=(lengths['inputs'],),
+      input_lengths=(lengths.get('inputs', 0),),
       **options,
     )
 
@@ -136,6 +164,15 @@ class DataConfig:
     if cache.kind in _TEXT_TO_TEXT:
       make = tasks_lib.TextToTextTask
     return make(cache, self.task_feature_lengths, name=name)
+
+
+def _check_memory(model: model_config.ModelConfig, is_contiguous: bool) -> None:
+  if model.memory_length and not is_contiguous:
+    raise ValueError(
+      'A model with a memory must read text in its order, but memory_length is '
+      f'{model.memory_length} and the task draws its rows from anywhere. Set '
+      'OBJECTIVE = @lm_tasks.ContiguousText, or memory_length = 0.'
+    )
 
 
 def _settings(task: tasks_lib.Task) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""`mowe evaluate`: questions of a task answered by a trained model."""
+"""`mowe evaluate`: a trained model answers questions, or predicts a text."""
 
+import json
+import pathlib
 from collections.abc import Callable
 
 from mowe.commands import data_config, model_folder, show_progress
 from mowe.evaluation import evaluate as evaluate_lib
-from mowe.evaluation import text_metrics
+from mowe.evaluation import language_modeling, text_metrics
 from mowe.models import decoding
 from mowe.stores import expert_stores
+from mowe.words import subwords
 
 
 def evaluate(
@@ -17,20 +20,26 @@ def evaluate(
   store: expert_stores.Store | None = None,
   strategy: decoding.Strategy = decoding.Greedy(),
   metric: Callable[..., dict[str, float]] = text_metrics.squad,
-) -> evaluate_lib.EvaluationResult:
+  reading: language_modeling.ReadingConfig = language_modeling.ReadingConfig(),
+) -> evaluate_lib.EvaluationResult | language_modeling.TextScore:
   """Answers every question of a token cache and scores the answers.
+
+  A cache of text has no questions: a decoder-only model predicts its tokens.
 
   Args:
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
-    output_dir: gets predictions.jsonl and results.json.
-    data: the questions.
+    output_dir: gets results.json, and for questions predictions.jsonl.
+    data: the questions, or the text.
     store: where word experts lie; None: on the device, or on disk if their
       tables are large.
     strategy: how answers are generated.
     metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
+    reading: how a text is read.
   """
   loaded = model_folder.load(checkpoint_path, store)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
+  if 'inputs' not in cache.features:
+    return _score_text(loaded, cache, data, reading, pathlib.Path(output_dir))
   generator = data.make_generator(
     loaded.model, loaded.params, strategy=strategy
   )
@@ -53,3 +62,23 @@ def evaluate(
       f'({relation.num_questions:,})'
     )
   return result
+
+
+def _score_text(loaded, cache, data, reading, folder):
+  with show_progress.counting('tokens') as progress:
+    score = language_modeling.score_text(
+      loaded.model,
+      loaded.params,
+      cache,
+      batch_size=data.batch_size,
+      length=data.task_feature_lengths['targets'],
+      reading=reading,
+      progress=progress,
+    )
+  content = json.dumps(language_modeling.as_json(score), indent=2) + '\n'
+  subwords.write_atomically(folder / 'results.json', content.encode())
+  print(
+    f'{data.mixture_or_task_name}: {language_modeling.describe(score)}  '
+    f'step {loaded.step}'
+  )
+  return score

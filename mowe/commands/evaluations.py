@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from mowe.commands import data_config
-from mowe.evaluation import evaluate, text_metrics
+from mowe.evaluation import evaluate, language_modeling, text_metrics
 from mowe.models import model_config, parameters
 from mowe.training import metrics as metrics_lib
 from mowe.training import step as step_lib
@@ -70,7 +70,8 @@ class LossEvaluation:
     """Makes the batches once, and what plans them for the current mesh."""
     batches = list(
       itertools.islice(
-        self.data.open(vocabulary).eval_batches(), self.num_batches
+        self.data.open(vocabulary, model.config).eval_batches(),
+        self.num_batches,
       )
     )
     router = make_router(
@@ -84,6 +85,42 @@ class LossEvaluation:
         metrics = eval_step(params, tables, *router(batch))
         totals = metrics_lib.merge(totals, jax.device_get(metrics))
       values = metrics_lib.compute(totals)
+      return {f'{self.name}/{key}': value for key, value in values.items()}
+
+    return evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEvaluation:
+  """Perplexity of a text, and bits per byte where its bytes were counted.
+
+  Attributes:
+    data: one token cache of text; the length of 'targets' is that of a window.
+    reading: how windows follow each other.
+    name: before the metrics' names.
+  """
+
+  data: data_config.DataConfig
+  reading: language_modeling.ReadingConfig = language_modeling.ReadingConfig()
+  name: str = 'validation'
+
+  def prepare(
+    self, model: nn.Module, vocabulary: Any, loss: step_lib.LossConfig
+  ) -> Evaluation:
+    """Opens the text once."""
+    del loss
+    cache = self.data.open_cache(self.data.mixture_or_task_name, vocabulary)
+
+    def evaluation(params, tables):
+      score = language_modeling.score_text(
+        model,
+        parameters.merge_tables(params, tables),
+        cache,
+        batch_size=self.data.batch_size,
+        length=self.data.task_feature_lengths['targets'],
+        reading=self.reading,
+      )
+      values = score.metrics()
       return {f'{self.name}/{key}': value for key, value in values.items()}
 
     return evaluation

@@ -27,7 +27,8 @@ def infer(
   Args:
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
     output_dir: gets <task>-predictions.jsonl.
-    data: a token cache with inputs.
+    data: a token cache with inputs; or of texts, of which the first tokens, as
+      many as the length of 'inputs', are continued.
     store: where word experts lie; None: on the device, or on disk if their
       tables are large.
     strategy: how outputs are generated.
@@ -52,7 +53,7 @@ def infer(
   with path.open('a', encoding='utf-8') as file, shown:
     for start in range(first, cache.num_examples, group):
       indices = range(start, min(start + group, cache.num_examples))
-      inputs = [cache.tokens('inputs', index) for index in indices]
+      inputs = [_inputs(cache, index, data) for index in indices]
       generations = generator(inputs)
       for index, tokens, output, score in zip(
         indices,
@@ -72,6 +73,15 @@ def infer(
       shown.update(indices[-1] + 1)
   print(f'{path}: {cache.num_examples:,} predictions.')
   return path
+
+
+def _inputs(cache, index, data):
+  """Of a text the beginning, which the model is to continue."""
+  if 'inputs' in cache.features:
+    return cache.tokens('inputs', index)
+  # Without its EOS, after which another text would begin.
+  tokens = cache.tokens('targets', index)[:-1]
+  return tokens[: data.task_feature_lengths['inputs']]
 
 
 def _keep_complete_lines(path: pathlib.Path) -> int:

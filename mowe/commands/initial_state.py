@@ -48,6 +48,7 @@ class Setup:
       the trained state.
     abstract: shapes and shardings of the state, whole tables always included.
     seed: of fresh parameters.
+    make_memory: gives the memory before the first batch; None: there is none.
   """
 
   model: nn.Module
@@ -55,6 +56,7 @@ class Setup:
   row_optimizer: row_optimizers.RowOptimizer | None
   abstract: train_state.TrainState
   seed: int
+  make_memory: Callable[[], Any] | None = None
 
   @classmethod
   def make(
@@ -64,8 +66,12 @@ class Setup:
     row_optimizer: row_optimizers.RowOptimizer | None,
     mesh: jax.sharding.Mesh,
     seed: int,
+    batch_size: int,
   ) -> 'Setup':
     """Builds the optimizer for the model's parameters; allocates nothing."""
+    make_memory = None
+    if model.config.memory_length:
+      make_memory = functools.partial(model.config.initial_memory, batch_size)
     variables = initialization.abstract_variables(model)
     axes = partitioning.parameter_axes(variables['params_axes'])
     ordinary, tables = parameters.split_tables(variables['params'])
@@ -75,7 +81,10 @@ class Setup:
     )
     abstract = jax.eval_shape(
       functools.partial(
-        train_state.begin, optimizer=built, row_optimizer=row_optimizer
+        train_state.begin,
+        optimizer=built,
+        row_optimizer=row_optimizer,
+        make_memory=make_memory,
       ),
       ordinary,
       tables,
@@ -88,7 +97,7 @@ class Setup:
       abstract,
       shardings,
     )
-    return cls(model, built, row_optimizer, abstract, seed)
+    return cls(model, built, row_optimizer, abstract, seed, make_memory)
 
   def start(
     self,
@@ -173,6 +182,7 @@ class Setup:
       optimizer=self.optimizer,
       row_optimizer=None,
       shardings=_shardings(self._without_tables()),
+      make_memory=self.make_memory,
     )
 
   def _fresh_parameters(

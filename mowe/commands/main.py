@@ -65,7 +65,9 @@ def _make_parser() -> argparse.ArgumentParser:
   _add_distributed(train)
   train.set_defaults(run=_train)
 
-  evaluate = verbs.add_parser('evaluate', help='answer questions and score')
+  evaluate = verbs.add_parser(
+    'evaluate', help='answer questions, or predict a text'
+  )
   _add_gin(evaluate)
   evaluate.set_defaults(run=_evaluate)
 
@@ -132,7 +134,11 @@ def _make_parser() -> argparse.ArgumentParser:
   cache.add_argument('output', help='the folder to write')
   cache.add_argument('files', nargs='*', help='.txt or .jsonl, also .gz; globs')
   cache.add_argument('--vocabulary', required=True)
-  cache.add_argument('--kind', choices=('text', 'questions'), default='text')
+  cache.add_argument(
+    '--kind',
+    choices=('text', 'questions', 'language_model'),
+    default='text',
+  )
   cache.add_argument('--seqio_task', default='', help='instead of files')
   cache.add_argument(
     '--task_modules', nargs='*', default=(), help="default: mowe's own tasks"
@@ -140,7 +146,9 @@ def _make_parser() -> argparse.ArgumentParser:
   cache.add_argument('--tfds_data_dir', help='where TFDS keeps its data sets')
   cache.add_argument('--split', default='train', help='of the seqio task')
   cache.add_argument('--field', default='text')
-  cache.add_argument('--unit', choices=('line', 'paragraph'), default='line')
+  cache.add_argument(
+    '--unit', choices=('line', 'paragraph', 'file'), default='line'
+  )
   cache.add_argument('--prompt', default='question: {question}')
   cache.add_argument('--answers_field', default='answers')
   cache.add_argument('--overwrite', action='store_true')

@@ -335,7 +335,7 @@ def _show_recall(base: pathlib.Path, data: data_config.DataConfig) -> None:
   generator = data.make_generator(loaded.model, loaded.params)
   batches = list(
     itertools.islice(
-      data.open(loaded.vocabulary).eval_batches(),
+      data.open(loaded.vocabulary, loaded.model.config).eval_batches(),
       _RECALL_EXAMPLES // data.batch_size,
     )
   )

@@ -131,14 +131,16 @@ def train(
       f'best_metric is {save.best_metric!r} and eval_configs is empty. Add '
       'one, such as evaluations.QuestionEvaluation, or leave best_metric out.'
     )
-  batches = data.open(vocabulary)
+  batches = data.open(vocabulary, model)
   router = evaluations.make_router(
     model,
     _trial_batches(batches, data.trial_steps),
     mesh.shape,
     num_microbatches,
   )
-  setup = initial_state.Setup.make(module, optimizer, row_optimizer, mesh, seed)
+  setup = initial_state.Setup.make(
+    module, optimizer, row_optimizer, mesh, seed, data.batch_size
+  )
   summary.show(setup.abstract, data, batches, mesh, model, freeze_experts)
   if has_tables:
     summary.show_experts(model.routing, router.seen_loads, mesh)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class Batches:
     feature_lengths: tokens of 'inputs' and 'targets' in a row, EOS included.
     seed: from 0.
     pack: several examples in a row, with segment ids and positions.
+    of_rows: makes a batch; None: `make_batch`. For a model with one stack it
+      is `lm_batches.make_batch`.
 
   Call: step from 0, to the batch of docs/architecture.md.
 
@@ -45,6 +47,7 @@ class Batches:
     feature_lengths: Mapping[str, int],
     seed: int = 0,
     pack: bool = False,
+    of_rows: Callable[..., Batch] | None = None,
   ):
     pairs = [(tasks, 1.0)] if hasattr(tasks, 'example') else list(tasks)
     if not pairs or batch_size < 1 or seed < 0:
@@ -55,8 +58,9 @@ class Batches:
       )
     self.tasks = tuple(task for task, _ in pairs)
     self.batch_size = batch_size
-    self.feature_lengths = dict(feature_lengths)
+    self.feature_lengths = {'inputs': 0, **feature_lengths}
     self.pack = pack
+    self._make_batch = of_rows or make_batch
     self._seed = seed
     for task in self.tasks:
       _check_fit(task, self.feature_lengths)
@@ -85,7 +89,7 @@ class Batches:
       made = self._task_rows(task, ranks[here])
       for place, row in zip(here.tolist(), made, strict=True):
         rows[place] = row
-    return make_batch(rows, self.feature_lengths, segments=self.pack)
+    return self._make_batch(rows, self.feature_lengths, segments=self.pack)
 
   def from_step(self, first_step: int = 0) -> Iterator[Batch]:
     """The batches from `first_step` on, without end."""
@@ -105,11 +109,11 @@ class Batches:
       for index in range(task.num_examples):
         rows.append([task.example(index, self._rng(number, 0, index))])
         if len(rows) == self.batch_size:
-          yield make_batch(rows, self.feature_lengths)
+          yield self._make_batch(rows, self.feature_lengths)
           rows = []
     if rows:
       rows += [[]] * (self.batch_size - len(rows))
-      yield make_batch(rows, self.feature_lengths)
+      yield self._make_batch(rows, self.feature_lengths)
 
   def num_eval_examples(self) -> int:
     """Real rows of all `eval_batches` together."""

@@ -102,7 +102,7 @@ class TokenCache:
 
   @property
   def kind(self) -> str:
-    """'text', or 'questions' or 'text_to_text', which have inputs."""
+    """'text', 'language_model', or with inputs 'questions', 'text_to_text'."""
     kind = self.summary['recipe']['kind']
     if kind == 'seqio':  # Known only when its examples have been seen.
       kind = 'text_to_text' if 'inputs' in self.features else 'text'
@@ -125,6 +125,11 @@ class TokenCache:
   def features(self) -> tuple[str, ...]:
     names = [name.split('.')[0] for name in self.summary['arrays']]
     return tuple(dict.fromkeys(name for name in names if name != 'records'))
+
+  @property
+  def totals(self) -> Mapping[str, int]:
+    """Counts of the text before it was tokenised, {} where none were taken."""
+    return self.summary.get('totals', {})
 
   def sentinel_id(self, number: int) -> int:
     """The id of the sentinel <extra_id_number>."""
@@ -234,11 +239,13 @@ class CacheWriter:
     self._num_examples: dict[str, int] = {}
     self._record_sizes: list[int] = []
     self._has_records = False
+    self._summed: dict[str, int] = {}
 
   def add(
     self,
     features: Mapping[str, tuple[np.ndarray, np.ndarray]],
     records: Sequence[Mapping[str, Any]],
+    totals: Mapping[str, int] | None = None,
   ) -> None:
     """Appends a group of examples.
 
@@ -246,7 +253,10 @@ class CacheWriter:
       features: of each feature all tokens <int>[total] and the length of each
         example <int>[group].
       records: fields to be kept, one mapping per example, possibly empty.
+      totals: counts of what the group was made from, which are summed.
     """
+    for name, count in (totals or {}).items():
+      self._summed[name] = self._summed.get(name, 0) + count
     for name, (tokens, lengths) in features.items():
       if name not in self._files:
         self._files[name] = open(self._folder / f'{name}.tokens.bin', 'wb')
@@ -298,6 +308,8 @@ class CacheWriter:
       'recipe': dict(self._recipe),
       'arrays': arrays,
     }
+    if self._summed:
+      summary['totals'] = self._summed
     with open(self._folder / _SUMMARY, 'w', encoding='utf-8') as file:
       json.dump(summary, file, indent=2, ensure_ascii=False)
       file.flush()

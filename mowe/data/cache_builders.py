@@ -34,6 +34,7 @@ class EncodedExamples:
 
   features: dict[str, tuple[np.ndarray, np.ndarray]]
   records: list[dict[str, Any]]
+  totals: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def cache_text(
@@ -75,7 +76,7 @@ def cache_text(
   """
   recipe = _make_recipe('text', subwords, records, sources, fields=[field])
   encode = functools.partial(encode_text, subwords=subwords, field=field)
-  return _build(path, recipe, records, encode, overwrite, num_workers, progress)
+  return build(path, recipe, records, encode, overwrite, num_workers, progress)
 
 
 def cache_questions(
@@ -120,7 +121,7 @@ def cache_questions(
     names=tuple(names),
     answers_field=answers_field,
   )
-  return _build(path, recipe, records, encode, overwrite, num_workers, progress)
+  return build(path, recipe, records, encode, overwrite, num_workers, progress)
 
 
 def encode_text(
@@ -253,7 +254,7 @@ def _make_recipe(
   }
 
 
-def _build(
+def build(
   path: str | os.PathLike,
   recipe: Mapping[str, Any],
   records: Iterable[Mapping[str, Any]],
@@ -262,13 +263,14 @@ def _build(
   num_workers: int,
   progress: Progress | None,
 ) -> cache_lib.TokenCache:
+  """The finished cache of a recipe, or a new one with the encoded records."""
   finished = cache_lib.find_finished(path, recipe, overwrite)
   if finished is not None:
     return finished
   done = 0
   with cache_lib.build_cache(path, recipe) as writer:
     for size, group in _encode_groups(records, encode, num_workers):
-      writer.add(group.features, group.records)
+      writer.add(group.features, group.records, group.totals)
       done += size
       if progress is not None:
         progress(done)

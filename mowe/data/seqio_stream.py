@@ -69,6 +69,7 @@ class SeqioBatches:
     split: of the task.
     seed: of shuffling and of random preprocessing.
     pack: several examples in a row.
+    is_one_stack: inputs, if the task has some, and targets are in one row.
     shuffle: read in a random order.
     use_cached: read seqio's own offline cache.
 
@@ -82,6 +83,7 @@ class SeqioBatches:
   split: str = 'train'
   seed: int = 0
   pack: bool = False
+  is_one_stack: bool = False
   shuffle: bool = True
   use_cached: bool = False
 
@@ -118,12 +120,19 @@ class SeqioBatches:
         for key, array in batch.items()
       }
 
+  def _converter(self, seqio: types.ModuleType) -> Any:
+    if not self.is_one_stack:
+      return seqio.EncDecFeatureConverter(pack=self.pack)
+    if 'inputs' in self.feature_lengths:
+      return seqio.PrefixLMFeatureConverter(pack=self.pack)
+    return seqio.LMFeatureConverter(pack=self.pack)
+
   def _dataset(self, num_epochs: int | None, shuffle: bool) -> Any:
     tf, seqio = import_seqio()
     dataset = seqio.get_dataset(
       self.name,
       task_feature_lengths=dict(self.feature_lengths),
-      feature_converter=seqio.EncDecFeatureConverter(pack=self.pack),
+      feature_converter=self._converter(seqio),
       dataset_split=self.split,
       use_cached=self.use_cached,
       shuffle=shuffle,

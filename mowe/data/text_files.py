@@ -83,6 +83,15 @@ def read_records(
   return _records_of(match_files(patterns), tuple(fields), unit)
 
 
+def read_lines(path: str) -> Iterator[str]:
+  """The lines of a text file, blank ones too, each without its line break.
+
+  Raises:
+    ValueError: the file is not UTF-8, or no whole gzip file.
+  """
+  return (line for _, line in _read_lines(path, stripped='\r\n'))
+
+
 def _records_of(
   paths: list[str], fields: tuple[str, ...], unit: str
 ) -> Iterator[dict[str, Any]]:
@@ -114,7 +123,9 @@ def _records_of(
       )
 
 
-def _read_lines(path: str) -> Iterator[tuple[int, str]]:
+def _read_lines(
+  path: str, stripped: str | None = None
+) -> Iterator[tuple[int, str]]:
   """Line numbers from 1 and stripped lines, blank ones as ''."""
   number = 0
   opener = gzip.open if path.endswith('.gz') else open
@@ -122,7 +133,7 @@ def _read_lines(path: str) -> Iterator[tuple[int, str]]:
     with opener(path, 'rb') as file:
       for number, line in enumerate(file, start=1):
         encoding = 'utf-8-sig' if number == 1 else 'utf-8'
-        yield number, line.decode(encoding).strip()
+        yield number, line.decode(encoding).strip(stripped)
   except UnicodeDecodeError as error:
     raise ValueError(
       f'Text must be UTF-8, but {path}, line {number}, is not: {error}. '

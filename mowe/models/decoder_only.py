@@ -14,8 +14,8 @@ from mowe.models import decoder_only_config, decoding, model_config
 # `decoder_only.DecoderOnlyConfig` in gin files and code.
 DecoderOnlyConfig = decoder_only_config.DecoderOnlyConfig
 
-# Collection of what a batch leaves to the next: of each block its inputs.
-MEMORY = 'segment_memory'
+# What a batch leaves to the next: of each block its inputs.
+MEMORY = model_config.MEMORY
 
 
 class Block(nn.Module):
@@ -440,17 +440,3 @@ def aligned_at_end(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
   tokens = jnp.take_along_axis(started, source, axis=1)
   real = places >= shift
   return jnp.where(real, tokens, 0), real
-
-
-def initial_memory(
-  config: DecoderOnlyConfig, batch_size: int
-) -> dict[str, Any]:
-  """The collection MEMORY before the first batch: no token in it is real."""
-  length = config.memory_length
-  tokens = jnp.zeros((batch_size, length, config.emb_dim), config.dtype)
-  return {
-    'decoder': {
-      'real': jnp.zeros((batch_size, length), bool),
-      **{f'layers_{i}': {'tokens': tokens} for i in range(config.num_layers)},
-    }
-  }

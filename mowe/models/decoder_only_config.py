@@ -149,10 +149,22 @@ class DecoderOnlyConfig:
     batch_size: int,
     lengths: Mapping[str, int],
   ) -> None:
-    """See `model_config.check_mesh`; length of 'targets', inputs included."""
+    """See `model_config.check_mesh`; inputs and targets are in one row."""
     model_config.check_mesh(
-      self, mesh_shape, batch_size, {'decoder': lengths['targets']}
+      self,
+      mesh_shape,
+      batch_size,
+      {'decoder': lengths.get('inputs', 0) + lengths['targets']},
     )
+
+  def initial_memory(self, batch_size: int) -> dict[str, Any]:
+    """The collection MEMORY before the first batch: no token in it is real."""
+    shape = (batch_size, self.memory_length, self.emb_dim)
+    blocks = {
+      f'layers_{i}': {'tokens': jnp.zeros(shape, self.dtype)}
+      for i in range(self.num_layers)
+    }
+    return {'decoder': {'real': jnp.zeros(shape[:2], bool), **blocks}}
 
   def make_attention(self) -> nn.Module:
     """The self-attention of a block."""

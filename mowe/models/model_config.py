@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+# Collection of what a batch leaves to the next; see `memory_length`.
+MEMORY = 'segment_memory'
+
 # Makes a layer; a class will do.
 Factory = Callable[..., nn.Module]
 
@@ -55,7 +58,9 @@ class ModelConfig(Protocol):
     sparse_feed_forward: makes sparse layers, or None.
     streams: streams of tokens in its batches: 'encoder' if inputs have a stack
       of their own, and 'decoder'.
-    memory_length: tokens of earlier batches that a batch attends to.
+    memory_length: tokens of earlier batches that a batch attends to. If there
+      are any, `initial_memory(batch_size)` gives the collection MEMORY before
+      the first batch, and every pass gives the next one.
   """
 
   vocab_size: int

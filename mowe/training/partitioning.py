@@ -110,7 +110,8 @@ def state_shardings(
 
   A leaf that ends with the path of a parameter and has its shape (the
   parameter, or a moment of it) is sharded like it. Row state, with the rows of
-  its table, is split by expert. Everything else is replicated.
+  its table, is split by expert. The memory of earlier batches is split as
+  batches are. Everything else is replicated.
 
   Raises:
     ValueError: an axis does not divide evenly over its part of the mesh.
@@ -133,6 +134,8 @@ def state_shardings(
     for name, names in by_name.items():
       if f'/{keys}'.endswith(f'/{name}') and len(names) == leaf.ndim:
         return checked(keys, leaf, sharding_of_axes(names, mesh))
+    if keys.startswith('memory/'):
+      return batch_sharding(mesh)
     if keys.startswith('table_state/') and leaf.ndim:
       spec = PartitionSpec('expert', *[None] * (leaf.ndim - 1))
       return checked(keys, leaf, NamedSharding(mesh, spec))

@@ -9,7 +9,7 @@ import optax
 from flax import linen as nn
 
 from mowe.layers import router_losses, word_experts
-from mowe.models import parameters
+from mowe.models import model_config, parameters
 from mowe.training import (
   losses,
   router_training,
@@ -76,33 +76,39 @@ def make_train_step(
 
     def part_of_mean_loss(trained, batch, streams, key):
       params, factors = trained
-      total, metrics, stats = _summed_loss(
+      total, metrics, stats, memory = _summed_loss(
         model, loss, params, tables, factors, batch, streams, key
       )
       shares = jax.tree.map(jnp.divide, _num_real_tokens(batch), num_real)
       # Here rather than in the gradients: one number instead of all of them.
       total = total / num_tokens
       total += router_training.loss(stats, loss.router, shares)
-      return total, (metrics, stats)
+      return total, ((metrics, stats), memory)
 
     def gradients(batch, streams, key):
-      """Of parameters, with what is counted; factors of those of tables."""
+      """What is summed: gradients and counts; what is kept of each part.
+
+      Kept are factors of the gradients of tables, and the memory.
+      """
       factors = {}
       if state.tables:
         factors = _zero_factors(model, state.params, tables, batch, streams)
-      (grads, factors), counted = jax.grad(part_of_mean_loss, has_aux=True)(
-        (state.params, factors), batch, streams, key
-      )
-      return (grads, counted), factors
+      (grads, factors), (counted, memory) = jax.grad(
+        part_of_mean_loss, has_aux=True
+      )((state.params, factors), batch, streams, key)
+      return (grads, counted), (factors, memory)
 
+    if model.config.memory_length:
+      batch = batch | {model_config.MEMORY: state.memory}
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     streams = _streams(plan)
     if num_microbatches == 1:
-      (grads, counted), factors = gradients(batch, streams, key)
+      (grads, counted), (factors, memory) = gradients(batch, streams, key)
     else:
-      (grads, counted), factors = _accumulate(
+      (grads, counted), (factors, memory) = _accumulate(
         gradients, batch, streams, key, num_microbatches
       )
+      memory = jax.tree.map(_joined, memory)
     metrics, stats = counted
     metrics |= router_training.metrics(stats)
 
@@ -139,6 +145,7 @@ def make_train_step(
       opt_state=opt_state,
       tables=new_tables,
       table_state=table_state,
+      **({'memory': memory} if model.config.memory_length else {}),
     )
     return state, metrics
 
@@ -151,7 +158,7 @@ def make_eval_step(
   """The step `(params, tables, batch, plan) -> metrics`, without dropout."""
 
   def eval_step(params, tables, batch, plan):
-    _, metrics, stats = _summed_loss(
+    _, metrics, stats, _ = _summed_loss(
       model, loss, params, tables, {}, batch, _streams(plan), None
     )
     return metrics | router_training.metrics(stats)
@@ -164,6 +171,7 @@ def _apply(model, params, tables, factors, batch, streams, key, mutable):
     {
       'params': parameters.merge_tables(params, tables),
       word_experts.FACTORS: factors,
+      **{name: batch[name] for name in _CARRIED if name in batch},
     },
     batch | streams,
     enable_dropout=key is not None,
@@ -193,7 +201,10 @@ def _zero_factors(model, params, tables, batch, streams):
 
 
 def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
-  """Sum over target tokens, metrics as sums and counts, stats of routers."""
+  """Sum over target tokens, metrics, stats of routers, and the next memory.
+
+  Metrics are sums and counts.
+  """
   targets = batch['decoder_target_tokens']
   weights = batch['decoder_loss_weights']
   logits, variables = _apply(
@@ -204,7 +215,7 @@ def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
     batch,
     streams,
     key,
-    mutable=[router_losses.COLLECTION],
+    mutable=[router_losses.COLLECTION, *_CARRIED],
   )
   stats = router_training.layer_stats(variables)
   entropy, z_loss = losses.cross_entropy(
@@ -222,7 +233,8 @@ def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
     'accuracy': summed(right),
   }
   metrics |= routing_metrics(model, batch)
-  return jnp.sum((entropy + z_loss) * weights), metrics, stats
+  total = jnp.sum((entropy + z_loss) * weights)
+  return total, metrics, stats, variables.get(model_config.MEMORY, {})
 
 
 def _num_real_tokens(batch):
@@ -258,6 +270,15 @@ def routing_metrics(model: nn.Module, batch: Batch) -> Metrics:
   return metrics
 
 
+# Collections that a batch brings with it, its rows on the first axis.
+_CARRIED = (model_config.MEMORY,)
+
+
+def _joined(parts):
+  """[parts, batch / parts, ...] -> [batch, ...], the inverse of the cut."""
+  return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+
+
 def _streams(plan):
   if plan is None:
     return {}
@@ -274,7 +295,7 @@ def _global_norm(tree):
 
 
 def _accumulate(gradients, batch, streams, key, num_microbatches):
-  """Adds up gradients and metrics of the parts; stacks factors of tokens."""
+  """Adds up gradients and metrics of the parts; stacks what is kept."""
   # [batch, ...] -> [parts, batch / parts, ...]; plans are already cut.
   # Every part takes rows from all over the batch, so from every device.
   cut = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
@@ -285,8 +306,8 @@ def _accumulate(gradients, batch, streams, key, num_microbatches):
     return gradients(batch, streams, jax.random.fold_in(key, number))
 
   def add(total, part):
-    summed, factors = one(part)
-    return jax.tree.map(jnp.add, total, summed), factors
+    summed, kept = one(part)
+    return jax.tree.map(jnp.add, total, summed), kept
 
   first, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)

@@ -1,5 +1,7 @@
 """What training changes: ordinary parameters, and rows of expert tables."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -35,6 +37,17 @@ class TrainState:
   table_state: dict[str, Any]
 
 
+@flax.struct.dataclass
+class RememberingState(TrainState):
+  """The state of a model with a memory of earlier batches.
+
+  Attributes:
+    memory: the collection `model_config.MEMORY`, rows of the next batch.
+  """
+
+  memory: Any
+
+
 def create(
   model: nn.Module,
   key: jax.Array,
@@ -64,11 +77,18 @@ def begin(
   optimizer: optax.GradientTransformation,
   row_optimizer: row_optimizers.RowOptimizer | None,
   shardings: TrainState | None = None,
+  make_memory: Callable[[], Any] | None = None,
 ) -> TrainState:
-  """The state at step 0 of training these parameters; see `create`."""
+  """The state at step 0 of training these parameters; see `create`.
+
+  `make_memory` gives the memory before the first batch, if the model has one.
+  """
 
   def make_rest(params, tables):
-    return TrainState(
+    kind = TrainState
+    if make_memory is not None:
+      kind = functools.partial(RememberingState, memory=make_memory())
+    return kind(
       step=jnp.zeros((), jnp.int32),
       params={},
       opt_state=optimizer.init(params),

@@ -24,7 +24,7 @@ CONTINUES, STARTS, ALONE, SPECIAL = range(4)
 PAD_ID, EOS_ID, UNK_ID = range(3)
 
 _WORD_START = '\u2581'  # The mark SentencePiece puts where a space was.
-_BYTE_OFFSET = 3
+BYTE_OFFSET = 3
 
 # What releases of sentencepiece raise for a text with lone surrogates.
 _NOT_UTF8 = (RuntimeError, TypeError, UnicodeEncodeError)
@@ -240,7 +240,7 @@ class ByteVocabulary(_Vocabulary):
 
   def __init__(self, extra_ids: int = 100):
     self.extra_ids = extra_ids
-    self.size = 256 + _BYTE_OFFSET + extra_ids
+    self.size = 256 + BYTE_OFFSET + extra_ids
     description = (
       f'mowe bytes: pad 0, eos 1, unk 2, byte + 3, {extra_ids} extra'
     )
@@ -248,7 +248,7 @@ class ByteVocabulary(_Vocabulary):
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
-    return [byte + _BYTE_OFFSET for byte in text.encode('utf-8', 'replace')]
+    return [byte + BYTE_OFFSET for byte in text.encode('utf-8', 'replace')]
 
   def encode_with_offsets(
     self, text: str
@@ -272,14 +272,14 @@ class ByteVocabulary(_Vocabulary):
     """Returns the written form of one id."""
     if i >= self.size - self.extra_ids:
       return f'<extra_id_{self.size - 1 - i}>'
-    if i < _BYTE_OFFSET:
+    if i < BYTE_OFFSET:
       return ('<pad>', '</s>', '<unk>')[i]
-    byte = i - _BYTE_OFFSET
+    byte = i - BYTE_OFFSET
     return chr(byte) if 32 < byte < 127 else f'<0x{byte:02X}>'
 
   def spell(self, ids: Sequence[int]) -> str:
     """Returns the text of the bytes of one word; broken characters are lost."""
-    kept = bytes(i - _BYTE_OFFSET for i in ids if i >= _BYTE_OFFSET)
+    kept = bytes(i - BYTE_OFFSET for i in ids if i >= BYTE_OFFSET)
     return kept.decode('utf-8', 'ignore')
 
   def piece_kinds(self) -> np.ndarray:
@@ -287,7 +287,7 @@ class ByteVocabulary(_Vocabulary):
     kinds = np.full(self.size, SPECIAL, np.uint8)
     kinds[UNK_ID] = ALONE
     for byte in range(256):
-      kinds[byte + _BYTE_OFFSET] = _byte_kind(byte)
+      kinds[byte + BYTE_OFFSET] = _byte_kind(byte)
     return kinds
 
 

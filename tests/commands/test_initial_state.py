@@ -38,6 +38,7 @@ def _setup(frozen=False, seed=0, **mesh_sizes):
     None if frozen else row_optimizers.RowAdafactor(1e-2),
     mesh,
     seed,
+    batch_size=8,
   )
 
 

@@ -44,7 +44,9 @@ def straight(world, tmp_path_factory):
 
 
 def test_the_run_is_longer_than_an_epoch(world):
-  per_epoch = world.data().open(world.vocabulary).steps_per_epoch
+  per_epoch = (
+    world.data().open(world.vocabulary, world.config()).steps_per_epoch
+  )
   assert 1 < per_epoch < _TOTAL and 3 % per_epoch
 
 

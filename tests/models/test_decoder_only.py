@@ -249,7 +249,7 @@ def test_memory_is_a_longer_row_with_a_window(kind, memory):
   text = rng.integers(3, VOCAB, (BATCH, steps * size)).astype(np.int32)
   inputs = np.zeros_like(text)
   inputs[:, 1:] = text[:, :-1]
-  state = decoder_only.initial_memory(config, BATCH)
+  state = config.initial_memory(BATCH)
 
   @jax.jit
   def step(state, batch):
@@ -453,7 +453,7 @@ def test_recomputed_blocks_are_the_same():
   model, variables = make_model(config)
   again, _ = make_model(dataclasses.replace(config, remat=True))
   batch = make_batch()
-  state = {decoder_only.MEMORY: decoder_only.initial_memory(config, BATCH)}
+  state = {decoder_only.MEMORY: config.initial_memory(BATCH)}
   found = [
     jax.jit(
       functools.partial(

@@ -1,0 +1,164 @@
+"""Tasks of language models over a token cache: its texts are the targets.
+
+They have the surface of `tasks`, and no inputs.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from mowe.data import cache as cache_lib
+from mowe.data import lm_cache
+
+_logger = logging.getLogger(__name__)
+
+_KINDS = ('text', lm_cache.KIND)
+_NO_INPUTS = np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelTask:
+  """Running text: all texts, one after another, cut into rows.
+
+  Attributes:
+    cache: of kind 'text' or 'language_model'.
+    feature_lengths: tokens of 'targets' in a row.
+    name: for logs.
+
+  Raises:
+    ValueError: another kind of cache, no length, or no text.
+  """
+
+  cache: cache_lib.TokenCache
+  feature_lengths: Mapping[str, int]
+  name: str = 'language_model'
+
+  # Whether a row of a batch must continue that of the batch before.
+  is_contiguous = False
+
+  def __post_init__(self):
+    _check(self.cache, self.feature_lengths)
+    _logger.info('Task %s: %s', self.name, self.report())
+
+  @functools.cached_property
+  def stream(self) -> np.ndarray:
+    """All tokens <uint16 or int32>[total]."""
+    return self.cache.flat('targets')
+
+  @property
+  def row_length(self) -> int:
+    return self.feature_lengths['targets']
+
+  @property
+  def num_examples(self) -> int:
+    return -(-len(self.stream) // self.row_length)
+
+  def length_bounds(self) -> np.ndarray:
+    bounds = np.zeros((self.num_examples, 2), np.int64)
+    bounds[:, 1] = self.row_length
+    bounds[-1, 1] = len(self.stream) - (self.num_examples - 1) * self.row_length
+    return bounds
+
+  def example(
+    self, index: int, rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.ndarray]:
+    del rng  # Nothing here is random.
+    start = index * self.row_length
+    tokens = self.stream[start : start + self.row_length]
+    return _NO_INPUTS, tokens.astype(np.int32)
+
+  def report(self) -> dict[str, int]:
+    return {'examples': self.num_examples, 'tokens': len(self.stream)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ContiguousText(LanguageModelTask):
+  """Running text in its order: each row of a batch continues the last batch's.
+
+  What models with a memory are trained on.
+  """
+
+  is_contiguous = True
+
+
+@dataclasses.dataclass(frozen=True)
+class SeparateTexts:
+  """One text, or a piece of a long one, in each example; to be packed.
+
+  A token sees nothing of other texts, nor of earlier pieces.
+
+  Attributes:
+    cache: of kind 'text' or 'language_model', with an EOS after each text.
+    feature_lengths: most tokens of 'targets'.
+    name: for logs.
+
+  Raises:
+    ValueError: another kind of cache, no length, or no text.
+  """
+
+  cache: cache_lib.TokenCache
+  feature_lengths: Mapping[str, int]
+  name: str = 'separate_texts'
+
+  is_contiguous = False
+
+  def __post_init__(self):
+    _check(self.cache, self.feature_lengths)
+    _logger.info('Task %s: %s', self.name, self.report())
+
+  @functools.cached_property
+  def _starts(self) -> np.ndarray:
+    """Where each example begins in the stream, and the end of all."""
+    offsets, most = (
+      self.cache.offsets('targets'),
+      self.feature_lengths['targets'],
+    )
+    lengths = np.diff(offsets)
+    pieces = -(-lengths // most)
+    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+    number = np.arange(len(first)) - first
+    starts = np.repeat(offsets[:-1], pieces) + number * most
+    return np.append(starts, offsets[-1])
+
+  @property
+  def num_examples(self) -> int:
+    return len(self._starts) - 1
+
+  def length_bounds(self) -> np.ndarray:
+    bounds = np.zeros((self.num_examples, 2), np.int64)
+    bounds[:, 1] = np.diff(self._starts)
+    return bounds
+
+  def example(
+    self, index: int, rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.ndarray]:
+    del rng  # Nothing here is random.
+    start, end = self._starts[index : index + 2]
+    tokens = self.cache.flat('targets')[start:end]
+    return _NO_INPUTS, tokens.astype(np.int32)
+
+  def report(self) -> dict[str, int]:
+    return {
+      'examples': self.num_examples,
+      'texts': self.cache.num_examples,
+      'tokens': len(self.cache.flat('targets')),
+    }
+
+
+def _check(
+  cache: cache_lib.TokenCache, feature_lengths: Mapping[str, int]
+) -> None:
+  if cache.kind not in _KINDS:
+    raise ValueError(
+      f'Language modeling needs a cache of one of the kinds {_KINDS}, but '
+      f'{cache.path} is of kind {cache.kind!r}. Build one with `mowe '
+      'cache-task --kind language_model`.'
+    )
+  if feature_lengths.get('targets', 0) < 1:
+    raise ValueError(
+      "feature_lengths must give 'targets' at least 1 token, but is "
+      f"{dict(feature_lengths)}. Write {{'targets': 256}}."
+    )

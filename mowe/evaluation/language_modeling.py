@@ -1,0 +1,183 @@
+"""How well a model predicts a text: perplexity, and bits per byte."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mowe.data import cache as cache_lib
+from mowe.data import lm_batches
+from mowe.evaluation import inference
+from mowe.models import model_config
+from mowe.training import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScore:
+  """The cost of all tokens of a text.
+
+  Words and bytes are those of the text before it was cut into tokens, ends of
+  lines or records among them, so that models with different vocabularies can
+  be compared.
+
+  Attributes:
+    nats: sum of -ln(probability) of every token.
+    num_tokens: tokens predicted, EOS among them.
+    num_words: words of the text, 0 if unknown.
+    num_bytes: bytes of the text, 0 if unknown.
+  """
+
+  nats: float
+  num_tokens: int
+  num_words: int = 0
+  num_bytes: int = 0
+
+  def metrics(self) -> dict[str, float]:
+    """Those that are known of these.
+
+    loss: nats per token; perplexity: e^loss; word_perplexity:
+    e^(nats per word); bits_per_byte: nats / ln 2 per byte, which for enwik8
+    are called bits per character.
+    """
+    loss = self.nats / max(1, self.num_tokens)
+    values = {'loss': loss, 'perplexity': _exp(loss)}
+    if self.num_words:
+      values['word_perplexity'] = _exp(self.nats / self.num_words)
+    if self.num_bytes:
+      values['bits_per_byte'] = self.nats / math.log(2) / self.num_bytes
+    return values
+
+
+def _exp(value: float) -> float:
+  # A model that knows nothing of a long word: e^1000 is no float.
+  return math.exp(value) if value < 700 else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingConfig:
+  """How a text is read.
+
+  Attributes:
+    stride: tokens by which a window moves over the text; each window begins
+      anew, and only tokens that are new count. None: the whole window.
+    memory_length: for a model with a memory, tokens that it remembers, if
+      another number than in training; None: that of training. Windows then
+      continue each other, and every token counts.
+  """
+
+  stride: int | None = None
+  memory_length: int | None = None
+
+
+def score_text(
+  model: nn.Module,
+  params: Any,
+  cache: cache_lib.TokenCache,
+  *,
+  batch_size: int,
+  length: int,
+  reading: ReadingConfig = ReadingConfig(),
+  progress: inference.Progress | None = None,
+) -> TextScore:
+  """Predicts every token of a cache from those before it.
+
+  Args:
+    model: a decoder-only model.
+    params: its parameters, tables of experts among them.
+    cache: of kind 'language_model', or 'text', which counts no words or bytes.
+    batch_size: windows read at once. Of a model with a memory the text is cut
+      into so many parts, each read from an empty memory: 1 reads it as one.
+    length: tokens of a window.
+    reading: how the windows follow each other.
+    progress: called with the number of tokens done so far.
+
+  Raises:
+    ValueError: the model has an encoder, or cannot read in this way.
+  """
+  config = _check(model.config, reading)
+  stream = cache.flat('targets')
+  if config.memory_length:
+    batches = lm_batches.segments(stream, batch_size, length)
+    memory = config.initial_memory(batch_size)
+  else:
+    batches = lm_batches.sliding_windows(
+      stream, batch_size, length, reading.stride or length
+    )
+    memory = {}
+  module = model if config is model.config else config.build()
+  nats, num_tokens = 0.0, 0
+  for batch in batches:
+    of_batch, memory = _score_batch(module, params, memory, batch)
+    nats += float(of_batch)
+    num_tokens += int(batch['decoder_loss_weights'].sum())
+    if progress is not None:
+      progress(num_tokens)
+  return TextScore(
+    nats,
+    num_tokens,
+    cache.totals.get('words', 0),
+    cache.totals.get('bytes', 0),
+  )
+
+
+def _check(
+  config: model_config.ModelConfig, reading: ReadingConfig
+) -> model_config.ModelConfig:
+  """The config to read with."""
+  if 'encoder' in config.streams:
+    raise ValueError(
+      'A text is scored by a model with one stack, but this one has an '
+      'encoder. Evaluate it on questions, or follow its loss during training.'
+    )
+  if reading.memory_length is not None:
+    if not config.memory_length and reading.memory_length:
+      raise ValueError(
+        'Only a model that was trained with a memory can have another one, '
+        f'but memory_length is {reading.memory_length} and its own is 0. Leave '
+        'it out, and set a stride.'
+      )
+    config = dataclasses.replace(config, memory_length=reading.memory_length)
+  if config.memory_length and reading.stride is not None:
+    raise ValueError(
+      'A text is read with a memory or in windows that overlap, but '
+      f'memory_length is {config.memory_length} and stride is '
+      f'{reading.stride}. Leave stride out, or set memory_length to 0.'
+    )
+  return config
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_batch(model, params, memory, batch):
+  """Sum of the costs of tokens that count, and the next memory."""
+  logits, changed = model.apply(
+    {'params': params, model_config.MEMORY: memory},
+    batch,
+    enable_dropout=False,
+    method='of_batch',
+    mutable=[model_config.MEMORY],
+  )
+  entropy, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'])
+  nats = jnp.sum(entropy * batch['decoder_loss_weights'])
+  return nats, changed.get(model_config.MEMORY, {})
+
+
+def describe(score: TextScore) -> str:
+  """One line for a person."""
+  values = score.metrics()
+  shown = '  '.join(
+    f'{name.replace("_", " ")} {values[name]:.4g}'
+    for name in ('perplexity', 'word_perplexity', 'bits_per_byte')
+    if name in values
+  )
+  return f'{shown}  ({score.num_tokens:,} tokens)'
+
+
+def as_json(score: TextScore) -> dict[str, Any]:
+  """Counts and metrics, numbers that JSON can hold."""
+  values = dataclasses.asdict(score) | score.metrics()
+  return {k: v if np.isfinite(v) else None for k, v in values.items()}
