@@ -19,7 +19,7 @@ import pytest
 from mowe.commands import data_config, gin_config
 from mowe.data import cache_builders, token_counts
 from mowe.layers import experts_choose, tokens_choose
-from mowe.models import costs, parameters, saved_config, t5
+from mowe.models import costs, decoder_only, parameters, saved_config, t5
 from mowe.training import partitioning
 from mowe.words import build, subwords
 
@@ -43,6 +43,8 @@ _SIZES = {
   't5_xl': (2048, 32, 64, 5120, 24),
 }
 _VOCAB = 32128
+# Whose factories stand for any.
+_PLAIN = decoder_only.DecoderOnlyConfig
 # Of examples/text_pretrain_mowe_1m.gin.
 _MILLION = 2**20
 
@@ -74,12 +76,12 @@ def _config(name, routing_paths):
     path = routing_paths[_EXPERTS[name]]
     bindings.append(f'ROUTING_VOCABULARY = {str(path)!r}')
   gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
-  return gin_config.call(t5.T5Config)
+  return _made('MODEL')
 
 
 def _describe(config):
   """A line for each parameter: name, shape, logical axes; and their number."""
-  model = t5.T5(config)
+  model = config.build()
   variables = jax.eval_shape(
     lambda key: parameters.initial_variables(model, key), jax.random.key(0)
   )
@@ -235,12 +237,16 @@ def test_a_model_of_a_gin_file_can_be_saved(name, routing_paths):
   config = _config(name, routing_paths)
   tree = json.loads(json.dumps(saved_config.to_json(config)))
   again = saved_config.from_json(tree, config.routing)
-  if config.sparse_feed_forward is not None:
-    assert again.make_sparse_layers() == config.make_sparse_layers()
-  factories = {'sparse_feed_forward': None, 'sparse_decoder_feed_forward': None}
-  plain = {'sparse_encoder_layers': (), 'sparse_decoder_layers': ()}
-  assert dataclasses.replace(again, **factories, **plain) == (
-    dataclasses.replace(config, **factories, **plain)
+  assert again.parts() == config.parts()
+  blocks = {f'sparse_{stream}_layers': () for stream in config.streams}
+  # Made anew, so another object.
+  made = ('attention', 'norm', 'sparse_feed_forward')
+  made = (*made, 'sparse_decoder_feed_forward')
+  fields = {field.name for field in dataclasses.fields(config)}
+  factories = {name: getattr(_PLAIN, name, None) for name in made}
+  factories = {k: v for k, v in factories.items() if k in fields}
+  assert dataclasses.replace(again, **factories, **blocks) == (
+    dataclasses.replace(config, **factories, **blocks)
   )
 
 
@@ -306,6 +312,8 @@ def _parse(files, routing_paths):
   text = gin_config.gin.config_str(max_line_length=1000)
   required = re.findall(r'^([A-Z_]+) = %gin.REQUIRED$', text, re.MULTILINE)
   values = {k: v for k, v in _REQUIRED.items() if k in required}
+  if 'TASK_FEATURE_LENGTHS' in required and '_lm' in files[-1]:
+    values['TASK_FEATURE_LENGTHS'] = {'targets': 4}
   if 'ROUTING_VOCABULARY' in required:
     number = gin_config.macro('NUM_EXPERTS')
     values['ROUTING_VOCABULARY'] = str(routing_paths[number])
@@ -324,7 +332,8 @@ def _complete(file):
   if 'runs/' in file:
     parts.insert(0, 'gin_configs/optimizers/adamw.gin')
   if 'gin_configs/models/' not in text:
-    parts.insert(0, 'gin_configs/models/mowe_tiny.gin')
+    name = 'decoder_only_tiny' if '_lm' in file else 'mowe_tiny'
+    parts.insert(0, f'gin_configs/models/{name}.gin')
   return parts
 
 
@@ -333,13 +342,12 @@ def test_a_run_parses_and_its_parts_can_be_made(file, routing_paths):
   alone = {'gin_configs/runs/evaluate.gin', 'gin_configs/runs/infer.gin'}
   _parse([file] if file in alone else _complete(file), routing_paths)
   data = gin_config.call(data_config.DataConfig)
-  assert data.batch_size > 0 and set(data.task_feature_lengths) == {
-    'inputs',
-    'targets',
-  }
+  names = {'targets'} if '_lm' in file else {'inputs', 'targets'}
+  assert data.batch_size > 0 and set(data.task_feature_lengths) == names
   if file in alone:
     return
-  assert isinstance(_made('MODEL'), t5.T5Config)
+  model = decoder_only.DecoderOnlyConfig if '_lm' in file else t5.T5Config
+  assert isinstance(_made('MODEL'), model)
   # A macro that nothing reads would be set in vain.
   for name in ('OPTIMIZER', 'ROW_OPTIMIZER', 'OBJECTIVE'):
     assert _made(name) is not None

@@ -157,11 +157,16 @@ def _make_parser() -> argparse.ArgumentParser:
   cache.set_defaults(run=_cache_task)
 
   vocabulary = verbs.add_parser(
-    'train-vocabulary', help='train a SentencePiece vocabulary on text'
+    'train-vocabulary', help='make a vocabulary of pieces or words of text'
   )
-  vocabulary.add_argument('output', help='the .model file to write')
+  vocabulary.add_argument('output', help='the file to write')
   vocabulary.add_argument('files', nargs='+')
-  vocabulary.add_argument('--size', type=int, default=32_000)
+  vocabulary.add_argument(
+    '--size', type=int, help='default: 32,000 pieces, or all words'
+  )
+  vocabulary.add_argument(
+    '--words', action='store_true', help='whole words between white space'
+  )
   vocabulary.add_argument('--field', default='text')
   vocabulary.add_argument(
     '--questions', nargs='+', default=(), help='.jsonl files with questions'
@@ -380,6 +385,7 @@ def _train_vocabulary(options, bindings):
     size=options.size,
     field=options.field,
     questions=options.questions,
+    words=options.words,
   )
   print(f'{options.output}: {vocabulary.size:,} ids with sentinels.')
 

@@ -1,30 +1,35 @@
-"""Trains a SentencePiece vocabulary on the text that a model will see."""
+"""Makes a vocabulary of the text that a model will see."""
 
 import itertools
 import os
 from collections.abc import Sequence
 
 from mowe.data import text_files
-from mowe.words import subwords
+from mowe.words import subwords, word_vocabulary
+
+_NUM_PIECES = 32_000
 
 
 def train_vocabulary(
   output: str | os.PathLike,
   files: Sequence[str],
   *,
-  size: int,
+  size: int | None = None,
   field: str = 'text',
   questions: Sequence[str] = (),
-) -> subwords.SentencePieceVocabulary:
-  """Trains on texts, and on questions if they are given.
+  words: bool = False,
+) -> subwords.Subwords:
+  """Trains SentencePiece on texts, and on questions if they are given.
 
   Args:
-    output: the .model file to write.
+    output: the file to write.
     files: paths or globs of texts (.txt, .jsonl, .gz).
-    size: pieces, padding, EOS and unknown; sentinels come on top.
+    size: pieces, padding, EOS and unknown; sentinels come on top. None: 32,000
+      pieces, or all words.
     field: of a JSON line, that holds the text.
     questions: paths or globs of .jsonl with `question`: a question mark, say,
       is an unknown piece to a vocabulary of an encyclopedia alone.
+    words: whole words between white space instead of pieces.
 
   Raises:
     ValueError: as `text_files.read_records` and `train_sentencepiece`.
@@ -33,4 +38,6 @@ def train_vocabulary(
   if questions:
     records = text_files.read_records(questions, ('question',))
     texts = itertools.chain(texts, (one['question'] for one in records))
-  return subwords.train_sentencepiece(texts, output, size)
+  if words:
+    return word_vocabulary.build_word_vocabulary(texts, output, size)
+  return subwords.train_sentencepiece(texts, output, size or _NUM_PIECES)

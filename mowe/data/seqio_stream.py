@@ -50,6 +50,12 @@ def seqio_vocabulary(subwords: subwords_lib.Subwords) -> Any:
   _, seqio = import_seqio()
   if isinstance(subwords, subwords_lib.ByteVocabulary):
     return seqio.ByteVocabulary(extra_ids=subwords.extra_ids)
+  if not isinstance(subwords, subwords_lib.SentencePieceVocabulary):
+    raise ValueError(
+      'A seqio task needs a SentencePiece or byte vocabulary, but got a '
+      f'{type(subwords).__name__}. Cache the text with `mowe cache-task` '
+      'instead.'
+    )
   return seqio.SentencePieceVocabulary(
     subwords.path, extra_ids=subwords.extra_ids
   )

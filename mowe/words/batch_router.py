@@ -13,7 +13,7 @@ Batch = dict[str, np.ndarray]
 
 
 def add_routing_ids(batch: Batch, routing: Any) -> Batch:
-  """The batch with `encoder_routing_ids` and `decoder_routing_ids`.
+  """The batch with routing ids, `decoder_routing_ids` and those of an encoder.
 
   The same function of the tokens that the model would apply itself.
 
@@ -21,14 +21,16 @@ def add_routing_ids(batch: Batch, routing: Any) -> Batch:
     batch: as in docs/architecture.md.
     routing: a RoutingVocabulary.
   """
-  return batch | {
-    'encoder_routing_ids': routing.encoder_ids(
-      batch['encoder_input_tokens'], batch.get('encoder_segment_ids')
-    ),
+  batch = batch | {
     'decoder_routing_ids': routing.decoder_ids(
       batch['decoder_input_tokens'], batch.get('decoder_segment_ids')
-    ),
+    )
   }
+  if 'encoder_input_tokens' in batch:
+    batch['encoder_routing_ids'] = routing.encoder_ids(
+      batch['encoder_input_tokens'], batch.get('encoder_segment_ids')
+    )
+  return batch
 
 
 class BatchRouter:

@@ -1,6 +1,6 @@
 """Subword vocabularies: SentencePiece files and UTF-8 bytes, one surface.
 
-Both number their ids as T5 does: padding 0, EOS 1, unknown 2, the sentinels
+Both, and the whole words of `word_vocabulary`, number their ids as T5 does: padding 0, EOS 1, unknown 2, the sentinels
 (`<extra_id_0>`, ...) counted down from the last id.
 """
 
@@ -34,8 +34,8 @@ def _has_letter(text: str) -> bool:
   return any(unicodedata.category(char)[0] in 'LNM' for char in text)
 
 
-class _Vocabulary:
-  """What both kinds of vocabulary share: sentinels and batches."""
+class Vocabulary:
+  """What all kinds of vocabulary share: sentinels and batches."""
 
   pad_id, eos_id, unk_id = PAD_ID, EOS_ID, UNK_ID
   size: int
@@ -76,7 +76,7 @@ class _Vocabulary:
     yield run
 
 
-class SentencePieceVocabulary(_Vocabulary):
+class SentencePieceVocabulary(Vocabulary):
   """A SentencePiece model file with T5's sentinels after its pieces.
 
   Attributes:
@@ -226,7 +226,7 @@ class SentencePieceVocabulary(_Vocabulary):
     return self._processor.IdToPiece(i).replace(_WORD_START, '')
 
 
-class ByteVocabulary(_Vocabulary):
+class ByteVocabulary(Vocabulary):
   """The 256 bytes of UTF-8 as ids 3..258, then sentinels, as in ByT5.
 
   A space is a word of its own and the byte after it starts a word. Bytes from
@@ -291,13 +291,22 @@ class ByteVocabulary(_Vocabulary):
     return kinds
 
 
-Subwords = SentencePieceVocabulary | ByteVocabulary
+# Any of the vocabularies, those of `word_vocabulary` among them.
+Subwords = Vocabulary
 
 
 def load_subwords(path: str | os.PathLike, extra_ids: int = 100) -> Subwords:
-  """Returns the vocabulary of a SentencePiece file, or of bytes for 'bytes'."""
+  """Returns the vocabulary of a file, or of bytes for 'bytes'.
+
+  A file holds a SentencePiece model, or words (see `word_vocabulary`).
+  """
   if os.fspath(path) == 'bytes':
     return ByteVocabulary(extra_ids)
+  # Only here, as it builds on this module.
+  from mowe.words import word_vocabulary
+
+  if os.path.isfile(path) and word_vocabulary.is_word_vocabulary(path):
+    return word_vocabulary.WordVocabulary(path, extra_ids)
   return SentencePieceVocabulary(path, extra_ids)
 
 

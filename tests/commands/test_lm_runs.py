@@ -183,7 +183,8 @@ def test_evaluations_and_predictions(lm_world, tmp_path):
 @pytest.mark.slow
 def test_questions_are_answered_by_a_prefix_lm(lm_world, tmp_path):
   """Inputs and targets in one row; finetuned on few questions until right."""
-  data = lm_world.data('questions', pack=True)
+  lengths = {'inputs': 30, 'targets': 11}
+  data = lm_world.data('questions', pack=True, task_feature_lengths=lengths)
   lm_world.train(
     tmp_path / 'run',
     60,
@@ -194,7 +195,7 @@ def test_questions_are_answered_by_a_prefix_lm(lm_world, tmp_path):
   result = evaluate_command.evaluate(
     checkpoint_path=str(tmp_path / 'run'),
     output_dir=str(tmp_path / 'eval'),
-    data=lm_world.data('questions'),
+    data=lm_world.data('questions', task_feature_lengths=lengths),
   )
   assert result.em == 100.0
 
