@@ -14,7 +14,6 @@ from mowe.data import cache as cache_lib
 from mowe.data import lm_batches
 from mowe.evaluation import inference
 from mowe.models import model_config
-from mowe.training import losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +160,10 @@ def _score_batch(model, params, memory, batch):
     method='of_batch',
     mutable=[model_config.MEMORY],
   )
-  entropy, _ = losses.cross_entropy(logits, batch['decoder_target_tokens'])
-  nats = jnp.sum(entropy * batch['decoder_loss_weights'])
+  targets = batch['decoder_target_tokens']
+  right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  costs = jax.scipy.special.logsumexp(logits, axis=-1) - right
+  nats = jnp.sum(costs * batch['decoder_loss_weights'])
   return nats, changed.get(model_config.MEMORY, {})
 
 
