@@ -95,6 +95,32 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   ask.set_defaults(run=_ask)
 
+  convert = verbs.add_parser(
+    'convert', help='weights of T5X and Hugging Face in and out'
+  )
+  convert.add_argument(
+    'source', help='a model folder, safetensors, or a checkpoint of T5X'
+  )
+  convert.add_argument('target', help='the folder to write')
+  convert.add_argument(
+    '--to',
+    required=True,
+    choices=('mowe', 'safetensors', 'huggingface', 't5x', 't5x-orbax'),
+    help='a model folder, our safetensors, those of transformers, T5X',
+  )
+  convert.add_argument(
+    '--dtype', choices=('float32', 'bfloat16'), default='float32'
+  )
+  convert.add_argument(
+    '--vocabulary',
+    help="SentencePiece model or 'bytes', if the source has none",
+  )
+  convert.add_argument('--extra_ids', type=int, default=100)
+  convert.add_argument(
+    '--like', help='a model that says what a checkpoint of T5X is'
+  )
+  convert.set_defaults(run=_convert)
+
   words = verbs.add_parser(
     'build-routing-vocabulary', help='count words and give them experts'
   )
@@ -311,6 +337,21 @@ def _ask(options, bindings):
     max_length=options.max_length,
     explain=options.explain,
     store=stores[options.experts_on],
+  )
+
+
+def _convert(options, bindings):
+  del bindings
+  from mowe.commands import convert
+
+  convert.convert(
+    options.source,
+    options.target,
+    options.to,
+    dtype=options.dtype,
+    vocabulary=options.vocabulary,
+    extra_ids=options.extra_ids,
+    like=options.like,
   )
 
 

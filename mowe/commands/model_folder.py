@@ -12,7 +12,6 @@ It says everything that `evaluate`, `infer` and `ask` need, and can be moved.
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -21,18 +20,14 @@ from flax import linen as nn
 from mowe.models import (
   initialization,
   model_config,
+  model_description,
   parameters,
-  saved_config,
 )
 from mowe.stores import expert_sources, expert_stores
 from mowe.training import checkpoints as checkpoints_lib
-from mowe.words import routing_vocabulary, subwords
+from mowe.words import subwords
 
-_FORMAT = 'mowe model'
-_VERSION = 1
 _MODEL = 'model.json'
-_SUBWORDS = 'vocabulary.model'
-_ROUTING = 'routing_vocabulary.npz'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +48,6 @@ class LoadedModel:
   step: int
 
 
-def describe(
-  config: model_config.ModelConfig, vocabulary: subwords.Subwords
-) -> dict:
-  """What model.json holds."""
-  is_bytes = isinstance(vocabulary, subwords.ByteVocabulary)
-  return {
-    'format': _FORMAT,
-    'version': _VERSION,
-    'config': saved_config.to_json(config),
-    'subwords': {
-      'file': 'bytes' if is_bytes else _SUBWORDS,
-      'extra_ids': vocabulary.extra_ids,
-      'sha256': vocabulary.sha256,
-    },
-    'routing': None
-    if config.routing is None
-    else {'file': _ROUTING, 'sha256': config.routing.sha256},
-  }
-
-
 def create(
   folder: str, config: model_config.ModelConfig, vocabulary: subwords.Subwords
 ) -> pathlib.Path:
@@ -82,7 +57,7 @@ def create(
     CheckpointMismatchError: the folder holds another model.
   """
   path = pathlib.Path(folder)
-  described = describe(config, vocabulary)
+  described = model_description.describe(config, vocabulary)
   if (path / _MODEL).exists():
     _check_same(path / _MODEL, described)
     return path
@@ -91,10 +66,7 @@ def create(
       f'MODEL_DIR must be a folder, but {path} is a file. Choose another.'
     )
   path.mkdir(parents=True, exist_ok=True)
-  if described['subwords']['file'] == _SUBWORDS:
-    shutil.copyfile(vocabulary.path, path / _SUBWORDS)
-  if config.routing is not None:
-    config.routing.save(path / _ROUTING)
+  model_description.write_vocabularies(path, config, vocabulary)
   # Last, and by renaming: a folder with a model.json is whole.
   content = json.dumps(described, indent=2) + '\n'
   subwords.write_atomically(path / _MODEL, content.encode())
@@ -159,33 +131,7 @@ def load_config(
       f'A model folder must have a {_MODEL}, but {folder} has none. Give '
       'the MODEL_DIR of a training run, or a checkpoint in it.'
     )
-  described = json.loads(file.read_text())
-  if described.get('version') != _VERSION:
-    raise ValueError(
-      f'{file} must have version {_VERSION}, but has '
-      f'{described.get("version")}. Use the version of mowe that wrote it.'
-    )
-  saved = described['subwords']
-  name = saved['file']
-  vocabulary = subwords.load_subwords(
-    name if name == 'bytes' else folder / _SUBWORDS, saved['extra_ids']
-  )
-  _check_digest(file, 'the subword vocabulary', saved, vocabulary)
-  routing = None
-  if described['routing'] is not None:
-    routing = routing_vocabulary.load(folder / _ROUTING)
-    _check_digest(file, 'the routing vocabulary', described['routing'], routing)
-  config = saved_config.from_json(described['config'], routing, **changes)
-  return config, vocabulary
-
-
-def _check_digest(file, what, saved, loaded):
-  if saved['sha256'] != loaded.sha256:
-    raise ValueError(
-      f'{file} must name {what} beside it, sha256 {saved["sha256"]}, but '
-      f'that file has {loaded.sha256}. Restore the file that the model was '
-      'trained with.'
-    )
+  return model_description.load(file, json.loads(file.read_text()), **changes)
 
 
 def _check_same(file, described):

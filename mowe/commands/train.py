@@ -18,7 +18,7 @@ from mowe.commands import (
   summary,
 )
 from mowe.data import prefetch
-from mowe.models import model_config
+from mowe.models import model_config, model_description
 from mowe.stores import expert_stores
 from mowe.training import (
   checkpoints as checkpoints_lib,
@@ -149,7 +149,7 @@ def train(
 
   folder = model_folder.create(model_dir, model, vocabulary)
   described = {
-    'model': model_folder.describe(model, vocabulary),
+    'model': model_description.describe(model, vocabulary),
     'data': data.describe(vocabulary),
     'seed': seed,
     'freeze_experts': freeze_experts,

@@ -14,7 +14,8 @@ is read from the embedding where the file has no other.
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -164,6 +165,7 @@ def save(
   *,
   dtype: str = 'float32',
   max_file_bytes: int = 5 * 10**9,
+  attach: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
   """Writes a folder that transformers and `load` read.
 
@@ -176,6 +178,7 @@ def save(
     params: of the model.
     dtype: 'float32', or 'bfloat16', to which weights are rounded.
     max_file_bytes: bytes of weights in one file.
+    attach: called with the folder, to put more into it.
 
   Raises:
     FileExistsError: the folder is there.
@@ -204,7 +207,7 @@ def save(
     # Untied, transformers has three parameters, and would draw two afresh.
     tensors |= dict.fromkeys(_COPIES, tensors[_SHARED])
   safetensors_folder.write(
-    folder, described, tensors, max_file_bytes=max_file_bytes
+    folder, described, tensors, max_file_bytes=max_file_bytes, attach=attach
   )
 
 

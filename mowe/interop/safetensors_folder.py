@@ -7,16 +7,17 @@ model.safetensors.index.json       which tensor is in which part
 """
 
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mowe.interop import new_folder, rules, safetensors_format
+from mowe.interop import new_folder, rules, safetensors_format, weights
 
-_CONFIG = 'config.json'
+CONFIG = 'config.json'
 _WHOLE = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
 
@@ -37,7 +38,7 @@ def read(
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise FileNotFoundError(
-      f'A model must be a folder with {_CONFIG} and {_WHOLE}, but {folder} is '
+      f'A model must be a folder with {CONFIG} and {_WHOLE}, but {folder} is '
       f'{"a file" if folder.exists() else "not there"}. Give the folder that '
       'save_pretrained wrote.'
     )
@@ -47,9 +48,9 @@ def read(
       f'{folder} must have {_WHOLE} or {_INDEX}, but has both. Remove the one '
       'that is left over from another model.'
     )
-  if not (has_whole or has_index) or not (folder / _CONFIG).is_file():
+  if not (has_whole or has_index) or not (folder / CONFIG).is_file():
     raise _nothing_to_read(folder)
-  config = _read_json(folder / _CONFIG)
+  config = _read_json(folder / CONFIG)
   if has_whole:
     return config, safetensors_format.read(folder / _WHOLE)
   return config, _read_parts(folder)
@@ -58,9 +59,10 @@ def read(
 def write(
   folder: str | os.PathLike,
   config: Mapping[str, Any],
-  tensors: Mapping[str, np.ndarray],
+  tensors: Mapping[str, weights.Array],
   *,
   max_file_bytes: int,
+  attach: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
   """Writes a new folder, which is there complete or not at all.
 
@@ -70,13 +72,27 @@ def write(
     tensors: by name.
     max_file_bytes: bytes of tensors in one file; a larger tensor has a file of
       its own.
+    attach: called with a folder, to put more into it.
 
   Raises:
     FileExistsError: the folder is there.
   """
   with new_folder.new_folder(folder) as partial:
     _write_weights(partial, tensors, max_file_bytes)
-    _write_json(partial / _CONFIG, config)
+    if attach is not None:
+      attach(partial)
+    _write_json(partial / CONFIG, config)
+
+
+def is_candidate(names: Sequence[str]) -> bool:
+  """Whether a folder with these files is one for `read`, damaged maybe.
+
+  A folder of pickles is one: `read` says why it is refused.
+  """
+  return any(
+    name == CONFIG or name.endswith(('.safetensors', *_PICKLES))
+    for name in names
+  )
 
 
 def _read_parts(folder):
@@ -141,7 +157,7 @@ def _nothing_to_read(folder):
       'safe_serialization=True) where you trust it.'
     )
   return FileNotFoundError(
-    f'{folder} must hold {_CONFIG} and {_WHOLE} or {_INDEX}, but has '
+    f'{folder} must hold {CONFIG} and {_WHOLE} or {_INDEX}, but has '
     f'{names}. Save the model with save_pretrained(folder, '
     'safe_serialization=True).'
   )
@@ -151,11 +167,12 @@ def _write_weights(folder, tensors, max_file_bytes):
   files: list[dict[str, np.ndarray]] = [{}]
   room = max_file_bytes
   for name in sorted(tensors):
-    if files[-1] and tensors[name].nbytes > room:
+    size = weights.num_bytes(tensors[name])
+    if files[-1] and size > room:
       files.append({})
       room = max_file_bytes
     files[-1][name] = tensors[name]
-    room -= tensors[name].nbytes
+    room -= size
   if len(files) == 1:
     safetensors_format.write(folder / _WHOLE, files[0])
     return
@@ -166,8 +183,10 @@ def _write_weights(folder, tensors, max_file_bytes):
     weight_map |= dict.fromkeys(part, file)
   index = {
     'metadata': {
-      'total_parameters': sum(tensor.size for tensor in tensors.values()),
-      'total_size': sum(tensor.nbytes for tensor in tensors.values()),
+      'total_parameters': sum(
+        math.prod(tensor.shape) for tensor in tensors.values()
+      ),
+      'total_size': sum(map(weights.num_bytes, tensors.values())),
     },
     'weight_map': weight_map,
   }

@@ -15,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mowe.interop import weights
+
 # float32 holds the values of all of them.
 DTYPES = {
   'F32': np.dtype('<f4'),
@@ -61,8 +63,10 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   }
 
 
-def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+def write(path: str | os.PathLike, arrays: Mapping[str, weights.Array]) -> None:
   """Writes a new file, with arrays in the order of their names.
+
+  An array that is elsewhere is read a piece at a time.
 
   Raises:
     FileExistsError: the file is there.
@@ -71,7 +75,7 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   at = 0
   for name in sorted(arrays):
-    array = arrays[name]
+    array, size = arrays[name], weights.num_bytes(arrays[name])
     if array.dtype not in _NAMES:
       raise ValueError(
         f'Weights must be of {sorted(map(str, _NAMES))}, but {name} is '
@@ -80,9 +84,9 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     header[name] = {
       'dtype': _NAMES[array.dtype],
       'shape': list(array.shape),
-      'data_offsets': [at, at + array.nbytes],
+      'data_offsets': [at, at + size],
     }
-    at += array.nbytes
+    at += size
   described = json.dumps(header, separators=(',', ':')).encode()
   # Arrays start at a multiple of 8.
   described += b' ' * (-len(described) % 8)
@@ -90,7 +94,8 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     file.write(len(described).to_bytes(8, 'little'))
     file.write(described)
     for name in sorted(arrays):
-      file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+      for _, rows in weights.pieces(arrays[name]):
+        file.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
     file.flush()
     os.fsync(file.fileno())
 

@@ -10,8 +10,15 @@ import pathlib
 import re
 from typing import Protocol
 
-from mowe.interop import new_folder, t5x_legacy, t5x_orbax, t5x_tree, weights
-from mowe.models import t5
+from mowe.interop import (
+  new_folder,
+  orbax_arrays,
+  t5x_legacy,
+  t5x_orbax,
+  t5x_tree,
+  weights,
+)
+from mowe.models import model_config
 
 _NAME = re.compile(r'checkpoint_(\d+)')
 
@@ -43,7 +50,7 @@ def find(path: str | os.PathLike) -> pathlib.Path | None:
 
 
 def load(
-  path: str | os.PathLike, config: t5.T5Config | None = None
+  path: str | os.PathLike, config: model_config.ModelConfig | None = None
 ) -> weights.Weights:
   """Reads a model, its step, and the state of Adafactor where there is one.
 
@@ -100,5 +107,5 @@ def save(
 def _is_checkpoint(folder):
   state = folder / t5x_orbax.STATE
   return (folder / t5x_legacy.FILE_NAME).is_file() or (
-    (state / t5x_orbax.METADATA).is_file()
+    (state / orbax_arrays.METADATA).is_file()
   )

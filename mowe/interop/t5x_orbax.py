@@ -1,12 +1,8 @@
 """T5X's checkpoints by Orbax: the tree of the legacy layout under `state/`.
 
-Source: t5x/checkpoints.py, OrbaxCheckpointManagerInterface. Arrays are read by
-tensorstore, which Orbax itself reads them with: an Orbax that fails in the
-middle leaves tasks that go on. Flipped bits are read in silence, as by Orbax;
-what is missing or cut short is an error.
+Source: t5x/checkpoints.py, OrbaxCheckpointManagerInterface.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 
@@ -14,12 +10,11 @@ import flax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mowe.interop import weights, zarr_array
+from mowe.interop import orbax_arrays, weights
 
 Path = weights.Path
 
 STATE = 'state'
-METADATA = '_METADATA'
 
 
 def read(folder: pathlib.Path) -> dict[Path, weights.Array]:
@@ -28,22 +23,7 @@ def read(folder: pathlib.Path) -> dict[Path, weights.Array]:
   Raises:
     ValueError: the checkpoint is not whole, or names something outside of it.
   """
-  state = (folder / STATE).absolute()
-  described, paths = _read_metadata(state / METADATA)
-  driver = 'zarr3' if described.get('use_zarr3') else 'zarr'
-  has_database = described.get('use_ocdbt', True)
-  arrays = {}
-  for path in paths:
-    name = '.'.join(path)
-    kvstore = {'driver': 'file', 'path': f'{state / name}/'}
-    if has_database:
-      kvstore = {
-        'driver': 'ocdbt',
-        'base': {'driver': 'file', 'path': f'{state}/'},
-        'path': f'{name}/',
-      }
-    arrays[path] = zarr_array.ZarrArray(state / name, kvstore, driver)
-  return arrays
+  return orbax_arrays.read(folder / STATE)
 
 
 def write(folder: pathlib.Path, state: Mapping[Path, weights.Array]) -> None:
@@ -59,31 +39,3 @@ def write(folder: pathlib.Path, state: Mapping[Path, weights.Array]) -> None:
       folder.absolute(),
       args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree)),
     )
-
-
-def _read_metadata(file):
-  """What Orbax says of the tree, and the paths of its arrays."""
-  try:
-    described = json.loads(file.read_text('utf-8'))
-    entries = [
-      (
-        tuple(str(key['key']) for key in entry['key_metadata']),
-        entry['value_metadata']['value_type'],
-      )
-      for entry in described['tree_metadata'].values()
-    ]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f'{file} must describe the arrays of Orbax, but reading it failed: '
-      f'{type(error).__name__}: {error}. {zarr_array.AGAIN}'
-    ) from None
-  # Parts of an optimizer may have nothing: they are no arrays.
-  paths = [path for path, kind in entries if kind not in ('None', 'Dict')]
-  for path in paths:
-    for part in path:
-      if part in ('', '.', '..') or set('/\\\0') & set(part):
-        raise ValueError(
-          f'{file} must name arrays beside it, but has {part!r}. Do not use '
-          'this checkpoint: it may have been made to read other files.'
-        )
-  return described, paths

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mowe.interop import rules, weights
-from mowe.models import t5
+from mowe.models import model_config, t5
 
 Path = weights.Path
 
@@ -47,7 +47,8 @@ RELEASED = {
 
 
 def to_weights(
-  state: Mapping[Path, weights.Array], config: t5.T5Config | None = None
+  state: Mapping[Path, weights.Array],
+  config: model_config.ModelConfig | None = None,
 ) -> weights.Weights:
   """A model of the arrays of a checkpoint.
 
@@ -76,7 +77,7 @@ def to_weights(
     )
   source = 'its config'
   if config is None:
-    config, source = infer_config(params), 'T5 of t5x/examples/t5'
+    config, source = infer_config(params), 't5x/examples/t5/network.py'
   return weights.Weights(
     config,
     weights.for_model(params, config, source),

@@ -1,6 +1,7 @@
 """What every format is read into and written from: a model and its arrays."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from mowe.interop import rules
-from mowe.models import initialization, t5
+from mowe.models import initialization, model_config
 from mowe.words import subwords
 
 # Of a piece of a large array that is on its way.
@@ -46,16 +47,18 @@ class Weights:
     vocabulary: the subword vocabulary; None: not known.
   """
 
-  config: t5.T5Config
+  config: model_config.ModelConfig
   params: Mapping[Path, Array]
   step: int = 0
   moments: Mapping[str, Mapping[Path, Array]] | None = None
   vocabulary: subwords.Subwords | None = None
 
 
-def shapes(config: t5.T5Config) -> dict[Path, jax.ShapeDtypeStruct]:
+def shapes(
+  config: model_config.ModelConfig,
+) -> dict[Path, jax.ShapeDtypeStruct]:
   """Shape and dtype of every parameter of a model, in `Weights`."""
-  abstract = initialization.abstract_variables(t5.T5(config))['params']
+  abstract = initialization.abstract_variables(config.build())['params']
   flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(abstract))
   # A table of bfloat16 is an array of its bits in the model.
   return {
@@ -67,7 +70,7 @@ def shapes(config: t5.T5Config) -> dict[Path, jax.ShapeDtypeStruct]:
 
 
 def for_model(
-  params: Mapping[Path, Array], config: t5.T5Config, source: str
+  params: Mapping[Path, Array], config: model_config.ModelConfig, source: str
 ) -> dict[Path, Array]:
   """The parameters in the order and in the precision of the model.
 
@@ -139,3 +142,42 @@ class Cast:
   def __getitem__(self, rows: slice) -> np.ndarray:
     """See `Array`."""
     return np.asarray(self.array[rows]).astype(self.dtype, copy=False)
+
+
+def needs_vocabulary(given: Weights) -> subwords.Subwords:
+  """The subword vocabulary of a model.
+
+  Raises:
+    ValueError: it is not known, or has more ids than the model.
+  """
+  vocabulary, rows = given.vocabulary, given.config.vocab_size
+  if vocabulary is None:
+    raise ValueError(
+      'A model that is to answer must come with its subword vocabulary, but '
+      'what was read has none. Give it with --vocabulary: the spiece.model of '
+      "the model, or 'bytes'."
+    )
+  if vocabulary.size > rows:
+    raise ValueError(
+      f'The vocabulary must have at most the {rows:,} ids of the model, but '
+      f'has {vocabulary.size:,} with its {vocabulary.extra_ids} sentinels. '
+      'Give the one that the model was trained with.'
+    )
+  return vocabulary
+
+
+def digest(params: Mapping[Path, Array]) -> str:
+  """A sha256 of names, shapes, dtypes and bits of parameters."""
+  sha256 = hashlib.sha256()
+  for path in sorted(params):
+    array = params[path]
+    kind = f'{"/".join(path)} {np.dtype(array.dtype)} {tuple(array.shape)}\n'
+    sha256.update(kind.encode())
+    for _, rows in pieces(array):
+      sha256.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+  return sha256.hexdigest()
+
+
+def rounded(params: Mapping[Path, Array]) -> dict[Path, Array]:
+  """The parameters in bfloat16."""
+  return {path: Cast(array, BFLOAT16) for path, array in params.items()}

@@ -1,0 +1,322 @@
+"""Weights from one format to another: read, written, read again, compared."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax
+import numpy as np
+import rich.console
+import rich.table
+
+from mowe.commands import model_folder, model_weights
+from mowe.interop import (
+  huggingface,
+  mowe_safetensors,
+  new_folder,
+  safetensors_folder,
+  t5x_checkpoint,
+  t5x_legacy,
+  t5x_orbax,
+  t5x_tree,
+  weights,
+)
+from mowe.models import t5
+from mowe.training import manifests
+from mowe.words import subwords
+
+# So that names of parameters are not cut off where the output is a file.
+_WIDTH = 110
+
+# Formats whose checkpoints do not say which model they are of.
+_WITHOUT_CONFIG = ('t5x', 't5x-orbax')
+
+_SPIECE = 'spiece.model'
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A format that is read and written.
+
+  Attributes:
+    title: for people.
+    opened: path to its weights, as long as the context is open.
+    save: writes a new folder.
+    is_rounded: whether it can be written in bfloat16.
+    has_moments: whether it keeps the state of Adafactor.
+  """
+
+  title: str
+  opened: Callable[..., AbstractContextManager[weights.Weights]]
+  save: Callable[[pathlib.Path, weights.Weights], Any]
+  is_rounded: bool = True
+  has_moments: bool = False
+
+
+def convert(
+  source: str,
+  target: str,
+  to: str,
+  *,
+  dtype: str = 'float32',
+  vocabulary: str | None = None,
+  extra_ids: int = 100,
+  like: str | None = None,
+) -> None:
+  """Converts weights and prints what was read and written.
+
+  Args:
+    source: a model folder or a checkpoint in it, a folder of safetensors, or a
+      checkpoint of T5X; which, is seen from its files.
+    target: the folder to write; must not be there.
+    to: a name of `FORMATS`.
+    dtype: 'float32', or 'bfloat16', to which weights are rounded.
+    vocabulary: SentencePiece model or 'bytes', where the source has none.
+    extra_ids: sentinels of that vocabulary.
+    like: a folder that describes the model, where the source does not.
+
+  Raises:
+    FileExistsError: the target is there.
+    FileNotFoundError: the source, or a part of it, is not there.
+    ValueError: a source that is unknown, damaged or not whole; a model that
+      the format to write does not have. Nothing is left then.
+  """
+  new_folder.check_new(target)
+  if dtype == 'bfloat16' and not FORMATS[to].is_rounded:
+    raise ValueError(
+      'Parameters of a model folder must be float32, but --dtype is bfloat16. '
+      'Leave it out: activations are bfloat16 by DTYPE.'
+    )
+  found = recognise(source)
+  is_guess = found in _WITHOUT_CONFIG and like is None
+  with contextlib.ExitStack() as closing:
+    given = _open(source, found, like, closing)
+    if vocabulary is not None:
+      loaded = subwords.load_subwords(vocabulary, extra_ids)
+      given = dataclasses.replace(given, vocabulary=loaded)
+    written = given
+    if dtype == 'bfloat16':
+      rounded = weights.rounded(given.params)
+      written = dataclasses.replace(given, params=rounded)
+    FORMATS[to].save(pathlib.Path(target), written)
+    try:
+      again = _read_again(target, to, given, written)
+    except BaseException:
+      shutil.rmtree(target)
+      raise
+    _show(source, found, target, to, given, written, again, is_guess)
+
+
+def recognise(source: str | os.PathLike) -> str:
+  """The name in `FORMATS` of what is there.
+
+  Raises:
+    FileNotFoundError: nothing is there.
+    ValueError: something else is there.
+  """
+  path = pathlib.Path(source)
+  if not path.exists():
+    raise FileNotFoundError(
+      f'The weights to convert must be there, but {path} is not. Check the '
+      'path.'
+    )
+  folder, _ = model_folder.split_checkpoint_path(os.fspath(path))
+  if (folder / 'model.json').is_file():
+    return 'mowe'
+  if path.is_dir():
+    names = sorted(one.name for one in path.iterdir())
+    if safetensors_folder.is_candidate(names):
+      return _kind_of_safetensors(path)
+    checkpoint = t5x_checkpoint.find(path)
+    if checkpoint is not None:
+      is_legacy = (checkpoint / t5x_legacy.FILE_NAME).is_file()
+      return 't5x' if is_legacy else 't5x-orbax'
+    kinds = f'has {names[:10]}'
+  else:
+    kinds = 'is a file'
+  raise ValueError(
+    f'{path} must be a model folder (model.json), a folder of safetensors '
+    '(config.json), or a checkpoint of T5X (a file checkpoint, or state/'
+    f'_METADATA), but {kinds}. Give the folder of a whole one; checkpoints of '
+    'TensorFlow are to be saved by t5x first.'
+  )
+
+
+def _open(source, found, like, closing) -> weights.Weights:
+  """The weights of the source; `like` says which model and vocabulary."""
+  if like is None:
+    return closing.enter_context(FORMATS[found].opened(source))
+  if found not in _WITHOUT_CONFIG:
+    raise ValueError(
+      '--like is for checkpoints of T5X, which have no config, but '
+      f'{source} is {FORMATS[found].title}, which says what it is. Leave it '
+      'out.'
+    )
+  other = closing.enter_context(FORMATS[recognise(like)].opened(like))
+  given = closing.enter_context(
+    FORMATS[found].opened(source, config=other.config)
+  )
+  return dataclasses.replace(given, vocabulary=other.vocabulary)
+
+
+def _kind_of_safetensors(path):
+  with contextlib.suppress(OSError, ValueError):
+    described = json.loads((path / safetensors_folder.CONFIG).read_text())
+    if described.get('model_type') == mowe_safetensors.MODEL_TYPE:
+      return 'safetensors'
+  # Which says what is wrong with it.
+  return 'huggingface'
+
+
+def _read_again(target, to, given, written) -> tuple[int, str]:
+  """Step and digest of what the target holds.
+
+  Raises ValueError if that is not what was to be written.
+  """
+  settings = {'config': given.config} if to in _WITHOUT_CONFIG else {}
+  wanted = {
+    path: weights.Cast(array, given.params[path].dtype)
+    for path, array in written.params.items()
+  }
+  with FORMATS[to].opened(target, **settings) as again:
+    digest = weights.digest(again.params)
+    if weights.digest(wanted) != digest:
+      raise ValueError(
+        f'{target} must hold what was written to it, but read again it is '
+        'something else. Look at the disk; nothing was kept.'
+      )
+    return again.step, digest
+
+
+def _show(source, found, target, to, given, written, read_again, is_guess):
+  console = rich.console.Console(highlight=False, soft_wrap=True)
+  console.width = max(console.width, _WIDTH)
+  console.print(_table(given.params, written.params))
+  name = t5x_tree.released_name(given.config)
+  size = sum(math.prod(array.shape) for array in given.params.values())
+  console.print(
+    f'Model      {size:,} parameters in {len(given.params):,} arrays'
+    + (f', the sizes of {name}' if name else '')
+  )
+  if is_guess:
+    activations = ', '.join(given.config.mlp_activations)
+    console.print(
+      f'           activations {activations}: by the number of kernels, as '
+      'arrays cannot say which'
+    )
+  for what, path, kind, (step, sha256) in (
+    ('Read', source, found, (given.step, weights.digest(given.params))),
+    ('Written', target, to, read_again),
+  ):
+    console.print(f'{what:10} {path}: {FORMATS[kind].title}, step {step:,}')
+    console.print(f'           sha256 {sha256} of all weights')
+    for file in sorted(pathlib.Path(path).glob('*.safetensors')):
+      console.print(
+        f'           sha256 {manifests.digest(file)} of {file.name}'
+      )
+  if given.moments is not None:
+    fate = 'kept' if FORMATS[to].has_moments else 'left out'
+    console.print(f'Optimizer  state of Adafactor, {fate}')
+
+
+def _table(read, written) -> rich.table.Table:
+  """A row for all parameters that differ in numbers of their names alone."""
+  table = rich.table.Table(box=None, pad_edge=False)
+  for name in ('parameters', 'arrays', 'shape', 'read as', 'written as'):
+    table.add_column(name, justify='right' if name == 'arrays' else 'left')
+  rows: dict[tuple, int] = {}
+  for path, array in read.items():
+    row = (
+      re.sub(r'(?<=layers_)\d+', '*', '/'.join(path)),
+      ' x '.join(map(str, array.shape)),
+      # What a Cast is made of is what the file has.
+      str(np.dtype(getattr(array, 'array', array).dtype)),
+      str(np.dtype(written[path].dtype)),
+    )
+    rows[row] = rows.get(row, 0) + 1
+  for (name, *rest), number in rows.items():
+    table.add_row(name, f'{number:,}', *rest)
+  return table
+
+
+@contextlib.contextmanager
+def _opened_huggingface(path) -> Iterator[weights.Weights]:
+  config, params = huggingface.load(path)
+  spiece = pathlib.Path(path) / _SPIECE
+  vocabulary = subwords.load_subwords(spiece) if spiece.is_file() else None
+  flat = flax.traverse_util.flatten_dict(params)
+  yield weights.Weights(config, flat, vocabulary=vocabulary)
+
+
+def _save_huggingface(folder, given):
+  if not isinstance(given.config, t5.T5Config):
+    raise ValueError(
+      'transformers has T5 and Switch of the models here, but this is a '
+      f'{type(given.config).__name__}. Convert it --to safetensors.'
+    )
+  dtypes = {np.dtype(array.dtype) for array in given.params.values()}
+
+  def copy_vocabulary(partial):
+    if isinstance(given.vocabulary, subwords.SentencePieceVocabulary):
+      shutil.copyfile(given.vocabulary.path, partial / _SPIECE)
+
+  huggingface.save(
+    folder,
+    given.config,
+    flax.traverse_util.unflatten_dict(
+      {path: array[...] for path, array in given.params.items()}
+    ),
+    dtype='bfloat16' if dtypes == {weights.BFLOAT16} else 'float32',
+    attach=copy_vocabulary,
+  )
+
+
+@contextlib.contextmanager
+def _opened_safetensors(path) -> Iterator[weights.Weights]:
+  yield mowe_safetensors.load(path)
+
+
+@contextlib.contextmanager
+def _opened_t5x(path, config=None) -> Iterator[weights.Weights]:
+  yield t5x_checkpoint.load(path, config)
+
+
+FORMATS = {
+  'mowe': Format(
+    'a model folder of mowe',
+    model_weights.opened,
+    model_weights.save,
+    is_rounded=False,
+    has_moments=True,
+  ),
+  'safetensors': Format(
+    'a folder of safetensors of mowe',
+    _opened_safetensors,
+    mowe_safetensors.save,
+  ),
+  'huggingface': Format(
+    'a folder of safetensors of transformers',
+    _opened_huggingface,
+    _save_huggingface,
+  ),
+  't5x': Format(
+    'a checkpoint of T5X, legacy layout',
+    _opened_t5x,
+    lambda folder, given: t5x_checkpoint.save(folder, given, t5x_legacy),
+    has_moments=True,
+  ),
+  't5x-orbax': Format(
+    'a checkpoint of T5X by Orbax',
+    _opened_t5x,
+    lambda folder, given: t5x_checkpoint.save(folder, given, t5x_orbax),
+    has_moments=True,
+  ),
+}

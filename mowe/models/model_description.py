@@ -1,0 +1,103 @@
+"""What a folder says of the model whose weights are in it, and its vocabularies.
+
+  vocabulary.model        SentencePiece model, a copy (unless bytes are read)
+  routing_vocabulary.npz  a copy, for models with word experts
+
+Beside them a JSON file holds the description: the config, and the digests of
+the vocabularies, which are compared when they are loaded.
+"""
+
+import pathlib
+import shutil
+from typing import Any
+
+from mowe.models import model_config, saved_config
+from mowe.words import routing_vocabulary, subwords
+
+_FORMAT = 'mowe model'
+_VERSION = 1
+_SUBWORDS = 'vocabulary.model'
+_ROUTING = 'routing_vocabulary.npz'
+
+
+def describe(
+  config: model_config.ModelConfig, vocabulary: subwords.Subwords
+) -> dict[str, Any]:
+  """The description, as a tree of JSON values."""
+  is_bytes = isinstance(vocabulary, subwords.ByteVocabulary)
+  return {
+    'format': _FORMAT,
+    'version': _VERSION,
+    'config': saved_config.to_json(config),
+    'subwords': {
+      'file': 'bytes' if is_bytes else _SUBWORDS,
+      'extra_ids': vocabulary.extra_ids,
+      'sha256': vocabulary.sha256,
+    },
+    'routing': None
+    if config.routing is None
+    else {'file': _ROUTING, 'sha256': config.routing.sha256},
+  }
+
+
+def write_vocabularies(
+  folder: pathlib.Path,
+  config: model_config.ModelConfig,
+  vocabulary: subwords.Subwords,
+) -> None:
+  """Writes the files that a description names."""
+  if not isinstance(vocabulary, subwords.ByteVocabulary):
+    shutil.copyfile(vocabulary.path, folder / _SUBWORDS)
+  if config.routing is not None:
+    config.routing.save(folder / _ROUTING)
+
+
+def load(
+  file: pathlib.Path, described: dict[str, Any], **changes: Any
+) -> tuple[model_config.ModelConfig, subwords.Subwords]:
+  """Config and subword vocabulary of a description.
+
+  Args:
+    file: that holds it, with the vocabularies beside it.
+    described: what it holds.
+    **changes: fields of the config to replace.
+
+  Raises:
+    ValueError: another version, or a vocabulary that is not the one it names.
+  """
+  if described.get('version') != _VERSION:
+    raise ValueError(
+      f'{file} must have version {_VERSION}, but has '
+      f'{described.get("version")}. Use the version of mowe that wrote it.'
+    )
+  try:
+    return _load(file, described, changes)
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{file} must describe a model of mowe, but reading it failed: '
+      f'{type(error).__name__}: {error}. Restore the file.'
+    ) from error
+
+
+def _load(file, described, changes):
+  saved = described['subwords']
+  name = saved['file']
+  vocabulary = subwords.load_subwords(
+    name if name == 'bytes' else file.parent / _SUBWORDS, saved['extra_ids']
+  )
+  _check_digest(file, 'the subword vocabulary', saved, vocabulary)
+  routing = None
+  if described['routing'] is not None:
+    routing = routing_vocabulary.load(file.parent / _ROUTING)
+    _check_digest(file, 'the routing vocabulary', described['routing'], routing)
+  config = saved_config.from_json(described['config'], routing, **changes)
+  return config, vocabulary
+
+
+def _check_digest(file, what, saved, loaded):
+  if saved['sha256'] != loaded.sha256:
+    raise ValueError(
+      f'{file} must name {what} beside it, sha256 {saved["sha256"]}, but '
+      f'that file has {loaded.sha256}. Restore the file that the model was '
+      'trained with.'
+    )

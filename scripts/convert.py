@@ -1,0 +1,8 @@
+"""`mowe convert` from a checkout."""
+
+import sys
+
+from mowe.commands import main
+
+if __name__ == '__main__':
+  sys.exit(main.main(['convert', *sys.argv[1:]]))

@@ -1,0 +1,307 @@
+"""`mowe convert`: every format into every other, bit for bit."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import conftest
+import flax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mowe.commands import convert, main, model_folder
+from mowe.interop import (
+  huggingface,
+  mowe_safetensors,
+  t5x_checkpoint,
+  t5x_tree,
+  weights,
+)
+from mowe.layers import moe, tokens_choose, word_experts
+from mowe.training import optimizers
+
+
+def _params(config, seed=0):
+  """Other numbers everywhere, as `Weights` holds them."""
+  rng = np.random.default_rng(seed)
+  return {
+    path: rng.normal(size=leaf.shape).astype(leaf.dtype)
+    for path, leaf in weights.shapes(config).items()
+  }
+
+
+def _assert_same(actual, expected):
+  assert set(actual) == set(expected)
+  for path, array in expected.items():
+    found, wanted = np.asarray(actual[path][...]), np.asarray(array[...])
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), path
+    assert found.tobytes() == wanted.tobytes(), path
+
+
+def _model(world, kind):
+  if kind == 'dense':
+    return world.config(sparse=False)
+  if kind == 'switch':
+    return world.config(
+      sparse=True,
+      sparse_feed_forward=functools.partial(
+        moe.MoeLayer, 3, 5, routing=tokens_choose.TokensChoose()
+      ),
+      routing=None,
+    )
+  # Tables of every block, or one for all.
+  dtype, share = kind
+  layer = functools.partial(
+    word_experts.MoweLayer,
+    conftest.NUM_EXPERTS,
+    4,
+    table_dtype=dtype,
+    share_experts=share,
+  )
+  return world.config(sparse_feed_forward=layer)
+
+
+_KINDS = ('dense', 'switch', ('bfloat16', True), ('float32', False))
+
+
+@pytest.mark.parametrize('kind', _KINDS, ids=str)
+def test_models_come_back_through_safetensors(kind, world, tmp_path):
+  config = _model(world, kind)
+  given = weights.Weights(
+    config, _params(config), 7, vocabulary=world.vocabulary
+  )
+  mowe_safetensors.save(tmp_path / 'a', given, max_file_bytes=2000)
+  assert len(list((tmp_path / 'a').glob('model-*.safetensors'))) > 3
+  convert.convert(str(tmp_path / 'a'), str(tmp_path / 'b'), 'mowe')
+  convert.convert(str(tmp_path / 'b'), str(tmp_path / 'c'), 'safetensors')
+  again = mowe_safetensors.load(tmp_path / 'c')
+  assert again.step == 7
+  assert again.vocabulary.sha256 == world.vocabulary.sha256
+  _assert_same(again.params, given.params)
+  # The model folder has them where it is asked.
+  loaded = model_folder.load(str(tmp_path / 'b'))
+  assert loaded.step == 7
+  found = flax.traverse_util.flatten_dict(loaded.params)
+  _assert_same(
+    {
+      path: np.asarray(array).view(given.params[path].dtype)
+      for path, array in found.items()
+    },
+    given.params,
+  )
+
+
+@pytest.mark.parametrize('to', ['t5x', 't5x-orbax'])
+@pytest.mark.parametrize('kind', ['switch', ('bfloat16', True)], ids=str)
+def test_sparse_models_come_back_through_t5x(kind, to, world, tmp_path):
+  config = _model(world, kind)
+  given = weights.Weights(
+    config, _params(config), 7, vocabulary=world.vocabulary
+  )
+  a, b, c = (str(tmp_path / name) for name in 'abc')
+  mowe_safetensors.save(a, given)
+  convert.convert(a, b, to)
+  with pytest.raises(ValueError, match='say which one it is with --like'):
+    convert.convert(b, c, 'safetensors')
+  convert.convert(b, c, 'safetensors', like=a)
+  again = mowe_safetensors.load(c)
+  assert again.step == 7
+  _assert_same(again.params, given.params)
+
+
+@pytest.fixture(scope='module')
+def pretrained(world, tmp_path_factory):
+  """A dense T5 after two steps of Adafactor."""
+  folder = tmp_path_factory.mktemp('pretrained') / 'run'
+  world.train(
+    folder,
+    2,
+    model=world.config(sparse=False),
+    optimizer=optimizers.Adafactor(1e-2, min_dim_size_to_factor=6),
+  )
+  return folder
+
+
+def test_a_run_goes_through_all_formats(pretrained, tmp_path, capsys):
+  with convert.FORMATS['mowe'].opened(pretrained) as given:
+    params = {path: array[...] for path, array in given.params.items()}
+    moments = {
+      name: {path: array[...] for path, array in arrays.items()}
+      for name, arrays in given.moments.items()
+    }
+  assert given.step == 2
+  vocabulary = str(pretrained / 'vocabulary.model')
+  names = 't5x', 't5x-orbax', 'mowe', 'huggingface', 'safetensors', 'mowe'
+  source = pretrained
+  for number, to in enumerate(names):
+    target = tmp_path / str(number)
+    arguments = [str(source), str(target), '--to', to]
+    if number == 2:
+      arguments += ['--vocabulary', vocabulary]
+    assert main.main(['convert', *arguments]) == 0, capsys.readouterr().err
+    with convert.FORMATS[to].opened(target) as again:
+      _assert_same(again.params, params)
+      if number <= 2:
+        assert again.step == 2
+        for name in t5x_tree.MOMENTS:
+          _assert_same(again.moments[name], moments[name])
+    source = target
+  said = capsys.readouterr().out
+  digest = re.findall(r'sha256 (\w{64}) of all weights', said)
+  assert len(digest) == 12
+  assert set(digest) == {weights.digest(params)}
+  assert 'encoder/layers_*/mlp/wi_0/kernel' in said
+  assert 'state of Adafactor, kept' in said
+  assert 'state of Adafactor, left out' in said
+  with pytest.raises(FileExistsError, match='must not be there yet'):
+    convert.convert(str(pretrained), str(source), 't5x')
+  assert {one.name for one in tmp_path.iterdir()} == set('012345')
+
+
+@pytest.mark.parametrize('to', ['safetensors', 'huggingface', 't5x'])
+def test_bfloat16(to, pretrained, tmp_path):
+  target = tmp_path / 'half'
+  convert.convert(str(pretrained), str(target), to, dtype='bfloat16')
+  with convert.FORMATS[to].opened(target) as again:
+    found = {path: array[...] for path, array in again.params.items()}
+  with convert.FORMATS['mowe'].opened(pretrained) as given:
+    _assert_same(
+      found,
+      {
+        path: array[...].astype(ml_dtypes.bfloat16).astype(np.float32)
+        for path, array in given.params.items()
+      },
+    )
+  with pytest.raises(ValueError, match='model folder must be float32, but'):
+    convert.convert(str(target), str(tmp_path / 'no'), 'mowe', dtype='bfloat16')
+
+
+@pytest.mark.slow
+def test_finetuning_starts_from_other_weights(world, tmp_path, capsys):
+  config = world.config(sparse=False)
+  params = _params(config)
+  their, ours, back = (tmp_path / name for name in ('their', 'ours', 'back'))
+  huggingface.save(their, config, flax.traverse_util.unflatten_dict(params))
+  convert.convert(
+    str(their), str(ours), 'mowe', vocabulary=world.vocabulary_path
+  )
+  # A rate of zero shows where it began.
+  world.train(
+    tmp_path / 'finetuned',
+    2,
+    model=config,
+    data=world.data('questions'),
+    optimizer=optimizers.AdamW(0.0),
+    initial_checkpoint_path=str(ours),
+  )
+  assert f'Started from {ours}, step 0.' in capsys.readouterr().out
+  convert.convert(str(tmp_path / 'finetuned'), str(back), 'huggingface')
+  _, again = huggingface.load(back)
+  _assert_same(flax.traverse_util.flatten_dict(again), params)
+  spiece = (back / 'spiece.model').read_bytes()
+  assert spiece == (world.folder / 'vocabulary.model').read_bytes()
+
+
+@pytest.mark.slow
+def test_a_trained_mowe_answers_as_before(world, tmp_path):
+  run = tmp_path / 'run'
+  world.train(run, 2)
+  convert.convert(str(run), str(tmp_path / 'a'), 'safetensors')
+  convert.convert(str(tmp_path / 'a'), str(tmp_path / 'b'), 'mowe')
+  ids = np.asarray([world.vocabulary.encode('Zorblat of Delft met Karl')])
+  batch = {
+    'encoder_input_tokens': ids,
+    'decoder_input_tokens': ids[:, :3],
+    'decoder_target_tokens': ids[:, :3],
+  }
+  logits = [
+    loaded.model.apply(
+      {'params': loaded.params}, batch, enable_dropout=False, method='of_batch'
+    )
+    for loaded in (
+      model_folder.load(str(tmp_path / 'b')),
+      model_folder.load(str(run)),
+    )
+  ]
+  np.testing.assert_array_equal(*logits)
+
+
+def test_what_is_unknown_says_what_is_there(world, pretrained, tmp_path):
+  folder = tmp_path / 'a'
+  out = str(tmp_path / 'out')
+
+  def refused(match, error=ValueError, **settings):
+    with pytest.raises(error, match=match):
+      convert.convert(str(folder), out, 'mowe', **settings)
+    assert {one.name for one in tmp_path.iterdir()} <= {'a'}
+
+  refused('must be there, but', FileNotFoundError)
+  folder.mkdir()
+  (folder / 'model.ckpt-1.index').touch()
+  refused(r"has \['model.ckpt-1.index'\]. Give the folder of a whole one")
+  (folder / 'pytorch_model.bin').touch()
+  refused('pytorch_model.bin: a pickle, which can run any code')
+  (folder / 'config.json').write_text('{"model_type": "mowe"}')
+  refused('a pickle, which can run any code')
+  (folder / 'model.safetensors').write_bytes(b'\x80\x04')
+  refused('must be a safetensors file, but is a pickle')
+  with pytest.raises(ValueError, match='--like is for checkpoints of T5X'):
+    convert.convert(str(pretrained), out, 'mowe', like=str(pretrained))
+
+
+def test_a_model_needs_its_vocabulary(pretrained, tmp_path):
+  source, out = str(tmp_path / 't5x'), str(tmp_path / 'out')
+  convert.convert(str(pretrained), source, 't5x')
+  for to in ('mowe', 'safetensors'):
+    with pytest.raises(ValueError, match='Give it with --vocabulary'):
+      convert.convert(source, out, to)
+    with pytest.raises(ValueError, match='at most the 143 ids of the model'):
+      convert.convert(source, out, to, vocabulary='bytes')
+  assert [one.name for one in tmp_path.iterdir()] == ['t5x']
+
+
+def test_damage_leaves_nothing(world, tmp_path):
+  config = _model(world, ('bfloat16', True))
+  given = weights.Weights(config, _params(config), vocabulary=world.vocabulary)
+  a, b = tmp_path / 'a', tmp_path / 'b'
+  mowe_safetensors.save(a, given)
+  convert.convert(str(a), str(b), 'mowe')
+  content = bytearray((b / 'experts.0.rows').read_bytes())
+  content[len(content) // 2] ^= 1
+  (b / 'experts.0.rows').write_bytes(content)
+  with pytest.raises(ValueError, match='must be in .* as it was written'):
+    convert.convert(str(b), str(tmp_path / 'c'), 'safetensors')
+  file = a / 'config.json'
+  described = json.loads(file.read_text())
+  for name, value, text in (
+    ('subwords', None, 'must describe a model of mowe, but reading it failed'),
+    ('config', {'vocab_size': 3}, 'must describe a model of mowe'),
+    ('step', -1, 'must be a number of updates, but is -1'),
+    ('version', 9, 'must have version 1, but has 9'),
+    ('model_type', 't5', 'must be a number from 1 to'),
+  ):
+    file.write_text(json.dumps(described | {name: value}))
+    with pytest.raises(ValueError, match=text):
+      convert.convert(str(a), str(tmp_path / 'c'), 'mowe')
+  file.write_text(json.dumps(described))
+  (a / 'routing_vocabulary.npz').unlink()
+  with pytest.raises(FileNotFoundError):
+    convert.convert(str(a), str(tmp_path / 'c'), 'mowe')
+  assert {one.name for one in tmp_path.iterdir()} == {'a', 'b'}
+
+
+def test_what_is_read_again_must_be_what_was_written(
+  pretrained, tmp_path, monkeypatch
+):
+  save = t5x_checkpoint.save
+
+  def spoilt(folder, given, layout):
+    other = {path: array[...] + 1 for path, array in given.params.items()}
+    save(folder, dataclasses.replace(given, params=other), layout)
+
+  monkeypatch.setattr(t5x_checkpoint, 'save', spoilt)
+  with pytest.raises(ValueError, match='read again it is something else'):
+    convert.convert(str(pretrained), str(tmp_path / 'a'), 't5x')
+  assert not list(tmp_path.iterdir())
