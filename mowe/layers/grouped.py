@@ -100,6 +100,27 @@ def _backward(residuals, cotangents):
 expert_product.defvjp(_forward, _backward)
 
 
+def factors_of_experts(factors: list[Factors], sources: jax.Array) -> Factors:
+  """Factors of the gradients of some experts.
+
+  Args:
+    factors: of each layer that shares the kernels.
+    sources: <int32>[experts, room], their tokens; out of range: none.
+
+  Returns:
+    inputs <float32>[experts, layers room, in] and cotangents
+    <float32>[experts, layers room, out].
+  """
+  return Factors(
+    *(
+      jnp.concatenate(
+        [rows(one, sources) for one in same_field], axis=1
+      ).astype(jnp.float32)
+      for same_field in zip(*factors, strict=True)
+    )
+  )
+
+
 def kernel_gradient(factors: list[Factors], sources: jax.Array) -> jax.Array:
   """Gradient of the kernels of some experts.
 
@@ -110,12 +131,7 @@ def kernel_gradient(factors: list[Factors], sources: jax.Array) -> jax.Array:
   Returns:
     <float32>[experts, in, out].
   """
-  inputs, cotangents = (
-    jnp.concatenate([rows(one, sources) for one in same_field], axis=1).astype(
-      jnp.float32
-    )
-    for same_field in zip(*factors, strict=True)
-  )
+  inputs, cotangents = factors_of_experts(factors, sources)
   room = inputs.shape[1]
   if room > _THIN:
     return jnp.einsum('ecm,ecf->emf', inputs, cotangents)

@@ -236,7 +236,7 @@ def inverse_roots(
   row = jnp.expand_dims(v_row, factoring.columns)
   column = jnp.expand_dims(v_col, factoring.rows)
   row = row / row.mean(axis=factoring.rows, keepdims=True)
-  return row**-0.5, column**-0.5
+  return jax.lax.rsqrt(row), jax.lax.rsqrt(column)
 
 
 def excess(

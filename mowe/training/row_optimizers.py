@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mowe.training import adafactor
+from mowe.training import adafactor, row_gradients
 
 Table = Mapping[str, jax.Array]
+Gradients = Mapping[str, row_gradients.Gradient]
 RowState = Any
 LearningRate = float | Callable[[jax.Array], jax.Array]
 
@@ -44,7 +45,7 @@ class RowOptimizer(Protocol):
 
   def update(
     self,
-    gradients: Table,
+    gradients: Gradients,
     state_rows: RowState,
     rows: Table,
     learning_rate_step: jax.Array,
@@ -53,7 +54,8 @@ class RowOptimizer(Protocol):
     """Returns the next rows and their state.
 
     Args:
-      gradients: name to <float>[rows, a, b].
+      gradients: name to gradients of all rows, each array with axis rows
+        before its own.
       state_rows: the state of these rows, leading axis rows.
       rows: name to <float>[rows, a, b].
       learning_rate_step: <int32>[], the global step, from 0.
@@ -113,7 +115,7 @@ class RowAdafactor:
 
   def update(
     self,
-    gradients: Table,
+    gradients: Gradients,
     state_rows: RowAdafactorState,
     rows: Table,
     learning_rate_step: jax.Array,
@@ -126,7 +128,7 @@ class RowAdafactor:
       count = state.counts + 1
       decay = adafactor.second_moment_decay(count, self.decay_rate)
       results = {
-        name: self._update_matrix(
+        name: self._update_kernel(
           gradient[name],
           param[name],
           state.v_row[name],
@@ -144,26 +146,23 @@ class RowAdafactor:
     new = jax.vmap(update_expert)(dict(gradients), state_rows, dict(rows))
     return _keep_absent(present, new, (dict(rows), state_rows))
 
-  def _update_matrix(self, gradient, param, v_row, v_col, decay, rate):
+  def _update_kernel(self, gradient, param, v_row, v_col, decay, rate):
     """Returns the next param [a, b], v_row [a] and v_col [b] of one expert."""
     matrix = adafactor.Factoring(averaged=(0, 1), rows=(0,), columns=(1,))
-    gradient = gradient.astype(jnp.float32)
-    old = param.astype(jnp.float32)
-    v_row, v_col = adafactor.factored_moments(
-      gradient, v_row, v_col, matrix, decay, self.epsilon1
-    )
+    over_columns, over_rows = gradient.mean_squares()
+    v_row = decay * v_row + (1.0 - decay) * (over_columns + self.epsilon1)
+    v_col = decay * v_col + (1.0 - decay) * (over_rows + self.epsilon1)
     row, column = adafactor.inverse_roots(v_row, v_col, matrix)
-    step = gradient * row * column
+    row, column = row[:, 0], column[0]
+    step = gradient.scaled(row, column)
+    old = param.astype(jnp.float32)
+    size = rate
     if self.clipping_threshold is not None:
-      step = step / adafactor.excess(
-        step, self.clipping_threshold, matrix.averaged
-      )
-    step = rate * step
+      rms = jnp.sqrt(step.mean_square())
+      size = size / jnp.maximum(1.0, rms / self.clipping_threshold)
     if self.multiply_by_parameter_scale:
-      step = step * adafactor.parameter_scale(
-        old, self.epsilon2, matrix.averaged
-      )
-    return (old - step).astype(param.dtype), v_row, v_col
+      size = size * adafactor.parameter_scale(old, self.epsilon2, (0, 1))
+    return (old - size * step.matrix()).astype(param.dtype), v_row, v_col
 
 
 class RowAdamState(NamedTuple):
@@ -227,7 +226,7 @@ class RowAdam:
 
   def update(
     self,
-    gradients: Table,
+    gradients: Gradients,
     state_rows: RowAdamState,
     rows: Table,
     learning_rate_step: jax.Array,
@@ -241,7 +240,7 @@ class RowAdam:
       count = state.counts + 1
       gap = jnp.where(state.counts == 0, 1, global_step - state.last_visits)
       keep = (1.0 - rate * self.weight_decay) ** gap
-      gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+      gradient = {name: g.matrix() for name, g in gradient.items()}
       if self.max_norm is not None:
         shrink = self.max_norm / jnp.maximum(
           optax.global_norm(gradient), self.max_norm

@@ -20,7 +20,7 @@ import numpy as np
 
 from mowe.layers import bfloat16_bits, grouped
 from mowe.models import parameters
-from mowe.training import row_optimizers
+from mowe.training import row_gradients, row_optimizers
 from mowe.words import plan as plans
 
 # Out of the range of all tokens.
@@ -95,42 +95,75 @@ def update_rows(
   first = 0 if 'encoder' in factors else num_before
   last = num_before + (num_after if 'decoder' in factors else 0)
   layers = _over_all_tokens(factors, num_before)
-  kernels = jax.tree.leaves(table)
-  chunks = _Chunks(updates, len(kernels[0]), sum(k[0].size for k in kernels))
+  kernels = list(table.values())
+  num_experts = len(kernels[0])
+  numbers_of_one = sum(kernel[0].size for kernel in kernels)
 
-  def gradients(experts, sources, is_new):
-    """Experts of one chunk, those that change, and their gradients."""
-    # A table of one stream leaves alone what only the other stream has.
-    used = ((sources >= first) & (sources < last)).any(axis=1)
-    of_kernels = {
-      name: grouped.kernel_gradient([layer[name] for layer in layers], sources)
-      for name in table
-    }
-    return experts, used & is_new, of_kernels
+  def of_some_tokens(same_kernel, sources):
+    return row_gradients.Matrix(grouped.kernel_gradient(same_kernel, sources))
 
-  def update_chunk(number, carry):
-    experts, changed, of_kernels = chunks.call(number, gradients)
-    read = lambda whole: jnp.take(whole, experts, axis=0, mode='clip')
-    table, table_state = carry
-    new_rows, new_state = row_optimizer.update(
-      of_kernels,
-      jax.tree.map(read, table_state),
-      {name: _to_float(read(whole)) for name, whole in table.items()},
-      learning_rate_step,
-    )
-    new_rows = _as_stored(new_rows, table, jax.random.fold_in(key, number))
-    # Numbers beyond the table are dropped; each of its own, as promised.
-    beyond = jnp.iinfo(jnp.int32).max - jnp.arange(experts.size)
-    written = jnp.where(changed & usable, experts, beyond)
-    write = lambda whole, rows: whole.at[written].set(
-      rows, mode='drop', unique_indices=True
-    )
-    return (
-      jax.tree.map(write, table, new_rows),
-      jax.tree.map(write, table_state, new_state),
-    )
+  def of_one_token(same_kernel, sources):
+    factors = grouped.factors_of_experts(same_kernel, sources)
+    return row_gradients.Outer(*(factor[:, 0] for factor in factors))
 
-  return jax.lax.fori_loop(0, chunks.number, update_chunk, (table, table_state))
+  def update_classes(carry, classes, of_tokens, key):
+    """Updates the experts of some size classes, a chunk at a time."""
+    chunks = _Chunks(classes, num_experts, numbers_of_one)
+
+    def gradients(experts, sources, is_new):
+      """Experts of one chunk, those that change, and their gradients."""
+      # A table of one stream leaves alone what only the other stream has.
+      used = ((sources >= first) & (sources < last)).any(axis=1)
+      of_kernels = {
+        name: of_tokens([layer[name] for layer in layers], sources)
+        for name in table
+      }
+      return experts, used & is_new, of_kernels
+
+    def update_chunk(number, carry):
+      experts, changed, of_kernels = chunks.call(number, gradients)
+      read = lambda whole: jnp.take(whole, experts, axis=0, mode='clip')
+      table, table_state = carry
+      new_rows, new_state = row_optimizer.update(
+        of_kernels,
+        jax.tree.map(read, table_state),
+        {name: _to_float(read(whole)) for name, whole in table.items()},
+        learning_rate_step,
+      )
+      new_rows = _as_stored(new_rows, table, jax.random.fold_in(key, number))
+      # Numbers beyond the table are dropped; each of its own, as promised.
+      beyond = jnp.iinfo(jnp.int32).max - jnp.arange(experts.size)
+      written = jnp.where(changed & usable, experts, beyond)
+      write = lambda whole, rows: whole.at[written].set(
+        rows, mode='drop', unique_indices=True
+      )
+      return (
+        jax.tree.map(write, table, new_rows),
+        jax.tree.map(write, table_state, new_state),
+      )
+
+    return jax.lax.fori_loop(0, chunks.number, update_chunk, carry)
+
+  # Most experts of a batch have one token.
+  ones, others = _of_one_slot(updates, len(layers))
+  one_key, other_key = jax.random.split(key)
+  carry = table, table_state
+  if ones.experts:
+    carry = update_classes(carry, ones, of_one_token, one_key)
+  if others.experts:
+    carry = update_classes(carry, others, of_some_tokens, other_key)
+  return carry
+
+
+def _of_one_slot(classes, num_layers):
+  """Classes with one token and one layer, and the other classes."""
+  parts = ([], [])
+  for experts, sources in zip(*classes, strict=True):
+    parts[sources.shape[1] * num_layers > 1].append((experts, sources))
+  return [
+    plans.SizeClasses(*(zip(*part, strict=True) if part else ((), ())))
+    for part in parts
+  ]
 
 
 def _to_float(rows):

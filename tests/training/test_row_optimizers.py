@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mowe.training import adafactor, row_optimizers
+from mowe.training import adafactor, row_gradients, row_optimizers
 
 _NUM_EXPERTS, _EMBED, _MLP = 5, 3, 4
 # Which experts each global step visits; expert 3 comes late, 4 never.
@@ -35,6 +35,10 @@ def _gradients(step):
   return jax.tree.map(lambda x: 3.0 * x, _table(seed=100 + step))
 
 
+def _matrices(gradients):
+  return {name: row_gradients.Matrix(g) for name, g in gradients.items()}
+
+
 def _train(optimizer, table, visits=_VISITS, steps=None):
   """Gathers, updates and scatters the visited rows, padded to four."""
   state = optimizer.init(table)
@@ -44,7 +48,7 @@ def _train(optimizer, table, visits=_VISITS, steps=None):
     present = jnp.arange(4) < len(experts)
     gather = lambda tree, ids=padded: jax.tree.map(lambda x: x[ids], tree)
     rows, state_rows = update(
-      gather(_gradients(step)),
+      gather(_matrices(_gradients(step))),
       gather(state),
       gather(table),
       jnp.int32(step),
@@ -137,7 +141,7 @@ def test_weight_decay_makes_up_for_the_gap():
   # No gradient: visits at steps 10 (first: gap 1) and 13 (gap 3).
   optimizer = row_optimizers.RowAdam(0.1, weight_decay=0.5)
   rows = {'wi': jnp.ones((1, 2, 3))}
-  zeros = {'wi': jnp.zeros((1, 2, 3))}
+  zeros = _matrices({'wi': jnp.zeros((1, 2, 3))})
   state = optimizer.init(rows)
   rows, state = optimizer.update(zeros, state, rows, 10)
   np.testing.assert_allclose(rows['wi'], 0.95, rtol=1e-6)
@@ -195,7 +199,9 @@ def test_absent_rows_stay_bit_identical(name):
   present = jnp.array([True, False, True, False, False])
   # What padding computed may be anything at all.
   gradients = jax.tree.map(lambda x: x.at[1].set(jnp.nan), _gradients(0))
-  new, new_state = optimizer.update(gradients, state, table, 7, present)
+  new, new_state = optimizer.update(
+    _matrices(gradients), state, table, 7, present
+  )
   for old_tree, new_tree in ((table, new), (state, new_state)):
     for before, after in zip(
       jax.tree.leaves(old_tree), jax.tree.leaves(new_tree), strict=True
@@ -208,7 +214,7 @@ def test_absent_rows_stay_bit_identical(name):
 @pytest.mark.parametrize('name', _OPTIMIZERS)
 def test_rows_do_not_see_each_other(name):
   optimizer = _OPTIMIZERS[name]
-  table, gradients = _table(), _gradients(0)
+  table, gradients = _table(), _matrices(_gradients(0))
   state = optimizer.init(table)
   together, _ = optimizer.update(gradients, state, table, 0)
   order = jnp.array([3, 1, 4, 0, 2])
@@ -222,12 +228,44 @@ def test_rows_do_not_see_each_other(name):
 
 
 @pytest.mark.parametrize('name', _OPTIMIZERS)
+def test_outer_products_are_their_matrices(name):
+  optimizer, table = _OPTIMIZERS[name], _table()
+  rng = np.random.default_rng(0)
+  # One expert is as if it had not been used, and one in a single column.
+  vector = lambda size: rng.normal(size=(_NUM_EXPERTS, size)).astype(np.float32)
+  outer = {
+    kernel: row_gradients.Outer(vector(a), vector(b))
+    for kernel, (a, b) in _SHAPES.items()
+  }
+  outer['wi'].left[1] = 0
+  outer['wi'].right[2, 1:] = 0
+  matrices = _matrices(
+    {
+      kernel: np.einsum('na,nb->nab', gradient.left, gradient.right)
+      for kernel, gradient in outer.items()
+    }
+  )
+  state = optimizer.init(table)
+  for step in range(2):
+    got = optimizer.update(outer, state, table, step)
+    expected = optimizer.update(matrices, state, table, step)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for ours, theirs in zip(
+      jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
+    ):
+      # Not of the largest: rows of zeros have squares of 1e-30.
+      np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-36)
+    table, state = expected
+
+
+@pytest.mark.parametrize('name', _OPTIMIZERS)
 def test_state_has_the_experts_first_and_dtypes_stay(name):
   optimizer = _OPTIMIZERS[name]
   rows = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _table())
   state = jax.eval_shape(optimizer.init, rows)
   assert {leaf.shape[0] for leaf in jax.tree.leaves(state)} == {_NUM_EXPERTS}
-  new, new_state = jax.eval_shape(optimizer.update, rows, state, rows, 3)
+  gradients = _matrices(_gradients(0))
+  new, new_state = jax.eval_shape(optimizer.update, gradients, state, rows, 3)
   assert {leaf.dtype for leaf in new.values()} == {jnp.bfloat16.dtype}
   assert new_state == state
 

@@ -24,7 +24,8 @@ class _Descent:
 
   def update(self, gradients, state_rows, rows, step, present=None):
     del step, present
-    new = jax.tree.map(lambda p, g: p - g, rows, gradients)
+    matrix = jax.vmap(lambda gradient: gradient.matrix())
+    new = {name: row - matrix(gradients[name]) for name, row in rows.items()}
     return new, state_rows + 1
 
 
