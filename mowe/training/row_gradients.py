@@ -11,10 +11,11 @@ expert, and several experts are reached by `jax.vmap`.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Matrix(NamedTuple):
-  """A gradient as it is.
+  """A gradient written out.
 
   Attributes:
     values: <float32>[a, b].
@@ -27,12 +28,14 @@ class Matrix(NamedTuple):
     squares = self.values**2
     return squares.mean(axis=1), squares.mean(axis=0)
 
-  def mean_square(self) -> jax.Array:
-    """The mean of all squares, <float32>[]."""
-    return (self.values**2).mean()
+  def mean_square_times(self, row: jax.Array, column: jax.Array) -> jax.Array:
+    """The mean of squares of this times row <float32>[a], column [b]."""
+    # A product with the squares, which are at hand already.
+    of_columns = jnp.dot(row**2, self.values**2, precision='highest')
+    return (of_columns * column**2).sum() / self.values.size
 
-  def scaled(self, row: jax.Array, column: jax.Array) -> 'Matrix':
-    """This times row <float32>[a] times column [b]."""
+  def times(self, row: jax.Array, column: jax.Array) -> 'Matrix':
+    """This times row <float32>[a] and column [b]."""
     return Matrix(self.values * row[:, None] * column[None, :])
 
   def matrix(self) -> jax.Array:
@@ -56,11 +59,12 @@ class Outer(NamedTuple):
     left, right = self.left**2, self.right**2
     return left * right.mean(), left.mean() * right
 
-  def mean_square(self) -> jax.Array:
+  def mean_square_times(self, row: jax.Array, column: jax.Array) -> jax.Array:
     """As of `Matrix`."""
-    return (self.left**2).mean() * (self.right**2).mean()
+    left, right = self.times(row, column)
+    return (left**2).mean() * (right**2).mean()
 
-  def scaled(self, row: jax.Array, column: jax.Array) -> 'Outer':
+  def times(self, row: jax.Array, column: jax.Array) -> 'Outer':
     """As of `Matrix`."""
     return Outer(self.left * row, self.right * column)
 

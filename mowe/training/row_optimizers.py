@@ -154,15 +154,16 @@ class RowAdafactor:
     v_col = decay * v_col + (1.0 - decay) * (over_rows + self.epsilon1)
     row, column = adafactor.inverse_roots(v_row, v_col, matrix)
     row, column = row[:, 0], column[0]
-    step = gradient.scaled(row, column)
     old = param.astype(jnp.float32)
     size = rate
     if self.clipping_threshold is not None:
-      rms = jnp.sqrt(step.mean_square())
+      rms = jnp.sqrt(gradient.mean_square_times(row, column))
       size = size / jnp.maximum(1.0, rms / self.clipping_threshold)
     if self.multiply_by_parameter_scale:
-      size = size * adafactor.parameter_scale(old, self.epsilon2, (0, 1))
-    return (old - size * step.matrix()).astype(param.dtype), v_row, v_col
+      scale = adafactor.parameter_scale(old, self.epsilon2, (0, 1))
+      size = size * scale[0, 0]
+    step = gradient.times(size * row, column).matrix()
+    return (old - step).astype(param.dtype), v_row, v_col
 
 
 class RowAdamState(NamedTuple):
