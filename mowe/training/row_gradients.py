@@ -8,6 +8,7 @@ Classes that replace each other; a gradient here is that of one kernel of one
 expert, and several experts are reached by `jax.vmap`.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -74,3 +75,9 @@ class Outer(NamedTuple):
 
 
 Gradient = Matrix | Outer
+
+
+def matrices(gradients: Mapping[str, Gradient]) -> dict[str, jax.Array]:
+  """Gradients of several experts written out, <float32>[rows, a, b] each."""
+  matrix = jax.vmap(lambda gradient: gradient.matrix())
+  return {name: matrix(gradient) for name, gradient in gradients.items()}

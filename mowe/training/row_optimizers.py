@@ -241,7 +241,6 @@ class RowAdam:
       count = state.counts + 1
       gap = jnp.where(state.counts == 0, 1, global_step - state.last_visits)
       keep = (1.0 - rate * self.weight_decay) ** gap
-      gradient = {name: g.matrix() for name, g in gradient.items()}
       if self.max_norm is not None:
         shrink = self.max_norm / jnp.maximum(
           optax.global_norm(gradient), self.max_norm
@@ -264,7 +263,9 @@ class RowAdam:
       new = jax.tree.map(update_matrix, param, mu, nu)
       return new, RowAdamState(count, global_step, mu, nu)
 
-    new = jax.vmap(update_expert)(dict(gradients), state_rows, dict(rows))
+    new = jax.vmap(update_expert)(
+      row_gradients.matrices(gradients), state_rows, dict(rows)
+    )
     return _keep_absent(present, new, (dict(rows), state_rows))
 
 

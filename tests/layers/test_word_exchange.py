@@ -12,6 +12,7 @@ import pytest
 from mowe.layers import bfloat16_bits, word_experts
 from mowe.training import (
   partitioning,
+  row_gradients,
   sharded_updates,
   table_updates,
 )
@@ -41,6 +42,7 @@ class _Descent:
 
   def update(self, gradients, state_rows, rows, step, present=None):
     del step, present
+    gradients = row_gradients.matrices(gradients)
     new = jax.tree.map(lambda p, g: p - 0.5 * g, rows, gradients)
     return new, state_rows + 1
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mowe.layers import grouped
-from mowe.training import table_updates
+from mowe.training import row_gradients, table_updates
 from mowe.words import plan as plans
 
 _EXPERTS, _IN, _OUT = 13, 4, 3
@@ -24,8 +24,8 @@ class _Descent:
 
   def update(self, gradients, state_rows, rows, step, present=None):
     del step, present
-    matrix = jax.vmap(lambda gradient: gradient.matrix())
-    new = {name: row - matrix(gradients[name]) for name, row in rows.items()}
+    gradients = row_gradients.matrices(gradients)
+    new = jax.tree.map(lambda p, g: p - g, rows, gradients)
     return new, state_rows + 1
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from mowe.models import parameters, t5
-from mowe.training import partitioning, train_state
+from mowe.training import partitioning, row_gradients, train_state
 from mowe.training import step as step_lib
 from mowe.words import plan as plans
 from mowe.words import sharded_plan
@@ -32,6 +32,7 @@ class _Descent:
 
   def update(self, gradients, state_rows, rows, step, present=None):
     del step, present
+    gradients = row_gradients.matrices(gradients)
     new = jax.tree.map(lambda p, g: p - 0.1 * g, rows, gradients)
     return new, jax.tree.map(jnp.add, state_rows, gradients)
 
