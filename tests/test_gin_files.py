@@ -232,6 +232,34 @@ def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
     assert width == config.mlp_dim
 
 
+@pytest.mark.parametrize('size', ['tiny', 'base'])
+@pytest.mark.parametrize('kind', ['sigma_moe', 'top_k', 'pkm'])
+def test_feed_forwards_of_equal_parameters(kind, size, routing_paths):
+  dense = costs.model_costs(_config(f't5_{size}', routing_paths))
+  config = _config(f'{kind}_{size}', routing_paths)
+  cost = costs.model_costs(config)
+  blocks = config.num_encoder_layers + config.num_decoder_layers
+  mlp = 3 * config.emb_dim * config.mlp_dim
+  more = cost.total_parameters - dense.total_parameters
+  layer = config.make_sparse_layers()[0]
+  if kind == 'sigma_moe':
+    router = config.emb_dim * layer.num_experts
+    assert more == blocks * router
+    # Of equal parts K / N are read.
+    rest = mlp - mlp * layer.routing.k // layer.num_experts
+    assert dense.flops_per_input_token - cost.flops_per_input_token == (
+      2 * config.num_encoder_layers * (rest - router)
+    )
+  elif kind == 'top_k':
+    assert more == 0
+    assert cost.flops_per_input_token == dense.flops_per_input_token
+  else:
+    # The nearest square.
+    n, _ = layer.num_keys()
+    assert more == blocks * (n * (n + 4) * config.emb_dim - mlp)
+    assert (n - 1) * (n + 3) < mlp // config.emb_dim < (n + 1) * (n + 5)
+
+
 @pytest.mark.parametrize('name', _MODELS)
 def test_a_model_of_a_gin_file_can_be_saved(name, routing_paths):
   config = _config(name, routing_paths)

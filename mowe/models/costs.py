@@ -20,7 +20,9 @@ class ModelCosts:
   are norms and activations. A word expert is counted for every token, also for
   those that are skipped. The experts of a MoeLayer are counted as often as its
   router chooses one per token, on average and before any is dropped; routers
-  and shared experts are met by every token.
+  and shared experts are met by every token. Of a layer that says what it reads
+  (`share_read`, as product-key memories do) that much is counted, and what is
+  read in part counts as experts. Dense units that are zero cost like others.
 
   Attributes:
     total_parameters: all numbers that are stored.
@@ -70,13 +72,12 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
     if not isinstance(layer, moe.MoeLayer):
       read[stack] += row * len(blocks[stack])
   for path, leaf in flax.traverse_util.flatten_dict(ordinary).items():
-    if path[-1] != 'kernel':
+    share = _share_read(path, layers.get(path[0]))
+    if not share:
       continue
-    size = fractions.Fraction(_size(leaf))
-    if is_expert(path):
+    size = share * _size(leaf)
+    if is_expert(path) or share < 1:
       in_experts += _size(leaf)
-      layer = layers[path[0]]
-      size *= experts_per_token(layer) / layer.num_experts
       active += size
     # The decoder projects each encoder token once to a key and a value.
     of_input = path[0] == 'encoder' or (path[-3:-1] in _MEMORY_PROJECTIONS)
@@ -95,6 +96,18 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
 def is_expert(path: tuple[str, ...]) -> bool:
   """Whether a parameter belongs to the experts of a MoeLayer."""
   return len(path) > 2 and path[-3] == 'expert'
+
+
+def _share_read(path, layer):
+  """Share of a parameter that one token is multiplied with; 0 for norms."""
+  if is_expert(path):
+    is_kernel = path[-1] == 'kernel'
+    return is_kernel * experts_per_token(layer) / layer.num_experts
+  if path[-1] == 'kernel':
+    return fractions.Fraction(1)
+  if path[-2] == 'mlp' and hasattr(layer, 'share_read'):
+    return layer.share_read(path[-1])
+  return fractions.Fraction(0)
 
 
 def experts_per_token(layer: moe.MoeLayer) -> fractions.Fraction:

@@ -12,6 +12,7 @@ from mowe.layers import (
   experts_choose,
   hash_routing,
   moe,
+  product_keys,
   token_groups,
   tokens_choose,
   word_experts,
@@ -197,6 +198,27 @@ def test_a_shared_expert_is_met_by_every_token():
   assert cost.active_parameters == alone.active_parameters + 3 * shared
   assert cost.flops_per_input_token == (
     alone.flops_per_input_token + 2 * 2 * shared
+  )
+
+
+@pytest.mark.parametrize('sparse', [True, False])
+def test_a_product_key_memory_is_counted_by_what_it_reads(sparse):
+  # 25 values by 5 + 5 half-keys of 3 numbers and 2 heads, which choose 4 each.
+  make = functools.partial(product_keys.DenseProductKeyMemory, 25, 2)
+  values, num_read = 25 * _D, 25 * _D
+  if sparse:
+    make = functools.partial(product_keys.ProductKeyMemory, 25, 2, knn=4)
+    num_read = 2 * 4 * _D
+  config = _config(sparse_feed_forward=make, sparse_encoder_layers=(0, 2))
+  dense, cost = costs.model_costs(_config()), costs.model_costs(config)
+  keys = 2 * 2 * 5 * 3
+  assert cost.total_parameters == (
+    dense.total_parameters + 2 * (values + keys - _MLP)
+  )
+  assert cost.expert_parameters == (2 * values if sparse else 0)
+  assert cost.active_expert_parameters == (2 * num_read if sparse else 0)
+  assert cost.flops_per_input_token == (
+    dense.flops_per_input_token + 2 * 2 * (num_read + keys - _MLP)
   )
 
 
