@@ -1,4 +1,4 @@
-"""seqio pretraining tasks: span corruption and salient span masking.
+"""seqio pretraining tasks: span corruption, salient spans, language modeling.
 
 Over local text or JSON-lines files (`register_text_task`) and over TFDS
 (`register_tfds_tasks`: C4, and Wikipedia sentences with tagged entities). The
@@ -25,7 +25,7 @@ from mowe.words import subwords as subwords_lib
 
 tf, seqio = seqio_stream.import_seqio()
 
-OBJECTIVES = ('span_corruption', 'salient_spans')
+OBJECTIVES = ('span_corruption', 'salient_spans', 'language_model')
 _TEXTS_PER_STREAM = 128  # Texts joined before they are cut, as in T5.
 
 Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -47,7 +47,8 @@ def register_text_task(
     files: patterns as in `text_files.read_records`, of the split 'train', or a
       mapping from split to patterns.
     vocabulary: a SentencePiece file, 'bytes', or a loaded vocabulary.
-    objective: 'span_corruption' or 'salient_spans'.
+    objective: 'span_corruption'; 'salient_spans'; or 'language_model', which is
+      running text for models with one stack, and has no inputs.
     field: holds the text; a field 'spans' replaces the rule's spans.
     noise_density: share of the tokens that is masked.
 
@@ -130,12 +131,22 @@ def _register(
   if isinstance(vocabulary, str | os.PathLike):
     vocabulary = subwords_lib.load_subwords(vocabulary)
   salient = objective == 'salient_spans'
-  noise = _mask_salient if salient else _corrupt_spans
+  names = ('inputs', 'targets')
+  noise = functools.partial(
+    _mask_salient if salient else _corrupt_spans,
+    subwords=vocabulary,
+    noise_density=noise_density,
+  )
+  last = [seqio.preprocessors.append_eos_after_trim]
+  if objective == 'language_model':
+    # An EOS stands after each text, not after each row.
+    names, last = ('targets',), []
+    noise = functools.partial(_cut_rows, subwords=vocabulary)
   features = {
     feature: seqio.Feature(
-      seqio_stream.seqio_vocabulary(vocabulary), add_eos=True
+      seqio_stream.seqio_vocabulary(vocabulary), add_eos=bool(last)
     )
-    for feature in ('inputs', 'targets')
+    for feature in names
   }
   return seqio.TaskRegistry.add(
     name,
@@ -144,10 +155,8 @@ def _register(
       *preprocessors,
       functools.partial(_encode, subwords=vocabulary, with_spans=salient),
       seqio.CacheDatasetPlaceholder(),
-      functools.partial(
-        noise, subwords=vocabulary, noise_density=noise_density
-      ),
-      seqio.preprocessors.append_eos_after_trim,
+      noise,
+      *last,
     ],
     output_features=features,
   )
@@ -226,21 +235,37 @@ def _corrupt_spans(
     spans = span_corruption.random_spans(len(tokens), rng, noise_density)
     return span_corruption.mask_spans(tokens, spans, first_sentinel)
 
-  def with_eos(example):
-    return tf.concat([example['targets'], [subwords.eos_id]], axis=0)
-
   @seqio.map_over_dataset(num_seeds=1)
   def corrupt_one(tokens, seed):
     return _masked(tf.numpy_function(corrupt, [tokens, seed], [tf.int32] * 2))
 
+  chunks = _chunks(dataset, length, subwords)
+  # One token alone cannot be corrupted.
+  return corrupt_one(chunks.filter(lambda tokens: tf.size(tokens) >= 2))
+
+
+def _cut_rows(
+  dataset: Any,
+  sequence_length: Mapping[str, int],
+  subwords: subwords_lib.Subwords,
+) -> Any:
+  """Joins texts, EOS between, and cuts them to fill the targets."""
+  chunks = _chunks(dataset, sequence_length['targets'], subwords)
+  return chunks.map(lambda tokens: {'targets': tokens})
+
+
+def _chunks(dataset: Any, length: int, subwords: subwords_lib.Subwords) -> Any:
+  """Pieces of `length` tokens of texts that are joined, an EOS after each."""
+
+  def with_eos(example):
+    return tf.concat([example['targets'], [subwords.eos_id]], axis=0)
+
   streams = dataset.map(with_eos).ragged_batch(_TEXTS_PER_STREAM)
-  chunks = streams.flat_map(
+  return streams.flat_map(
     lambda texts: tf.data.Dataset.from_tensor_slices(texts.flat_values).batch(
       length
     )
   )
-  # One token alone cannot be corrupted.
-  return corrupt_one(chunks.filter(lambda tokens: tf.size(tokens) >= 2))
 
 
 def _mask_salient(

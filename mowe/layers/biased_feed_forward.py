@@ -30,9 +30,6 @@ class BiasedFeedForward(nn.Module):
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
-  # Any ids will do.
-  reads_token_ids = True
-
   @nn.compact
   def __call__(
     self,

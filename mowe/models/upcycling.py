@@ -14,18 +14,18 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from mowe.layers import hash_routing, moe, tokens_choose
-from mowe.models import parameters, t5
+from mowe.models import model_config, parameters
 
 
-def check(config: t5.T5Config) -> None:
+def check(config: model_config.ModelConfig) -> None:
   """Raises ValueError unless the logits will be those of the dense model."""
-  for stack, layer in zip(
-    ('encoder', 'decoder'), config.make_sparse_layers(), strict=True
-  ):
-    if getattr(config, f'sparse_{stack}_layers'):
-      _check_layer(stack, layer, config)
+  blocks = config.sparse_blocks()
+  for stream, layer in config.sparse_layers().items():
+    if blocks[stream]:
+      _check_layer(stream, layer, config)
 
 
 def dense_shapes(params: Any) -> Any:
@@ -46,7 +46,7 @@ def dense_shapes(params: Any) -> Any:
   return flax.traverse_util.unflatten_dict(shapes)
 
 
-def upcycle(model: t5.T5, dense: Any, params: Any, key: jax.Array) -> Any:
+def upcycle(model: nn.Module, dense: Any, params: Any, key: jax.Array) -> Any:
   """Parameters of a model with experts out of those of a dense one.
 
   Args:

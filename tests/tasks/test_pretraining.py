@@ -72,6 +72,50 @@ def test_span_corruption_restores_the_stream(text_file, name):
   assert (stream == 1).sum() == 3
 
 
+def test_running_text_fills_the_rows_of_a_language_model(text_file, name):
+  pretraining.register_text_task(
+    name, text_file, 'bytes', objective='language_model'
+  )
+  stream = seqio_stream.SeqioBatches(
+    name, 2, {'targets': 16}, is_one_stack=True, shuffle=False
+  )
+  batches = list(stream.eval_batches())
+  assert set(batches[0]) == {
+    'decoder_input_tokens',
+    'decoder_target_tokens',
+    'decoder_loss_weights',
+  }
+  rows = np.concatenate([one['decoder_target_tokens'] for one in batches])
+  tokens = rows[rows > 0]
+  texts = np.split(tokens, np.flatnonzero(tokens == 1) + 1)
+  assert [_BYTES.decode(text) for text in texts] == [
+    'It was in Oslo that Ada Byron lived, in 1981.',
+    'nothing of note',
+    'è, my word',
+    '',
+  ]
+  # Rows are full but for the last one; the first input of each is 0.
+  assert (rows[: len(tokens) // 16] > 0).all()
+  inputs = np.concatenate([one['decoder_input_tokens'] for one in batches])
+  np.testing.assert_array_equal(inputs[:, 0], 0)
+  np.testing.assert_array_equal(inputs[0, 1:], rows[0, :-1])
+
+
+def test_inputs_and_targets_share_the_row_of_a_prefix_lm(text_file, name):
+  pretraining.register_text_task(name, text_file, 'bytes')
+  stream = seqio_stream.SeqioBatches(
+    name, 1, _LENGTHS, is_one_stack=True, shuffle=False
+  )
+  batch = next(iter(stream.eval_batches()))
+  (row,) = batch['decoder_target_tokens']
+  (prefix,) = batch['decoder_causal_attention']
+  (weights,) = batch['decoder_loss_weights']
+  assert len(row) == sum(_LENGTHS.values())
+  size = int(prefix.sum()) - 1
+  # As in `lm_batches`: one place more than there are inputs.
+  assert row[size - 1] == 1 and weights[size - 1] == 0 and weights[size] == 1
+
+
 def test_the_seed_decides_the_noise(text_file, name):
   pretraining.register_text_task(name, text_file, 'bytes')
   first, again, other = (_examples(name, seed) for seed in (3, 3, 4))

@@ -1,0 +1,90 @@
+"""Sizes of the language models of arXiv 2310.10837, as published."""
+
+import copy
+import dataclasses
+
+import jax
+import pytest
+
+from mowe.commands import gin_config
+from mowe.models import costs, initialization
+
+# Parameters of one feed-forward, and of the model in millions.
+_DENSE = {
+  'wt103_small': (1_694_137, 47),
+  'wt103_big': (8_422_414, 262),
+  'enwik8': (2_104_837, 41),
+}
+# emb_dim, blocks, heads, head_dim, hidden units, memory, vocabulary.
+_SIZES = {
+  'wt103_small': (412, 16, 10, 41, 2053, 256, 8000),
+  'wt103_big': (1024, 18, 16, 64, 4110, 512, 8000),
+  'enwik8': (512, 12, 8, 64, 2053, 512, 259),
+}
+
+
+def _config(name):
+  bindings = ["VOCABULARY_PATH = 'bytes'", "DTYPE = 'float32'"]
+  gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
+  return copy.deepcopy(gin_config.macro('MODEL'))
+
+
+def _count(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('name', _SIZES)
+def test_a_dense_model_has_the_published_size(name):
+  embed, blocks, heads, kv, hidden, memory, vocab = _SIZES[name]
+  config = _config(f'xl_{name}')
+  assert (config.emb_dim, config.num_layers) == (embed, blocks)
+  assert (config.num_heads, config.head_dim) == (heads, kv)
+  assert (config.memory_length, config.vocab_size) == (memory, vocab)
+  assert config.sparse_layers()['decoder'].mlp_dim == hidden
+  params = initialization.abstract_variables(config.build())['params']
+  of_layer, millions = _DENSE[name]
+  for number in range(blocks):
+    assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
+  # Query, key, value, output and distances, and a bias of each head for keys
+  # and for distances.
+  attention = 5 * embed * heads * kv + 2 * heads * kv
+  block = of_layer + attention + 4 * embed
+  total = blocks * block + 2 * embed + 2 * vocab * embed + vocab
+  assert costs.model_costs(config).total_parameters == total
+  assert round(total / 1e6) == millions
+
+
+@pytest.mark.parametrize('name', [*_SIZES, 'tiny'])
+def test_fresh_kernels_have_the_variance_of_the_paper(name):
+  """2 / (blocks * inputs), and the embedding that of a uniform draw."""
+  full = name if name == 'tiny' else name
+  config = _config(f'xl_{full}')
+  scale = 2 / config.num_layers
+  assert config.make_attention().init_scale == pytest.approx(scale, rel=1e-5)
+  layer = config.sparse_layers()['decoder']
+  assert layer.init_scale == pytest.approx(scale, rel=1e-5)
+  if name != 'tiny':
+    xavier = (2 / (config.vocab_size + config.emb_dim)) ** 0.5
+    assert config.embedding_stddev == pytest.approx(xavier, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+  'name', ['wikitext103_small', 'wikitext103_big', 'enwik8']
+)
+def test_a_run_remembers_one_row(name):
+  model = name.replace('wikitext', 'wt')
+  gin_config.parse(
+    [
+      f'gin_configs/models/xl_{model}.gin',
+      f'gin_configs/examples/{name}_lm.gin',
+    ],
+    ["VOCABULARY_PATH = 'bytes'"],
+  )
+  config = copy.deepcopy(gin_config.macro('MODEL'))
+  lengths = gin_config.macro('TASK_FEATURE_LENGTHS')
+  assert lengths == {'targets': config.memory_length}
+  assert config.dropout_rate == (0.2 if 'big' in name else 0.1)
+  # The paper reads its tests with four rows.
+  longer = dataclasses.replace(config, memory_length=4 * lengths['targets'])
+  memory = jax.eval_shape(lambda: longer.initial_memory(1))
+  assert memory['decoder']['real'].shape == (1, 4 * lengths['targets'])
