@@ -8,6 +8,7 @@ import pytest
 
 from mowe.commands import gin_config
 from mowe.models import costs, initialization
+from mowe.training import step
 
 # Parameters of one feed-forward, and of the model in millions.
 _DENSE = {
@@ -54,11 +55,69 @@ def test_a_dense_model_has_the_published_size(name):
   assert round(total / 1e6) == millions
 
 
+# Experts, parameters of one feed-forward, of the model in millions, and the
+# dense model of the same size.
+_SIGMA = {
+  'wt103_small': (16, 1_694_144, 47, 'wt103_small'),
+  'wt103_small_128': (128, 13_553_152, 237, 'wt103_small'),
+  'wt103_big': (32, 8_421_376, 262, 'wt103_big'),
+  'enwik8': (16, 2_105_344, 41, 'enwik8'),
+}
+
+
+@pytest.mark.parametrize('name', _SIGMA)
+def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
+  experts, of_layer, millions, twin = _SIGMA[name]
+  dense = _config(f'xl_{twin}')
+  # Layers are made by what gin has read last.
+  attention = dense.make_attention()
+  others = costs.model_costs(dense).total_parameters
+  others -= dense.num_layers * _DENSE[twin][0]
+  config = _config(f'xl_sigma_moe_{name}')
+  layer = config.sparse_layers()['decoder']
+  assert (layer.num_experts, layer.expert_dim) == (experts, 128)
+  assert layer.routing.k == 4 and layer.routing.sigmoid
+  assert layer.initialization.num_layers == config.num_layers
+  params = initialization.abstract_variables(config.build())['params']
+  for number in range(config.num_layers):
+    assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
+  total = costs.model_costs(config).total_parameters
+  assert total == others + config.num_layers * of_layer
+  assert round(total / 1e6) == millions
+  # All else is that of the dense model.
+  factories = {'attention': None, 'norm': None, 'sparse_feed_forward': None}
+  parts = {'sparse_decoder_layers': ()} | factories
+  parts |= {'attention': type(config.make_attention())}
+  assert config.make_attention() == attention
+  assert dataclasses.replace(config, **parts) == (
+    dataclasses.replace(dense, **parts)
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'entropy', 'excluded'),
+  [
+    ('wt103_small', 0.001, 0.0),
+    ('wt103_small_128', 0.001, 0.05),
+    ('wt103_big', 0.001, 0.1),
+    ('enwik8', 0.0001, 0.05),
+  ],
+)
+def test_regularisers_are_those_of_the_code_of_the_paper(
+  name, entropy, excluded
+):
+  config = _config(f'xl_sigma_moe_{name}')
+  loss = gin_config.call(step.LossConfig)
+  assert (loss.router.entropy, loss.router.load_balance) == (entropy, 0)
+  assert loss.z_loss == 0
+  routing = config.sparse_layers()['decoder'].routing
+  assert routing.exclusion_rate == excluded
+
+
 @pytest.mark.parametrize('name', [*_SIZES, 'tiny'])
 def test_fresh_kernels_have_the_variance_of_the_paper(name):
   """2 / (blocks * inputs), and the embedding that of a uniform draw."""
-  full = name if name == 'tiny' else name
-  config = _config(f'xl_{full}')
+  config = _config(f'xl_{name}')
   scale = 2 / config.num_layers
   assert config.make_attention().init_scale == pytest.approx(scale, rel=1e-5)
   layer = config.sparse_layers()['decoder']
