@@ -107,12 +107,19 @@ def convert(
       rounded = weights.rounded(given.params)
       written = dataclasses.replace(given, params=rounded)
     FORMATS[to].save(pathlib.Path(target), written)
+    digest = weights.digest(given.params)
     try:
-      again = _read_again(target, to, given, written)
+      wanted = digest if written is given else _rounded_digest(given)
+      again = _read_again(target, to, given.config, wanted)
     except BaseException:
       shutil.rmtree(target)
       raise
-    _show(source, found, target, to, given, written, again, is_guess)
+    _show_parameters(given, written, is_guess)
+    _show_folder('Read', source, found, given.step, digest)
+    _show_folder('Written', target, to, *again)
+    if given.moments is not None:
+      fate = 'kept' if FORMATS[to].has_moments else 'left out'
+      print(f'Optimizer  state of Adafactor, {fate}')
 
 
 def recognise(source: str | os.PathLike) -> str:
@@ -160,11 +167,19 @@ def _open(source, found, like, closing) -> weights.Weights:
       f'{source} is {FORMATS[found].title}, which says what it is. Leave it '
       'out.'
     )
-  other = closing.enter_context(FORMATS[recognise(like)].opened(like))
-  given = closing.enter_context(
-    FORMATS[found].opened(source, config=other.config)
-  )
-  return dataclasses.replace(given, vocabulary=other.vocabulary)
+  config, vocabulary = _described(like)
+  given = closing.enter_context(FORMATS[found].opened(source, config=config))
+  return dataclasses.replace(given, vocabulary=vocabulary)
+
+
+def _described(like):
+  """Config and vocabulary of a folder that says what model it is."""
+  kind = recognise(like)
+  if kind == 'mowe':
+    folder, _ = model_folder.split_checkpoint_path(like)
+    return model_folder.load_config(folder)
+  with FORMATS[kind].opened(like) as other:
+    return other.config, other.vocabulary
 
 
 def _kind_of_safetensors(path):
@@ -176,19 +191,26 @@ def _kind_of_safetensors(path):
   return 'huggingface'
 
 
-def _read_again(target, to, given, written) -> tuple[int, str]:
+def _rounded_digest(given) -> str:
+  """Of the weights that are read from what was rounded."""
+  rounded = weights.rounded(given.params)
+  return weights.digest(
+    {
+      path: weights.Cast(array, given.params[path].dtype)
+      for path, array in rounded.items()
+    }
+  )
+
+
+def _read_again(target, to, config, wanted) -> tuple[int, str]:
   """Step and digest of what the target holds.
 
   Raises ValueError if that is not what was to be written.
   """
-  settings = {'config': given.config} if to in _WITHOUT_CONFIG else {}
-  wanted = {
-    path: weights.Cast(array, given.params[path].dtype)
-    for path, array in written.params.items()
-  }
+  settings = {'config': config} if to in _WITHOUT_CONFIG else {}
   with FORMATS[to].opened(target, **settings) as again:
     digest = weights.digest(again.params)
-    if weights.digest(wanted) != digest:
+    if digest != wanted:
       raise ValueError(
         f'{target} must hold what was written to it, but read again it is '
         'something else. Look at the disk; nothing was kept.'
@@ -196,35 +218,29 @@ def _read_again(target, to, given, written) -> tuple[int, str]:
     return again.step, digest
 
 
-def _show(source, found, target, to, given, written, read_again, is_guess):
+def _show_parameters(given, written, is_guess):
   console = rich.console.Console(highlight=False, soft_wrap=True)
   console.width = max(console.width, _WIDTH)
   console.print(_table(given.params, written.params))
   name = t5x_tree.released_name(given.config)
   size = sum(math.prod(array.shape) for array in given.params.values())
-  console.print(
-    f'Model      {size:,} parameters in {len(given.params):,} arrays'
-    + (f', the sizes of {name}' if name else '')
+  sizes = f', the sizes of {name}' if name else ''
+  print(
+    f'Model      {size:,} parameters in {len(given.params):,} arrays{sizes}'
   )
   if is_guess:
     activations = ', '.join(given.config.mlp_activations)
-    console.print(
+    print(
       f'           activations {activations}: by the number of kernels, as '
       'arrays cannot say which'
     )
-  for what, path, kind, (step, sha256) in (
-    ('Read', source, found, (given.step, weights.digest(given.params))),
-    ('Written', target, to, read_again),
-  ):
-    console.print(f'{what:10} {path}: {FORMATS[kind].title}, step {step:,}')
-    console.print(f'           sha256 {sha256} of all weights')
-    for file in sorted(pathlib.Path(path).glob('*.safetensors')):
-      console.print(
-        f'           sha256 {manifests.digest(file)} of {file.name}'
-      )
-  if given.moments is not None:
-    fate = 'kept' if FORMATS[to].has_moments else 'left out'
-    console.print(f'Optimizer  state of Adafactor, {fate}')
+
+
+def _show_folder(what, path, kind, step, digest):
+  print(f'{what:10} {path}: {FORMATS[kind].title}, step {step:,}')
+  print(f'           sha256 {digest} of all weights')
+  for file in sorted(pathlib.Path(path).glob('*.safetensors')):
+    print(f'           sha256 {manifests.digest(file)} of {file.name}')
 
 
 def _table(read, written) -> rich.table.Table:

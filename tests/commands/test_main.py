@@ -72,7 +72,8 @@ def test_help_lists_the_verbs(capsys):
   assert stopped.value.code == 0
   shown = capsys.readouterr().out
   for verb in ('train', 'evaluate', 'infer', 'ask', 'explain', 'cache-task',
-               'build-routing-vocabulary', 'train-vocabulary', 'quickstart'):  # fmt: skip
+               'build-routing-vocabulary', 'train-vocabulary', 'convert',
+               'quickstart'):  # fmt: skip
     assert verb in shown
 
 
