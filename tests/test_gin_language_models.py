@@ -94,6 +94,31 @@ def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   )
 
 
+# Values, and parameters of one feed-forward.
+_PRODUCT_KEYS = {
+  'wt103_small': (62**2, 1_685_904),
+  'wt103_big': (89**2, 8_475_648),
+  'enwik8': (62**2, 2_095_104),
+}
+
+
+@pytest.mark.parametrize('name', _SIZES)
+@pytest.mark.parametrize('kind', ['pkm', 'top_k'])
+def test_other_layers_have_the_parameters_of_the_dense_ones(kind, name):
+  config = _config(f'xl_{kind}_{name}')
+  layer = config.sparse_layers()['decoder']
+  of_layer = _DENSE[name][0]
+  if kind == 'pkm':
+    values, of_layer = _PRODUCT_KEYS[name]
+    assert (layer.num_values, layer.num_heads) == (values, 4)
+    assert layer.num_layers == config.num_layers
+  else:
+    assert (layer.mlp_dim, layer.k) == (_SIZES[name][4], 128)
+  params = initialization.abstract_variables(config.build())['params']
+  for number in range(config.num_layers):
+    assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
+
+
 @pytest.mark.parametrize(
   ('name', 'entropy', 'excluded'),
   [
