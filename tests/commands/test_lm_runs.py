@@ -20,6 +20,7 @@ from mowe.layers import (
   word_experts,
 )
 from mowe.models import decoder_only
+from mowe.training import partitioning
 
 LENGTHS = {'targets': 12}
 
@@ -70,13 +71,8 @@ def memory_parts(world):
 
 
 def _parts(world, kind):
-  if kind == 'packed':
-    data = make_data(world, objective=lm_tasks.SeparateTexts, pack=True)
-    return {'model': make_config(world), 'data': data}
   if kind == 'memory':
     return memory_parts(world)
-  if kind == 'microbatches':
-    return memory_parts(world) | {'num_microbatches': 2}
   if kind == 'mowe':
     routed = {
       'sparse_feed_forward': functools.partial(word_experts.MoweLayer, 16, 4),
@@ -84,12 +80,13 @@ def _parts(world, kind):
       'routing': world.routing,
     }
     return {'model': make_config(world, **routed), 'data': make_data(world)}
-  assert kind == 'moe'
+  assert kind == 'packed and routed'
   routed = {
     'sparse_feed_forward': functools.partial(moe.MoeLayer, 4, 5),
     'sparse_decoder_layers': (0,),
   }
-  return {'model': make_config(world, **routed), 'data': make_data(world)}
+  data = make_data(world, objective=lm_tasks.SeparateTexts, pack=True)
+  return {'model': make_config(world, **routed), 'data': data}
 
 
 def _same(one, other):
@@ -101,10 +98,8 @@ def _same(one, other):
   'kind',
   [
     'memory',
-    pytest.param('packed', marks=pytest.mark.slow),
-    pytest.param('microbatches', marks=pytest.mark.slow),
+    pytest.param('packed and routed', marks=pytest.mark.slow),
     pytest.param('mowe', marks=pytest.mark.slow),
-    pytest.param('moe', marks=pytest.mark.slow),
   ],
 )
 def test_a_run_that_was_resumed_ends_with_the_same_bits(
@@ -115,7 +110,7 @@ def test_a_run_that_was_resumed_ends_with_the_same_bits(
   lm_world.train(tmp_path / 'cut', 2, **parts)
   cut = lm_world.train(tmp_path / 'cut', 5, **parts)
   _same(cut, whole)
-  if kind in ('memory', 'microbatches'):
+  if kind == 'memory':
     assert bool(whole.memory['decoder']['real'].all())
   lines = (tmp_path / 'whole' / 'train_metrics.jsonl').read_text().splitlines()
   losses = [json.loads(line)['loss'] for line in lines]
@@ -136,6 +131,27 @@ def test_microbatches_keep_every_row_of_the_memory(lm_world, tmp_path):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
     jax.device_get(two.memory),
+    jax.device_get(one.memory),
+  )
+
+
+@pytest.mark.slow
+def test_devices_keep_the_memory_of_their_rows(lm_world, tmp_path):
+  parts = memory_parts(lm_world)
+  parts['model'] = make_config(
+    lm_world,
+    memory_length=9,
+    attention=relative_attention.RelativeAttention,
+    dropout_rate=0.0,
+  )
+  one = lm_world.train(tmp_path / 'one', 3, **parts)
+  mesh = functools.partial(partitioning.make_mesh, devices=jax.devices()[:4])
+  four = lm_world.train(tmp_path / 'four', 3, **parts, make_mesh=mesh)
+  leaf = four.memory['decoder']['layers_0']['tokens']
+  assert leaf.addressable_shards[0].data.shape == (2, *leaf.shape[1:])
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
+    jax.device_get(four.memory),
     jax.device_get(one.memory),
   )
 
@@ -214,10 +230,7 @@ def test_a_memory_needs_text_in_its_order(lm_world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'name', ['text_pretrain_lm', 'text_pretrain_lm_memory']
-)
-def test_the_examples_run(name, tmp_path, capsys):
+def test_the_example_with_a_memory_runs(tmp_path, capsys):
   text = tmp_path / 'text.txt'
   text.write_text('\n'.join(['a line of text', '', 'and one more line'] * 400))
   run = lambda *arguments: main.main([str(x) for x in arguments])
@@ -232,7 +245,7 @@ def test_the_examples_run(name, tmp_path, capsys):
     '--gin.BATCH_SIZE=8',
   )
   assert not run(
-    'train', f'--gin_file=gin_configs/examples/{name}.gin', *shared,
+    'train', '--gin_file=gin_configs/examples/text_pretrain_lm_memory.gin', *shared,
     "--gin.VOCABULARY_PATH='bytes'", '--gin.VOCAB_SIZE=384',
     f"--gin.MODEL_DIR='{tmp_path / 'run'}'", '--gin.TRAIN_STEPS=30',
     '--gin.WARMUP_STEPS=3', '--gin.decoder_only.DecoderOnlyConfig.num_layers=1',
@@ -242,7 +255,7 @@ def test_the_examples_run(name, tmp_path, capsys):
     f"--gin.CHECKPOINT_PATH='{tmp_path / 'run'}'",
     f"--gin.EVAL_OUTPUT_DIR='{tmp_path / 'eval'}'",
     "--gin.TASK_FEATURE_LENGTHS={'targets': 128}",
-    '--gin.EVAL_MEMORY_LENGTH=256' if 'memory' in name else '--gin.STRIDE=64',
+    '--gin.EVAL_MEMORY_LENGTH=256',
   )  # fmt: skip
   results = json.loads((tmp_path / 'eval' / 'results.json').read_text())
   assert results['num_bytes'] == results['num_tokens'] == text.stat().st_size
