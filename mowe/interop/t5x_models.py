@@ -57,9 +57,9 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
   of routers weigh as in `mowe train`: as parts of the mean loss of a token,
   whatever the normalising factor and the number of microbatches.
 
-  Metrics are T5X's; those of t5x/contrib/moe, `experts/...`, as means over
-  layers and without coefficients; those of each router by its name, as
-  `encoder/layers_1/mlp/dropped`; and for models with a routing vocabulary
+  Metrics are T5X's; those of t5x/contrib/moe, `experts/...`, over all layers
+  and without coefficients; those of each router under its name, as
+  `encoder/layers_1/mlp/dropped`; and with a routing vocabulary the shares
   `encoder_routed`, `encoder_skipped`, `encoder_padding`, likewise `decoder_`.
 
   Attributes:

@@ -22,7 +22,7 @@ from mowe.layers import (
   tokens_choose,
   word_experts,
 )
-from mowe.models import initialization, parameters, t5, threefry
+from mowe.models import decoding, initialization, parameters, t5, threefry
 from mowe.training import (
   optimizers,
   router_training,
@@ -39,11 +39,9 @@ if importlib.util.find_spec('t5x') is None:
     allow_module_level=True,
   )
 
-from t5x import (  # noqa: E402
-  adafactor,
-  partitioning,
-  trainer,
-)
+from t5x import adafactor, partitioning, trainer  # noqa: E402
+from t5x import metrics as t5x_metrics  # noqa: E402
+from t5x import optimizers as t5x_optimizers  # noqa: E402
 from t5x import train_state as t5x_train_state  # noqa: E402
 
 from mowe.data import seqio_stream  # noqa: E402
@@ -52,6 +50,11 @@ from mowe.interop import t5x_models, t5x_rules  # noqa: E402
 # Every expert has a token in each of these sequences of bytes.
 _BATCH, _INPUTS, _TARGETS = 8, 13, 9
 _EXPERTS = 3
+_TOKENS = (
+  'encoder_input_tokens',
+  'decoder_input_tokens',
+  'decoder_target_tokens',
+)
 _WORDS = ('a', 'b', 'c', 'd', 'e', 'f')
 
 
@@ -152,6 +155,8 @@ def _batch(world, seed=0):
 def _start(model, params):
   """A train state of T5X with these parameters, at step 0."""
   variables = model.get_initial_variables(jax.random.key(0), {})
+  # Copies: the trainer donates them.
+  params = jax.tree.map(jnp.array, params)
   variables = flax.core.freeze({**variables, 'params': params})
   return t5x_train_state.FlaxOptimTrainState.create(
     model.optimizer_def, variables
@@ -169,9 +174,9 @@ class _OneDevice(partitioning.PjitPartitioner):
 
 
 class _Run:
-  """T5X's own Trainer, batch by batch."""
+  """A trainer of T5X, batch by batch."""
 
-  def __init__(self, model, params, folder, num_microbatches=None):
+  def __init__(self, model, params, folder):
     partitioner = _OneDevice(
       num_partitions=1,
       logical_axis_rules=partitioning.standard_logical_axis_rules(
@@ -179,16 +184,17 @@ class _Run:
       ),
     )
     state = _start(model, params)
+    axes = partitioner.get_mesh_axes(state)
     self.trainer = trainer.Trainer(
-      model,
-      state,
-      partitioner,
+      model=model,
+      train_state=partitioner.move_params_to_devices(state, axes),
+      partitioner=partitioner,
       eval_names=[],
       summary_dir=str(folder),
-      train_state_axes=partitioner.get_mesh_axes(state),
+      train_state_axes=axes,
       rng=jax.random.key(0),
       learning_rate_fn=_rate,
-      num_microbatches=num_microbatches,
+      num_microbatches=None,
     )
 
   def step(self, batch):
@@ -292,3 +298,155 @@ def test_both_loops_train_the_same(world, kind, tmp_path):
     assert 'encoder/layers_1/mlp/load_balance_loss' in same
   if kind == 'mowe':
     assert {'encoder_routed', 'decoder_skipped', 'decoder_padding'} <= same
+
+
+@pytest.mark.slow
+def test_losses_of_routers_are_parts_of_the_mean_loss(world):
+  params = _initial_parameters(world.config('moe'))
+  batch = _batch(world)
+  found = []
+  for factor in (None, 'NUM_REAL_TARGET_TOKENS', 7.0):
+    model = world.model(
+      'moe',
+      loss_normalizing_factor=factor,
+      router_loss=router_training.RouterLossConfig(0.3, 0.2),
+    )
+    loss, metrics = jax.jit(model.loss_fn)(params, batch, None)
+    metrics = {
+      name: float(metric.compute())
+      for name, metric in metrics.items()
+      if not isinstance(metric, t5x_metrics.Time)
+    }
+    assert metrics['loss'] == loss
+    found.append(metrics)
+  summed, mean, by_seven = found
+  num_tokens = batch['decoder_loss_weights'].sum()
+  for name in ('loss', 'z_loss', 'cross_ent_loss'):
+    assert summed[name] == pytest.approx(num_tokens * mean[name], rel=1e-5)
+    assert summed[name] == pytest.approx(7 * by_seven[name], rel=1e-5)
+  layers = ('encoder/layers_1/mlp', 'decoder/layers_0/mlp')
+  of_routers = sum(
+    0.3 * mean[f'{layer}/load_balance_loss']
+    + 0.2 * mean[f'{layer}/router_z_loss']
+    for layer in layers
+  )
+  assert mean['loss'] - mean['z_loss'] - mean['cross_ent_loss'] == (
+    pytest.approx(of_routers / 2, rel=1e-4)
+  )
+  # Names of t5x/contrib/moe; over all tokens of both layers.
+  assert {name for name in mean if name.startswith('experts/')} == {
+    'experts/auxiliary_loss',
+    'experts/router_z_loss',
+    'experts/fraction_tokens_left_behind',
+    'experts/expert_usage',
+    'experts/router_confidence',
+  }
+  smaller, larger = sorted(mean[f'{layer}/confidence'] for layer in layers)
+  assert smaller <= mean['experts/router_confidence'] <= larger
+
+
+@pytest.mark.slow
+def test_frozen_experts_do_not_change(world, tmp_path):
+  frozen = world.model('mowe', t5x_models.freeze_experts(_adafactor()))
+  params = _initial_parameters(world.config('mowe'))
+  run = _Run(frozen, params, tmp_path)
+  trained = _start(world.model('mowe'), params)
+  # A checkpoint of either run fits the other.
+  same = jax.tree.map(
+    lambda one, other: one.shape == other.shape,
+    run.trainer.train_state.state_dict(),
+    trained.state_dict(),
+  )
+  assert all(jax.tree.leaves(same))
+  run.step(_batch(world))
+  state = jax.device_get(run.trainer.train_state.state_dict())
+  after = flax.traverse_util.flatten_dict(state['target'])
+  for path, before in flax.traverse_util.flatten_dict(params).items():
+    is_same = np.array_equal(after[path], before)
+    assert is_same == t5x_rules.is_expert(path), path
+  statistics = state['state']['param_states']['experts']['wi_0']
+  assert not any(value.any() for value in statistics.values())
+  assert state['state']['step'] == 1
+
+
+def test_experts_can_only_be_frozen_where_there_are_some(world):
+  optimizer = t5x_models.freeze_experts(_adafactor())
+  with pytest.raises(ValueError, match='needs a model with experts.* Leave'):
+    _start(
+      world.model('dense', optimizer),
+      _initial_parameters(world.config('dense')),
+    )
+  with pytest.raises(ValueError, match='got a OptaxWrapper. With optax'):
+    t5x_models.freeze_experts(t5x_optimizers.sgd(0.1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['moe', 'mowe'])
+def test_beams_and_scores_are_those_of_our_decoding(world, kind):
+  model = world.model(kind)
+  # Larger logits, so that beams end and differ.
+  params = jax.tree.map(
+    lambda x: 3 * x, _initial_parameters(world.config(kind), seed=1)
+  )
+  batch = _batch(world)
+  predict = jax.jit(
+    functools.partial(model.predict_batch_with_aux, num_decodes=3)
+  )
+  tokens, aux = predict(params, batch)
+  ours, scores = decoding.generate(
+    model.module,
+    {'params': params},
+    batch['encoder_input_tokens'],
+    _TARGETS,
+    decoding.BeamSearch(3, alpha=0.6),
+  )
+  np.testing.assert_array_equal(tokens, ours)
+  np.testing.assert_allclose(aux['scores'], scores, rtol=1e-5)
+  assert len({tuple(row) for row in np.asarray(ours)}) > 1
+
+  logits = model.module.apply(
+    {'params': params},
+    *(jnp.asarray(batch[name]) for name in _TOKENS),
+    enable_dropout=False,
+  )
+  log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+  targets = batch['decoder_target_tokens'][..., None]
+  of_targets = np.take_along_axis(log_probs, targets, axis=-1)[..., 0]
+  np.testing.assert_allclose(
+    jax.jit(model.score_batch)(params, batch),
+    (of_targets * batch['decoder_loss_weights']).sum(axis=1),
+    rtol=1e-5,
+  )
+
+
+def test_what_t5x_cannot_train_is_refused(world):
+  layer = functools.partial(word_experts.MoweLayer, _EXPERTS, 4)
+  bits = functools.partial(layer, table_dtype='bfloat16')
+  biased = functools.partial(
+    moe.MoeLayer, 4, 6, routing=tokens_choose.TokensChoose(1, bias_rate=0.1)
+  )
+  for kind, changes, message in (
+    ('mowe', {'routing': None}, 'routing is None. Set ROUTING_VOCABULARY'),
+    (
+      'mowe',
+      {'sparse_feed_forward': bits},
+      "table_dtype must be 'float32'.* Set it to float32",
+    ),
+    (
+      'moe',
+      {'sparse_feed_forward': biased},
+      'bias_rate must be 0, but is 0.1.* Set it to 0',
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      world.model(kind, config=world.config(kind, **changes))
+  other = dataclasses.replace(world, vocabulary=subwords.ByteVocabulary(4))
+  with pytest.raises(ValueError, match='with 262 ids, but .* Set VOCAB'):
+    other.model('mowe')
+
+
+def test_the_train_state_holds_parameters_alone(world):
+  variables = world.model('moe').get_initial_variables(
+    jax.random.key(0), {'encoder_input_tokens': (8, 13)}
+  )
+  assert set(variables) == {'params', 'params_axes'}
