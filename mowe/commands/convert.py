@@ -51,14 +51,12 @@ class Format:
     opened: path to its weights, as long as the context is open.
     save: writes a new folder.
     is_rounded: whether it can be written in bfloat16.
-    has_moments: whether it keeps the state of Adafactor.
   """
 
   title: str
   opened: Callable[..., AbstractContextManager[weights.Weights]]
   save: Callable[[pathlib.Path, weights.Weights], Any]
   is_rounded: bool = True
-  has_moments: bool = False
 
 
 def convert(
@@ -116,9 +114,9 @@ def convert(
       raise
     _show_parameters(given, written, is_guess)
     _show_folder('Read', source, found, given.step, digest)
-    _show_folder('Written', target, to, *again)
+    _show_folder('Written', target, to, again.step, wanted)
     if given.moments is not None:
-      fate = 'kept' if FORMATS[to].has_moments else 'left out'
+      fate = 'left out' if again.moments is None else 'kept'
       print(f'Optimizer  state of Adafactor, {fate}')
 
 
@@ -202,20 +200,19 @@ def _rounded_digest(given) -> str:
   )
 
 
-def _read_again(target, to, config, wanted) -> tuple[int, str]:
-  """Step and digest of what the target holds.
+def _read_again(target, to, config, wanted) -> weights.Weights:
+  """What the target holds; its arrays can no longer be read.
 
   Raises ValueError if that is not what was to be written.
   """
   settings = {'config': config} if to in _WITHOUT_CONFIG else {}
   with FORMATS[to].opened(target, **settings) as again:
-    digest = weights.digest(again.params)
-    if digest != wanted:
+    if weights.digest(again.params) != wanted:
       raise ValueError(
         f'{target} must hold what was written to it, but read again it is '
         'something else. Look at the disk; nothing was kept.'
       )
-    return again.step, digest
+    return again
 
 
 def _show_parameters(given, written, is_guess):
@@ -311,7 +308,6 @@ FORMATS = {
     model_weights.opened,
     model_weights.save,
     is_rounded=False,
-    has_moments=True,
   ),
   'safetensors': Format(
     'a folder of safetensors of mowe',
@@ -327,12 +323,10 @@ FORMATS = {
     'a checkpoint of T5X, legacy layout',
     _opened_t5x,
     lambda folder, given: t5x_checkpoint.save(folder, given, t5x_legacy),
-    has_moments=True,
   ),
   't5x-orbax': Format(
     'a checkpoint of T5X by Orbax',
     _opened_t5x,
     lambda folder, given: t5x_checkpoint.save(folder, given, t5x_orbax),
-    has_moments=True,
   ),
 }

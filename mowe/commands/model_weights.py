@@ -83,7 +83,8 @@ def save(folder: str | os.PathLike, given: weights.Weights) -> None:
   state = train_state.TrainState(
     step=np.asarray(given.step, np.int32),
     params=jax.tree.map(_whole, ordinary, is_leaf=_is_array),
-    opt_state=_adafactor_state(given),
+    # Tables have another optimizer, and so their model has no such state.
+    opt_state={} if tables else _adafactor_state(given),
     tables={},
     table_state={},
   )

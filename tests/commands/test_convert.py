@@ -16,6 +16,7 @@ from mowe.interop import (
   huggingface,
   mowe_safetensors,
   t5x_checkpoint,
+  t5x_legacy,
   t5x_tree,
   weights,
 )
@@ -109,6 +110,26 @@ def test_sparse_models_come_back_through_t5x(kind, to, world, tmp_path):
   again = mowe_safetensors.load(c)
   assert again.step == 7
   _assert_same(again.params, given.params)
+
+
+def test_tables_have_no_state_of_adafactor(world, tmp_path, capsys):
+  config = _model(world, ('float32', True))
+  params = _params(config)
+  given = weights.Weights(
+    config,
+    params,
+    # As t5x has it, for which tables are parameters like others.
+    moments={name: params for name in t5x_tree.MOMENTS},
+    vocabulary=world.vocabulary,
+  )
+  a, b, c = (str(tmp_path / name) for name in 'abc')
+  mowe_safetensors.save(a, given)
+  t5x_checkpoint.save(b, given, t5x_legacy)
+  convert.convert(b, c, 'mowe', like=a)
+  assert 'state of Adafactor, left out' in capsys.readouterr().out
+  with convert.FORMATS['mowe'].opened(c) as again:
+    _assert_same(again.params, params)
+    assert again.moments is None
 
 
 @pytest.fixture(scope='module')
