@@ -72,13 +72,14 @@ class MultiHeadAttention(nn.Module):
     project = lambda init: linear.Dense(
       joined, ('embed', 'joined_kv'), init, self.dtype
     )
-    # The 1 / sqrt(kv) of scaled dot products lives in the query's initialiser.
-    self.query = project(
-      parameter.variance_scaling(1.0 / self.head_dim, 'fan_in', 'normal')
-    )
+    self.query = project(self._query_init())
     self.key = project(linear.attention_init)
     self.value = project(linear.attention_init)
     self.weights_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+  def _query_init(self):
+    # The 1 / sqrt(kv) of scaled dot products lives here.
+    return parameter.variance_scaling(1.0 / self.head_dim, 'fan_in', 'normal')
 
   @nn.compact
   def _out(self, attended: jax.Array, features: int) -> jax.Array:

@@ -71,8 +71,15 @@ class SelfAttention(attention.MultiHeadAttention):
     )
     if decode:
       keys, values = self._append(keys, values)
-    attended = attention.dot_product_attention(
-      projected,
+    attended = self._attend(projected, keys, values, bias, mask, deterministic)
+    # [batch, query, heads, kv] -> [batch, query, joined_kv]
+    attended = attended.reshape(*attended.shape[:2], -1)
+    return self._out(attended, queries.shape[-1])
+
+  def _attend(self, queries, keys, values, bias, mask, deterministic):
+    """Values for each query, [batch, query, heads, kv]."""
+    return attention.dot_product_attention(
+      queries,
       keys,
       values,
       bias=bias,
@@ -81,9 +88,6 @@ class SelfAttention(attention.MultiHeadAttention):
         weights, deterministic=deterministic
       ),
     )
-    # [batch, query, heads, kv] -> [batch, query, joined_kv]
-    attended = attended.reshape(*attended.shape[:2], -1)
-    return self._out(attended, queries.shape[-1])
 
   def _place(self, queries, keys, key_positions, positions, embed_dim):
     """Queries, keys and a bias [1 or batch, heads, query, key] or None."""
