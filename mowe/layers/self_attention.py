@@ -71,13 +71,24 @@ class SelfAttention(attention.MultiHeadAttention):
     )
     if decode:
       keys, values = self._append(keys, values)
-    attended = self._attend(projected, keys, values, bias, mask, deterministic)
+    attended = self._attend(
+      projected,
+      keys,
+      values,
+      positions=positions,
+      bias=bias,
+      mask=mask,
+      deterministic=deterministic,
+    )
     # [batch, query, heads, kv] -> [batch, query, joined_kv]
     attended = attended.reshape(*attended.shape[:2], -1)
     return self._out(attended, queries.shape[-1])
 
-  def _attend(self, queries, keys, values, bias, mask, deterministic):
+  def _attend(
+    self, queries, keys, values, *, positions, bias, mask, deterministic
+  ):
     """Values for each query, [batch, query, heads, kv]."""
+    del positions
     return attention.dot_product_attention(
       queries,
       keys,

@@ -25,12 +25,17 @@ from mowe.layers import linear, self_attention
 _QUERY_BLOCK = 128
 _KEY_BLOCK = 32
 
+# Programs for queries further and further back, each with the keys it needs:
+# with four, 5/8 of all logits are computed where half are visible.
+_STAGES = 4
+
 
 def stick_breaking_attention(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
   mask: jax.Array,
+  num_visible: np.ndarray | None = None,
 ) -> jax.Array:
   """Weights of broken sticks times values.
 
@@ -40,15 +45,38 @@ def stick_breaking_attention(
     key: <float>[batch, key, heads, kv], the newest last.
     value: <float>[batch, key, heads, kv].
     mask: <bool>[batch, 1, query, key], True where a key is visible.
+    num_visible: <int>[query] of numpy: each query sees none of the keys from
+      this number on, which then need not be computed. None where that is not
+      known before the program runs.
 
   Returns:
     <float>[batch, query, groups, heads, kv] in the dtype of `value`; zeros for
     queries that see nothing.
   """
+  num_queries, num_keys = query.shape[1], key.shape[1]
+  if num_visible is None:
+    num_visible = np.full(num_queries, num_keys)
+  num_blocks = -(-num_queries // _QUERY_BLOCK)
+  size = -(-num_blocks // _STAGES) * _QUERY_BLOCK
+  outputs = []
+  for start in range(0, num_queries, size):
+    stage = slice(start, start + size)
+    visible = slice(int(num_visible[stage].max()))
+    outputs.append(
+      _block_by_block(
+        query[:, stage],
+        key[:, visible],
+        value[:, visible],
+        mask[:, 0, stage, visible],
+      )
+    )
+  return jnp.concatenate(outputs, axis=1)
+
+
+def _block_by_block(query, key, value, visible):
+  """Attention of some queries, of which only a block is at work at a time."""
   attend = functools.partial(_attend, key=key, value=value)
   num_queries = query.shape[1]
-  if num_queries <= _QUERY_BLOCK:
-    return attend((query, mask[:, 0]))
   missing = -num_queries % _QUERY_BLOCK
 
   def in_blocks(x):
@@ -60,10 +88,10 @@ def stick_breaking_attention(
     return jnp.moveaxis(blocks, 1, 0)
 
   # Only queries are kept for the backward pass, not the weights.
-  outputs = jax.lax.map(
-    jax.checkpoint(attend, prevent_cse=False),
-    (in_blocks(query), in_blocks(mask[:, 0])),
-  )
+  attend = jax.checkpoint(attend, prevent_cse=num_queries <= _QUERY_BLOCK)
+  if num_queries <= _QUERY_BLOCK:
+    return attend((query, visible))
+  outputs = jax.lax.map(attend, (in_blocks(query), in_blocks(visible)))
   outputs = jnp.moveaxis(outputs, 0, 1)
   return outputs.reshape(query.shape[0], -1, *query.shape[2:])[:, :num_queries]
 
@@ -164,9 +192,15 @@ class StickBreakingAttention(self_attention.SelfAttention):
     # stick_breaking_attention divides by sqrt(kv).
     return linear.attention_init
 
-  def _attend(self, queries, keys, values, bias, mask, deterministic):
-    del bias, deterministic
+  def _attend(self, queries, keys, values, *, positions, mask, **others):
+    del others
+    num_visible = None
+    # Of numpy while training.
+    if isinstance(positions.keys, np.ndarray):
+      num_visible = np.searchsorted(
+        positions.keys, positions.queries, side='right'
+      )
     # One group.
-    return stick_breaking_attention(queries[:, :, None], keys, values, mask)[
-      :, :, 0
-    ]
+    return stick_breaking_attention(
+      queries[:, :, None], keys, values, mask, num_visible
+    )[:, :, 0]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from mowe.layers import stick_breaking
 
@@ -19,7 +20,7 @@ def _oracle(query, key, value, mask):
     for j in range(key.shape[1] - 1, -1, -1):
       if mask[b, 0, i, j]:
         logit = query[b, i, g, h] @ key[b, j, h] / np.sqrt(query.shape[-1])
-        taken = stick / (1 + np.exp(-logit))
+        taken = stick * special.expit(logit)
         outputs[b, i, g, h] += taken * value[b, j, h]
         stick -= taken
   return outputs
@@ -93,6 +94,19 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     np.testing.assert_allclose(
       got, expected, rtol=0, atol=1e-6 * np.abs(expected).max()
     )
+
+
+@pytest.mark.parametrize('num_queries', [3, 21])
+def test_keys_that_no_query_sees_need_not_be_computed(num_queries, monkeypatch):
+  monkeypatch.setattr(stick_breaking, '_QUERY_BLOCK', 2)
+  *arguments, mask = _case(num_queries, 23)
+  num_visible = 23 - num_queries + 1 + np.arange(num_queries)
+  attend = stick_breaking.stick_breaking_attention
+  got = attend(*arguments, mask, num_visible)
+  expected = attend(*arguments, mask)
+  np.testing.assert_allclose(
+    got, expected, rtol=0, atol=1e-6 * np.abs(expected).max()
+  )
 
 
 def test_large_logits_stay_finite():

@@ -14,6 +14,7 @@ from mowe.layers import (
   relative_attention,
   relative_position,
   self_attention,
+  stick_breaking,
   word_experts,
 )
 from mowe.models import decoder_only, decoding, initialization, saved_config
@@ -25,6 +26,7 @@ ATTENTIONS = {
   't5': self_attention.T5Attention,
   'rotary': self_attention.RotaryAttention,
   'relative': relative_attention.RelativeAttention,
+  'stick': stick_breaking.StickBreakingAttention,
 }
 BYTES = subwords.ByteVocabulary(extra_ids=5)
 
@@ -130,12 +132,22 @@ def _logit(kind, params, stack, q, k, head, i, j):
     return q @ k + table[head, int(bucket)]
   if kind == 'rotary':
     return _rotate_one(q, i) @ _rotate_one(k, j)
+  if kind == 'stick':
+    return q @ k / np.sqrt(KV)
   speeds = [10_000.0 ** (-2 * n / EMBED) for n in range(EMBED // 2)]
   angles = (i - j) * np.array(speeds)
   code = np.concatenate([np.sin(angles), np.cos(angles)])
   r = _heads(code @ params['position']['kernel'])[head]
   u, v = params['content_bias'][head], params['position_bias'][head]
   return ((q + u) @ k + (q + v) @ r) / np.sqrt(KV)
+
+
+def _weights(kind, logits):
+  if kind != 'stick':
+    return _softmax(logits)
+  fractions = 1 / (1 + np.exp(-logits))
+  left = np.cumprod((1 - fractions)[::-1])[::-1]
+  return fractions * np.append(left[1:], 1.0)
 
 
 def oracle(kind, variables, inputs, sees, norm=_rms):
@@ -163,7 +175,7 @@ def oracle(kind, variables, inputs, sees, norm=_rms):
           _logit(kind, attention, stack, q[i, head], k[j, head], head, i, j)
           for j in keys
         ]
-        attended[i, head] = _softmax(np.array(logits)) @ v[keys, head]
+        attended[i, head] = _weights(kind, np.array(logits)) @ v[keys, head]
     x = x + attended.reshape(length, -1) @ attention['out']['kernel']
     mlp, normed = layer['mlp'], norm(x, layer['pre_mlp_layer_norm'])
     hidden = _gelu(normed @ mlp['wi_0']['kernel'])
