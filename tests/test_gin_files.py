@@ -88,10 +88,13 @@ def _describe(config):
   axes = partitioning.parameter_axes(variables['params_axes'])
   leaves = flax.traverse_util.flatten_dict(variables['params'])
   lines, total = [], 0
+  mesh = partitioning.make_mesh()
   for path in sorted(leaves):
     leaf = leaves[path]
     total += leaf.size
     assert str(leaf.dtype) == 'float32'
+    # Every name has a place on a mesh, and none occurs twice.
+    partitioning.sharding_of_axes(axes[path], mesh)
     lines.append(_line('/'.join(path), leaf.shape, axes[path]))
   return '\n'.join([*lines, f'total {total:,}']) + '\n'
 
