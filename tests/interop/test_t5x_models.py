@@ -43,6 +43,8 @@ from t5x import adafactor, partitioning, trainer  # noqa: E402
 from t5x import metrics as t5x_metrics  # noqa: E402
 from t5x import optimizers as t5x_optimizers  # noqa: E402
 from t5x import train_state as t5x_train_state  # noqa: E402
+from t5x.contrib.moe import partitioning as moe_partitioning  # noqa: E402
+from t5x.contrib.moe import trainer as moe_trainer  # noqa: E402
 
 from mowe.data import seqio_stream  # noqa: E402
 from mowe.interop import t5x_models, t5x_rules  # noqa: E402
@@ -173,19 +175,34 @@ class _OneDevice(partitioning.PjitPartitioner):
     )
 
 
+class _FourDevices(moe_partitioning.MoePjitPartitioner):
+  """On a CPU the one of contrib/moe would have no parts of data and experts."""
+
+  @property
+  def mesh(self):
+    return jax.sharding.Mesh(
+      np.array(jax.devices()[:4]).reshape(2, 2, 1), ('data', 'expert', 'model')
+    )
+
+
 class _Run:
   """A trainer of T5X, batch by batch."""
 
-  def __init__(self, model, params, folder):
-    partitioner = _OneDevice(
-      num_partitions=1,
-      logical_axis_rules=partitioning.standard_logical_axis_rules(
-        additional_rules=t5x_rules.axis_rules()
-      ),
-    )
+  def __init__(self, model, params, folder, on_four_devices=False):
+    if on_four_devices:
+      partitioner = _FourDevices(2, num_partitions=1)
+      make = functools.partial(moe_trainer.MoeTrainer, num_expert_partitions=2)
+    else:
+      make = trainer.Trainer
+      partitioner = _OneDevice(
+        num_partitions=1,
+        logical_axis_rules=partitioning.standard_logical_axis_rules(
+          additional_rules=t5x_rules.axis_rules()
+        ),
+      )
     state = _start(model, params)
     axes = partitioner.get_mesh_axes(state)
-    self.trainer = trainer.Trainer(
+    self.trainer = make(
       model=model,
       train_state=partitioner.move_params_to_devices(state, axes),
       partitioner=partitioner,
@@ -298,6 +315,33 @@ def test_both_loops_train_the_same(world, kind, tmp_path):
     assert 'encoder/layers_1/mlp/load_balance_loss' in same
   if kind == 'mowe':
     assert {'encoder_routed', 'decoder_skipped', 'decoder_padding'} <= same
+
+
+@pytest.mark.slow
+def test_contrib_moe_splits_experts_over_devices(world, tmp_path):
+  layer = world.config('moe').sparse_layers()['encoder']
+  factory = functools.partial(
+    moe.MoeLayer,
+    layer.num_experts,
+    layer.expert_dim,
+    dispatch=layer.dispatch,
+    groups=token_groups.TokenGroups(24, multiple=4),
+  )
+  config = world.config('moe', sparse_feed_forward=factory)
+  params = _initial_parameters(config)
+  one, four = (
+    _Run(
+      world.model('moe', config=config), params, tmp_path / str(split), split
+    )
+    for split in (False, True)
+  )
+  for number in range(3):
+    batch = _batch(world, number)
+    expected, found = one.step(batch), four.step(batch)
+    for name in ('loss', 'accuracy', 'experts/expert_usage'):
+      assert found[name] == pytest.approx(expected[name], rel=1e-4)
+  mlp = four.trainer.train_state.params['encoder']['layers_1']['mlp']
+  assert mlp['expert']['wi_0']['kernel'].sharding.spec[0] == 'expert'
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ import pytest
 
 from mowe.interop import t5x_rules
 
-_GOLDEN = pathlib.Path(__file__).resolve().parent.parent / 'golden'
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+_GOLDEN = _ROOT / 'tests' / 'golden'
+_FILES = sorted((_ROOT / 'gin_configs' / 't5x').glob('*.gin'))
 _MODELS = sorted(_GOLDEN.glob('parameters_*.txt'))
 # Names in t5x.partitioning.standard_logical_axis_rules and, with their rules,
 # in t5x.adafactor.standard_logical_factor_rules, as far as parameters have them.
@@ -68,6 +70,17 @@ def test_experts_are_found_among_the_parameters(name, tables):
   ]
   assert len(found) == tables
   assert all(axes[0] == 'expert' for _, axes in found)
+
+
+@pytest.mark.parametrize('path', _FILES, ids=lambda path: path.stem)
+def test_a_gin_file_includes_files_that_are_there(path):
+  text = path.read_text()
+  for included in re.findall(r"^include '(.*)'$", text, re.MULTILINE):
+    assert (_ROOT / included).is_file()
+  # Gin knows the modules that a file imports itself.
+  imported = set(re.findall(r'^from \S+ import (\w+)$', text, re.MULTILINE))
+  bound = re.findall(r'^(?:\w+ = @)?(\w+)\.\w+', text, re.MULTILINE)
+  assert set(bound) <= imported
 
 
 def test_the_plug_in_says_what_it_misses(monkeypatch):
