@@ -88,7 +88,7 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
   state, new, metrics = _run(model, batch, config)
 
   def loss(params):
-    total, _, stats = step_lib._summed_loss(
+    total, _, stats, _ = step_lib._summed_loss(
       model, step_lib.LossConfig(), params, {}, {}, batch, {}, None
     )
     total /= batch['decoder_loss_weights'].sum()
