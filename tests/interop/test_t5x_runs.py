@@ -176,7 +176,7 @@ def test_word_experts_go_through_all_commands(folder):
       assert metrics['exact_match'] == pytest.approx(100 * np.mean(right))
       assert any(right)
     else:
-      assert all(-2 < score < 0 for score in found)
+      assert len(found) == len(_QUESTIONS) and max(found) < 0
 
   frozen = 'gin_configs/t5x/frozen_experts.gin'
   _run(
