@@ -105,12 +105,12 @@ def convert(
       rounded = weights.rounded(given.params)
       written = dataclasses.replace(given, params=rounded)
     FORMATS[to].save(pathlib.Path(target), written)
-    digest = weights.digest(given.params)
     try:
+      digest = weights.digest(given.params)
       wanted = digest if written is given else _rounded_digest(given)
       again = _read_again(target, to, given.config, wanted)
     except BaseException:
-      shutil.rmtree(target)
+      new_folder.remove(target)
       raise
     _show_parameters(given, written, is_guess)
     _show_folder('Read', source, found, given.step, digest)

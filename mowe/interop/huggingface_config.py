@@ -50,6 +50,8 @@ _FIXED = {
   'is_encoder_decoder': True,
   'router_dtype': 'float32',
 }
+# Likewise; null stands for it in some configs.
+_IDS = {'pad_token_id': 0, 'eos_token_id': 1, 'decoder_start_token_id': 0}
 
 _SIZES = ('vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_heads', 'num_layers')
 
@@ -78,6 +80,12 @@ def make_config(config: Mapping[str, Any]) -> t5.T5Config:
     if config.get(name, value) != value:
       raise ValueError(
         f'{name} must be {value}, but is {config[name]}. Our T5 has that '
+        'built in: a checkpoint with another one cannot be read.'
+      )
+  for name, value in _IDS.items():
+    if config.get(name) not in (None, value):
+      raise ValueError(
+        f'{name} must be {value}, but is {config[name]!r}. Our T5 has that '
         'built in: a checkpoint with another one cannot be read.'
       )
   sizes = {name: _size(config, name) for name in _SIZES}
@@ -110,10 +118,8 @@ def describe(config: t5.T5Config, dtype: str) -> dict[str, Any]:
     'd_ff': config.mlp_dim,
     'd_kv': config.head_dim,
     'd_model': config.emb_dim,
-    'decoder_start_token_id': 0,
     'dropout_rate': config.dropout_rate,
     'dtype': dtype,
-    'eos_token_id': 1,
     'initializer_factor': 1.0,
     'is_decoder': False,
     'is_encoder_decoder': True,
@@ -121,12 +127,12 @@ def describe(config: t5.T5Config, dtype: str) -> dict[str, Any]:
     'num_decoder_layers': config.num_decoder_layers,
     'num_heads': config.num_heads,
     'num_layers': config.num_encoder_layers,
-    'pad_token_id': 0,
     'relative_attention_max_distance': 128,
     'relative_attention_num_buckets': 32,
     'tie_word_embeddings': config.logits_via_embedding,
     'use_cache': True,
     'vocab_size': config.vocab_size,
+    **_IDS,
   }
   described |= _describe_experts(config) if is_switch else _describe_t5(config)
   _check_same(config, described)

@@ -5,7 +5,12 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+
+# Writers of an interrupted save go on for seconds at most.
+_ATTEMPTS = 100
+_PAUSE = 0.05
 
 
 @contextlib.contextmanager
@@ -35,8 +40,21 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     check_new(folder)
     partial.rename(folder)
   except BaseException:
-    shutil.rmtree(partial)
+    remove(partial)
     raise
+
+
+def remove(folder: str | os.PathLike) -> None:
+  """Removes a folder, to which threads may be writing for a while.
+
+  Raises nothing, so that the error that led here is the one that is seen.
+  """
+  for _ in range(_ATTEMPTS):
+    shutil.rmtree(folder, ignore_errors=True)
+    # A file that was on its way makes its folder anew.
+    time.sleep(_PAUSE)
+    if not os.path.lexists(folder):
+      return
 
 
 def check_new(folder: str | os.PathLike) -> None:

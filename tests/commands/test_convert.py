@@ -326,3 +326,15 @@ def test_what_is_read_again_must_be_what_was_written(
   with pytest.raises(ValueError, match='read again it is something else'):
     convert.convert(str(pretrained), str(tmp_path / 'a'), 't5x')
   assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing_unchecked(
+  pretrained, tmp_path, monkeypatch
+):
+  def interrupted(params):
+    raise KeyboardInterrupt('by hand')
+
+  monkeypatch.setattr(weights, 'digest', interrupted)
+  with pytest.raises(KeyboardInterrupt, match='by hand'):
+    convert.convert(str(pretrained), str(tmp_path / 'a'), 't5x')
+  assert not list(tmp_path.iterdir())

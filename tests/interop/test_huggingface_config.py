@@ -184,6 +184,20 @@ def test_other_settings_are_refused(change, message):
     huggingface_config.make_config(_SWITCH | change)
 
 
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [('pad_token_id', 0), ('eos_token_id', 1), ('decoder_start_token_id', 0)],
+)
+def test_ids_that_are_built_in(name, value):
+  expected = huggingface_config.make_config(_T5)
+  for same in (value, None):
+    assert huggingface_config.make_config(_T5 | {name: same}) == expected
+  with pytest.raises(
+    ValueError, match=f'{name} must be {value}, but is 2. Our T5 has that'
+  ):
+    huggingface_config.make_config(_T5 | {name: 2})
+
+
 def test_activations_that_contradict_each_other_are_refused():
   gated = _T5 | {'feed_forward_proj': 'gated-gelu'}
   for change, message in (
