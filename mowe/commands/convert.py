@@ -40,6 +40,8 @@ _WIDTH = 110
 _WITHOUT_CONFIG = ('t5x', 't5x-orbax')
 
 _SPIECE = 'spiece.model'
+# Of T5.
+_EXTRA_IDS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ def convert(
   *,
   dtype: str = 'float32',
   vocabulary: str | None = None,
-  extra_ids: int = 100,
+  extra_ids: int | None = None,
   like: str | None = None,
 ) -> None:
   """Converts weights and prints what was read and written.
@@ -78,7 +80,8 @@ def convert(
     to: a name of `FORMATS`.
     dtype: 'float32', or 'bfloat16', to which weights are rounded.
     vocabulary: SentencePiece model or 'bytes', where the source has none.
-    extra_ids: sentinels of that vocabulary.
+    extra_ids: sentinels of that vocabulary, or of the spiece.model of the
+      source; None: 100.
     like: a folder that describes the model, where the source does not.
 
   Raises:
@@ -87,7 +90,7 @@ def convert(
     ValueError: a source that is unknown, damaged or not whole; a model that
       the format to write does not have. Nothing is left then.
   """
-  new_folder.check_new(target)
+  _check_target(target, to)
   if dtype == 'bfloat16' and not FORMATS[to].is_rounded:
     raise ValueError(
       'Parameters of a model folder must be float32, but --dtype is bfloat16. '
@@ -95,11 +98,11 @@ def convert(
     )
   found = recognise(source)
   is_guess = found in _WITHOUT_CONFIG and like is None
+  settings = _sentinels(source, found, vocabulary, extra_ids)
   with contextlib.ExitStack() as closing:
-    given = _open(source, found, like, closing)
+    given = _open(source, found, like, closing, settings)
     if vocabulary is not None:
-      loaded = subwords.load_subwords(vocabulary, extra_ids)
-      given = dataclasses.replace(given, vocabulary=loaded)
+      given = _with_vocabulary(given, vocabulary, extra_ids)
     written = given
     if dtype == 'bfloat16':
       rounded = weights.rounded(given.params)
@@ -141,7 +144,14 @@ def recognise(source: str | os.PathLike) -> str:
     if safetensors_folder.is_candidate(names):
       return _kind_of_safetensors(path)
     checkpoint = t5x_checkpoint.find(path)
-    if checkpoint is not None:
+    # TensorFlow's has a text file of the name that T5X's has.
+    if checkpoint is not None and not list(checkpoint.glob('*.index')):
+      if (checkpoint / manifests.FILE_NAME).is_file():
+        raise ValueError(
+          'A checkpoint of mowe must have the model.json of its model folder '
+          f'beside it, but {checkpoint.parent} has none. Fetch the whole model '
+          'folder.'
+        )
       is_legacy = (checkpoint / t5x_legacy.FILE_NAME).is_file()
       return 't5x' if is_legacy else 't5x-orbax'
     kinds = f'has {names[:10]}'
@@ -155,10 +165,63 @@ def recognise(source: str | os.PathLike) -> str:
   )
 
 
-def _open(source, found, like, closing) -> weights.Weights:
+def _check_target(target, to):
+  """Raises if the target is there, or where a folder cannot be read again."""
+  new_folder.check_new(target)
+  whole = pathlib.Path(target).resolve()
+  _, step = model_folder.split_checkpoint_path(os.fspath(whole))
+  if to == 'mowe' and step is not None:
+    raise ValueError(
+      'The name of a model folder must not be that of a checkpoint, but is '
+      f'{whole.name}. Choose another.'
+    )
+  for folder in whole.parents:
+    if (folder / 'model.json').exists():
+      raise ValueError(
+        f'The target must not be in another model folder, but {target} is in '
+        f'{folder}, which has a model.json. Choose another place.'
+      )
+
+
+def _sentinels(source, found, vocabulary, extra_ids) -> dict[str, int]:
+  """What opens the source with so many sentinels; {} for those it has."""
+  if extra_ids is None:
+    return {}
+  if found == 'huggingface' and (pathlib.Path(source) / _SPIECE).is_file():
+    return {'extra_ids': extra_ids}
+  if vocabulary is None:
+    raise ValueError(
+      '--extra_ids must be those of --vocabulary or of a spiece.model in the '
+      f'source, but there is neither for {source}. Leave it out, or give '
+      '--vocabulary too.'
+    )
+  return {}
+
+
+def _with_vocabulary(given, path, extra_ids) -> weights.Weights:
+  """The model with a vocabulary, which must not be another than its own."""
+  own = given.vocabulary
+  if extra_ids is None:
+    extra_ids = _EXTRA_IDS if own is None else own.extra_ids
+  loaded = subwords.load_subwords(path, extra_ids)
+  if own is not None and (loaded.sha256, loaded.size) != (
+    own.sha256,
+    own.size,
+  ):
+    raise ValueError(
+      '--vocabulary must be the one of the model where it has one, sha256 '
+      f'{own.sha256} with {own.size:,} ids, but {path} is {loaded.sha256} '
+      f'with {loaded.size:,} ids. Leave it out.'
+    )
+  if given.config.routing is not None:
+    given.config.routing.check_subwords(loaded)
+  return dataclasses.replace(given, vocabulary=loaded)
+
+
+def _open(source, found, like, closing, settings) -> weights.Weights:
   """The weights of the source; `like` says which model and vocabulary."""
   if like is None:
-    return closing.enter_context(FORMATS[found].opened(source))
+    return closing.enter_context(FORMATS[found].opened(source, **settings))
   if found not in _WITHOUT_CONFIG:
     raise ValueError(
       '--like is for checkpoints of T5X, which have no config, but '
@@ -181,9 +244,10 @@ def _described(like):
 
 
 def _kind_of_safetensors(path):
-  with contextlib.suppress(OSError, ValueError):
+  with contextlib.suppress(OSError, ValueError, RecursionError):
     described = json.loads((path / safetensors_folder.CONFIG).read_text())
-    if described.get('model_type') == mowe_safetensors.MODEL_TYPE:
+    is_object = isinstance(described, dict)
+    if is_object and described.get('model_type') == mowe_safetensors.MODEL_TYPE:
       return 'safetensors'
   # Which says what is wrong with it.
   return 'huggingface'
@@ -261,10 +325,14 @@ def _table(read, written) -> rich.table.Table:
 
 
 @contextlib.contextmanager
-def _opened_huggingface(path) -> Iterator[weights.Weights]:
+def _opened_huggingface(
+  path, extra_ids=_EXTRA_IDS
+) -> Iterator[weights.Weights]:
   config, params = huggingface.load(path)
   spiece = pathlib.Path(path) / _SPIECE
-  vocabulary = subwords.load_subwords(spiece) if spiece.is_file() else None
+  vocabulary = None
+  if spiece.is_file():
+    vocabulary = subwords.load_subwords(spiece, extra_ids)
   flat = flax.traverse_util.flatten_dict(params)
   yield weights.Weights(config, flat, vocabulary=vocabulary)
 

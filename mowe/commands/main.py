@@ -115,7 +115,9 @@ def _make_parser() -> argparse.ArgumentParser:
     '--vocabulary',
     help="SentencePiece model or 'bytes', if the source has none",
   )
-  convert.add_argument('--extra_ids', type=int, default=100)
+  convert.add_argument(
+    '--extra_ids', type=int, help='sentinels of that vocabulary; 100'
+  )
   convert.add_argument(
     '--like', help='a model that says what a checkpoint of T5X is'
   )

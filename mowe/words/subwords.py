@@ -299,7 +299,16 @@ def load_subwords(path: str | os.PathLike, extra_ids: int = 100) -> Subwords:
   """Returns the vocabulary of a file, or of bytes for 'bytes'.
 
   A file holds a SentencePiece model, or words (see `word_vocabulary`).
+
+  Raises:
+    FileNotFoundError: no file at `path`.
+    ValueError: a number of sentinels below 0, or another file.
   """
+  if extra_ids < 0:
+    raise ValueError(
+      f'extra_ids must be 0 or more, but is {extra_ids}. Give the number of '
+      'sentinels, 100 in T5.'
+    )
   if os.fspath(path) == 'bytes':
     return ByteVocabulary(extra_ids)
   # Only here, as it builds on this module.

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import conftest
 import flax
@@ -338,3 +339,59 @@ def test_an_interrupt_leaves_nothing_unchecked(
   with pytest.raises(KeyboardInterrupt, match='by hand'):
     convert.convert(str(pretrained), str(tmp_path / 'a'), 't5x')
   assert not list(tmp_path.iterdir())
+
+
+def test_a_target_must_be_a_place_to_read_from(pretrained, tmp_path):
+  inside = pretrained / 'checkpoint_9'
+  for to in ('safetensors', 't5x'):
+    with pytest.raises(ValueError, match='must not be in another model folder'):
+      convert.convert('not there', str(inside), to)
+  named = tmp_path / 'checkpoint_5'
+  with pytest.raises(ValueError, match='not be that of a checkpoint, but is'):
+    convert.convert('not there', str(named), 'mowe')
+  assert not list(tmp_path.iterdir())
+  assert not inside.exists()
+
+
+def test_checkpoints_of_others_are_named(pretrained, tmp_path):
+  source, out = tmp_path / 'a', tmp_path / 'out'
+  source.mkdir()
+  (source / 'checkpoint').write_text('model_checkpoint_path: "model.ckpt-9"')
+  (source / 'model.ckpt-9.index').touch()
+  with pytest.raises(ValueError, match='TensorFlow are to be saved by t5x'):
+    convert.convert(str(source), str(out), 'mowe')
+  shutil.copytree(pretrained / 'checkpoint_2', tmp_path / 'b' / 'checkpoint_2')
+  for path in ('b', 'b/checkpoint_2'):
+    with pytest.raises(ValueError, match='must have the model.json of its'):
+      convert.convert(str(tmp_path / path), str(out), 'mowe')
+
+
+def test_a_model_keeps_its_vocabulary(world, pretrained, tmp_path):
+  out = str(tmp_path / 'out')
+  with pytest.raises(ValueError, match='must be the one of the model where'):
+    convert.convert(str(pretrained), out, 'safetensors', vocabulary='bytes')
+  own = world.vocabulary_path
+  with pytest.raises(ValueError, match='must be the one of the model where'):
+    convert.convert(
+      str(pretrained), out, 'safetensors', vocabulary=own, extra_ids=3
+    )
+  with pytest.raises(ValueError, match='there is neither for'):
+    convert.convert(str(pretrained), out, 'safetensors', extra_ids=3)
+  assert not list(tmp_path.iterdir())
+  convert.convert(str(pretrained), out, 'safetensors', vocabulary=own)
+
+
+def test_routing_must_be_that_of_the_vocabulary(world):
+  config = _model(world, ('float32', True))
+  given = weights.Weights(config, {})
+  with pytest.raises(ValueError, match='must be built for the subword voc'):
+    convert._with_vocabulary(given, 'bytes', None)
+
+
+def test_sentinels_of_a_spiece_model(world, pretrained, tmp_path):
+  theirs, out = tmp_path / 'theirs', tmp_path / 'out'
+  convert.convert(str(pretrained), str(theirs), 'huggingface')
+  convert.convert(str(theirs), str(out), 'safetensors', extra_ids=2)
+  assert mowe_safetensors.load(out).vocabulary.extra_ids == 2
+  with pytest.raises(ValueError, match='must be 0 or more, but is -1'):
+    convert.convert(str(theirs), str(tmp_path / 'no'), 'mowe', extra_ids=-1)
