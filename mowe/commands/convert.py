@@ -111,7 +111,7 @@ def convert(
     try:
       digest = weights.digest(given.params)
       wanted = digest if written is given else _rounded_digest(given)
-      again = _read_again(target, to, given.config, wanted)
+      again = _read_again(target, to, given, wanted)
     except BaseException:
       new_folder.remove(target)
       raise
@@ -121,6 +121,8 @@ def convert(
     if given.moments is not None:
       fate = 'left out' if again.moments is None else 'kept'
       print(f'Optimizer  state of Adafactor, {fate}')
+  if given.has_other_state:
+    print('Optimizer  state of another kind, left out')
 
 
 def recognise(source: str | os.PathLike) -> str:
@@ -264,14 +266,18 @@ def _rounded_digest(given) -> str:
   )
 
 
-def _read_again(target, to, config, wanted) -> weights.Weights:
+def _read_again(target, to, given, wanted) -> weights.Weights:
   """What the target holds; its arrays can no longer be read.
 
   Raises ValueError if that is not what was to be written.
   """
-  settings = {'config': config} if to in _WITHOUT_CONFIG else {}
+  settings = {'config': given.config} if to in _WITHOUT_CONFIG else {}
   with FORMATS[to].opened(target, **settings) as again:
-    if weights.digest(again.params) != wanted:
+    moments = again.moments or {}
+    if weights.digest(again.params) != wanted or any(
+      weights.digest(arrays) != weights.digest(given.moments[name])
+      for name, arrays in moments.items()
+    ):
       raise ValueError(
         f'{target} must hold what was written to it, but read again it is '
         'something else. Look at the disk; nothing was kept.'

@@ -49,6 +49,7 @@ def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
     name[1:]: array for name, array in arrays.items() if name[0] == 'params'
   }
   moments = _find_moments(arrays, params)
+  has_state = any(name[0] == 'opt_state' for name in arrays)
   with contextlib.ExitStack() as closing:
     if row_index.exists(checkpoint):
       source = expert_sources.SavedExperts(checkpoint, kernels_only=True)
@@ -59,9 +60,10 @@ def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
     yield weights.Weights(
       config,
       weights.for_model(params, config, str(folder / 'model.json')),
-      int(np.asarray(arrays[('step',)][...])),
+      weights.check_step(arrays[('step',)][...], str(checkpoint)),
       moments,
       vocabulary,
+      has_other_state=moments is None and has_state,
     )
 
 

@@ -36,11 +36,7 @@ def load(folder: str | os.PathLike) -> weights.Weights:
       f'{file} must have model_type {MODEL_TYPE!r}, but has {kind!r}. It is '
       'of another framework.'
     )
-  if type(step) is not int or step < 0:
-    raise ValueError(
-      f'step of {file} must be a number of updates, but is {step!r}. Take the '
-      'file that was written with the weights.'
-    )
+  step = weights.check_step(step, str(file))
   config, vocabulary = model_description.load(file, described)
   params = {tuple(name.split('/')): array for name, array in tensors.items()}
   return weights.Weights(

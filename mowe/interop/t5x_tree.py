@@ -78,11 +78,17 @@ def to_weights(
   source = 'its config'
   if config is None:
     config, source = infer_config(params), 't5x/examples/t5/network.py'
+  found = weights.for_model(params, config, source)
+  states = _below(state, _STATES)
+  moments = _moments(states, params)
   return weights.Weights(
     config,
-    weights.for_model(params, config, source),
-    int(np.asarray(state[_STEP][...])) if _STEP in state else 0,
-    _moments(_below(state, _STATES), params),
+    found,
+    weights.check_step(state[_STEP][...], 'state/step')
+    if _STEP in state
+    else 0,
+    moments,
+    has_other_state=moments is None and bool(states),
   )
 
 
@@ -169,8 +175,37 @@ def _below(state, prefix):
 def _moments(states, params):
   """The state of Adafactor; None if it is that of another optimizer."""
   wanted = {(*path, name) for path in params for name in MOMENTS}
+  if not wanted & set(states):
+    return None
+  missing = wanted - set(states)
+  if missing:
+    raise ValueError(
+      'A state of Adafactor must be that of all parameters, but '
+      f'{rules.listed(sorted(map("/".join, missing)))} are not there. Fetch '
+      'the rest of the checkpoint.'
+    )
   if set(states) != wanted:
     return None
+  for *path, name in wanted:
+    _check_moment(path, name, params[tuple(path)], states[*path, name])
   return {
     name: {path: states[*path, name] for path in params} for name in MOMENTS
   }
+
+
+def _check_moment(path, name, param, moment):
+  """Raises unless a moment has a shape that it can have."""
+  left = iter(param.shape)
+  # A row or column lacks axes of the parameter; [1] is of what is not used.
+  fits = (
+    tuple(param.shape) == tuple(moment.shape)
+    if name in ('v', 'm')
+    else len(moment.shape) < len(param.shape)
+    and all(size in left for size in moment.shape)
+  )
+  if not fits and tuple(moment.shape) != (1,):
+    raise ValueError(
+      f'{name} of {"/".join(path)} must be a part of its state of Adafactor, '
+      f'whose shape is {list(param.shape)}, but has {list(moment.shape)}. The '
+      'checkpoint is damaged: fetch it again.'
+    )

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax
 import jax
@@ -16,6 +16,8 @@ from mowe.words import subwords
 
 # Of a piece of a large array that is on its way.
 _PIECE_BYTES = 2**26
+# As an int32 holds it, which training counts in.
+_LAST_STEP = 2**31 - 1
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = {np.dtype(np.float32), np.dtype(np.float16), BFLOAT16}
@@ -45,6 +47,8 @@ class Weights:
     moments: state of Adafactor: `v_row`, `v_col`, `v`, `m`, each with an array
       for every parameter; None: not known.
     vocabulary: the subword vocabulary; None: not known.
+    has_other_state: whether what was read has the state of an optimizer that
+      is not in `moments`.
   """
 
   config: model_config.ModelConfig
@@ -52,6 +56,7 @@ class Weights:
   step: int = 0
   moments: Mapping[str, Mapping[Path, Array]] | None = None
   vocabulary: subwords.Subwords | None = None
+  has_other_state: bool = False
 
 
 def shapes(
@@ -83,6 +88,17 @@ def for_model(
     ValueError: parameters that are missing, too many, of another shape or of a
       dtype that the model's cannot hold.
   """
+  blocks = sum(
+    getattr(config, name, 0)
+    for name in ('num_layers', 'num_encoder_layers', 'num_decoder_layers')
+  )
+  if blocks > len(params):
+    # Seen before a model of that depth is built.
+    raise ValueError(
+      f'Parameters must be those of the model that {source} describes, but '
+      f'there are {len(params):,} arrays for {blocks:,} blocks. Take both from '
+      'the same checkpoint.'
+    )
   wanted = shapes(config)
   named = lambda arrays: {'/'.join(path): one for path, one in arrays.items()}
   rules.check_names(named(params), named(wanted), source)
@@ -99,6 +115,23 @@ def for_model(
     same = dtype == leaf.dtype
     found[path] = params[path] if same else Cast(params[path], leaf.dtype)
   return found
+
+
+def check_step(step: Any, source: str) -> int:
+  """The number of updates that a source names.
+
+  Raises:
+    ValueError: it is not an integer from 0 to 2**31 - 1.
+  """
+  array = np.asarray(step)
+  is_integer = array.shape == () and np.issubdtype(array.dtype, np.integer)
+  if not is_integer or not 0 <= array <= _LAST_STEP:
+    found = f'{list(array.shape)} of {array.dtype}' if array.shape else step
+    raise ValueError(
+      f'step of {source} must be a number of updates, from 0 to {_LAST_STEP}, '
+      f'but is {found}. Take what was written with the weights.'
+    )
+  return int(array)
 
 
 def pieces(array: Array, rows: int = 1) -> Iterator[tuple[slice, np.ndarray]]:

@@ -120,7 +120,12 @@ def test_tables_have_no_state_of_adafactor(world, tmp_path, capsys):
     config,
     params,
     # As t5x has it, for which tables are parameters like others.
-    moments={name: params for name in t5x_tree.MOMENTS},
+    moments={
+      name: params
+      if name == 'v'
+      else {path: np.zeros(1, np.float32) for path in params}
+      for name in t5x_tree.MOMENTS
+    },
     vocabulary=world.vocabulary,
   )
   a, b, c = (str(tmp_path / name) for name in 'abc')
@@ -300,7 +305,11 @@ def test_damage_leaves_nothing(world, tmp_path):
   for name, value, text in (
     ('subwords', None, 'must describe a model of mowe, but reading it failed'),
     ('config', {'vocab_size': 3}, 'must describe a model of mowe'),
-    ('step', -1, 'must be a number of updates, but is -1'),
+    ('step', -1, 'must be a number of updates, .* but is -1. Take'),
+    ('step', 2**31, 'must be a number of updates, .* but is 2147483648. Take'),
+    ('step', 1.5, 'must be a number of updates, .* but is 1.5. Take'),
+    ('step', True, 'must be a number of updates, .* but is True. Take'),
+    ('step', [3], r'must be a number of updates, .* but is \[1\] of int'),
     ('version', 9, 'must have version 1, but has 9'),
     ('model_type', 't5', 'must be a number from 1 to'),
   ):

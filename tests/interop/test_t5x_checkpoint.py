@@ -187,7 +187,44 @@ def test_another_optimizer_is_left_out(t5x_golden):
     ('state', 'param_states', '0', 'mu', 'x'),
     np.zeros(3, np.float32),
   )
-  assert t5x_checkpoint.load(checkpoint).moments is None
+  given = t5x_checkpoint.load(checkpoint)
+  assert given.moments is None
+  assert given.has_other_state
+
+
+def test_a_state_of_adafactor_must_be_whole(t5x_golden):
+  checkpoint = t5x_golden('legacy') / 'checkpoint_3'
+  state = t5x_checkpoint.read(checkpoint)
+  name = ('state', 'param_states', 'decoder', 'decoder_norm', 'scale', 'v')
+  others = {path: array for path, array in state.items() if path != name}
+  with pytest.raises(
+    ValueError, match='must be that of all .*/v are not there'
+  ):
+    t5x_tree.to_weights(others)
+  for wrong in (np.zeros(3, np.float32), np.zeros(()), np.zeros((1, 1))):
+    with pytest.raises(ValueError, match='must be a part of its state of Adaf'):
+      t5x_tree.to_weights(state | {name: wrong})
+  for moment in ('v_row', 'v_col'):
+    wrong = {(*name[:-1], moment): np.zeros(7)}
+    with pytest.raises(ValueError, match=rf'{moment} of .* has \[7\]. The ch'):
+      t5x_tree.to_weights(state | wrong)
+
+
+@pytest.mark.parametrize(
+  'step', [np.int32(-1), np.float32(1), np.zeros(3, np.int32), np.int64(2**31)]
+)
+def test_a_step_must_be_a_number_of_updates(step, t5x_golden):
+  state = t5x_checkpoint.read(t5x_golden('legacy') / 'checkpoint_3')
+  with pytest.raises(ValueError, match='must be a number of updates, from 0'):
+    t5x_tree.to_weights(state | {('state', 'step'): np.asarray(step)})
+
+
+def test_a_model_has_no_more_blocks_than_arrays():
+  config = dataclasses.replace(
+    t5x_tree.RELEASED['t5_1_1_small'], num_encoder_layers=3000
+  )
+  with pytest.raises(ValueError, match='there are 0 arrays for 3,008 blocks'):
+    weights.for_model({}, config, 'config.json')
 
 
 @pytest.mark.parametrize('name', t5x_tree.RELEASED)
