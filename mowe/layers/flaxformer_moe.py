@@ -39,7 +39,7 @@ class FlaxformerLosses(router_losses.RouterLosses):
   """
 
   def sums(self, logits, probs, num_chosen, is_valid) -> dict[str, jax.Array]:
-    """The six loss fields of `RouterStats`."""
+    """The seven loss fields of `RouterStats`."""
     num_groups, num_tokens, num_experts = probs.shape
     probs = probs * is_valid[:, :, None]
     logits = logits * is_valid[:, :, None]

@@ -172,6 +172,8 @@ class MoeLayer(nn.Module):
     num_experts: experts of this layer.
     expert_dim: hidden units of one expert.
     activations: as in the dense feed-forward.
+    logits: how the logits of a learned router are formed: LinearLogits, or
+      MlpLogits or CentroidLogits of `module_router`.
     routing: the router: TokensChoose, ExpertsChoose, HashRouter, ...
     dispatch: DroplessDispatch or CapacityDispatch.
     groups: tokens that are routed together.
@@ -198,6 +200,8 @@ class MoeLayer(nn.Module):
   num_experts: int
   expert_dim: int
   activations: tuple[str, ...] = ('gelu', 'linear')
+  # Before the field that has the module's name.
+  logits: Any = routing.LinearLogits()
   routing: Any = tokens_choose.TokensChoose()
   dispatch: Any = dropless_dispatch.DroplessDispatch()
   groups: Any = token_groups.TokenGroups()
@@ -330,6 +334,7 @@ class MoeLayer(nn.Module):
       self.routing,
       self.num_experts,
       self.initialization.router(tokens.shape[-1]),
+      self.logits,
       name='router',
     )(tokens, deterministic=deterministic)
 

@@ -18,6 +18,7 @@ _SCALARS = (
   'importance',
   'z_loss',
   'group_information',
+  'conditional_entropy',
   'num_loss_tokens',
   'entropy',
 )
@@ -52,6 +53,7 @@ class RouterStats(NamedTuple):
       tokens the entropy regulariser is of.
     group_information: negative entropy of the mean softmax of each group, times
       its tokens, where the regulariser is of groups.
+    conditional_entropy: of each token's softmax of the logits, in nats.
     num_loss_tokens: what all of these are to be divided by.
     num_not_finite: routed tokens with an infinite or NaN logit. A trainer
       refuses to go on if there is one.
@@ -72,6 +74,7 @@ class RouterStats(NamedTuple):
   z_loss: jax.Array
   total_probs: jax.Array
   group_information: jax.Array
+  conditional_entropy: jax.Array
   num_loss_tokens: jax.Array
   num_not_finite: jax.Array
 
@@ -92,6 +95,8 @@ def losses(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
     'router_z_loss': (stats.z_loss, count),
     'importance_loss': (stats.importance, count),
     'entropy_regularizer': (information, count),
+    # Minus the mutual information of a token and its expert.
+    'mutual_information_loss': (information + stats.conditional_entropy, count),
   }
 
 
@@ -139,11 +144,12 @@ class RouterLosses:
   """Losses over real tokens, one at perfect balance for any k.
 
   The entropy regulariser is at least -log(experts), and its probabilities are
-  the mean over all tokens of the batch.
+  the mean over all tokens of the batch. The mutual-information loss adds the
+  mean entropy of a token's own probabilities.
 
   Source: load balance: Switch, arXiv 2101.03961, equation 4; z-loss: ST-MoE,
   arXiv 2202.08906; importance: arXiv 1701.06538, equation 7; entropy: arXiv
-  2310.10837, section 5.
+  2310.10837, section 5; mutual information: ModuleFormer, arXiv 2306.04640.
   """
 
   def sums(
@@ -153,7 +159,7 @@ class RouterLosses:
     num_chosen: jax.Array,
     is_valid: jax.Array,
   ) -> dict[str, jax.Array]:
-    """The six loss fields of `RouterStats`.
+    """The seven loss fields of `RouterStats`.
 
     Args:
       logits: <float32>[groups, tokens, experts].
@@ -168,14 +174,18 @@ class RouterLosses:
     shares = _ratio(num_chosen, jnp.sum(num_chosen, axis=1, keepdims=True))
     squares = num_experts * jnp.sum(total_probs**2, axis=1)
     z = jax.nn.logsumexp(logits, axis=-1)
-    # [groups, experts]; `probs` may be sigmoids.
-    total_softmax = jnp.sum(
-      jnp.where(is_valid[:, :, None], jax.nn.softmax(logits), 0), axis=1
-    )
+    # `probs` may be sigmoids.
+    log_softmax = jax.nn.log_softmax(logits)
+    softmax = jnp.where(is_valid[:, :, None], jnp.exp(log_softmax), 0)
+    # [groups, experts]
+    total_softmax = jnp.sum(softmax, axis=1)
+    # Padding may have any logits, infinite ones too.
+    finite = jnp.where(is_valid[:, :, None], log_softmax, 0)
     return self._regularizer(total_softmax, num_valid) | {
       'load_balance': num_experts * jnp.sum(shares * total_probs),
       'importance': jnp.sum(_ratio(squares, num_valid) - num_valid),
       'z_loss': jnp.sum(jnp.where(is_valid, z**2, 0)),
+      'conditional_entropy': -jnp.sum(softmax * finite),
       'num_loss_tokens': jnp.sum(num_valid),
     }
 

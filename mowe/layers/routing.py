@@ -5,6 +5,7 @@ slots and moves tokens; experts only compute. Any router works with any
 dispatch.
 """
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -120,25 +121,41 @@ class RouterWeights(nn.Module):
         minval=1 - self.jitter,
         maxval=1 + self.jitter,
       )
-    return _Projection(
+    return self.project(tokens)
+
+  def project(self, tokens: jax.Array) -> jax.Array:
+    """Logits of tokens <float32>[groups, tokens, embed]."""
+    return Projection(
       self.num_experts, self.use_bias, self.kernel_init, name='w'
     )(tokens)
 
 
-class _Projection(nn.Module):
-  """A module of its own only for flaxformer's name, `router_weights/w`."""
+class Projection(nn.Module):
+  """A product in float32, in full precision.
+
+  Attributes:
+    features: size of the last axis of the result.
+    use_bias: adds a learned bias.
+    kernel_init: draws the kernel.
+    input_axis: logical name of the last axis of the inputs.
+
+  Call: <float32>[groups, tokens, in] to <float32>[groups, tokens, features].
+  """
 
   features: int
   use_bias: bool
   kernel_init: parameter.Initializer
+  input_axis: str = 'embed'
 
   @nn.compact
-  def __call__(self, inputs):
+  def __call__(self, inputs: jax.Array) -> jax.Array:
     make = lambda name, init, shape, axes: partitioning.param_with_axes(
       name, init, shape, jnp.float32, axes=axes
     )
     shape = (inputs.shape[-1], self.features)
-    kernel = make('kernel', self.kernel_init, shape, ('embed', 'unmodeled'))
+    kernel = make(
+      'kernel', self.kernel_init, shape, (self.input_axis, 'unmodeled')
+    )
     logits = jnp.matmul(inputs, kernel, precision=jax.lax.Precision.HIGHEST)
     if self.use_bias:
       bias = make('bias', nn.initializers.zeros, (shape[1],), ('unmodeled',))
@@ -165,6 +182,15 @@ class ExcludedExperts(nn.Module):
     return jax.random.uniform(self.make_rng('dropout'), shape) < self.rate
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearLogits:
+  """Logits are one product, as everywhere but in ModuleFormer."""
+
+  def build(self, *arguments: Any, **named: Any) -> nn.Module:
+    """The RouterWeights."""
+    return RouterWeights(*arguments, **named)
+
+
 class LearnedRouting(nn.Module):
   """What a learned router reads: logits, selection bias, excluded experts.
 
@@ -175,6 +201,7 @@ class LearnedRouting(nn.Module):
     router: what decides.
     num_experts: experts to choose from.
     kernel_init: draws the kernel of the logits.
+    logits: how they are formed: LinearLogits or one of `module_router`.
 
   Call: tokens <float>[groups, tokens, embed] to logits <float32>[groups,
     tokens, experts], the bias <float32>[experts], and <bool>[groups, tokens,
@@ -184,12 +211,13 @@ class LearnedRouting(nn.Module):
   router: Any
   num_experts: int
   kernel_init: parameter.Initializer = parameter.normal(0.02)
+  logits: Any = LinearLogits()
 
   @nn.compact
   def __call__(
     self, tokens: jax.Array, *, deterministic: bool
   ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    logits = RouterWeights(
+    logits = self.logits.build(
       self.num_experts,
       self.router.use_bias,
       self.router.jitter,

@@ -23,7 +23,7 @@ LayerStats = dict[tuple[str, ...], router_losses.RouterStats]
 class RouterLossConfig:
   """Coefficients of the routers' losses.
 
-  All but the last are means over layers and tokens.
+  The first three are means over layers and tokens.
 
   Attributes:
     load_balance: of the loss that is 1 at perfect balance.
@@ -32,12 +32,16 @@ class RouterLossConfig:
     entropy: of the negative entropy of the experts' mean probability. It is
       added up over layers, as in sigma-MoE, where it is 0.001 or less; with
       microbatches the mean is over the tokens of each.
+    mutual_information: of the negative mutual information of tokens and
+      experts, added up likewise, as in ModuleFormer: 0.0002 to 0.0006 in the
+      models of arXiv 2404.05567.
   """
 
   load_balance: float = 0.01
   z_loss: float = 0.0
   importance: float = 0.0
   entropy: float = 0.0
+  mutual_information: float = 0.0
 
 
 def layer_stats(variables: Any) -> LayerStats:
@@ -70,8 +74,10 @@ def loss(
       + config.z_loss * means['router_z_loss']
       + config.importance * means['importance_loss']
     )
-    share = shares[path[0]]
-    regularizer += share * config.entropy * means['entropy_regularizer']
+    regularizer += shares[path[0]] * (
+      config.entropy * means['entropy_regularizer']
+      + config.mutual_information * means['mutual_information_loss']
+    )
   return total / max(1, len(stats)) + regularizer
 
 
