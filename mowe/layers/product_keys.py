@@ -103,7 +103,7 @@ class DenseProductKeyMemory(nn.Module):
         f'keys_{half}',
         parameter.normal(self._std(embed_dim)),
         (self.num_heads, number, embed_dim // 2),
-        ('heads', 'unmodeled', 'embed'),
+        ('heads', 'kv', 'embed'),
       )
       for half, number in enumerate(self.num_keys())
     ]
