@@ -178,7 +178,7 @@ def _check_target(target, to):
       f'{whole.name}. Choose another.'
     )
   for folder in whole.parents:
-    if (folder / 'model.json').exists():
+    if (folder / 'model.json').is_file():
       raise ValueError(
         f'The target must not be in another model folder, but {target} is in '
         f'{folder}, which has a model.json. Choose another place.'

@@ -131,11 +131,11 @@ def load_config(
       f'A model folder must have a {_MODEL}, but {folder} has none. Give '
       'the MODEL_DIR of a training run, or a checkpoint in it.'
     )
-  return model_description.load(file, json.loads(file.read_text()), **changes)
+  return model_description.load(file, model_description.read(file), **changes)
 
 
 def _check_same(file, described):
-  old = json.loads(file.read_text())
+  old = model_description.read(file)
   if old == described:
     return
   differences = [

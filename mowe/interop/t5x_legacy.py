@@ -49,11 +49,19 @@ def read(folder: str | os.PathLike) -> dict[Path, weights.Array]:
   flat = flax.traverse_util.flatten_dict(
     tree['optimizer'], is_leaf=lambda _, value: _is_spec(value)
   )
-  arrays = {}
+  arrays: dict[Path, Any] = {}
+  parts: dict[str, str] = {}
   for path, leaf in flat.items():
     name = '/'.join(path)
     if _is_spec(leaf):
       arrays[path] = _open(folder, name, leaf)
+      part = arrays[path].place
+      if part in parts:
+        raise ValueError(
+          f'{file} must name a folder for every array, but {part} is of '
+          f'{parts[part]} and of {name}. {zarr_array.AGAIN}'
+        )
+      parts[part] = name
     elif leaf is not None:
       arrays[path] = _array(file, name, leaf)
   return arrays

@@ -15,7 +15,7 @@ class ZarrArray:
   """An array that is read when it is used; see `weights.Array`.
 
   Args:
-    place: for errors.
+    place: where it lies, for errors.
     kvstore: where it lies, as tensorstore has it.
     driver: 'zarr' or 'zarr3'.
 
@@ -30,7 +30,7 @@ class ZarrArray:
     kvstore: dict[str, Any],
     driver: str = 'zarr',
   ):
-    self._place = os.fspath(place)
+    self.place = os.fspath(place)
     spec = {
       'driver': driver,
       'kvstore': kvstore,
@@ -52,7 +52,7 @@ class ZarrArray:
     except ValueError as error:
       reason = str(error).split(' [')[0]
       raise ValueError(
-        f'{self._place} must be a whole zarr array, but reading it failed: '
+        f'{self.place} must be a whole zarr array, but reading it failed: '
         f'{reason}. {AGAIN}'
       ) from None
 

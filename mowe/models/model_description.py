@@ -7,6 +7,7 @@ Beside them a JSON file holds the description: the config, and the digests of
 the vocabularies, which are compared when they are loaded.
 """
 
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -18,6 +19,19 @@ _FORMAT = 'mowe model'
 _VERSION = 1
 _SUBWORDS = 'vocabulary.model'
 _ROUTING = 'routing_vocabulary.npz'
+
+_SIZES = (
+  'vocab_size',
+  'emb_dim',
+  'num_heads',
+  'head_dim',
+  'mlp_dim',
+  'num_layers',
+  'num_encoder_layers',
+  'num_decoder_layers',
+)
+# Above those of every model.
+_LARGEST = 2**24
 
 
 def describe(
@@ -52,6 +66,26 @@ def write_vocabularies(
     config.routing.save(folder / _ROUTING)
 
 
+def read(file: pathlib.Path) -> dict[str, Any]:
+  """What a file holds that was written with a description.
+
+  Raises:
+    ValueError: it is not a JSON object.
+  """
+  try:
+    described = json.loads(file.read_text('utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f'{file} must be JSON, but is not: {error}. Restore the file.'
+    ) from None
+  if not isinstance(described, dict):
+    raise ValueError(
+      f'{file} must be a JSON object, but is a {type(described).__name__}. '
+      'Restore the file.'
+    )
+  return described
+
+
 def load(
   file: pathlib.Path, described: dict[str, Any], **changes: Any
 ) -> tuple[model_config.ModelConfig, subwords.Subwords]:
@@ -80,6 +114,7 @@ def load(
 
 
 def _load(file, described, changes):
+  _check_sizes(file, described['config'])
   saved = described['subwords']
   name = saved['file']
   vocabulary = subwords.load_subwords(
@@ -92,6 +127,17 @@ def _load(file, described, changes):
     _check_digest(file, 'the routing vocabulary', described['routing'], routing)
   config = saved_config.from_json(described['config'], routing, **changes)
   return config, vocabulary
+
+
+def _check_sizes(file, config):
+  """Raises unless the sizes are numbers, before anything is made of them."""
+  for name in _SIZES:
+    size = config.get(name, 1)
+    if type(size) is not int or not 1 <= size <= _LARGEST:
+      raise ValueError(
+        f'{name} of {file} must be a number from 1 to {_LARGEST}, but is '
+        f'{size!r}. Restore the file.'
+      )
 
 
 def _check_digest(file, what, saved, loaded):

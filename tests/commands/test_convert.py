@@ -404,3 +404,60 @@ def test_sentinels_of_a_spiece_model(world, pretrained, tmp_path):
   assert mowe_safetensors.load(out).vocabulary.extra_ids == 2
   with pytest.raises(ValueError, match='must be 0 or more, but is -1'):
     convert.convert(str(theirs), str(tmp_path / 'no'), 'mowe', extra_ids=-1)
+
+
+@pytest.mark.parametrize(
+  'content', ['[]', 'null', '"x"', '3', '{', '[' * 100_000]
+)
+def test_what_is_no_description(content, pretrained, tmp_path):
+  out = str(tmp_path / 'out')
+  for name, other in (
+    ('model.json', None),
+    ('config.json', 'model.safetensors'),
+  ):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / name).write_text(content)
+    if other:
+      (folder / other).touch()
+    with pytest.raises(ValueError, match=f'{name} must be (a )?JSON.* but is'):
+      convert.convert(str(folder), out, 't5x')
+
+
+@pytest.mark.parametrize('size', [None, '2', 1.5, 0, -3, True, 2**40, [2]])
+def test_sizes_must_be_numbers(size, pretrained, tmp_path):
+  described = json.loads((pretrained / 'model.json').read_text())
+  (tmp_path / 'vocabulary.model').write_bytes(
+    (pretrained / 'vocabulary.model').read_bytes()
+  )
+  for name in ('vocab_size', 'num_heads', 'num_encoder_layers'):
+    config = described['config'] | {name: size}
+    (tmp_path / 'model.json').write_text(
+      json.dumps(described | {'config': config})
+    )
+    with pytest.raises(ValueError, match=f'{name} of .* must be a number from'):
+      convert.convert(str(tmp_path), str(tmp_path.parent / 'no'), 't5x')
+
+
+def test_a_state_that_is_left_out_is_named(world, tmp_path, capsys):
+  config = world.config(sparse=False)
+  given = weights.Weights(config, _params(config))
+  state = t5x_tree.from_weights(given)
+  state['state', 'param_states', 'mu'] = np.zeros(3, np.float32)
+  t5x_legacy.write(tmp_path / 'a', state)
+  convert.convert(str(tmp_path / 'a'), str(tmp_path / 'b'), 't5x')
+  assert 'Optimizer  state of another kind, left out' in capsys.readouterr().out
+
+
+def test_moments_are_read_again_too(pretrained, tmp_path, monkeypatch):
+  save = t5x_checkpoint.save
+
+  def spoilt(folder, given, layout):
+    ones = {path: np.ones(1, np.float32) for path in given.params}
+    moments = given.moments | {'m': ones}
+    save(folder, dataclasses.replace(given, moments=moments), layout)
+
+  monkeypatch.setattr(t5x_checkpoint, 'save', spoilt)
+  with pytest.raises(ValueError, match='read again it is something else'):
+    convert.convert(str(pretrained), str(tmp_path / 'a'), 't5x')
+  assert not list(tmp_path.iterdir())

@@ -392,3 +392,14 @@ def test_names_of_our_t5_are_those_of_t5x(t5x_golden):
     {'/'.join(path): array for path, array in given.params.items()},
     {'/'.join(path[1:]): state[path] for path in state if path[0] == 'target'},
   )
+
+
+def test_two_arrays_cannot_share_a_folder(t5x_golden):
+  checkpoint = t5x_golden('legacy') / 'checkpoint_3'
+  file = checkpoint / 'checkpoint'
+  spec = serialization.msgpack_restore(file.read_bytes())['optimizer']
+  for name in _PATH:
+    spec = spec[name]
+  _change(checkpoint, (*_PATH[:-1], 'other'), spec)
+  with pytest.raises(ValueError, match='must name a folder for every array, b'):
+    t5x_checkpoint.read(checkpoint)
