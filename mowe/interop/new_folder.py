@@ -11,6 +11,7 @@ from collections.abc import Iterator
 # Writers of an interrupted save go on for seconds at most.
 _ATTEMPTS = 100
 _PAUSE = 0.05
+_ABSENT = 10
 
 
 @contextlib.contextmanager
@@ -49,11 +50,13 @@ def remove(folder: str | os.PathLike) -> None:
 
   Raises nothing, so that the error that led here is the one that is seen.
   """
+  absent = 0
   for _ in range(_ATTEMPTS):
     shutil.rmtree(folder, ignore_errors=True)
-    # A file that was on its way makes its folder anew.
+    # A file that was on its way makes its folders anew, even of none.
     time.sleep(_PAUSE)
-    if not os.path.lexists(folder):
+    absent = 0 if os.path.lexists(folder) else absent + 1
+    if absent == _ABSENT:
       return
 
 
