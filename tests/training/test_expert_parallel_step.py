@@ -93,4 +93,7 @@ def test_a_step_equals_one_device(dispatch):
   assert ' all-to-all(' in text
   tiny.assert_close(state, expected, 1e-5)
   # Looser: the importance of nearly even experts is a difference of near equals.
-  tiny.assert_close(metrics, expected_metrics, 1e-4)
+  # And mutual information even more so.
+  for name in expected_metrics:
+    rtol = 1e-3 if name.endswith('mutual_information_loss') else 1e-4
+    tiny.assert_close(metrics[name], expected_metrics[name], rtol)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from mowe.models import parameters, t5
-from mowe.training import losses, row_optimizers
+from mowe.training import losses, row_gradients, row_optimizers
 from mowe.training import step as step_lib
 
 _LOSS = step_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
@@ -102,8 +102,12 @@ def test_a_step_is_dense_differentiation_and_an_update_of_present_rows(rows):
   tiny.assert_close(new.opt_state, opt_state, 1e-5)
   present = np.setdiff1d(np.arange(tiny.EXPERTS), _ABSENT)
   take = lambda tree, ids: jax.tree.map(lambda x: x[ids], tree)
+  matrices = {
+    name: row_gradients.Matrix(take(gradient, present))
+    for name, gradient in table_grads['experts'].items()
+  }
   expected = tiny.jit(_ROW_OPTIMIZERS[rows].update)(
-    take(table_grads['experts'], present),
+    matrices,
     take(state.table_state['experts'], present),
     take(state.tables['experts'], present),
     state.step,
