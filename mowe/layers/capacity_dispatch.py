@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import expert_parallel, feed_forward, routing, slots
+from mowe.layers import expert_parallel, routing, slots, sorted_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +117,17 @@ class CapacityDispatch:
     kernels: dict[str, jax.Array],
     plan: slots.SlotPlan,
     keep: Callable[[jax.Array], jax.Array] | None,
-    activations: tuple[str, ...],
+    expert: sorted_experts.Expert,
   ) -> jax.Array:
-    """Experts' outputs <float>[slots, embed], one batched product per kernel."""
-    num_experts = kernels['wo'].shape[0]
+    """Experts' outputs <float>[slots, out], one batched product per kernel."""
+    num_experts = next(iter(kernels.values())).shape[0]
     # [slots, embed] -> [experts, groups * capacity, embed]
     by_expert = lambda x: x.reshape(num_experts, -1, x.shape[-1])
-    hidden = feed_forward.hidden_units(by_expert(rows), kernels, activations)
+    kept = None
     if keep is not None:
-      hidden *= by_expert(keep(plan.pairs)).astype(hidden.dtype)
-    outputs = jnp.einsum('ecf,efm->ecm', hidden, kernels['wo'])
-    return outputs.reshape(rows.shape)
+      kept = by_expert(keep(plan.pairs)).astype(rows.dtype)
+    outputs = expert(by_expert(rows), kernels, kept)
+    return outputs.reshape(rows.shape[0], -1)
 
   def across(self, num_shards: int) -> 'CapacityExchange':
     """The same with experts on several devices."""
@@ -136,7 +136,7 @@ class CapacityDispatch:
 
 @dataclasses.dataclass(frozen=True)
 class CapacityExchange:
-  """Capacity dispatch over devices, only inside of `expert_parallel.shard`.
+  """Capacity dispatch over devices, only inside of `expert_parallel.run`.
 
   Attributes:
     dispatch: the one of each device.
@@ -152,8 +152,8 @@ class CapacityExchange:
       choices, router, num_experts=num_experts, training=training
     )
 
-  def compute(self, rows, kernels, plan, keep, activations) -> jax.Array:
-    """Experts' outputs <float>[slots, embed], by way of their devices."""
+  def compute(self, rows, kernels, plan, keep, expert) -> jax.Array:
+    """Experts' outputs <float>[slots, out], by way of their devices."""
     num_experts = plan.group_sizes.size
     own_units = None
     if keep is not None:
@@ -162,11 +162,12 @@ class CapacityExchange:
       plan = plan._replace(pairs=pairs)
       own_units = lambda pairs: expert_parallel.own_units(keep(pairs))
     outputs = self.dispatch.compute(
-      self._to_experts(rows, num_experts), kernels, plan, own_units, activations
+      self._to_experts(rows, num_experts), kernels, plan, own_units, expert
     )
-    # [own experts, shards * slots, embed] -> [experts, slots, embed]
-    outputs = outputs.reshape(num_experts // self.num_shards, -1, rows.shape[1])
-    return _all_to_all(outputs, 1, 0).reshape(rows.shape)
+    # [own experts, shards * slots, out] -> [experts, slots, out]
+    width = outputs.shape[1]
+    outputs = outputs.reshape(num_experts // self.num_shards, -1, width)
+    return _all_to_all(outputs, 1, 0).reshape(-1, width)
 
   def _to_experts(self, slots, num_experts):
     # [experts, slots, ...] -> [own experts, shards * slots, ...]

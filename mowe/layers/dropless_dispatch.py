@@ -80,14 +80,14 @@ class DroplessDispatch:
     kernels: dict[str, jax.Array],
     plan: slots.SlotPlan,
     keep: expert_dropout.ExpertDropout | None,
-    activations: tuple[str, ...],
+    expert: sorted_experts.Expert,
   ) -> jax.Array:
-    """Experts' outputs <float>[slots, embed]."""
+    """Experts' outputs <float>[slots, out]."""
     share = sorted_experts.even_share(
-      plan.slots_of_pairs.size, kernels['wo'].shape[0]
+      plan.slots_of_pairs.size, plan.group_sizes.size
     )
-    return sorted_experts.feed_forward_by_expert(
-      rows, kernels, plan.group_sizes, keep, plan.pairs, activations, share
+    return sorted_experts.by_expert(
+      rows, kernels, plan.group_sizes, keep, plan.pairs, expert, share
     )
 
   def across(self, num_shards: int) -> dropless_exchange.DroplessExchange:

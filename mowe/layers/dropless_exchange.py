@@ -14,7 +14,7 @@ class DroplessExchange:
   """Pairs sorted by the device of their expert, in a buffer for each device.
 
   Buffers have static sizes; how much of them is filled is exchanged with them.
-  Only inside of `expert_parallel.shard`.
+  Only inside of `expert_parallel.run`.
 
   Attributes:
     num_shards: devices along the mesh axis `expert`.
@@ -67,8 +67,8 @@ class DroplessExchange:
       num_slots=jnp.sum(group_sizes),
     )
 
-  def compute(self, rows, kernels, plan, keep, activations) -> jax.Array:
-    """Experts' outputs <float>[slots, embed], by way of their devices."""
+  def compute(self, rows, kernels, plan, keep, expert) -> jax.Array:
+    """Experts' outputs <float>[slots, out], by way of their devices."""
     num_experts = plan.group_sizes.size
     num_pairs = plan.slots_of_pairs.size
     # [experts] -> [shards, experts of a shard]
@@ -90,13 +90,13 @@ class DroplessExchange:
       pairs = slots.permute(pairs[:, 0], index, inverse)
       own_masks = expert_parallel.own_units(keep.masks)
       keep = dataclasses.replace(keep, masks=own_masks)
-    outputs = sorted_experts.feed_forward_by_expert(
+    outputs = sorted_experts.by_expert(
       slots.permute(_exchange(rows, *there), index, inverse),
       kernels,
       jnp.sum(received, axis=0),
       keep,
       pairs,
-      activations,
+      expert,
       share,
     )
     back = slots.permute(outputs, inverse, index)
@@ -149,7 +149,7 @@ def _exchange(buffers, sent, received):
   """Gives buffer i to shard i, and gets one from each, in their order.
 
   Args:
-    buffers: [shards * room, embed].
+    buffers: [shards * room, ...].
     sent: <int32>[shards], filled rows of each buffer.
     received: <int32>[shards], those of the buffers that come.
   """

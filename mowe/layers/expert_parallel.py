@@ -15,10 +15,12 @@ Source: GShard, arXiv 2006.16668; axes as in flaxformer.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 # Tokens are split along both, experts along the second.
@@ -32,61 +34,113 @@ def num_shards() -> int:
   return jax.sharding.get_abstract_mesh().shape.get(EXPERT_AXIS, 1)
 
 
-def shard(
-  mixture: Callable[..., Any],
+class Stage(NamedTuple):
+  """What a stage of a layer gives, each of it or None.
+
+  Attributes:
+    outputs: <float>[groups, tokens, embed], which are added up over parts of
+      the hidden units.
+    units: <float>[groups, tokens, selected, hidden units]; each device has its
+      part of the units.
+    own: tree of arrays that the next stage gets on the same device.
+    sums: tree of sums over tokens, which are added up over devices.
+  """
+
+  outputs: jax.Array | None = None
+  units: jax.Array | None = None
+  own: Any = None
+  sums: Any = None
+
+
+def run(
+  stage: Callable[..., Stage],
   *,
-  groups: dict[str, jax.Array | None],
   kernels: dict[str, jax.Array],
-  shared: dict[str, Any],
-) -> tuple[jax.Array, Any]:
-  """Runs `mixture` on each device's groups, experts and hidden units.
+  groups: dict[str, jax.Array | None] | None = None,
+  units: dict[str, jax.Array] | None = None,
+  own: dict[str, Any] | None = None,
+  shared: dict[str, Any] | None = None,
+) -> Stage:
+  """Runs `stage` on each device's groups, experts and hidden units.
 
   Args:
-    mixture: takes all arrays by name, and `kernels`; gives outputs
-      [groups, tokens, embed], which are added up over parts of the hidden
-      units, and a tree of sums over tokens, which are added up over devices.
-      It exchanges rows with other devices itself (`Dispatch.across`).
-    groups: arrays <...>[groups, ...], among them `tokens`.
-    kernels: <float>[expert, embed, expert_mlp], biases <float>[expert,
-      expert_mlp], and `wo`, <float>[expert, expert_mlp, embed].
+    stage: takes all of the arrays by name, and `kernels`. It exchanges rows
+      with other devices itself (`Dispatch.across`).
+    kernels: `wo` and `out`, <float>[expert, expert_mlp, embed], `wo_bias`,
+      <float>[expert, embed]; all others are <float>[expert, embed, expert_mlp],
+      or biases <float>[expert, expert_mlp].
+    groups: arrays <...>[groups, ...].
+    units: arrays as `Stage.units`.
+    own: by name, what earlier stages gave as their `own`.
     shared: what every device reads whole.
 
   Returns:
-    Outputs and sums of all groups.
+    What the stage gives, of all groups.
 
   Raises:
     ValueError: groups, experts or hidden units do not divide evenly.
   """
+  parts = groups or {}, units or {}, own or {}, shared or {}
+  if num_shards() == 1:
+    everything = functools.reduce(operator.or_, parts)
+    return stage(**everything, kernels=kernels)
   mesh = jax.sharding.get_abstract_mesh()
-  num_experts, expert_dim, _ = kernels['wo'].shape
-  check_sizes(mesh.shape, groups['tokens'].shape[0], num_experts, expert_dim)
+  num_groups = next(iter((parts[0] | parts[1]).values())).shape[0]
+  check_sizes(mesh.shape, num_groups, *_sizes(kernels))
   of_tokens = PartitionSpec(TOKEN_AXES)
+  of_units = PartitionSpec(TOKEN_AXES, None, None, HIDDEN_AXIS)
 
-  def of_kernel(name, array):
-    if name == 'wo':
-      return PartitionSpec(EXPERT_AXIS, HIDDEN_AXIS)
-    return PartitionSpec(EXPERT_AXIS, *(None,) * (array.ndim - 2), HIDDEN_AXIS)
-
-  def on_device(groups, kernels, shared):
+  def on_device(groups, units, own, shared, kernels):
     # Where copies begin to differ, their gradients are added up: those of
     # tokens over hidden units, those of kernels over the data.
     copied = functools.partial(jax.lax.pcast, to='varying')
-    tokens = copied(groups['tokens'], HIDDEN_AXIS)
-    own = copied(kernels, 'data')
-    outputs, sums = mixture(
-      **groups | {'tokens': tokens}, kernels=own, **shared
+    if 'tokens' in groups:
+      groups = groups | {'tokens': copied(groups['tokens'], HIDDEN_AXIS)}
+    kernels = copied(kernels, 'data')
+    if _OUTER_BIAS in kernels:
+      # Of all parts of the hidden units the first adds it.
+      is_first = jax.lax.axis_index(HIDDEN_AXIS) == 0
+      kernels |= {_OUTER_BIAS: kernels[_OUTER_BIAS] * is_first}
+    given = stage(**groups, **units, **own, **shared, kernels=kernels)
+    return Stage(
+      outputs=jax.lax.psum(given.outputs, HIDDEN_AXIS),
+      units=given.units,
+      own=jax.tree.map(jnp.atleast_1d, given.own),
+      sums=jax.lax.psum(given.sums, TOKEN_AXES),
     )
-    return jax.lax.psum(outputs, HIDDEN_AXIS), jax.lax.psum(sums, TOKEN_AXES)
 
   return jax.shard_map(
     on_device,
     in_specs=(
       of_tokens,
-      {name: of_kernel(name, array) for name, array in kernels.items()},
+      of_units,
+      of_tokens,
       PartitionSpec(),
+      {name: _of_kernel(name, array) for name, array in kernels.items()},
     ),
-    out_specs=(of_tokens, PartitionSpec()),
-  )(groups, kernels, shared)
+    out_specs=Stage(of_tokens, of_units, of_tokens, PartitionSpec()),
+  )(*parts, kernels)
+
+
+# Kernels that read hidden units, and the bias that is added after them.
+_OUTER = ('wo', 'out')
+_OUTER_BIAS = 'wo_bias'
+
+
+def _of_kernel(name, array):
+  if name == _OUTER_BIAS:
+    return PartitionSpec(EXPERT_AXIS)
+  if name in _OUTER:
+    return PartitionSpec(EXPERT_AXIS, HIDDEN_AXIS)
+  return PartitionSpec(EXPERT_AXIS, *(None,) * (array.ndim - 2), HIDDEN_AXIS)
+
+
+def _sizes(kernels):
+  """Experts and hidden units."""
+  name, array = next(
+    (name, array) for name, array in kernels.items() if array.ndim == 3
+  )
+  return array.shape[0], array.shape[1 if name in _OUTER else 2]
 
 
 def check_sizes(
@@ -94,8 +148,17 @@ def check_sizes(
   num_groups: int,
   num_experts: int,
   expert_dim: int,
+  names: tuple[str, str] = ('num_experts', 'expert_dim'),
 ) -> None:
-  """Raises ValueError unless all of it divides evenly over the mesh."""
+  """Raises ValueError unless all of it divides evenly over the mesh.
+
+  Args:
+    mesh_shape: devices along each axis.
+    num_groups: groups of tokens.
+    num_experts: experts of the layer.
+    expert_dim: hidden units of one expert.
+    names: what the layer calls the last two.
+  """
   data, expert, model = (
     mesh_shape[axis] for axis in (*TOKEN_AXES, HIDDEN_AXIS)
   )
@@ -107,8 +170,8 @@ def check_sizes(
       f'{data * expert}: what a group is never follows from the mesh.'
     )
   for name, size, axis, parts in (
-    ('num_experts', num_experts, EXPERT_AXIS, expert),
-    ('expert_dim', expert_dim, HIDDEN_AXIS, model),
+    (names[0], num_experts, EXPERT_AXIS, expert),
+    (names[1], expert_dim, HIDDEN_AXIS, model),
   ):
     if size % parts:
       raise ValueError(

@@ -90,10 +90,41 @@ class SingleExpertInit(SigmaInit):
     return parameter.normal(self.std(shape[1]))
 
 
+@dataclasses.dataclass(frozen=True)
+class UniformInit:
+  """Kernels between -1 / fan-in and 1 / fan-in, as in ModuleFormer's code.
+
+  Not its square root: experts begin small.
+
+  Source: https://github.com/IBM/ModuleFormer.
+  """
+
+  def inner(self, shape: tuple[int, int, int]) -> parameter.Initializer:
+    """Of kernels [expert, embed, expert_mlp]."""
+    return _uniform(1 / shape[1])
+
+  def outer(self, shape: tuple[int, int, int]) -> parameter.Initializer:
+    """Of the kernel [expert, expert_mlp, embed]."""
+    return _uniform(1 / shape[1])
+
+  def router(self, embed_dim: int) -> parameter.Initializer:
+    """Of the router's last kernel."""
+    del embed_dim
+    return parameter.normal(0.02)
+
+
 def with_equal_norms(kernel: jax.Array) -> jax.Array:
   """Columns <float>[embed, experts] of one norm; the deviation stays."""
   directions = kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True)
   return directions * (jnp.std(kernel) / jnp.std(directions))
+
+
+@functools.cache
+def _uniform(limit):
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
 
 
 @functools.cache

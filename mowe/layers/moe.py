@@ -13,82 +13,16 @@ from mowe.layers import (
   dropless_dispatch,
   expert_dropout,
   expert_parallel,
+  experts,
   feed_forward,
   initial_experts,
-  parameter,
+  mixture,
   router_losses,
   routing,
   slots,
   token_groups,
   tokens_choose,
 )
-
-
-def mix(
-  *,
-  tokens: jax.Array,
-  is_valid: jax.Array,
-  ids: jax.Array | None,
-  logits: jax.Array | None,
-  bias: jax.Array | None,
-  excluded: jax.Array | None,
-  dropout: expert_dropout.ExpertDropout | None,
-  kernels: dict[str, jax.Array],
-  num_experts: int,
-  router: routing.Router,
-  dispatch: Any,
-  losses: router_losses.RouterLosses,
-  activations: tuple[str, ...],
-  training: bool,
-) -> tuple[jax.Array, router_losses.RouterStats]:
-  """Outputs of the experts for groups of tokens, and what was counted.
-
-  Args:
-    tokens: <float>[groups, tokens, embed].
-    is_valid: <bool>[groups, tokens], False for padding.
-    ids: <int32>[groups, tokens], or None.
-    logits: <float32>[groups, tokens, experts]; None if nothing is learned.
-    bias: <float32>[experts] for the selection of experts, or None.
-    excluded: <bool>[groups, tokens, experts] that no token may have, or None.
-    dropout: of hidden units, or None.
-    kernels: as ExpertKernels gives them, or this device's part of them.
-    num_experts: of all devices.
-    router: decides.
-    dispatch: gives slots, and has them computed.
-    losses: how the router's losses are formed.
-    activations: as in the dense feed-forward.
-    training: how the router decides, and which capacity there is.
-  """
-  choices = router(
-    logits,
-    num_experts=num_experts,
-    is_valid=is_valid,
-    routing_ids=ids,
-    selection_bias=bias,
-    excluded=excluded,
-    training=training,
-  )
-  plan = dispatch.plan(
-    choices, router, num_experts=num_experts, training=training
-  )
-  flat = tokens.reshape(-1, tokens.shape[-1])
-  rows = dispatch.compute(
-    slots.to_slots(flat, plan), kernels, plan, dropout, activations
-  )
-  weights = slots.permute(
-    choices.weights.reshape(-1), plan.pairs, plan.slots_of_pairs
-  )
-  rows = (rows * weights[:, None]).astype(tokens.dtype)
-  outputs = slots.to_tokens(rows, plan).reshape(tokens.shape)
-  stats = router_losses.measure(
-    logits,
-    choices,
-    plan,
-    router=router,
-    router_losses=losses,
-    is_valid=is_valid,
-  )
-  return outputs, stats
 
 
 class ExpertKernels(nn.Module):
@@ -101,10 +35,12 @@ class ExpertKernels(nn.Module):
     activations: as in the dense feed-forward.
     initialization: draws them.
     use_bias: with biases of the hidden units.
+    output_bias: with biases of the outputs.
 
   Call: a dict of <float32>[expert, embed, expert_dim] (`wi_0`, `wi_1`, or
     `wi`), <float32>[expert, expert_dim, embed] (`wo`) and perhaps
-    <float32>[expert, expert_dim] (`wi_bias` and so on).
+    <float32>[expert, expert_dim] (`wi_bias` and so on) and <float32>[expert,
+    embed] (`wo_bias`).
   """
 
   num_experts: int
@@ -113,6 +49,7 @@ class ExpertKernels(nn.Module):
   activations: tuple[str, ...]
   initialization: Any = initial_experts.DenseInit()
   use_bias: bool = False
+  output_bias: bool = False
 
   @nn.compact
   def __call__(self) -> dict[str, jax.Array]:
@@ -120,7 +57,7 @@ class ExpertKernels(nn.Module):
     outer = (self.num_experts, self.expert_dim, self.embed_dim)
     arrays = {}
     for name in feed_forward.kernel_names(self.activations):
-      arrays[name], bias = _Projection(
+      arrays[name], bias = mixture.Kernel(
         inner,
         ('expert', 'embed', 'expert_mlp'),
         self.initialization.inner(inner),
@@ -129,37 +66,16 @@ class ExpertKernels(nn.Module):
       )()
       if self.use_bias:
         arrays[feed_forward.bias_name(name)] = bias
-    arrays['wo'], _ = _Projection(
+    arrays['wo'], bias = mixture.Kernel(
       outer,
       ('expert', 'expert_mlp', 'embed'),
       self.initialization.outer(outer),
+      self.output_bias,
       name='wo',
     )()
+    if self.output_bias:
+      arrays[feed_forward.bias_name('wo')] = bias
     return arrays
-
-
-class _Projection(nn.Module):
-  """A module of its own for the name, `wi_0/kernel`, as in a dense layer."""
-
-  shape: tuple[int, ...]
-  axes: tuple[str, ...]
-  kernel_init: parameter.Initializer
-  use_bias: bool = False
-
-  @nn.compact
-  def __call__(self):
-    kernel = partitioning.param_with_axes(
-      'kernel', self.kernel_init, self.shape, jnp.float32, axes=self.axes
-    )
-    if not self.use_bias:
-      return kernel, None
-    return kernel, partitioning.param_with_axes(
-      'bias',
-      nn.initializers.zeros,
-      (self.shape[0], self.shape[2]),
-      jnp.float32,
-      axes=(self.axes[0], self.axes[2]),
-    )
 
 
 class MoeLayer(nn.Module):
@@ -181,6 +97,8 @@ class MoeLayer(nn.Module):
     initialization: draws the kernels: DenseInit, SigmaInit, ...
     use_bias: experts have a bias before the activation, and all of them
       together one after it; padding gets that one as well.
+    expert_output_bias: the bias after an expert is its own instead, weighted as
+      its output is.
     shared_expert_dim: hidden units of a dense feed-forward, `shared_expert`,
       that every token meets besides; 0 has none.
     dropout_rate: dropout of the hidden units.
@@ -208,6 +126,7 @@ class MoeLayer(nn.Module):
   losses: Any = router_losses.RouterLosses()
   initialization: Any = initial_experts.DenseInit()
   use_bias: bool = False
+  expert_output_bias: bool = False
   shared_expert_dim: int = 0
   dropout_rate: float = 0.0
   expert_dropout_rate: float | None = None
@@ -265,44 +184,31 @@ class MoeLayer(nn.Module):
       self.activations,
       self.initialization,
       self.use_bias,
+      self.expert_output_bias,
       name='expert',
     )()
     kernels = {name: w.astype(self.dtype) for name, w in kernels.items()}
-    num_shards = expert_parallel.num_shards()
-    mixture = functools.partial(
-      mix,
-      num_experts=self.num_experts,
-      router=self.routing,
-      dispatch=(
-        self.dispatch if num_shards == 1 else self.dispatch.across(num_shards)
-      ),
-      losses=self.losses,
-      activations=self.activations,
-      training=not deterministic,
-    )
-    groups = {
-      'tokens': grouped.astype(self.dtype),
-      'is_valid': is_valid,
-      'ids': ids,
-      'logits': logits,
-      'excluded': excluded,
-    }
     num_pairs = grouped.shape[0] * self.routing.num_pairs(
       grouped.shape[1], self.num_experts
     )
-    shared = {
-      'bias': bias,
-      'dropout': self._dropout(deterministic, num_pairs, length),
-    }
-    if num_shards == 1:
-      outputs, stats = mixture(**groups, kernels=kernels, **shared)
-    else:
-      outputs, stats = expert_parallel.shard(
-        mixture, groups=groups, kernels=kernels, shared=shared
-      )
+    outputs, _, _, stats = expert_parallel.run(
+      functools.partial(self._stage, not deterministic),
+      groups={
+        'tokens': grouped.astype(self.dtype),
+        'is_valid': is_valid,
+        'ids': ids,
+        'logits': logits,
+        'excluded': excluded,
+      },
+      kernels=kernels,
+      shared={
+        'bias': bias,
+        'dropout': self._dropout(deterministic, num_pairs, length),
+      },
+    )
     outputs = self.groups.merge(outputs, batch, length)
-    self._sow(stats)
-    if self.use_bias:
+    mixture.sow(self, stats)
+    if self.use_bias and not self.expert_output_bias:
       outputs += self._output_bias(embed_dim)[None, None, :]
     if self.shared_expert_dim:
       outputs += feed_forward.DenseFeedForward(
@@ -313,6 +219,28 @@ class MoeLayer(nn.Module):
         name='shared_expert',
       )(tokens, deterministic=deterministic)
     return outputs
+
+  @nn.nowrap
+  def _stage(self, training, *, tokens, kernels, dropout, **asked):
+    """Outputs of the experts for this device's groups, and what was counted."""
+    parts = mixture.Mixture(
+      self.num_experts,
+      self.routing,
+      mixture.dispatch_here(self.dispatch),
+      self.losses,
+      training,
+    )
+    decision, stats = parts.decide(**asked)
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    rows = parts.compute(
+      slots.to_slots(flat, decision.plan),
+      kernels,
+      decision,
+      experts.FeedForward(tuple(self.activations)),
+      dropout,
+    )
+    outputs = mixture.add_up(rows, decision).reshape(tokens.shape)
+    return expert_parallel.Stage(outputs=outputs, sums=stats)
 
   def _validity(self, tokens, routing_ids):
     if routing_ids is None:
@@ -353,15 +281,3 @@ class MoeLayer(nn.Module):
       'bias', zeros, (embed_dim,), jnp.float32, axes=('embed',)
     )
     return bias.astype(self.dtype)
-
-  def _sow(self, stats):
-    self.sow(
-      router_losses.COLLECTION,
-      router_losses.NAME,
-      stats,
-      # A layer that is called twice has the sum of both.
-      init_fn=lambda: None,
-      reduce_fn=lambda old, new: (
-        new if old is None else router_losses.add(old, new)
-      ),
-    )

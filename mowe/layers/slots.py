@@ -121,6 +121,31 @@ def to_tokens(slots: jax.Array, plan: SlotPlan) -> jax.Array:
   return jax.lax.fori_loop(0, rounds, add, zeros)
 
 
+def to_choices(slots: jax.Array, plan: SlotPlan) -> jax.Array:
+  """Slots <float>[slots, ...] of each token, [tokens, width, ...].
+
+  Zeros where a token has no slot. Those of a token are in any order, but the
+  one of `from_choices`.
+  """
+  index, inverse = _places_of_choices(plan)
+  rows = permute(slots, index, inverse)
+  return rows.reshape(*plan.slots_of_tokens.shape, *slots.shape[1:])
+
+
+def from_choices(choices: jax.Array, plan: SlotPlan) -> jax.Array:
+  """Inverse of `to_choices`, zeros in empty slots."""
+  index, inverse = _places_of_choices(plan)
+  return permute(choices.reshape(-1, *choices.shape[2:]), inverse, index)
+
+
+def _places_of_choices(plan):
+  """Slot of each choice <int32>[tokens * width], and choice of each slot."""
+  index = plan.slots_of_tokens.reshape(-1)
+  choices = jnp.arange(index.size, dtype=jnp.int32)
+  inverse = jnp.full_like(plan.sources, index.size)
+  return index, inverse.at[index].set(choices, mode='drop')
+
+
 @jax.custom_vjp
 def permute(rows: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
   """Rows [from, ...] at `index` <int32>[to], zero where it is out of range.

@@ -1,8 +1,8 @@
-"""Feed-forward of rows sorted by expert: one batched product, then the rest.
+"""Rows sorted by expert, each computed by its own: one batch, then the rest.
 
-The first rows of every expert, up to an even share, are computed in one batched
-product, which reads each kernel where it lies. What experts have beyond that
-share follows in tiles, one after another, as many as there are: a router that
+The first rows of every expert, up to an even share, are computed as one batch,
+which reads each kernel where it lies. What experts have beyond that share
+follows in tiles, one after another, as many as there are: a router that
 balances leaves few. However uneven the shares are, no more than twice the rows
 are computed, but for what fills up tiles, and no array is larger than the rows
 or the kernels.
@@ -15,12 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import expert_dropout, feed_forward
+from mowe.layers import expert_dropout
 
 # More rows in a tile are no faster.
 _LARGEST_TILE = 256
 
 Arrays = dict[str, jax.Array]
+
+# What one expert does: rows <float>[..., rows, in], its kernels, and what to
+# multiply its hidden units with or None, to <float>[..., rows, out]. A function
+# or a frozen class; `experts` has some.
+Expert = Callable[[jax.Array, Arrays, jax.Array | None], jax.Array]
 
 
 def even_share(num_rows: int, num_experts: int) -> int:
@@ -35,67 +40,61 @@ def tile_size(share: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def feed_forward_by_expert(
+def by_expert(
   rows: jax.Array,
   kernels: Arrays,
   group_sizes: jax.Array,
   dropout: expert_dropout.ExpertDropout | None,
   pairs: jax.Array,
-  activations: tuple[str, ...],
+  expert: Expert,
   share: int,
 ) -> jax.Array:
-  """Two-layer feed-forward in which every row meets its own expert.
+  """Every row, computed by its own expert.
 
   Args:
-    rows: <float>[rows, embed], those of expert 0 first, then of expert 1, ...;
-      at least `tile_size(share)` further rows follow that no expert owns.
-    kernels: `wi` or `wi_0`, `wi_1` <float>[expert, embed, expert_mlp] and `wo`
-      <float>[expert, expert_mlp, embed]; perhaps `wi_bias` <float>[expert,
-      expert_mlp] and so on.
+    rows: <float>[rows, in], those of expert 0 first, then of expert 1, ...; at
+      least `tile_size(share)` further rows follow that no expert owns.
+    kernels: <float>[expert, ...] each, as `expert` takes them.
     group_sizes: <int32>[expert], rows of each expert; zero is allowed.
     dropout: of hidden units, or None. Masks are read where they are used:
       written for all rows they would be as large as the hidden units.
     pairs: <int32>[rows], for the dropout.
-    activations: as in the dense feed-forward.
+    expert: static, computes the rows of one.
     share: static, rows of each expert in the batched product.
 
   Returns:
-    <float>[rows, embed]; meaningless beyond the last row of the last expert.
+    <float>[rows, out]; meaningless beyond the last row of the last expert.
   """
-  return _forward(
-    rows, kernels, group_sizes, dropout, pairs, activations, share
-  )[0]
+  return _forward(rows, kernels, group_sizes, dropout, pairs, expert, share)[0]
 
 
-def _forward(rows, kernels, group_sizes, dropout, pairs, activations, share):
+def _forward(rows, kernels, group_sizes, dropout, pairs, expert, share):
   index, inverse = _windows(group_sizes, share, rows.shape[0])
   # Only projections are kept for the backward pass.
-  expert = jax.checkpoint(
-    functools.partial(_expert, activations=activations),
+  checkpointed = jax.checkpoint(
+    expert,
     policy=jax.checkpoint_policies.dots_saveable,
     prevent_cse=False,
   )
   keep = functools.partial(_keep, dropout, dtype=rows.dtype)
   kept = keep(jnp.take(pairs, index, mode='clip'))
   outputs, pull = jax.vjp(
-    lambda rows, kernels: jax.vmap(expert)(rows, kernels, kept),
+    lambda rows, kernels: jax.vmap(checkpointed)(rows, kernels, kept),
     _take(rows, index),
     kernels,
   )
 
   def tile(outputs, number, start, is_own):
     cut = functools.partial(_slice, start=start, size=is_own.shape[0])
-    computed = _expert(
-      cut(rows), _at(kernels, number), keep(cut(pairs)), activations
-    )
+    computed = expert(cut(rows), _at(kernels, number), keep(cut(pairs)))
     return _write(outputs, jnp.where(is_own, computed, cut(outputs)), start)
 
-  outputs = _take(outputs.reshape(-1, rows.shape[1]), inverse)
+  outputs = _take(outputs.reshape(-1, outputs.shape[-1]), inverse)
   outputs = _for_each_tile(tile, outputs, group_sizes, share)
   return outputs, (pull, rows, kernels, group_sizes, dropout, pairs)
 
 
-def _backward(activations, share, residuals, cotangent):
+def _backward(expert, share, residuals, cotangent):
   pull, rows, kernels, group_sizes, dropout, pairs = residuals
   index, inverse = _windows(group_sizes, share, rows.shape[0])
   # Where an expert has fewer rows than the share, others were computed with it.
@@ -107,7 +106,7 @@ def _backward(activations, share, residuals, cotangent):
     cut = functools.partial(_slice, start=start, size=is_own.shape[0])
     kept = _keep(dropout, cut(pairs), rows.dtype)
     _, pull = jax.vjp(
-      lambda rows, own: _expert(rows, own, kept, activations),
+      lambda rows, own: expert(rows, own, kept),
       cut(rows),
       _at(kernels, number),
     )
@@ -126,15 +125,7 @@ def _backward(activations, share, residuals, cotangent):
   return d_rows, d_kernels, None, None, None
 
 
-feed_forward_by_expert.defvjp(_forward, _backward)
-
-
-def _expert(rows, kernels, keep, activations):
-  """Feed-forward of rows [rows, embed] of one expert."""
-  hidden = feed_forward.hidden_units(rows, kernels, activations)
-  if keep is not None:
-    hidden *= keep
-  return hidden @ kernels['wo']
+by_expert.defvjp(_forward, _backward)
 
 
 def _windows(group_sizes, share, num_rows):

@@ -179,6 +179,13 @@ def _triangular_sums(values, is_added):
   return sums.reshape(*values.shape[:-1], -1)[..., :length]
 
 
+def keys_behind(positions: self_attention.Positions) -> np.ndarray | None:
+  """Keys up to the place of each query, where places are known beforehand."""
+  if not isinstance(positions.keys, np.ndarray):
+    return None
+  return np.searchsorted(positions.keys, positions.queries, side='right')
+
+
 class StickBreakingAttention(self_attention.SelfAttention):
   """Self-attention by broken sticks, in which order alone tells positions.
 
@@ -194,13 +201,7 @@ class StickBreakingAttention(self_attention.SelfAttention):
 
   def _attend(self, queries, keys, values, *, positions, mask, **others):
     del others
-    num_visible = None
-    # Of numpy while training.
-    if isinstance(positions.keys, np.ndarray):
-      num_visible = np.searchsorted(
-        positions.keys, positions.queries, side='right'
-      )
     # One group.
     return stick_breaking_attention(
-      queries[:, :, None], keys, values, mask, num_visible
+      queries[:, :, None], keys, values, mask, keys_behind(positions)
     )[:, :, 0]

@@ -421,3 +421,33 @@ def test_logits_that_are_not_finite_are_counted():
   outputs, stats = run(layer, params, tokens, ids)
   assert stats.num_not_finite == 1
   assert np.isnan(outputs[0, 0]).all()
+
+
+def test_the_bias_after_an_expert_may_be_its_own():
+  layer = moe.MoeLayer(
+    3,
+    4,
+    ('relu',),
+    routing=tokens_choose.TokensChoose(2),
+    use_bias=True,
+    expert_output_bias=True,
+  )
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), tokens)['params']
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes)
+  assert set(params) == {'router', 'expert'}
+  wi, wo = params['expert']['wi'], params['expert']['wo']
+  assert (wi['bias'].shape, wo['bias'].shape) == ((3, 4), (3, 6))
+  expected = np.zeros(tokens.shape)
+  router = params['router']['router_weights']['w']['kernel']
+  for b, i in np.ndindex(2, 5):
+    token = np.asarray(tokens[b, i], np.float64)
+    logits = np.exp(token @ router)
+    for e in np.argsort(-logits)[:2]:
+      hidden = np.maximum(token @ wi['kernel'][e] + wi['bias'][e], 0)
+      output = hidden @ wo['kernel'][e] + wo['bias'][e]
+      expected[b, i] += logits[e] / logits.sum() * output
+  got = layer.apply({'params': params}, tokens)
+  largest = np.abs(expected).max()
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * largest)

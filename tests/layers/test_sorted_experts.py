@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import expert_dropout, feed_forward, sorted_experts
+from mowe.layers import (
+  expert_dropout,
+  experts,
+  feed_forward,
+  sorted_experts,
+)
 
 EMBED, EXPERT_DIM = 5, 3
+RELU = experts.FeedForward(('relu',))
 
 SHARES = {
   'even': (12, 12, 12, 12),
@@ -60,11 +66,13 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
     dropout = expert_dropout.ExpertDropout(masks, block=7)
     keep = masks[pairs // 7]
 
+  expert = experts.FeedForward(activations)
+
   @jax.jit
   def both(rows, kernels, sizes):
     outputs, backward = jax.vjp(
-      lambda r, k: sorted_experts.feed_forward_by_expert(
-        r, k, sizes, dropout, pairs, activations, share
+      lambda r, k: sorted_experts.by_expert(
+        r, k, sizes, dropout, pairs, expert, share
       ),
       rows,
       kernels,
@@ -82,13 +90,44 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   jax.tree.map(close, d_kernels, expected_kernels)
 
 
+@pytest.mark.parametrize('share', [0, 3])
+def test_an_expert_may_have_another_width(share):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  sizes, kernel = np.array([2, 0, 7]), normal(3, EMBED, 8)
+  rows = normal(9 + sorted_experts.tile_size(share), EMBED)
+  expert = np.repeat(np.arange(3), sizes)
+
+  def ours(rows, kernel):
+    return sorted_experts.by_expert(
+      rows,
+      {'kernel': kernel},
+      jnp.asarray(sizes),
+      None,
+      jnp.arange(rows.shape[0]),
+      experts.project,
+      share,
+    )[:9]
+
+  def one_by_one(rows, kernel):
+    return jnp.einsum('rm,rmf->rf', rows[:9], kernel[expert])
+
+  outputs, backward = jax.vjp(ours, rows, kernel)
+  expected, expected_backward = jax.vjp(one_by_one, rows, kernel)
+  close(outputs, expected)
+  d_rows, d_kernel = backward(expected)
+  expected_rows, expected_kernel = expected_backward(expected)
+  close(d_rows[:9], expected_rows[:9])
+  close(d_kernel, expected_kernel)
+
+
 def test_few_rows_are_all_computed_in_tiles():
   assert sorted_experts.even_share(7, 8) == 0
   rows = jnp.ones((7 + sorted_experts.tile_size(0), 2))
   kernels = {'wi': jnp.ones((8, 2, 3)), 'wo': jnp.ones((8, 3, 2))}
   sizes = jnp.asarray([0, 3, 0, 1, 0, 0, 2, 1])
-  outputs = sorted_experts.feed_forward_by_expert(
-    rows, kernels, sizes, None, jnp.arange(rows.shape[0]), ('relu',), 0
+  outputs = sorted_experts.by_expert(
+    rows, kernels, sizes, None, jnp.arange(rows.shape[0]), RELU, 0
   )
   np.testing.assert_array_equal(outputs[:7], np.full((7, 2), 6.0))
 
@@ -106,8 +145,8 @@ def test_no_array_is_larger_than_rows_or_kernels():
   program = jax.jit(
     jax.grad(
       lambda rows, kernels, sizes: jnp.sum(
-        sorted_experts.feed_forward_by_expert(
-          rows, kernels, sizes, None, jnp.arange(room), ('relu',), share
+        sorted_experts.by_expert(
+          rows, kernels, sizes, None, jnp.arange(room), RELU, share
         )
       ),
       (0, 1),

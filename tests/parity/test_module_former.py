@@ -4,29 +4,33 @@ Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR`. The
 options of a case come from the JSON file alone.
 """
 
+import functools
+
 import golden_cases
 import jax
 import jax.numpy as jnp
+import module_former_cases as cases
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from mowe.layers import (
-  module_router,
+  centered_norm,
+  mixture_of_heads,
   moe,
-  router_losses,
   routing,
+  self_attention,
   stick_breaking,
-  token_groups,
-  tokens_choose,
 )
+from mowe.models import decoder_only, decoder_only_stack
 
 _KINDS = {
   'test_attention': 'stick_breaking',
   'test_router': 'module_router',
   'test_mlp_modules': 'mlp_modules',
+  'test_attention_modules': 'attention_modules',
+  'test_block': 'block',
 }
-_ACTIVATIONS = {'gelu_tanh': 'gelu', 'relu': 'relu', 'silu': 'silu'}
 
 
 def pytest_generate_tests(metafunc):
@@ -42,7 +46,7 @@ def golden(request):
 def test_attention(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   inputs = dict(arrays['inputs'])
-  mask = visible(options, inputs.pop('keep', None))
+  mask = cases.visible(options, inputs.pop('keep', None))
 
   def run(params):
     query, key, value = params['q'], params['k'], params['v']
@@ -56,24 +60,7 @@ def test_attention(case, golden):
     weights = attend(query, key, ones, mask).transpose(0, 2, 3, 1, 4)
     return {'out': attend(query, key, value, mask), 'att': weights}
 
-  with jax.default_matmul_precision('highest'):
-    found, grads = golden_cases.values_and_gradients(
-      options, run, inputs, arrays['cotangents']
-    )
-  check('outputs', found)
-  for name, gradient in grads.items():
-    check('grads', gradient, name)
-
-
-def visible(options, keep):
-  """<bool>[batch, 1, query, key]; queries stand at the last keys."""
-  assert options['causal'] and options['remainder'] == 'dropped'
-  num_queries, num_keys = options['query_length'], options['key_length']
-  own = num_keys - num_queries + np.arange(num_queries)[:, None]
-  behind = np.arange(num_keys)[None, :] - own
-  mask = behind <= 0 if options['attend_current'] else behind < 0
-  mask = np.broadcast_to(mask, (options['batch'], 1, num_queries, num_keys))
-  return mask if keep is None else mask & (keep > 0)[:, None, None, :]
+  check_all(options, run, inputs, arrays['cotangents'], check)
 
 
 def test_router(case, golden):
@@ -82,12 +69,16 @@ def test_router(case, golden):
   is_valid = jnp.ones((1, options['num_tokens']), bool)
   if keep is not None:
     is_valid = keep[None] > 0
-  router, losses = parts(options)
-  learned = routing.LearnedRouting(router, num_modules, logits=logits(options))
+  router, losses = cases.parts(options)
+  learned = routing.LearnedRouting(
+    router, num_modules, logits=cases.logits(options)
+  )
 
   def run(params):
     z = learned.apply(
-      {'params': router_tree(params)}, params['x'][None], deterministic=True
+      {'params': cases.router_tree(params)},
+      params['x'][None],
+      deterministic=True,
     )[0]
     choices = router(z, num_experts=num_modules, is_valid=is_valid)
     chosen = jnp.arange(num_modules)[None] == choices.experts[0, :, None]
@@ -98,129 +89,195 @@ def test_router(case, golden):
       'top_gates': own(choices.weights),
       'probs': jnp.where(is_valid[0, :, None], choices.probs[0], 0),
       'expert_size': chosen.sum(0).astype(jnp.int32),
-      'loss': loss(options, as_stats(sums)),
+      'loss': cases.loss(options, cases.as_stats(sums)),
     }
 
   params = arrays['params'] | {'x': arrays['inputs']['x']}
-  found, grads = golden_cases.values_and_gradients(
-    options, run, params, arrays['cotangents']
-  )
-  check('outputs', found)
-  for name, gradient in grads.items():
-    check('grads', gradient, name)
+  check_all(options, run, params, arrays['cotangents'], check)
 
 
 def test_mlp_modules(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
-  if options['module_bias']:
-    pytest.skip('MoeLayer has one bias after all experts, not one for each')
-  router, losses = parts(options)
-  num_tokens = options['batch'] * options['length']
-  layer = moe.MoeLayer(
-    options['num_modules'],
-    options['mlp_dim'],
-    activations=(_ACTIVATIONS[options['activation']],),
-    routing=router,
-    logits=logits(options),
-    losses=losses,
-    groups=token_groups.TokenGroups(num_tokens),
+  shape, keep = (
+    (options['batch'], options['length']),
+    arrays['inputs'].get('keep'),
   )
+  layer = moe.MoeLayer(**cases.mlp_fields(options, shape[0] * shape[1]))
+  ids = None
+  if options.get('keep_mask') == 'skip':
+    ids = jnp.where(keep > 0, 0, -1)
 
   def run(params):
-    asked = []
-
-    def look(call, args, kwargs, context):
-      answer = call(*args, **kwargs)
-      if isinstance(context.module, routing.LearnedRouting):
-        asked.append(answer[0])
-      return answer
-
-    tree = {
-      'router': router_tree(params),
-      'expert': {
-        'wi': {'kernel': params['w_in']},
-        'wo': {'kernel': params['w_out']},
-      },
-    }
-    with nn.intercept_methods(look):
+    seen = cases.Seen()
+    with nn.intercept_methods(seen):
       outputs, sown = layer.apply(
-        {'params': tree}, params['x'], mutable=['router_stats']
+        {'params': cases.mlp_tree(params)},
+        params['x'],
+        ids,
+        mutable=['router_stats'],
       )
     stats = sown['router_stats']['stats']
-    choices = router(
-      asked[-1],
-      num_experts=options['num_modules'],
-      is_valid=jnp.ones((1, num_tokens), bool),
-    )
-    own = lambda x: x[0][choices.pairs[0]].reshape(*outputs.shape[:2], -1)
-    return {
+    return cases.choices(options, seen.logits[-1], shape, keep) | {
       'y': outputs,
-      'loss': loss(options, stats),
-      'top_idx': own(choices.experts),
-      'top_gates': own(choices.weights),
-      'probs': choices.probs.reshape(*outputs.shape[:2], -1),
+      'loss': cases.loss(options, stats),
       'expert_size': stats.load.astype(jnp.int32),
     }
 
   params = arrays['params'] | {'x': arrays['inputs']['x']}
+  check_all(options, run, params, arrays['cotangents'], check)
+
+
+def test_attention_modules(case, golden):
+  options, arrays, check = golden_cases.load(golden, case)
+  shape, keep = (
+    (options['batch'], options['length']),
+    arrays['inputs'].get('keep'),
+  )
+  mask = cases.visible(options, keep)
+  if options['keep_mask'] == 'skip':
+    mask = cases.visible(options) & (keep > 0)[:, None, :, None]
+  layer = mixture_of_heads.MixtureOfSelfAttentionHeads(
+    options['num_heads'],
+    options['head_dim'],
+    **cases.attention_fields(options, shape[0] * shape[1]),
+  )
+
+  def run(params):
+    seen = cases.Seen()
+    variables = {'params': cases.attention_tree(params)}
+    with nn.intercept_methods(seen):
+      outputs, sown = layer.clone(inner=cases.Weighing(seen)).apply(
+        variables,
+        params['x'],
+        params['x'],
+        positions=positions(0, shape[1], shape[1]),
+        mask=mask,
+        mutable=['router_stats'],
+      )
+    stats = sown['router_stats']['stats']
+    found = cases.choices(options, seen.logits[-1], shape, keep) | {
+      'y': outputs,
+      'att': seen.weights[-1],
+      'loss': cases.loss(options, stats),
+    }
+    if options['cache_prefill'] is not None:
+      found['y_cached'] = step_by_step(
+        layer, variables, params['x'], mask, options['cache_prefill']
+      )
+    return found
+
+  params = arrays['params'] | {'x': arrays['inputs']['x']}
+  check_all(options, run, params, arrays['cotangents'], check)
+
+
+def positions(start, end, num_keys):
+  return self_attention.Positions(np.arange(start, end), np.arange(num_keys))
+
+
+def step_by_step(layer, variables, tokens, mask, prefill):
+  """Outputs of some tokens at once, then of one after another."""
+  length = tokens.shape[1]
+
+  def some(cache, start, end):
+    part = tokens[:, start:end]
+    outputs, changed = layer.apply(
+      {**variables, 'cache': cache},
+      part,
+      part,
+      positions=positions(start, end, length),
+      mask=mask[:, :, start:end],
+      decode=True,
+      mutable=['cache'],
+    )
+    return outputs, changed['cache']
+
+  _, cache = some({}, 0, length)
+  ends = [prefill, *range(prefill + 1, length + 1)]
+  outputs = []
+  for start, end in zip([0, *ends], ends, strict=False):
+    more, cache = some(cache, start, end)
+    outputs.append(more)
+  return jnp.concatenate(outputs, axis=1)
+
+
+def test_block(case, golden):
+  options, arrays, check = golden_cases.load(golden, case)
+  assert options['pre_norm']
+  shape = options['batch'], options['length']
+  mask = cases.visible(options['attention'] | options)
+  num_tokens = shape[0] * shape[1]
+
+  def run(params):
+    seen = cases.Seen()
+    block = decoder_only_stack.Block(
+      block_config(options, num_tokens, seen), 0, {}, {}
+    )
+    norm = lambda name: {
+      part: params[f'{name}_{part}'] for part in ('scale', 'bias')
+    }
+    tree = {
+      'pre_self_attention_layer_norm': norm('ln1'),
+      'self_attention': cases.attention_tree(params),
+      'pre_mlp_layer_norm': norm('ln2'),
+      'mlp': cases.mlp_tree(params, 'mlp_'),
+    }
+    with nn.intercept_methods(seen):
+      outputs, sown = block.apply(
+        {'params': tree},
+        params['x'],
+        positions(0, shape[1], shape[1]),
+        mask,
+        None,
+        False,
+        True,
+        mutable=['router_stats'],
+      )
+    found = {'y': outputs, 'att': seen.weights[-1], 'loss': 0.0}
+    sublayers = {'att': ('attention', 'self_attention'), 'mlp': ('mlp', 'mlp')}
+    for (prefix, (key, name)), z in zip(
+      sublayers.items(), seen.logits, strict=True
+    ):
+      stats = sown['router_stats'][name]['stats']
+      found['loss'] += cases.loss(options[key], stats)
+      for role, array in cases.choices(options[key], z, shape).items():
+        found[f'{prefix}_{role}'] = array
+    return found
+
+  params = arrays['params'] | {'x': arrays['inputs']['x']}
+  check_all(options, run, params, arrays['cotangents'], check)
+
+
+def block_config(options, num_tokens, seen):
+  own = options['attention']
+  fields = cases.attention_fields(own, num_tokens)
+  return decoder_only.DecoderOnlyConfig(
+    vocab_size=1,
+    emb_dim=options['embed_dim'],
+    num_heads=own['num_heads'],
+    head_dim=own['head_dim'],
+    mlp_dim=1,
+    num_layers=1,
+    dropout_rate=0.0,
+    attention=functools.partial(
+      mixture_of_heads.MixtureOfSelfAttentionHeads,
+      inner=cases.Weighing(seen),
+      **fields,
+    ),
+    norm=functools.partial(
+      centered_norm.CenteredLayerNorm, epsilon=options['layer_norm_epsilon']
+    ),
+    sparse_feed_forward=functools.partial(
+      moe.MoeLayer, **cases.mlp_fields(options['mlp'], num_tokens)
+    ),
+    sparse_decoder_layers=(0,),
+  )
+
+
+def check_all(options, run, params, cotangents, check):
   with jax.default_matmul_precision('highest'):
     found, grads = golden_cases.values_and_gradients(
-      options, run, params, arrays['cotangents']
+      options, run, params, cotangents
     )
   check('outputs', found)
   for name, gradient in grads.items():
     check('grads', gradient, name)
-
-
-def parts(options):
-  """The router and how its losses are formed."""
-  router = tokens_choose.TokensChoose(
-    options['k'], renormalize=options['renormalize_gates']
-  )
-  if options.get('keep_mask') == 'skip':
-    return router, module_router.PaddedMeans()
-  return router, router_losses.RouterLosses()
-
-
-def logits(options):
-  assert options['gate_activation'] in (None, 'gelu_erf')
-  width = options['gating_dim']
-  return {
-    'linear': lambda: routing.LinearLogits(),
-    'mlp': lambda: module_router.MlpLogits(width),
-    'gmm': lambda: module_router.CentroidLogits(width),
-  }[options['gate_type']]()
-
-
-def router_tree(params):
-  """Parameters of the module `router` for a case's parameters."""
-  first = {'kernel': params['gate_w1']}
-  if 'gate_centroids' in params:
-    weights = {
-      'hidden': first,
-      'centroids': params['gate_centroids'],
-      'log_scale': params['gate_logtemp'],
-    }
-  elif 'gate_w2' in params:
-    weights = {
-      'hidden': first | {'bias': params['gate_b1']},
-      'w': {'kernel': params['gate_w2']},
-    }
-  else:
-    weights = {'w': first}
-  return {'router_weights': weights}
-
-
-def as_stats(sums):
-  zeros = dict.fromkeys(router_losses.RouterStats._fields, jnp.zeros(()))
-  return router_losses.RouterStats(**(zeros | sums))
-
-
-def loss(options, stats):
-  losses = router_losses.losses(stats)
-  mean = lambda name: losses[name][0] / losses[name][1]
-  if options['aux_loss'] == 'mi':
-    return mean('mutual_information_loss')
-  assert options['aux_loss'] == 'switch', options['aux_loss']
-  z_loss = options['z_loss_weight'] * mean('router_z_loss')
-  return mean('load_balance_loss') + z_loss
