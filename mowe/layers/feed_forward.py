@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import linear
+from mowe.layers import linear, parameter
 
 _ACTIVATIONS = {
   'relu': jax.nn.relu,
@@ -69,13 +69,17 @@ def activate(
 
 
 class DenseFeedForward(nn.Module):
-  """Two-layer feed-forward without bias.
+  """Two-layer feed-forward.
 
-  Source: T5, arXiv 1910.10683; gating: arXiv 2002.05202.
+  Source: T5, arXiv 1910.10683; gating: arXiv 2002.05202. With ReLU and biases
+  that of arXiv 1706.03762, section 3.3, the dense baseline of arXiv 2310.10837.
 
   Attributes:
     mlp_dim: hidden units.
     activations: one name, or two for a gated layer.
+    use_bias: all projections have a bias.
+    init_scale: variance of fresh kernels times fan-in; 2 / blocks in the models
+      of arXiv 2310.10837.
     dropout_rate: dropout of the hidden units, shared along the length.
     dtype: dtype of the computation.
 
@@ -85,6 +89,8 @@ class DenseFeedForward(nn.Module):
 
   mlp_dim: int
   activations: tuple[str, ...] = ('gelu', 'linear')
+  use_bias: bool = False
+  init_scale: float = 1.0
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
@@ -98,15 +104,25 @@ class DenseFeedForward(nn.Module):
   ) -> jax.Array:
     del routing_ids
     projections = [
-      linear.Dense(self.mlp_dim, ('embed', 'mlp'), dtype=self.dtype, name=name)(
-        tokens
-      )
+      self._dense(self.mlp_dim, ('embed', 'mlp'), name)(tokens)
       for name in kernel_names(self.activations)
     ]
     hidden = activate(projections, self.activations)
     hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       hidden, deterministic=deterministic
     )
+    wo = self._dense(tokens.shape[-1], ('mlp', 'embed'), 'wo')
+    return wo(self.select(hidden, wo))
+
+  def select(self, hidden: jax.Array, wo: linear.Dense) -> jax.Array:
+    """Hidden units <dtype>[batch, length, mlp] that reach `wo`: all here."""
+    del wo
+    return hidden
+
+  def _dense(self, features, axes, name):
+    init = parameter.variance_scaling(
+      self.init_scale, 'fan_in', 'truncated_normal'
+    )
     return linear.Dense(
-      tokens.shape[-1], ('mlp', 'embed'), dtype=self.dtype, name='wo'
-    )(hidden)
+      features, axes, init, self.dtype, self.use_bias, name=name
+    )

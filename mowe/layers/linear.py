@@ -15,13 +15,14 @@ dense_init = parameter.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
 class Dense(nn.Module):
-  """Projection of the last axis, without bias.
+  """Projection of the last axis.
 
   Attributes:
     features: size of the last axis of the result.
     kernel_axes: logical names of the kernel's two axes.
     kernel_init: initialiser of the float32 kernel.
     dtype: dtype of the computation and of the result.
+    use_bias: a bias is added, zero at first.
 
   Call: inputs <float>[..., embed] to <dtype>[..., features].
   """
@@ -30,17 +31,32 @@ class Dense(nn.Module):
   kernel_axes: tuple[str, str]
   kernel_init: parameter.Initializer = dense_init
   dtype: Any = jnp.float32
+  use_bias: bool = False
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    kernel, bias = self.weights(inputs.shape[-1])
+    outputs = project(inputs.astype(self.dtype), kernel)
+    if bias is not None:
+      outputs += bias.reshape((1,) * (outputs.ndim - 1) + bias.shape)
+    return outputs
 
   @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
+  def weights(self, num_inputs: int) -> tuple[jax.Array, jax.Array | None]:
+    """Kernel <dtype>[inputs, features], bias <dtype>[features] or None."""
     kernel = parameter.declare(
       self,
       'kernel',
       self.kernel_init,
-      (inputs.shape[-1], self.features),
+      (num_inputs, self.features),
       axes=self.kernel_axes,
+    ).astype(self.dtype)
+    if not self.use_bias:
+      return kernel, None
+    zeros = nn.initializers.zeros
+    bias = parameter.declare(
+      self, 'bias', zeros, (self.features,), axes=self.kernel_axes[1:]
     )
-    return project(inputs.astype(self.dtype), kernel.astype(self.dtype))
+    return kernel, bias.astype(self.dtype)
 
 
 @jax.custom_vjp

@@ -14,7 +14,7 @@ BATCH, LENGTH, EMBED, MLP, K = 2, 5, 4, 9, 3
 @pytest.mark.parametrize('use_bias', [False, True])
 def test_values_equal_the_sorted_units(by_effect, use_bias):
   layer = top_k_feed_forward.TopKFeedForward(
-    MLP, K, ranks_by_effect=by_effect, use_bias=use_bias
+    MLP, k=K, ranks_by_effect=by_effect, use_bias=use_bias
   )
   rng = np.random.default_rng(0)
   tokens = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
@@ -47,13 +47,29 @@ def test_ties_stay_and_a_few_positive_units_all_stay():
   np.testing.assert_array_equal(found, [[5, 3, 3, 3, 0], [0, 2, 0, 0, 1]])
 
 
+def test_any_numbers_are_ranked_as_by_sorting():
+  units, k = 37, 11
+  rng = np.random.default_rng(0)
+  ranks = rng.normal(size=(6, units)) * 10.0 ** rng.integers(-30, 30, (6, 1))
+  # Many ties, infinities, and the smallest numbers.
+  ranks[0] = rng.integers(-2, 3, units)
+  ranks[1, :3] = np.inf, -np.inf, 1e-38
+  ranks = ranks.astype(np.float32)
+  kth = -np.sort(-ranks, axis=1)[:, k - 1 : k]
+  found = top_k_feed_forward.strongest(jnp.ones_like(ranks), ranks, k)
+  np.testing.assert_array_equal(found, ranks >= kth)
+  ranks[:, 5] = np.nan
+  found = top_k_feed_forward.strongest(jnp.asarray(ranks), ranks, k)
+  assert np.isnan(found[:, 5]).all()
+
+
 # Width, hidden units; parameters of the paper's dense blocks, with biases.
 @pytest.mark.parametrize(
   ('embed', 'mlp', 'expected'),
   [(412, 2053, 1_694_137), (1024, 4110, 8_422_414), (512, 2053, 2_104_837)],
 )
 def test_the_papers_sizes(embed, mlp, expected):
-  layer = top_k_feed_forward.TopKFeedForward(mlp, 128, use_bias=True)
+  layer = top_k_feed_forward.TopKFeedForward(mlp, k=128, use_bias=True)
   variables = jax.eval_shape(
     layer.init, jax.random.key(0), jnp.zeros((1, 2, embed))
   )
@@ -63,4 +79,4 @@ def test_the_papers_sizes(embed, mlp, expected):
 def test_k_must_lie_among_the_units():
   for k in (0, 10):
     with pytest.raises(ValueError, match=f'k must lie in 1..9, .* but is {k}.'):
-      top_k_feed_forward.TopKFeedForward(MLP, k)
+      top_k_feed_forward.TopKFeedForward(MLP, k=k)

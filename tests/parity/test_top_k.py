@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from mowe.layers import top_k_feed_forward
+from mowe.layers import linear, top_k_feed_forward
 
 _BY_EFFECT = {'activation': False, 'activation_times_value_norm': True}
 
@@ -29,7 +29,7 @@ def test_layer(case, golden):
   rate = options['dropout_rate']
   layer = top_k_feed_forward.TopKFeedForward(
     options['mlp_dim'],
-    options['k'],
+    k=options['k'],
     ranks_by_effect=_BY_EFFECT[options['rank_by']],
     use_bias=True,
     dropout_rate=rate,
@@ -41,8 +41,9 @@ def test_layer(case, golden):
     def look(call, args, kwargs, context):
       if isinstance(context.module, nn.Dropout) and rate:
         return args[0] * arrays['inputs']['drop_keep'] / (1 - rate)
-      if context.method_name == '_affine':
-        hidden.append(args[0])
+      if context.method_name == '__call__':
+        if isinstance(context.module, linear.Dense):
+          hidden.append(args[0])
       return call(*args, **kwargs)
 
     with nn.intercept_methods(look):

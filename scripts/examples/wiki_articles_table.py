@@ -1,0 +1,73 @@
+"""Table of the models that wiki_articles.sh has trained, as Markdown.
+
+  python scripts/examples/wiki_articles_table.py OUTPUT
+
+Perplexities are per word, ends of lines among them, as is usual for WikiText.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+
+from mowe.commands import model_folder
+from mowe.models import costs
+
+_PARTS = ('validation', 'test')
+# Share of the last measurements of a run that usage is averaged over.
+_LAST = 0.25
+
+
+def usage(run: pathlib.Path) -> float | None:
+  """exp(entropy of the experts' loads) / experts, mean over layers."""
+  lines = (run / 'train_metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  rows = rows[-max(1, int(len(rows) * _LAST)) :]
+  shares = []
+  for name in (n for n in rows[-1] if n.endswith('/load')):
+    total = [sum(parts) for parts in zip(*(r[name] for r in rows), strict=True)]
+    p = [one / sum(total) for one in total]
+    entropy = -sum(one * math.log(one) for one in p if one)
+    shares.append(math.exp(entropy) / len(p))
+  return statistics.mean(shares) if shares else None
+
+
+def row(name: str, runs: list[pathlib.Path]) -> str:
+  """One line of the table, of all seeds of a model."""
+  cost = costs.model_costs(model_folder.load_config(str(runs[0])))
+  cells = [
+    name,
+    f'{cost.total_parameters:,}',
+    f'{cost.flops_per_target_token / 1e6:.2f}',
+  ]
+  for part in _PARTS:
+    values = [
+      json.loads((run / part / 'results.json').read_text())['word_perplexity']
+      for run in runs
+    ]
+    each = ', '.join(f'{value:.1f}' for value in values)
+    cells.append(f'{statistics.mean(values):.1f} ({each})')
+  used = [usage(run) for run in runs]
+  cells.append('' if None in used else f'{100 * statistics.mean(used):.0f} %')
+  return f'| {" | ".join(cells)} |'
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('output', type=pathlib.Path)
+  output = parser.parse_args().output
+  models: dict[str, list[pathlib.Path]] = {}
+  for file in sorted(output.glob(f'*/{_PARTS[-1]}/results.json')):
+    run = file.parent.parent
+    models.setdefault(run.name.rpartition('-')[0], []).append(run)
+  print(
+    '| model | parameters | MFLOP per token | validation, per seed | test, '
+    'per seed | experts in use |\n|---|---|---|---|---|---|'
+  )
+  for name, runs in models.items():
+    print(row(name, runs))
+
+
+if __name__ == '__main__':
+  main()
