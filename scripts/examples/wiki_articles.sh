@@ -47,7 +47,7 @@ for seed in $seeds; do
     mowe train --gin_file="gin_configs/models/xl_$model.gin" \
       --gin_file=gin_configs/examples/wiki_articles_lm.gin \
       --gin.VOCABULARY_PATH="'$pieces'" --gin.CACHE_DIR="'$output/cache'" \
-      --gin.MIXTURE_OR_TASK_NAME="'train'" \
+      --gin.MIXTURE_OR_TASK_NAME="'train'" --gin.MODEL_DIR="'$run'" \
       --gin.RANDOM_SEED="$seed" --gin.TRAIN_STEPS="${STEPS:-1200}"
     for part in validation test; do
       if [ ! -e "$run/$part/results.json" ]; then
