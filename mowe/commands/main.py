@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise
     print(f'mowe: {damaged[1]}', file=sys.stderr)
     return 1
-  except KeyboardInterrupt:
-    print('mowe: stopped.', file=sys.stderr)
+  except KeyboardInterrupt as error:
+    print(f'mowe: {error or "stopped."}', file=sys.stderr)
     return 130
   return 0
 

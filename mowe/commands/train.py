@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +114,7 @@ def train(
   Raises:
     ValueError: parts that do not fit together, before anything is written or
       compiled.
+    KeyboardInterrupt: it was stopped, and has saved what it did.
   """
   module = model.build()
   mesh = make_mesh()
@@ -248,7 +248,7 @@ def train(
       stop=stop,
     )
     checkpoints.wait()
-    _say_how_it_ended(int(state.step), total_steps, folder, stop)
+    _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
 
 
@@ -343,12 +343,12 @@ def _check(
   return row_optimizer
 
 
-def _say_how_it_ended(step, total_steps, folder: pathlib.Path, stop) -> None:
+def _check_finished(step, total_steps, folder: pathlib.Path, stop) -> None:
+  # Not a return: what comes after training in a script or a longer command
+  # must not go on with a model that is half trained.
   if step < total_steps and stop.requested:
-    print(
+    raise KeyboardInterrupt(
       f'Stopped after step {step} of {total_steps}; saved in {folder}. '
-      'Run the same command to continue.',
-      file=sys.stderr,
+      'Run the same command to continue.'
     )
-  else:
-    print(f'Finished step {step}; saved in {folder}.')
+  print(f'Finished step {step}; saved in {folder}.')

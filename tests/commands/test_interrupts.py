@@ -139,7 +139,7 @@ def test_a_stopped_run_saves_and_goes_on(world, straight, tmp_path):
   _wait_until(lambda: log.exists() and log.stat().st_size > 0, process)
   process.terminate()
   output = _finish(process)
-  assert process.returncode == 0, output
+  assert process.returncode == 130, output
   with checkpoints.Checkpoints(folder) as saved:
     step = saved.latest_step()
   assert 0 < step < _TOTAL
@@ -229,7 +229,7 @@ def test_two_processes_stop_together_and_train_as_one(
   # One of them is told, and not the one that writes.
   processes[1].terminate()
   outputs = [_finish(process) for process in processes]
-  assert [p.returncode for p in processes] == [0, 0], outputs
+  assert [p.returncode for p in processes] == [130, 130], outputs
   with checkpoints.Checkpoints(folder) as saved:
     step = saved.latest_step()
   assert 0 < step < _TOTAL_OF_TWO
