@@ -140,7 +140,7 @@ def test_missing_macros_are_named(capsys):
     ({'NUM_EXPERTS': 17}, ['17', '16', '--num_experts']),
     ({'ROUTING_VOCABULARY': '/absent.npz'}, ['/absent.npz']),
     ({'VOCABULARY_PATH': '/absent.model'}, ['/absent.model', 'bytes']),
-    ({'MIXTURE_OR_TASK_NAME': 'absent'}, ['absent', "['questions', "]),
+    ({'MIXTURE_OR_TASK_NAME': 'absent'}, ['cache/absent', "'questions'", 'cache-task']),
     (
       {'TASK_FEATURE_LENGTHS': {'inputs': 3, 'targets': 1}},
       ['feature_lengths'],
