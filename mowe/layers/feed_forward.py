@@ -77,11 +77,11 @@ class DenseFeedForward(nn.Module):
   Attributes:
     mlp_dim: hidden units.
     activations: one name, or two for a gated layer.
+    dropout_rate: dropout of the hidden units, shared along the length.
+    dtype: dtype of the computation.
     use_bias: all projections have a bias.
     init_scale: variance of fresh kernels times fan-in; 2 / blocks in the models
       of arXiv 2310.10837.
-    dropout_rate: dropout of the hidden units, shared along the length.
-    dtype: dtype of the computation.
 
   Call: tokens <float>[batch, length, embed] to the same shape; `routing_ids`
     are taken and ignored, as every feed-forward has one call.
@@ -89,10 +89,10 @@ class DenseFeedForward(nn.Module):
 
   mlp_dim: int
   activations: tuple[str, ...] = ('gelu', 'linear')
-  use_bias: bool = False
-  init_scale: float = 1.0
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
+  use_bias: bool = False
+  init_scale: float = 1.0
 
   @nn.compact
   def __call__(
