@@ -72,7 +72,7 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
     if not isinstance(layer, moe.MoeLayer):
       read[stack] += row * len(blocks[stack])
   for path, leaf in flax.traverse_util.flatten_dict(ordinary).items():
-    share = _share_read(path, layers.get(path[0]))
+    share = _share_read(path, _layer_of(config, path))
     if not share:
       continue
     size = share * _size(leaf)
@@ -91,6 +91,14 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
     flops_per_input_token=round(2 * read['encoder']),
     flops_per_target_token=round(2 * read['decoder']),
   )
+
+
+def _layer_of(config, path):
+  """The sparse layer of the block that a parameter belongs to, or None."""
+  if len(path) < 2 or not path[1].startswith('layers_'):
+    return None
+  number = int(path[1].removeprefix('layers_'))
+  return config.of_block(path[0], number).sparse_layers().get(path[0])
 
 
 def is_expert(path: tuple[str, ...]) -> bool:

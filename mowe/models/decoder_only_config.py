@@ -1,6 +1,7 @@
 """Sizes and parts of a decoder-only model, checked when put together."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class DecoderOnlyConfig:
     sparse_decoder_layers: blocks, from 0, whose feed-forward is sparse.
     routing: gives routing ids where the batch has none. Without it, layers
       that can be routed by token get the ids of the tokens, -1 for padding.
+    block_layers: layers of single blocks that differ from the others; see
+      `model_config.ModelConfig`.
 
   Raises:
     ValueError: sizes or parts that cannot work together.
@@ -65,9 +68,16 @@ class DecoderOnlyConfig:
   sparse_feed_forward: model_config.Factory | None = None
   sparse_decoder_layers: tuple[int, ...] = ()
   routing: model_config.Routing | None = None
+  block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
 
   # Inputs have no stack of their own.
   streams = ('decoder',)
+  layer_fields = types.MappingProxyType(
+    {
+      ('decoder', 'self_attention'): 'attention',
+      ('decoder', 'mlp'): 'sparse_feed_forward',
+    }
+  )
 
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
@@ -76,6 +86,7 @@ class DecoderOnlyConfig:
     model_config.check_blocks(
       'decoder', self.sparse_decoder_layers, self.num_layers
     )
+    model_config.check_block_layers(self, {'decoder': self.num_layers})
     if bool(self.sparse_decoder_layers) != (
       self.sparse_feed_forward is not None
     ):
@@ -114,6 +125,10 @@ class DecoderOnlyConfig:
 
     return decoder_only.DecoderOnly(self)
 
+  def of_block(self, stream: str, number: int) -> 'DecoderOnlyConfig':
+    """The config whose layers are those of one block."""
+    return model_config.of_block(self, stream, number)
+
   def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
     """The blocks whose feed-forward is sparse."""
     return {'decoder': self.sparse_decoder_layers}
@@ -141,6 +156,7 @@ class DecoderOnlyConfig:
       sparse_feed_forward=model_config.changed_factory(
         self.sparse_feed_forward, changes
       ),
+      block_layers=model_config.changed_block_layers(self, changes),
     )
 
   def check_mesh(

@@ -83,7 +83,12 @@ class Decoder(nn.Module):
       setattr(self, name, module)
       attention_shared[name] = getattr(self, name)
     self.layers = [
-      block(config, number, self.shared, attention_shared)
+      block(
+        config.of_block('decoder', number),
+        number,
+        self.shared,
+        attention_shared,
+      )
       for number in range(config.num_layers)
     ]
     self.decoder_norm = config.make_norm()

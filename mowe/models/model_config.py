@@ -61,6 +61,11 @@ class ModelConfig(Protocol):
     memory_length: tokens of earlier batches that a batch attends to. If there
       are any, `initial_memory(batch_size)` gives the collection MEMORY before
       the first batch, and every pass gives the next one.
+    block_layers: layers of single blocks that differ from those of the others,
+      by their place: `(('decoder/layers_3/mlp', factory),)`. `of_block` is the
+      config of a block.
+    layer_fields: stream and name of a layer in a block -> the field that makes
+      it.
   """
 
   vocab_size: int
@@ -72,6 +77,8 @@ class ModelConfig(Protocol):
   sparse_feed_forward: Factory | None
   streams: tuple[str, ...]
   memory_length: int
+  block_layers: tuple[tuple[str, Factory], ...]
+  layer_fields: Mapping[tuple[str, str], str]
 
   def build(self) -> nn.Module:
     """The Linen module."""
@@ -110,6 +117,44 @@ def check_dtype(dtype: Any) -> None:
       'of T5 exceed its largest number, 65504, and training ends in NaN. '
       "Use 'bfloat16'."
     )
+
+
+def of_block(config: Any, stream: str, number: int) -> Any:
+  """The config whose layers are those of one block; see `block_layers`."""
+  start = f'{stream}/layers_{number}/'
+  own = {
+    config.layer_fields[stream, place.removeprefix(start)]: factory
+    for place, factory in config.block_layers
+    if place.startswith(start)
+  }
+  if not own:
+    return config
+  return dataclasses.replace(config, block_layers=(), **own)
+
+
+def check_block_layers(config: ModelConfig, depths: Mapping[str, int]) -> None:
+  """Raises ValueError if `block_layers` names places that there are not."""
+  known = {
+    f'{stream}/layers_{number}/{name}'
+    for stream, name in config.layer_fields
+    for number in range(depths[stream])
+  }
+  unknown = [place for place, _ in config.block_layers if place not in known]
+  if unknown:
+    raise ValueError(
+      'block_layers must name layers of blocks, such as '
+      f"'{min(known)}', but names {unknown}. Blocks count from 0."
+    )
+
+
+def changed_block_layers(
+  config: ModelConfig, changes: Mapping[str, Any]
+) -> tuple[tuple[str, Factory], ...]:
+  """`block_layers` with other fields in the layers that have them."""
+  return tuple(
+    (place, changed_factory(factory, changes))
+    for place, factory in config.block_layers
+  )
 
 
 def check_blocks(stream: str, blocks: tuple[int, ...], depth: int) -> None:
@@ -163,10 +208,11 @@ def check_mesh(
     batch_size: rows that go through the model at once.
     lengths: tokens of each stream.
   """
-  blocks = config.sparse_blocks()
-  for stream, layer in config.sparse_layers().items():
-    if blocks[stream] and hasattr(layer, 'check_mesh'):
-      layer.check_mesh(mesh_shape, batch_size, lengths[stream])
+  for stream, numbers in config.sparse_blocks().items():
+    for number in numbers:
+      layer = of_block(config, stream, number).sparse_layers()[stream]
+      if hasattr(layer, 'check_mesh'):
+        layer.check_mesh(mesh_shape, batch_size, lengths[stream])
 
 
 def routes_tokens(config: ModelConfig) -> bool:

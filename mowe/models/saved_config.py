@@ -36,6 +36,8 @@ _GIVEN_TO = {'attention': {'num_heads', 'head_dim', 'relpos_bias'}}
 _FAMILY = 'family'
 _FAMILIES = {'decoder_only': decoder_only.DecoderOnlyConfig}
 
+_BLOCK_LAYERS = 'block_layers'
+
 # Longer tuples of integers, such as the table of a HashRouter, become bytes.
 _LONG = 64
 _INTEGER_TYPES = ('uint8', 'uint16', 'int64')
@@ -56,11 +58,15 @@ def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
     value = getattr(config, field.name)
     if field.name == 'routing':
       continue
+    if field.name == _BLOCK_LAYERS:
+      # Absent without any, as in files from before there were such.
+      if value:
+        tree[field.name] = _block_layers_to_json(config)
+      continue
     if field.name == 'dtype':
       value = jnp.dtype(value).name
     if field.name in parts:
-      given = _GIVEN | _GIVEN_TO.get(field.name, set())
-      value = _part_to_json(parts[field.name], leave_out=given)
+      value = _layer_to_json(field.name, parts[field.name])
     tree[field.name] = value
   return json.loads(json.dumps(tree))
 
@@ -92,11 +98,31 @@ def from_json(
   _check_names('A model config', tree, known)
   values = {}
   for name, value in tree.items():
-    if isinstance(value, dict):
+    if name == _BLOCK_LAYERS:
+      values[name] = tuple(
+        (place, _factory_from_json(layer)) for place, layer in value.items()
+      )
+    elif isinstance(value, dict):
       values[name] = _factory_from_json(value)
     else:
       values[name] = _tuples(value)
   return cls(**(values | {'routing': routing} | changes))
+
+
+def _block_layers_to_json(config):
+  layers = {}
+  for place, _ in config.block_layers:
+    stream, block, name = place.split('/')
+    number = int(block.removeprefix('layers_'))
+    field = config.layer_fields[stream, name]
+    layer = config.of_block(stream, number).parts()[field]
+    layers[place] = _layer_to_json(field, layer)
+  return layers
+
+
+def _layer_to_json(field, layer):
+  given = _GIVEN | _GIVEN_TO.get(field, set())
+  return _part_to_json(layer, leave_out=given)
 
 
 def _factory_from_json(tree):

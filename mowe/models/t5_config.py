@@ -1,6 +1,7 @@
 """Sizes and parts of a T5, checked when they are put together."""
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ class T5Config:
     sparse_decoder_layers: decoder blocks, likewise.
     routing: gives routing ids where the batch has none. Without it, layers
       that can be routed by token get the ids of the tokens, -1 for padding.
+    block_layers: layers of single blocks that differ from the others; see
+      `model_config.ModelConfig`.
 
   Raises:
     ValueError: sizes or parts that cannot work together.
@@ -60,6 +63,7 @@ class T5Config:
   sparse_encoder_layers: tuple[int, ...] = ()
   sparse_decoder_layers: tuple[int, ...] = ()
   routing: Routing | None = None
+  block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
 
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
@@ -71,6 +75,7 @@ class T5Config:
     }
     for stream, blocks in self.sparse_blocks().items():
       model_config.check_blocks(stream, blocks, depths[stream])
+    model_config.check_block_layers(self, depths)
     has_layers = bool(self.sparse_encoder_layers or self.sparse_decoder_layers)
     if has_layers != (self.sparse_feed_forward is not None):
       raise ValueError(
@@ -86,12 +91,22 @@ class T5Config:
   streams = ('encoder', 'decoder')
   # Batches have nothing to do with each other.
   memory_length = 0
+  layer_fields = types.MappingProxyType(
+    {
+      ('encoder', 'mlp'): 'sparse_feed_forward',
+      ('decoder', 'mlp'): 'sparse_decoder_feed_forward',
+    }
+  )
 
   def build(self) -> nn.Module:
     """The T5 of these sizes."""
     from mowe.models import t5
 
     return t5.T5(self)
+
+  def of_block(self, stream: str, number: int) -> 'T5Config':
+    """The config whose layers are those of one block."""
+    return model_config.of_block(self, stream, number)
 
   def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
     """Of each stack the blocks whose feed-forward is sparse."""
@@ -133,6 +148,7 @@ class T5Config:
       self,
       sparse_feed_forward=changed(self.sparse_feed_forward),
       sparse_decoder_feed_forward=changed(self.sparse_decoder_feed_forward),
+      block_layers=model_config.changed_block_layers(self, changes),
     )
 
   def make_dense_feed_forward(self) -> nn.Module:

@@ -126,7 +126,11 @@ class Encoder(nn.Module):
       config.num_heads, bidirectional=True, dtype=config.dtype
     )
     self.layers = [
-      block(config, i in config.sparse_encoder_layers, self.shared)
+      block(
+        config.of_block('encoder', i),
+        i in config.sparse_encoder_layers,
+        self.shared,
+      )
       for i in range(config.num_encoder_layers)
     ]
     self.encoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
@@ -160,7 +164,11 @@ class Decoder(nn.Module):
       config.num_heads, bidirectional=False, dtype=config.dtype
     )
     self.layers = [
-      block(config, i in config.sparse_decoder_layers, self.shared)
+      block(
+        config.of_block('decoder', i),
+        i in config.sparse_decoder_layers,
+        self.shared,
+      )
       for i in range(config.num_decoder_layers)
     ]
     self.decoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
