@@ -100,7 +100,9 @@ def operative_config() -> str:
 
 
 def _run_file(function):
-  return {'train': 'pretrain'}.get(function.__name__, function.__name__)
+  return {'train': 'pretrain', 'usage': 'modules_usage'}.get(
+    function.__name__, function.__name__
+  )
 
 
 def _check_macros(bindings):

@@ -123,6 +123,10 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   convert.set_defaults(run=_convert)
 
+  _add_modules(
+    verbs.add_parser('modules', help='add, prune or measure modules')
+  )
+
   words = verbs.add_parser(
     'build-routing-vocabulary', help='count words and give them experts'
   )
@@ -235,6 +239,43 @@ def _make_parser() -> argparse.ArgumentParser:
   quickstart.add_argument('--finetune_steps', type=int)
   quickstart.set_defaults(run=_quickstart)
   return parser
+
+
+def _add_modules(parser):
+  actions = parser.add_subparsers(dest='action', required=True)
+  add = actions.add_parser('add', help='a model with more modules')
+  prune = actions.add_parser('prune', help='a model without the least used')
+  for action in (add, prune):
+    action.add_argument('source', help='a model folder, or a checkpoint in it')
+    action.add_argument('target', help='the model folder to write')
+    action.add_argument(
+      '--expert_parts',
+      type=int,
+      default=1,
+      help='parts of the mesh axis expert that modules will lie on',
+    )
+  add.add_argument('--mlp', type=int, default=0, help='new ones in each layer')
+  add.add_argument('--attention', type=int, default=0, help='likewise')
+  add.add_argument('--k', type=int, default=1, help='new ones of a token')
+  add.add_argument('--seed', type=int, default=0)
+  add.set_defaults(run=_modules_add)
+  prune.add_argument(
+    '--usage', required=True, help='usage.json of `mowe modules usage`'
+  )
+  prune.add_argument('--fraction', type=float, help='of modules that are left')
+  prune.add_argument(
+    '--threshold', type=float, help='least use, relative to the mean'
+  )
+  prune.add_argument(
+    '--gates',
+    choices=('keep', 'renormalise'),
+    default='keep',
+    help='whether gates stay, or grow by what removed modules had',
+  )
+  prune.set_defaults(run=_modules_prune)
+  usage = actions.add_parser('usage', help='which modules a task uses')
+  _add_gin(usage)
+  usage.set_defaults(run=_modules_usage)
 
 
 def _add_gin(parser):
@@ -355,6 +396,43 @@ def _convert(options, bindings):
     extra_ids=options.extra_ids,
     like=options.like,
   )
+
+
+def _modules_add(options, bindings):
+  del bindings
+  from mowe.commands import modules
+
+  modules.add(
+    options.source,
+    options.target,
+    mlp=options.mlp,
+    attention=options.attention,
+    k=options.k,
+    seed=options.seed,
+    expert_parts=options.expert_parts,
+  )
+
+
+def _modules_prune(options, bindings):
+  del bindings
+  from mowe.commands import modules
+
+  modules.prune(
+    options.source,
+    options.target,
+    usage=options.usage,
+    fraction=options.fraction,
+    threshold=options.threshold,
+    gates=options.gates,
+    expert_parts=options.expert_parts,
+  )
+
+
+def _modules_usage(options, bindings):
+  gin_config = _parse_gin(options, bindings)
+  from mowe.commands import modules
+
+  gin_config.call(modules.usage)
 
 
 def _build_routing_vocabulary(options, bindings):
