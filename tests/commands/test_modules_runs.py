@@ -111,6 +111,7 @@ def train_gin(world, source, target, steps=6):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_added_modules_learn_and_all_else_stays(world, folder, tmp_path):
   before = digests(folder)
   larger = tmp_path / 'larger'
@@ -145,6 +146,7 @@ def test_added_modules_learn_and_all_else_stays(world, folder, tmp_path):
   assert all(2 in shape for shape in moments.values())
 
 
+@pytest.mark.slow
 def test_a_model_goes_on_with_the_state_of_its_optimizer(
   world, folder, tmp_path, capsys
 ):
@@ -158,6 +160,7 @@ def test_a_model_goes_on_with_the_state_of_its_optimizer(
   assert 'Resumed' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_usage_and_pruning(world, folder, tmp_path, capsys):
   before = digests(folder)
   usage = tmp_path / 'usage'
