@@ -332,6 +332,7 @@ _REQUIRED = {
   'EVAL_TASK_NAME': 'questions',
   'EVAL_OUTPUT_DIR': 'runs/eval',
   'INFER_OUTPUT_DIR': 'runs/infer',
+  'USAGE_OUTPUT_DIR': 'runs/usage',
   'TASK_FEATURE_LENGTHS': {'inputs': 5, 'targets': 4},
   'TRAIN_STEPS': 30,
 }
@@ -370,7 +371,10 @@ def _complete(file):
 
 @pytest.mark.parametrize('file', _names('runs') + _names('examples'))
 def test_a_run_parses_and_its_parts_can_be_made(file, routing_paths):
-  alone = {'gin_configs/runs/evaluate.gin', 'gin_configs/runs/infer.gin'}
+  alone = {
+    f'gin_configs/runs/{name}.gin'
+    for name in ('evaluate', 'infer', 'modules_usage')
+  }
   _parse([file] if file in alone else _complete(file), routing_paths)
   data = gin_config.call(data_config.DataConfig)
   names = {'targets'} if '_lm' in file else {'inputs', 'targets'}

@@ -18,6 +18,10 @@ _COLORS = mpl_colors.LinearSegmentedColormap.from_list(
 )
 # So many modules or fewer have their share written in.
 _MOST_WRITTEN = 16
+# So many layers or fewer have wide rows.
+_MOST_WIDE = 12
+# Where a layer has fewer modules than others.
+_ABSENT = '#eef1f4'
 
 
 def draw(usage: module_usage.Usage, path: str | os.PathLike[str]) -> None:
@@ -26,7 +30,10 @@ def draw(usage: module_usage.Usage, path: str | os.PathLike[str]) -> None:
   for place in usage.layers:
     stream, _, name = place.split('/')
     groups.setdefault(f'{stream}, {name.replace("_", " ")}', []).append(place)
-  heights = [0.42 * len(places) + 1.3 for places in groups.values()]
+  heights = [
+    (0.42 if len(places) <= _MOST_WIDE else 0.28) * len(places) + 1.3
+    for places in groups.values()
+  ]
   figure = mpl_figure.Figure(
     figsize=(11, sum(heights) + 0.6), dpi=150, layout='constrained'
   )
@@ -60,6 +67,7 @@ def _heat(figure, panel: mpl_axes.Axes, layers, labels) -> None:
   for row, layer in enumerate(layers):
     cells[row, : len(layer.counts)] = np.asarray(layer.shares) * 100
   top = max(float(np.nanmax(cells)), 1e-9)
+  panel.set_facecolor(_ABSENT)
   image = panel.pcolormesh(
     np.ma.masked_invalid(cells),
     cmap=_COLORS, vmin=0, vmax=top, edgecolors='#e6e9ec', linewidth=0.6,
@@ -68,7 +76,7 @@ def _heat(figure, panel: mpl_axes.Axes, layers, labels) -> None:
     for (row, module), share in np.ndenumerate(cells):
       if np.isfinite(share):
         panel.text(
-          module + 0.5, row + 0.5, f'{share:.3g}' if share < 10 else f'{share:.0f}',
+          module + 0.5, row + 0.5, f'{share:.2g}' if share < 10 else f'{share:.0f}',
           ha='center', va='center', fontsize=8,
           color='white' if share > 0.55 * top else _TEXT,
         )  # fmt: skip
@@ -90,7 +98,7 @@ def _bars(panel: mpl_axes.Axes, layers, labels) -> None:
   places = np.arange(len(layers)) + 0.5
   numbers = [len(layer.counts) for layer in layers]
   used = [layer.num_effective for layer in layers]
-  panel.barh(places, numbers, height=0.62, color='#eef1f4')
+  panel.barh(places, numbers, height=0.62, color=_ABSENT)
   panel.barh(places, used, height=0.62, color=_BAR)
   for place, value, number in zip(places, used, numbers, strict=True):
     panel.text(

@@ -46,11 +46,11 @@ class AddedChoose:
   is_learned = True
   is_balanced = False
   routes_padding = False
+  each_token_chooses = True
 
   def __post_init__(self):
-    if not getattr(self.router, 'is_learned', False) or getattr(
-      self.router, 'routes_padding', False
-    ):
+    is_known = getattr(self.router, 'each_token_chooses', False)
+    if not is_known or self.router.routes_padding:
       raise ValueError(
         'Modules can be added where each token chooses by learned logits, and '
         f'padding chooses none, but the router is {self.router}. Train the '

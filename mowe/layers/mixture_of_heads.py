@@ -121,7 +121,7 @@ class MixtureOfAttentionHeads(attention.MultiHeadAttention):
   routes_padding: bool = False
 
   def __post_init__(self):
-    if not isinstance(self.routing, tokens_choose.TokensChoose):
+    if not getattr(self.routing, 'each_token_chooses', False):
       raise ValueError(
         'Every query must choose modules itself, so routing of a mixture of '
         f'heads must be a TokensChoose, but is {self.routing}. Use '

@@ -39,6 +39,7 @@ class KeptChoose:
   is_learned = True
   is_balanced = False
   routes_padding = False
+  each_token_chooses = True
 
   def __post_init__(self):
     _check_kept(self.kept, self.num_columns)

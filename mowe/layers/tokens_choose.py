@@ -49,6 +49,8 @@ class TokensChoose:
 
   is_learned = True
   is_balanced = False
+  # Also of routers that are made of such ones.
+  each_token_chooses = True
 
   def __post_init__(self):
     if self.k < 1:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from mowe.layers import added_modules, pruned_modules, tokens_choose
+from mowe.layers import added_modules, pruned_modules
 from mowe.models import initialization, model_config, parameters
 
 Path = tuple[str, ...]
@@ -152,13 +152,9 @@ def with_layers(
 
 def check_router(layer: ModuleLayer) -> None:
   """Raises ValueError if modules cannot be added to or taken from a layer."""
-  known = (
-    tokens_choose.TokensChoose,
-    added_modules.AddedChoose,
-    pruned_modules.KeptChoose,
-  )
   router = layer.layer.routing
-  if not isinstance(router, known) or router.routes_padding:
+  is_known = getattr(router, 'each_token_chooses', False)
+  if not is_known or router.routes_padding:
     raise ValueError(
       'Modules are those of layers in which each token chooses by learned '
       f'logits (TokensChoose), and padding none, but {layer.place} has '

@@ -104,7 +104,7 @@ def train_gin(world, source, target, steps=6):
   return (
     'train', '--gin_file=gin_configs/optimizers/adamw.gin',
     '--gin_file=gin_configs/runs/pretrain_lm.gin',
-    '--gin_file=gin_configs/runs/added_modules.gin', *text_gin(world),
+    '--gin_file=gin_configs/modules/added_modules.gin', *text_gin(world),
     f"--gin.INITIAL_CHECKPOINT_PATH='{source}'", f"--gin.MODEL_DIR='{target}'",
     f'--gin.TRAIN_STEPS={steps}', '--gin.WARMUP_STEPS=1', '--gin.LOG_PERIOD=2',
     '--gin.LEARNING_RATE=0.03',
@@ -215,7 +215,7 @@ def test_usage_and_pruning(world, folder, tmp_path, capsys):
 def _finetune(world, source, target):
   return (
     'train', '--gin_file=gin_configs/optimizers/adamw.gin',
-    '--gin_file=gin_configs/runs/saved_model.gin',
+    '--gin_file=gin_configs/modules/saved_model.gin',
     '--gin_file=gin_configs/runs/pretrain_lm.gin', *text_gin(world),
     f"--gin.INITIAL_CHECKPOINT_PATH='{source}'", f"--gin.MODEL_DIR='{target}'",
     '--gin.TRAIN_STEPS=2', '--gin.WARMUP_STEPS=1',

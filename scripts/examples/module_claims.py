@@ -1,0 +1,326 @@
+"""Three claims about modules on two domains of text, at small scale.
+
+  python scripts/examples/module_claims.py DATA [--output FOLDER] [--seeds 2]
+
+DATA holds `a_train`, `a_test`, `b_train`, `b_test`, each as .txt or .jsonl, also
+.gz. Every step is a `mowe` command, which is printed; one that is done is not
+done again, so a stopped run goes on with the same command.
+
+- Efficiency: a dense model and one of modules are trained on domain A.
+- Extendability: both go on with domain B, whole, and the one of modules also with
+  added modules alone; the loss on A is measured before and after.
+- Specialisation: the model of modules is finetuned on B, with and without the
+  load-concentration loss, and loses the modules that B uses least.
+
+Ends with results.json and results.md.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+_DOMAINS = ('a', 'b')
+_FRACTIONS = (0.75, 0.5, 0.25)
+_GATES = ('keep', 'renormalise')
+_VOCAB = 4096
+
+
+def main() -> None:
+  """Runs what is not done yet, and writes the results."""
+  options = _parse()
+  steps = Steps(options)
+  results = {}
+  for seed in range(options.seeds):
+    results[f'seed {seed}'] = _of_seed(steps, options, seed)
+  folder = pathlib.Path(options.output)
+  (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+  (folder / 'results.md').write_text(_as_text(results))
+  print((folder / 'results.md').read_text())
+
+
+def _parse():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('data', type=pathlib.Path)
+  parser.add_argument('--output', default='module_claims_output')
+  parser.add_argument('--seeds', type=int, default=2)
+  parser.add_argument('--steps', type=int, default=4000, help='on domain A')
+  parser.add_argument('--more_steps', type=int, default=2000, help='on B')
+  parser.add_argument('--batch_size', type=int, default=32)
+  parser.add_argument('--length', type=int, default=128)
+  parser.add_argument('--dense', default='decoder_only_tiny')
+  parser.add_argument('--modular', default='moduleformer_tiny')
+  parser.add_argument('--new_mlp', type=int, default=4)
+  parser.add_argument('--new_attention', type=int, default=0)
+  parser.add_argument('--concentration', type=float, default=0.01)
+  parser.add_argument(
+    '--set', action='append', default=[], help='NAME=VALUE for every training'
+  )
+  return parser.parse_args()
+
+
+class Steps:
+  """Commands of an experiment, each run once."""
+
+  def __init__(self, options):
+    self.options = options
+    self.folder = pathlib.Path(options.output)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._prepare()
+
+  def run(self, done, *arguments):
+    """Runs `mowe` unless the file or folder that it ends with is there."""
+    if done.exists():
+      return
+    command = ['mowe', *map(str, arguments)]
+    print('$', shlex.join(command), flush=True)
+    subprocess.run(
+      [sys.executable, '-m', 'mowe.commands.main', *command[1:]], check=True
+    )
+
+  def _prepare(self):
+    """A vocabulary of both domains, and four token caches."""
+    files = {
+      f'{domain}_{split}': self._file(f'{domain}_{split}')
+      for domain in _DOMAINS
+      for split in ('train', 'test')
+    }
+    self.vocabulary = self.folder / 'vocabulary.model'
+    self.run(
+      self.vocabulary, 'train-vocabulary', self.vocabulary,
+      *(files[f'{domain}_train'] for domain in _DOMAINS),
+      '--size', _VOCAB - 128,
+    )  # fmt: skip
+    for name, file in files.items():
+      cache = self.folder / 'cache' / name
+      self.run(
+        cache / 'cache.json', 'cache-task', cache, file,
+        '--vocabulary', self.vocabulary, '--kind', 'language_model',
+      )  # fmt: skip
+
+  def _file(self, name):
+    found = sorted(self.options.data.glob(f'{name}.*'))
+    if len(found) != 1:
+      raise SystemExit(
+        f'DATA must hold one file {name}.txt, .jsonl or one of these with .gz, '
+        f'but {self.options.data} has {[str(path) for path in found]}.'
+      )
+    return found[0]
+
+  def train(self, target, domain, seed, steps, files, **macros):
+    """Trains a model on a domain; returns its folder."""
+    folder = self.folder / f'seed_{seed}' / target
+    settings = self._data(f'{domain}_train') | {
+      'MODEL_DIR': str(folder),
+      'TRAIN_STEPS': steps,
+      'RANDOM_SEED': seed,
+      'SAVE_PERIOD': max(1, steps // 4),
+    }
+    given = [f'--gin.{item}' for item in self.options.set]
+    self.run(
+      folder / f'checkpoint_{steps}' / 'manifest.json', 'train',
+      *(f'--gin_file=gin_configs/{file}.gin' for file in files),
+      *_gin(settings | macros), *given,
+    )  # fmt: skip
+    return folder
+
+  def losses(self, folder):
+    """Nats per token on the test text of both domains."""
+    values = {}
+    for domain in _DOMAINS:
+      output = folder / f'{domain}_test'
+      settings = self._data(f'{domain}_test') | {
+        'CHECKPOINT_PATH': str(folder),
+        'EVAL_OUTPUT_DIR': str(output),
+      }
+      self.run(
+        output / 'results.json', 'evaluate',
+        '--gin_file=gin_configs/runs/evaluate.gin', *_gin(settings),
+      )  # fmt: skip
+      values[domain] = json.loads((output / 'results.json').read_text())['loss']
+    return values
+
+  def usage(self, folder, domain):
+    """Measures which modules the training text of a domain uses."""
+    output = folder / f'usage_{domain}'
+    settings = self._data(f'{domain}_train') | {
+      'CHECKPOINT_PATH': str(folder),
+      'USAGE_OUTPUT_DIR': str(output),
+      'NUM_BATCHES': 100,
+    }
+    self.run(
+      output / 'usage.png', 'modules', 'usage',
+      '--gin_file=gin_configs/runs/modules_usage.gin', *_gin(settings),
+    )  # fmt: skip
+    return output / 'usage.json'
+
+  def _data(self, name):
+    return {
+      'MIXTURE_OR_TASK_NAME': name,
+      'CACHE_DIR': str(self.folder / 'cache'),
+      'TASK_FEATURE_LENGTHS': {'targets': self.options.length},
+      'BATCH_SIZE': self.options.batch_size,
+    }
+
+
+def _gin(macros):
+  return [f'--gin.{name}={value!r}' for name, value in macros.items()]
+
+
+def _of_seed(steps, options, seed):
+  """All numbers of one seed."""
+  results = {'efficiency': {}, 'extendability': {}, 'specialisation': {}}
+  trained = {}
+  for name, model in (('dense', options.dense), ('modular', options.modular)):
+    trained[name] = steps.train(
+      f'{name}_a', 'a', seed, options.steps,
+      [f'models/{model}', 'optimizers/adamw', 'runs/pretrain_lm'],
+      VOCABULARY_PATH=str(steps.vocabulary), VOCAB_SIZE=_VOCAB,
+    )  # fmt: skip
+    losses = steps.losses(trained[name])
+    results['efficiency'][name] = _costs(
+      trained[name], options.batch_size, options.length
+    ) | {'loss': losses['a']}
+    results['extendability'][f'{name}, before'] = losses
+  results['extendability'] |= _extended(steps, options, seed, trained)
+  results['specialisation'] = _specialised(steps, options, seed, trained)
+  return results
+
+
+_SAVED = ['modules/saved_model', 'optimizers/adamw', 'runs/pretrain_lm']
+
+
+def _extended(steps, options, seed, trained):
+  """Losses after domain B: everything trained, or added modules alone."""
+  losses = {}
+  for name in ('dense', 'modular'):
+    folder = steps.train(
+      f'{name}_b', 'b', seed, options.more_steps, _SAVED,
+      INITIAL_CHECKPOINT_PATH=str(trained[name]),
+    )  # fmt: skip
+    losses[f'{name}, all trained on B'] = steps.losses(folder)
+  larger = trained['modular'].parent / 'added'
+  steps.run(
+    larger, 'modules', 'add', trained['modular'], larger, '--seed', seed,
+    '--mlp', options.new_mlp, '--attention', options.new_attention,
+  )  # fmt: skip
+  folder = steps.train(
+    'added_b', 'b', seed, options.more_steps,
+    ['optimizers/adamw', 'runs/pretrain_lm', 'modules/added_modules'],
+    INITIAL_CHECKPOINT_PATH=str(larger),
+  )  # fmt: skip
+  losses['modular, added modules trained on B'] = steps.losses(folder)
+  for domain in _DOMAINS:
+    steps.usage(folder, domain)
+  return losses
+
+
+def _specialised(steps, options, seed, trained):
+  """Losses on B of models that lose modules."""
+  losses = {}
+  for name, weight in (('plain', 0.0), ('concentrated', options.concentration)):
+    folder = steps.train(
+      f'{name}_b', 'b', seed, options.more_steps, _SAVED,
+      **{
+        'INITIAL_CHECKPOINT_PATH': str(trained['modular']),
+        'router_training.RouterLossConfig.load_balance': 0.0,
+        'router_training.RouterLossConfig.load_concentration': weight,
+      },
+    )  # fmt: skip
+    losses[f'{name}, all modules'] = steps.losses(folder)['b']
+    usage = steps.usage(folder, 'b')
+    for fraction in _FRACTIONS:
+      for gates in _GATES:
+        smaller = folder.parent / f'{folder.name}_{gates}_{fraction}'
+        steps.run(
+          smaller, 'modules', 'prune', folder, smaller, '--usage', usage,
+          '--fraction', fraction, '--gates', gates,
+        )  # fmt: skip
+        named = f'{name}, {fraction:.0%} of the modules, gates {gates}'
+        losses[named] = steps.losses(smaller)['b']
+  return losses
+
+
+def _speed(folder, batch_size, length):
+  """Tokens per second, forward and back, on a machine that does nothing else."""
+  import jax
+  import numpy as np
+
+  from mowe.commands import model_folder
+
+  file = folder / 'speed.json'
+  if file.exists():
+    return json.loads(file.read_text())
+  loaded = model_folder.load(str(folder))
+  ids = np.random.default_rng(0).integers(1, _VOCAB - 128, (batch_size, length))
+  batch = {
+    'decoder_input_tokens': ids.astype(np.int32),
+    'decoder_target_tokens': ids.astype(np.int32),
+  }
+
+  def total(params):
+    logits = loaded.model.apply(
+      {'params': params}, batch, enable_dropout=False, method='of_batch'
+    )
+    return jax.nn.logsumexp(logits, axis=-1).mean()
+
+  gradient = jax.jit(jax.grad(total))
+  times = []
+  for _ in range(12):
+    start = time.perf_counter()
+    jax.block_until_ready(gradient(loaded.params))
+    times.append(time.perf_counter() - start)
+  # The first two compile and warm up.
+  speed = ids.size / sorted(times[2:])[5]
+  file.write_text(json.dumps(speed))
+  return speed
+
+
+def _costs(folder, batch_size, length):
+  """Parameters and FLOPs per token of a model, and tokens per second."""
+  from mowe.commands import model_folder
+  from mowe.models import costs
+
+  config, _ = model_folder.load_config(folder)
+  found = costs.model_costs(config)
+  return {
+    'parameters': found.total_parameters,
+    'active': found.active_parameters,
+    'flops_per_token': found.flops_per_target_token,
+    'tokens_per_second': _speed(folder, batch_size, length),
+  }
+
+
+def _as_text(results):
+  """Tables for people: a row for each number, a column for each seed."""
+  text = []
+  for claim in ('efficiency', 'extendability', 'specialisation'):
+    text.append(f'## {claim.capitalize()}\n')
+    text.append('| | ' + ' | '.join(results) + ' |')
+    text.append('|---|' + '---:|' * len(results))
+    for name in next(iter(results.values()))[claim]:
+      cells = [_cell(of_seed[claim][name]) for of_seed in results.values()]
+      text.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    text.append('')
+  return '\n'.join(text)
+
+
+def _cell(value):
+  if isinstance(value, dict):
+    return ', '.join(f'{name} {_cell(one)}' for name, one in value.items())
+  if value is None:
+    return '-'
+  return (
+    f'{value:.4f}'
+    if isinstance(value, float) and value < 100
+    else (f'{value:,.0f}')
+  )
+
+
+if __name__ == '__main__':
+  main()
