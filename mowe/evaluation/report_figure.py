@@ -1,138 +1,331 @@
-"""The figure of a report: loss curves, and EM against compute and size."""
+"""The figures of a report: scores, sizes, losses, frequency; dark and light."""
 
+import dataclasses
+import io
 import math
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import matplotlib
+import numpy as np
 from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 
+from mowe.evaluation import comparison
+
 if typing.TYPE_CHECKING:
-  from mowe.evaluation import report
+  from mowe.evaluation import report as report_lib
 
-# Okabe and Ito's colours: told apart by colour-blind readers too. Without
-# their yellow, which is hard to see on white.
-_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
-_TEXT = '#1b1f24'
-_FAINT = '#59636e'
 
 
-def draw(
-  results: 'Sequence[report.ModelResult]', path: str | os.PathLike[str]
+@dataclasses.dataclass(frozen=True)
+class Theme:
+  """Colours of a page.
+
+  Attributes:
+    text: of titles.
+    faint: of labels.
+    grid: of lines behind.
+    page: behind everything.
+    models: told apart by colour-blind readers too: Okabe and Ito's, without
+      their yellow and black.
+  """
+
+  text: str
+  faint: str
+  grid: str
+  page: str
+  models: tuple[str, ...]
+
+
+LIGHT = Theme(
+  text='#1b1f24',
+  faint='#59636e',
+  grid='#e6e9ec',
+  page='#ffffff',
+  models=('#0072B2', '#D55E00', '#009E73', '#B8528F', '#2A93C9', '#B97F00'),
+)
+DARK = Theme(
+  text='#e6edf3',
+  faint='#9198a1',
+  grid='#2a313a',
+  page='#0d1117',
+  models=('#56B4E9', '#F0803C', '#2FC69B', '#E08BBE', '#9CCBF0', '#F2B53A'),
+)
+
+Panel = Callable[[mpl_axes.Axes, 'report_lib.Report', Theme], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """One figure in both themes, as SVG.
+
+  Attributes:
+    title: what it shows.
+    light, dark: the images.
+  """
+
+  title: str
+  light: bytes
+  dark: bytes
+
+
+def page_figures(report: 'report_lib.Report') -> list[Figure]:
+  """Each panel as a figure of its own, to be put in rows that fit the page."""
+  return [
+    Figure(title, _svg(draw, report, LIGHT), _svg(draw, report, DARK))
+    for title, draw in _panels(report)
+  ]
+
+
+def write_png(
+  report: 'report_lib.Report', path: str | os.PathLike[str]
 ) -> None:
-  """Writes the figure as PNG; a model has one colour in all panels.
+  """Writes all panels as one picture.
 
   No pyplot: it would take a display and keep figures alive.
   """
-  figure = mpl_figure.Figure(figsize=(13, 4.9), dpi=150, layout='constrained')
-  figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1, wspace=0.03)
-  loss, flops, parameters = figure.subplots(1, 3)
-  handles = []
-  for index, result in enumerate(results):
-    style = {
-      'color': _COLORS[index % len(_COLORS)],
-      # Another number of markers than of colours: 42 models before a repeat.
-      'marker': _MARKERS[index % len(_MARKERS)],
-    }
-    handles.append(_curve(loss, result, style))
-    _point(flops, result, result.flops_per_token, style)
-    _point(parameters, result, result.total_parameters, style)
-  _finish(loss, 'Training loss', 'step', 'loss')
-  _finish(flops, 'Exact match by compute', 'FLOPs per token', 'EM (%)')
-  _finish(parameters, 'Exact match by size', 'parameters', 'EM (%)')
-  loss.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
-  loss.xaxis.set_major_locator(ticker.MaxNLocator(5))
-  _leave_out_start(loss, results)
-  for panel, values in (
-    (flops, [result.flops_per_token for result in results]),
-    (parameters, [result.total_parameters for result in results]),
-  ):
-    _log_axis(panel, values)
-    top = max(result.em_interval[1] for result in results)
-    panel.set_ylim(0, max(1.0, 1.1 * top))
+  panels = _panels(report)
+  columns = min(3, len(panels))
+  rows = math.ceil(len(panels) / columns)
+  figure = mpl_figure.Figure(
+    figsize=(4.9 * columns, 4.1 * rows), dpi=120, layout='constrained'
+  )
+  figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+  all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axes in all_axes:
+    axes.set_visible(False)
+  for axes, (title, draw) in zip(all_axes, panels, strict=False):
+    axes.set_visible(True)
+    draw(axes, report, LIGHT)
+    axes.set_title(title, loc='left', color=LIGHT.text, fontsize=12, pad=10)
+  # Of the points: those of bars have no markers.
+  handles, labels = figure.axes[1].get_legend_handles_labels()
   figure.legend(
-    handles=handles,
+    handles,
+    labels,
     loc='outside lower center',
-    ncols=min(len(results), 4),
+    ncols=min(len(labels), 6),
     frameon=False,
-    labelcolor=_TEXT,
+    labelcolor=LIGHT.text,
     fontsize=11,
   )
-  figure.savefig(path)
+  figure.savefig(path, facecolor=LIGHT.page)
 
 
-def _curve(panel: mpl_axes.Axes, result, style):
-  """Draws a learning curve and returns the handle for the legend."""
-  steps = [step for step, _ in result.learning_curve]
-  losses = [loss for _, loss in result.learning_curve]
-  panel.plot(steps, losses, color=style['color'], linewidth=1.8)
-  # One marker at the end ties the curve to the points of the other panels.
-  panel.plot(steps[-1:], losses[-1:], markersize=7, **style)
-  (handle,) = panel.plot(
-    [], [], label=_label(result.name), linewidth=1.8, markersize=7, **style
-  )
-  return handle
+def _panels(report) -> list[tuple[str, Panel]]:
+  panels: list[tuple[str, Panel]] = [
+    ('Exact match', _scores),
+    ('EM by compute', _by_flops),
+    ('EM by size', _by_size),
+  ]
+  if any(result.curve for result in report.results):
+    panels.append(('Training loss', _curves))
+  if any(result.held_out_curve for result in report.results):
+    panels.append(('Loss on held-out text', _held_out_curves))
+  frequency = comparison.by_frequency(report.questions, report.num_bins)
+  if len(frequency.groups) > 1:
+    panels.append(('EM by frequency of the entity', _by_frequency))
+  return panels
 
 
-def _leave_out_start(panel: mpl_axes.Axes, results) -> None:
+def _svg(draw: Panel, report, theme: Theme) -> bytes:
+  # Letters as outlines look the same everywhere; a fixed salt gives the same
+  # file again.
+  with matplotlib.rc_context({'svg.hashsalt': 'mowe', 'svg.fonttype': 'path'}):
+    figure = mpl_figure.Figure(figsize=(4.5, 3.3), layout='constrained')
+    axes = figure.subplots()
+    draw(axes, report, theme)
+    content = io.BytesIO()
+    figure.savefig(
+      content, format='svg', transparent=True, metadata={'Date': None}
+    )
+  return content.getvalue()
+
+
+def _style(theme: Theme, index: int) -> dict[str, str]:
+  return {
+    'color': theme.models[index % len(theme.models)],
+    # Another number of markers than of colours: 42 models before a repeat.
+    'marker': _MARKERS[index % len(_MARKERS)],
+  }
+
+
+def _scores(axes, report, theme):
+  """A bar with its interval for each model."""
+  results = report.results
+  for place, result in enumerate(results):
+    score = result.score()
+    color = _style(theme, place)['color']
+    axes.barh(place, score.em, height=0.62, color=color, alpha=0.85)
+    low, high = score.em_interval
+    axes.plot([low, high], [place, place], color=theme.text, linewidth=1.4)
+    axes.annotate(
+      f'{score.em:.1f}',
+      (max(high, score.em), place),
+      xytext=(6, 0),
+      textcoords='offset points',
+      va='center',
+      color=theme.text,
+      fontsize=10,
+    )
+  _finish(axes, theme, 'EM (%), with its 95 % interval', '')
+  axes.set_yticks(range(len(results)), [_label(r.name) for r in results])
+  axes.tick_params(axis='y', labelcolor=theme.text, length=0)
+  axes.set_ylim(len(results) - 0.4, -0.6)
+  top = max(result.score().em_interval[1] for result in results)
+  axes.set_xlim(0, max(1.0, 1.18 * top))
+  axes.grid(False, axis='y')
+
+
+def _by_flops(axes, report, theme):
+  _points(axes, report, theme, [r.flops_formula for r in report.results])
+  _finish(axes, theme, 'FLOPs per token (formula)', 'EM (%)')
+
+
+def _by_size(axes, report, theme):
+  _points(axes, report, theme, [r.total_parameters for r in report.results])
+  _finish(axes, theme, 'parameters', 'EM (%)')
+
+
+def _points(axes, report, theme, values):
+  scores = [result.score() for result in report.results]
+  for index, (result, score, x) in enumerate(
+    zip(report.results, scores, values, strict=True)
+  ):
+    low, high = score.em_interval
+    axes.errorbar(
+      [x],
+      [score.em],
+      yerr=[[max(0.0, score.em - low)], [max(0.0, high - score.em)]],
+      capsize=4,
+      elinewidth=1.4,
+      markersize=8,
+      linestyle='none',
+      label=_label(result.name),
+      **_style(theme, index),
+    )
+  low, high = min(values), max(values)
+  if high < 1.05 * low:
+    # Equal on purpose, they would hide each other: side by side at one tick.
+    for index, container in enumerate(axes.containers):
+      _shift(container, (index - (len(values) - 1) / 2) * 0.05 * low)
+    axes.set_xlim(0.8 * low, 1.2 * high)
+    axes.set_xticks([(low + high) / 2])
+  else:
+    axes.set_xscale('log')
+    axes.set_xlim(low / 1.6, high * 1.6)
+    subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  top = max(score.em_interval[1] for score in scores)
+  axes.set_ylim(0, max(1.0, 1.1 * top))
+
+
+def _shift(container, shift):
+  line, caps, bars = container.lines
+  for part in (line, *caps):
+    part.set_xdata(np.asarray(part.get_xdata()) + shift)
+  for part in bars:
+    part.set_segments([s + [[shift, 0]] for s in part.get_segments()])
+
+
+def _curves(axes, report, theme):
+  _lines(axes, theme, [(r.name, r.curve) for r in report.results])
+
+
+def _held_out_curves(axes, report, theme):
+  _lines(axes, theme, [(r.name, r.held_out_curve) for r in report.results])
+
+
+def _lines(axes, theme, curves):
+  for index, (name, curve) in enumerate(curves):
+    known = [(step, loss) for step, loss in curve if _is_number(loss)]
+    if not known:
+      continue
+    steps, losses = zip(*known, strict=True)
+    style = _style(theme, index)
+    axes.plot(
+      steps,
+      losses,
+      linewidth=1.8,
+      markersize=5,
+      markevery=[len(steps) - 1],
+      label=_label(name),
+      **style,
+    )
+  _leave_out_start(axes, [curve for _, curve in curves])
+  _finish(axes, theme, 'step', 'loss')
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+
+
+def _leave_out_start(axes, curves) -> None:
   """Cuts the steep start off, which hides how the models differ."""
-  last = max(
-    (r.learning_curve[-1][0] for r in results if r.learning_curve), default=0
-  )
+  last = max((curve[-1][0] for curve in curves if curve), default=0)
   losses = [
     loss
-    for result in results
-    for step, loss in result.learning_curve
-    if step >= 0.04 * last and math.isfinite(loss)
+    for curve in curves
+    for step, loss in curve
+    if step >= 0.04 * last and _is_number(loss)
   ]
   if losses:
     margin = 0.05 * (max(losses) - min(losses)) or 0.1
-    panel.set_ylim(min(losses) - margin, max(losses) + margin)
+    axes.set_ylim(min(losses) - margin, max(losses) + margin)
 
 
-def _point(panel: mpl_axes.Axes, result, x: float, style) -> None:
-  low, high = result.em_interval
-  panel.errorbar(
-    [x],
-    [result.em],
-    yerr=[[max(0.0, result.em - low)], [max(0.0, high - result.em)]],
-    capsize=4,
-    elinewidth=1.4,
-    markersize=9,
-    markeredgecolor='white',
-    **style,
-  )
+def _by_frequency(axes, report, theme):
+  groups = comparison.by_frequency(report.questions, report.num_bins).groups
+  width = 0.8 / len(report.results)
+  for index, result in enumerate(report.results):
+    places = np.arange(len(groups)) + (index + 0.5) * width - 0.4
+    style = _style(theme, index)
+    scores = [group.score(result) for group in groups]
+    axes.bar(
+      places,
+      [score.em for score in scores],
+      width=0.9 * width,
+      color=style['color'],
+      alpha=0.85,
+      label=_label(result.name),
+    )
+    for place, score in zip(places, scores, strict=True):
+      axes.plot(
+        [place, place], score.em_interval, color=theme.text, linewidth=1.0
+      )
+  _finish(axes, theme, 'times the pretraining text names the entity', 'EM (%)')
+  axes.set_xticks(range(len(groups)), [group.name for group in groups])
+  axes.grid(False, axis='x')
+  axes.set_ylim(bottom=0)
 
 
-def _log_axis(panel: mpl_axes.Axes, values: Sequence[float]) -> None:
-  """A log axis with few readable ticks, also within one power of ten."""
-  low = max(min(values), 1e-9)
-  high = max(*values, low)
-  panel.set_xscale('log')
-  panel.set_xlim(low / 1.6, high * 1.6)
-  subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
-  panel.xaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
-  panel.xaxis.set_minor_locator(ticker.NullLocator())
-  panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+def _finish(axes: mpl_axes.Axes, theme: Theme, x: str, y: str) -> None:
+  axes.set_xlabel(x, color=theme.faint, fontsize=10)
+  axes.set_ylabel(y, color=theme.faint, fontsize=10)
+  axes.tick_params(colors=theme.grid, labelcolor=theme.faint, labelsize=9.5)
+  axes.grid(True, color=theme.grid, linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.spines[['left', 'bottom']].set_color(theme.grid)
+  axes.patch.set_alpha(0)
 
 
-def _finish(panel: mpl_axes.Axes, title: str, x: str, y: str) -> None:
-  panel.set_title(title, loc='left', color=_TEXT, fontsize=13, pad=10)
-  panel.set_xlabel(x, color=_FAINT, fontsize=11)
-  panel.set_ylabel(y, color=_FAINT, fontsize=11)
-  panel.tick_params(colors=_FAINT, labelsize=10)
-  panel.grid(True, color='#e6e9ec', linewidth=0.8)
-  panel.set_axisbelow(True)
-  panel.spines[['top', 'right']].set_visible(False)
-  panel.spines[['left', 'bottom']].set_color('#d1d9e0')
+def _is_number(value: float | None) -> bool:
+  return value is not None and math.isfinite(value)
 
 
-def _label(name: str, limit: int = 40) -> str:
+def _label(name: str, limit: int = 26) -> str:
   """Makes a name safe for matplotlib, which reads $...$ as mathematics."""
   name = ' '.join(name.split()).replace('$', r'\$')
   # A leading underscore would hide it from the legend.
   name = name if not name.startswith('_') else ' ' + name
   return name if len(name) <= limit else name[: limit - 1] + '…'
+
+
+def colors(theme: Theme, number: int) -> Sequence[str]:
+  """The colours of so many models."""
+  return [_style(theme, index)['color'] for index in range(number)]

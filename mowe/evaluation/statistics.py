@@ -6,6 +6,7 @@ questions of the same kind would change, and nothing of other seeds.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -55,8 +56,7 @@ def bootstrap_interval(
   scores = _check(scores)
   if np.ptp(scores) == 0 and scores[0] in (0, 1):
     return wilson_interval(scores[0], len(scores))
-  low, high = np.percentile(_resampled_means(scores, seed), (2.5, 97.5))
-  return float(low), float(high)
+  return _interval(scores.tobytes(), seed)
 
 
 def paired_test(
@@ -81,13 +81,13 @@ def paired_test(
       f'{len(first)} and {len(second)}. Ask both models the same questions.'
     )
   differences = second - first
-  low, high = np.percentile(_resampled_means(differences, seed), (2.5, 97.5))
+  low, high = _interval(differences.tobytes(), seed)
   num_better = int((differences > 0).sum())
   num_worse = int((differences < 0).sum())
   return PairedTest(
     difference=float(differences.mean()),
-    low=float(low),
-    high=float(high),
+    low=low,
+    high=high,
     num_better=num_better,
     num_worse=num_worse,
     p_value=sign_test(num_better, num_worse),
@@ -110,6 +110,14 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
   spread = share * (1 - share) / count + _Z**2 / (4 * count**2)
   half = _Z * math.sqrt(spread) / (1 + _Z**2 / count)
   return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+@functools.lru_cache(maxsize=4096)
+def _interval(values: bytes, seed: int) -> tuple[float, float]:
+  """Percentiles of the means of resamples; a report asks again and again."""
+  means = _resampled_means(np.frombuffer(values, np.float64), seed)
+  low, high = np.percentile(means, (2.5, 97.5))
+  return float(low), float(high)
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:

@@ -4,43 +4,10 @@ import dataclasses
 import html.parser
 import json
 
+import comparisons
 import pytest
 
-from mowe.evaluation import report
-
-_HOSTILE = '<script>alert("x")</script> | $\\frac$ &amp;'
-
-
-def _results():
-  samples = (
-    report.SampleQuestion('Who wrote it?', ('Ada', 'A. King'), 'Ada'),
-    report.SampleQuestion('Where?', ('<b>Paris</b>',), 'Lyon'),
-  )
-  dense = report.ModelResult(
-    name='dense',
-    total_parameters=77_000_000,
-    active_parameters=76_500_000,
-    frozen_parameters=1_230_000,
-    flops_per_token=154e6,
-    em=12.34,
-    f1=23.45,
-    num_questions=1024,
-    seconds=3601.0,
-    learning_curve=[(0, 9.5), (100, 4.25), (200, float('nan'))],
-    em_by_relation={'capital of': 40.5},
-    seeds=(7, 8),
-    samples=samples,
-  )
-  hostile = dataclasses.replace(
-    dense,
-    name=_HOSTILE,
-    total_parameters=512_000_000,
-    em=0.0,
-    learning_curve=[],
-    em_by_relation={'born in': 5.25},
-    samples=(dataclasses.replace(samples[0], prediction='<i>Bob</i>'),),
-  )
-  return [dense, hostile]
+from mowe.evaluation import comparison, report, report_tables
 
 
 class _Tags(html.parser.HTMLParser):
@@ -62,73 +29,131 @@ class _Tags(html.parser.HTMLParser):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp('report')
-  assert report.write_report(_results(), path, '<h1>') == path / 'index.html'
+  made = report.write_report(comparisons.whole_report(), path)
+  assert made == path / 'index.html'
   return path
 
 
-def test_the_page_escapes_every_text(folder):
-  page = _Tags((folder / 'index.html').read_text(encoding='utf-8'))
-  assert not {'script', 'b', 'i', 'link'} & set(page.tags)
-  for text in ('<h1>', _HOSTILE, '<b>Paris</b>', '<i>Bob</i>'):
-    assert text in page.text
+@pytest.fixture(scope='module')
+def page(folder):
+  return (folder / 'index.html').read_text('utf-8')
 
 
-def test_the_page_needs_nothing_else(folder):
-  text = (folder / 'index.html').read_text(encoding='utf-8')
-  (source,) = _Tags(text).sources
-  assert source.startswith('data:image/png;base64,')
-  assert 'prefers-color-scheme: dark' in text and 'width=device-width' in text
-  assert 'http' not in text.replace(source, '')
+@pytest.fixture(scope='module')
+def markdown(folder):
+  return (folder / 'report.md').read_text('utf-8')
 
 
-def test_all_numbers_are_in_page_and_table(folder):
-  page = ' '.join(_Tags((folder / 'index.html').read_text('utf-8')).text)
-  table = (folder / 'table.md').read_text('utf-8')
-  numbers = '77M 76.5M 1.23M 154M 12.34 23.45 1,024 3,601 40.50 5.25 512M'
-  for number in numbers.split() + ['7, 8', 'nan', '10.5 – 14.5']:
-    assert number in page, number
-    assert number in table, number
+def test_the_page_escapes_every_text(page):
+  tags = _Tags(page)
+  assert not {'script', 'b', 'i', 'u', 'link', 'more'} & set(tags.tags)
+  text = ' '.join(tags.text)
+  for part in (
+    '<h1> of models', comparisons.HOSTILE, 'Who <b>wrote</b> it?',
+    '<i>4</i>', 'wrong <u>4</u>', '24 questions & <more>.',
+  ):  # fmt: skip
+    assert part in text, part
 
 
-def test_the_table_keeps_its_columns(folder):
-  lines = (folder / 'table.md').read_text('utf-8').splitlines()
-  for line in lines[:4]:
-    cells = line.replace('\\\\', '').replace('\\|', '').count('|') - 1
-    assert cells == len(report.COLUMNS), line
-  assert '<script>' not in '\n'.join(lines)
+def test_the_page_needs_nothing_else(page):
+  sources = _Tags(page).sources
+  # Each figure in both themes.
+  assert len(sources) == 2 * 6
+  for source in sources:
+    assert source.startswith('data:image/svg+xml;base64,')
+    page = page.replace(source, '')
+  assert 'prefers-color-scheme: dark' in page and 'width=device-width' in page
+  assert 'http' not in page and '@import' not in page
+
+
+def test_all_numbers_are_in_page_and_markdown(page, markdown):
+  page = ' '.join(_Tags(page).text)
+  numbers = '77M 76.5M 430M 154M 161M 12.3K 171M 2.125 1.875'
+  for number in numbers.split() + [
+    '7: 12.5, 8: 20.8', '1.50 GiB', '1h 00m', '42 s', '75.0 (40)', '12.5 %',
+    'EXPERT\\_DIM = 96 for the FLOPs',
+  ]:  # fmt: skip
+    assert number in markdown, number
+    assert number.replace('\\', '') in page, number
+  assert '≥ 171M' in page and '≥ 161M' not in page
+
+
+def test_what_is_not_known_is_said_to_be_so(page, markdown):
+  (line,) = [
+    row for row in markdown.splitlines() if row.startswith('| dense | 16.7')
+  ]
+  assert line.endswith('| n/a | n/a | n/a |')
+  questions = [
+    dataclasses.replace(question, entity_count=None, relation=None)
+    for question in comparisons.questions()
+  ]
+  made = comparisons.whole_report(questions=questions)
+  text = report_tables.markdown(made, report_tables.tables(made), [], 'x.png')
+  assert "n/a: questions have no field 'entity'." in text
+  assert "n/a: questions have no field 'relation'." in text
+  # Of one question the entity is not known.
+  assert 'Of 1 questions it is not known' in markdown
+
+
+def test_models_are_compared_on_the_same_questions(markdown):
+  table = markdown[markdown.index('## Against dense') :]
+  row = table.splitlines()[4]
+  # 16 right of 24 and 4: better on 4 to 18, worse on 1 and 2.
+  assert '| +50.0 |' in row and row.endswith('| 15 | 2 | 0.0023 |'), row
+
+
+def test_tables_keep_their_columns(markdown):
+  widths = None
+  for line in markdown.splitlines():
+    if not line.startswith('|'):
+      widths = None
+      continue
+    cells = line.replace('\\\\', '').replace('\\|', '').count('|')
+    assert widths in (None, cells), line
+    widths = cells
+  assert '<script>' not in markdown and '<u>' not in markdown
 
 
 def test_results_json_holds_everything(folder):
-  text = (folder / 'results.json').read_text(encoding='utf-8')
+  text = (folder / 'results.json').read_text('utf-8')
   assert 'NaN' not in text
-  dense, hostile = json.loads(text)
-  fields = {field.name for field in dataclasses.fields(report.ModelResult)}
-  assert set(dense) == fields | {'em_interval'}
-  assert dense['learning_curve'] == [[0, 9.5], [100, 4.25], [200, None]]
-  assert dense['samples'][1]['answers'] == ['<b>Paris</b>']
-  assert hostile['name'] == _HOSTILE
+  dense, sparse = json.loads(text)
+  fields = {field.name for field in dataclasses.fields(comparison.ModelResult)}
+  assert set(dense) >= fields - {'answers'}
+  assert dense['curve'] == [[0, 9.5], [100, 4.25], [200, None]]
+  assert dense['seeds'] == [7, 8]
+  assert sparse['recall'] == {'all spans': [30, 40]}
+  assert sparse['name'] == comparisons.HOSTILE
+  relations = sparse['breakdowns']['relation']
+  assert relations['birth_date']['num_questions'] == 12
+  assert relations['birth_date']['em'] == pytest.approx(100 * 8 / 12)
 
 
 def test_the_figure_is_a_png(folder):
   data = (folder / 'comparison.png').read_bytes()
-  assert data.startswith(b'\x89PNG') and len(data) > 10_000
+  assert data.startswith(b'\x89PNG') and len(data) > 30_000
 
 
-def test_interval_of_a_percentage():
-  # Wilson by hand for 5 of 10: middle 0.5, half width 0.2634.
-  low, high = report.wilson_interval(50.0, 10)
-  assert (low, high) == pytest.approx((23.66, 76.34), abs=0.01)
-  low, high = report.wilson_interval(0.0, 100)
-  assert low == 0 and 3 < high < 4
+def test_examples_show_answers_and_experts(page, markdown):
+  assert '>zorblat <small>417</small>' not in page  # Both models know 3.
+  made = comparisons.whole_report(
+    word_experts={5: {'MoWE': [('who', None), ('zorblat', 417)]}}
+  )
+  examples = report_tables.examples(made)
+  (shown,) = [one for one in examples if one.words]
+  assert shown.question == 'Question 5 of Zorblat?'
+  assert [right for *_, right in shown.predictions] == [False, True]
+  text = report_tables.markdown(made, [], examples, 'x.png')
+  assert '- experts of MoWE: who none, zorblat 417' in text
+  assert '- dense: wrong &lt;u&gt;5&lt;/u&gt; ✗' in text
 
 
-def test_errors_say_what_to_do(tmp_path):
-  dense = _results()[0]
-  with pytest.raises(ValueError, match='name each once'):
-    report.write_report([dense, dense], tmp_path)
+def test_one_model_alone_has_a_report(tmp_path):
+  made = comparisons.whole_report(results=comparisons.results()[:1])
+  text = report.write_report(made, tmp_path).read_text('utf-8')
+  assert 'Against' not in text and 'Load of the experts' not in text
+
+
+def test_reports_of_nothing_are_refused():
   with pytest.raises(ValueError, match='at least one model'):
-    report.write_report([], tmp_path)
-  with pytest.raises(ValueError, match='em of .dense. is 101.*percentages'):
-    dataclasses.replace(dense, em=101)
-  with pytest.raises(ValueError, match='Leave out models'):
-    dataclasses.replace(dense, num_questions=0)
+    comparisons.whole_report(results=[])
