@@ -1,5 +1,6 @@
 """Gin files and bindings from the command line; the only import of gin."""
 
+import copy
 import difflib
 import importlib.resources
 import pathlib
@@ -92,6 +93,21 @@ def call(function: Callable[..., Any], **arguments: Any) -> Any:
 def macro(name: str) -> Any:
   """The value of a macro in what was parsed last."""
   return gin.query_parameter(f'%{name}')
+
+
+def made(name: str) -> Any:
+  """What a macro stands for: a reference in it is called."""
+  # Copying a reference calls it.
+  return copy.deepcopy(macro(name))
+
+
+def configures(function: Callable[..., Any]) -> bool:
+  """Whether what was parsed last configures a function or class."""
+  try:
+    gin.get_configurable(function)
+  except ValueError:
+    return False
+  return True
 
 
 def operative_config() -> str:

@@ -205,6 +205,23 @@ def _make_parser() -> argparse.ArgumentParser:
   )
   vocabulary.set_defaults(run=_train_vocabulary)
 
+  compare = verbs.add_parser(
+    'compare', help='train and compare the models of an experiment'
+  )
+  compare.add_argument('experiment', help='gin_configs/experiments/*.gin')
+  _add_gin(compare)
+  compare.add_argument(
+    '--dry_run', action='store_true', help='size the models, and stop'
+  )
+  compare.add_argument(
+    '--add',
+    action='append',
+    default=[],
+    metavar='NAME=FOLDER',
+    help='a finetuned model from elsewhere',
+  )
+  compare.set_defaults(run=_compare)
+
   quickstart = verbs.add_parser(
     'quickstart', help='T5 and MoWE of equal FLOPs, from text to answers'
   )
@@ -511,8 +528,32 @@ def _train_vocabulary(options, bindings):
   print(f'{options.output}: {vocabulary.size:,} ids with sentinels.')
 
 
+def _compare(options, bindings):
+  _leave_devices_to_runs()
+  from mowe.commands import compare, compare_experiment
+
+  experiment = compare_experiment.load(
+    [options.experiment, *options.gin_file],
+    [*options.gin_bindings, *bindings],
+    [path for path in options.gin_search_paths.split(',') if path],
+  )
+  for added in options.add:
+    experiment = compare_experiment.with_folder(experiment, added)
+  compared = compare.compare(experiment, dry_run=options.dry_run)
+  if compared is not None:
+    compare.show(compared)
+
+
+def _leave_devices_to_runs():
+  """Runs are processes of their own; this one only looks at shapes."""
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')
+
+
 def _quickstart(options, bindings):
   del bindings
+  _leave_devices_to_runs()
   from mowe.commands import quickstart
 
   settings = vars(options)

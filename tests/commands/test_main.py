@@ -73,7 +73,7 @@ def test_help_lists_the_verbs(capsys):
   shown = capsys.readouterr().out
   for verb in ('train', 'evaluate', 'infer', 'ask', 'explain', 'cache-task',
                'build-routing-vocabulary', 'train-vocabulary', 'convert',
-               'quickstart'):  # fmt: skip
+               'quickstart', 'compare'):  # fmt: skip
     assert verb in shown
 
 

@@ -1,0 +1,185 @@
+"""`mowe compare`: models of one experiment, from text to a report.
+
+Data are prepared, models are sized, and each run (a model with a seed) is
+trained and measured in a process of its own. What is finished is not done
+again, so that a stopped comparison goes on where it was.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from mowe.commands import (
+  compare_experiment,
+  compare_measure,
+  compare_plan,
+  compare_process,
+  compare_questions,
+  compare_run,
+  model_folder,
+)
+from mowe.evaluation import comparison, report, report_tables
+from mowe.words import subwords
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """What a comparison made.
+
+  Attributes:
+    results: of each model.
+    questions: that were asked.
+    tables: of the report.
+    page: path of the report's index.html.
+  """
+
+  results: list[comparison.ModelResult]
+  questions: list[comparison.Question]
+  tables: list[report_tables.Table]
+  page: pathlib.Path
+
+
+def compare(
+  experiment: compare_experiment.Experiment, *, dry_run: bool = False
+) -> Compared | None:
+  """Does all runs of an experiment that are not done, and writes the report.
+
+  Args:
+    experiment: what is compared.
+    dry_run: prepare data, size the models, say what would be run, and stop.
+
+  Returns:
+    What was found; None after a dry run.
+
+  Raises:
+    ValueError: settings that cannot work, before anything is trained; or a run
+      that failed.
+    KeyboardInterrupt: a signal came. The same call continues.
+  """
+  folder = pathlib.Path(experiment.output)
+  folder.mkdir(parents=True, exist_ok=True)
+  with compare_process.only_one(folder) as lock:
+    prepared = experiment.data.prepare(folder / 'data')
+    plan = compare_plan.Plan(experiment, prepared)
+    runs = [run for of_model in plan.runs.values() for run in of_model]
+    for run in runs:
+      compare_run.check_folders(run)
+    _say(plan)
+    if dry_run:
+      return None
+    with compare_process.Runner(lock) as runner:
+      for run in runs:
+        if not compare_run.is_finished(run):
+          runner.do(run)
+    return _report(experiment, prepared, plan)
+
+
+def show(compared: Compared) -> None:
+  """Prints the first tables, and where everything is."""
+  for table in compared.tables[:3]:
+    print(f'\n{report_tables.markdown_table(table.rows)}')
+  print(f'\nTables, figures and page: {compared.page}')
+
+
+def _say(plan: compare_plan.Plan) -> None:
+  print('\nModels:')
+  for sized in plan.sized:
+    cost, note = sized.cost, sized.note and f'; {sized.note}'
+    runs = plan.runs[sized.model.name]
+    done = sum(map(compare_run.is_finished, runs))
+    print(
+      f'  {sized.model.name}: {cost.total_parameters:,} parameters, '
+      f'{cost.active_parameters:,} per token{note}; {done} of {len(runs)} runs '
+      'finished',
+      flush=True,
+    )
+
+
+def _report(experiment, prepared, plan) -> Compared:
+  vocabulary = subwords.load_subwords(prepared.vocabulary)
+  runs = plan.runs
+  first = next(iter(runs.values()))[0]
+  questions = compare_questions.questions_of(first, vocabulary)
+  results = [
+    _result(sized, runs[sized.model.name], questions) for sized in plan.sized
+  ]
+  many = 's' if len(experiment.seeds) > 1 else ''
+  seeds = ', '.join(map(str, experiment.seeds))
+  made = report.Report(
+    title=experiment.title,
+    results=results,
+    questions=questions,
+    notes=(
+      *prepared.notes,
+      f'{len(questions):,} questions; seed{many} {seeds}.',
+    ),
+    word_experts=_word_experts(runs, results, questions, vocabulary),
+    num_bins=experiment.num_bins,
+  )
+  page = report.write_report(made, pathlib.Path(experiment.output) / 'report')
+  return Compared(results, questions, report_tables.tables(made), page)
+
+
+def _result(
+  sized: compare_plan.SizedModel,
+  runs: Sequence[compare_plan.Run],
+  questions: Sequence[comparison.Question],
+) -> comparison.ModelResult:
+  """The answers of all seeds; what is measured besides is of the first."""
+  path = pathlib.Path(runs[0].folder) / compare_measure.RESULTS
+  measured = json.loads(path.read_text('utf-8'))
+  recall = {
+    kind: (found['right'], found['spans'])
+    for kind, found in measured['recall'].items()
+  }
+  loads = [
+    comparison.Load(**(load | {'shares': tuple(load['shares'])}))
+    for load in measured['loads']
+  ]
+  return comparison.ModelResult(
+    name=sized.model.name,
+    total_parameters=measured['total_parameters'],
+    active_parameters=measured['active_parameters'],
+    frozen_parameters=measured['frozen_parameters'],
+    flops_formula=measured['flops_formula'],
+    flops_compiled=measured['flops_compiled'],
+    is_flops_least=measured['flops_has_loops'],
+    answers=[compare_questions.answers_of(run, questions) for run in runs],
+    tokens_per_second=measured['tokens_per_second'],
+    peak_memory=measured['peak_memory'],
+    memory_of=measured['memory_of'],
+    held_out_loss=measured['held_out_loss'],
+    text_loss=measured['text_loss'],
+    seconds=measured['seconds'],
+    curve=[tuple(point) for point in measured['curve']],
+    held_out_curve=[tuple(point) for point in measured['held_out_curve']],
+    recall=recall,
+    loads=loads,
+    note=sized.note,
+  )
+
+
+def _word_experts(
+  runs, results, questions, vocabulary
+) -> dict[int, Mapping[str, report.WordExperts]]:
+  """The experts of the words of those questions that the report shows."""
+  shown = comparison.differing_questions(results)
+  experts: dict[int, dict[str, report.WordExperts]] = {i: {} for i in shown}
+  for name, of_model in runs.items():
+    folder, _ = model_folder.split_checkpoint_path(of_model[0].finetuned)
+    routing = model_folder.load_config(folder)[0].routing
+    if routing is None:
+      continue
+    for index in shown:
+      rows = routing.explain(questions[index].text, vocabulary)
+      # All pieces of a known word are one entry; others are their own.
+      words = dict.fromkeys(
+        (routing.word(row.word_id), row.expert)
+        for row in rows
+        if row.word_id is not None
+      )
+      experts[index][name] = [
+        (word.strip('▁'), expert) for word, expert in words
+      ]
+  return experts

@@ -1,0 +1,353 @@
+"""What is measured of one trained model, as a tree of JSON values.
+
+A number that cannot be measured is None, never zero.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mowe.commands import (
+  compare_budget,
+  compare_data,
+  compare_plan,
+  data_config,
+  evaluations,
+  gin_config,
+  model_folder,
+)
+from mowe.evaluation import evaluate as evaluate_lib
+from mowe.evaluation import text_metrics
+from mowe.models import (
+  costs,
+  initialization,
+  model_config,
+  parameters,
+)
+from mowe.training import checkpoints as checkpoints_lib
+from mowe.training import metrics as metrics_lib
+from mowe.training import step as step_lib
+from mowe.words import subwords
+
+RESULTS = 'results.json'
+QUESTIONS = 'questions.jsonl'
+
+# Of training between two evaluations, in the lines of eval_metrics.jsonl.
+SECONDS = 'training_seconds'
+
+# Batches in which tokens and the loads of experts are counted.
+_COUNTED_BATCHES = 8
+
+_DATE = re.compile(r'\d{1,2} [A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}, \d{4}')
+
+# A product in a loop of the compiled program.
+_LOOPED_PRODUCT = re.compile(r' dot\(.*op_name="[^"]*/while/')
+
+
+def measure(planned: compare_plan.Run) -> dict[str, Any]:
+  """Measures a model, and writes its answers to QUESTIONS.
+
+  Args:
+    planned: the run, whose stages are finished.
+
+  Returns:
+    The fields of `comparison.SeedResult`, but for those of its stages.
+  """
+  text_data = _data_of(planned.reading[-2])
+  measured: dict[str, Any] = {
+    'held_out_loss': None,
+    'text_loss': None,
+    'recall': {},
+    'loads': [],
+  }
+  measured |= _curves(planned)
+  if planned.pretrained is not None:
+    loaded = model_folder.load(planned.pretrained)
+    measured |= _on_text(planned, text_data, loaded)
+    del loaded
+  config, vocabulary = _config(planned.finetuned)
+  measured |= _costs(planned, config, text_data.task_feature_lengths)
+  measured |= _compiled_flops(config, text_data, vocabulary)
+  print(
+    'FLOPs per token: {flops_formula:,.0f} by formula, '
+    '{flops_compiled:,.0f} in the compiled program'.format(**measured)
+  )
+  measured['num_questions'] = _ask(planned)
+  return measured
+
+
+def _data_of(stage: compare_plan.PlannedStage) -> data_config.DataConfig:
+  gin_config.parse(stage.gin_files, stage.bindings)
+  return gin_config.call(data_config.DataConfig)
+
+
+def _config(path: str) -> tuple[model_config.ModelConfig, subwords.Subwords]:
+  folder, _ = model_folder.split_checkpoint_path(path)
+  return model_folder.load_config(folder)
+
+
+# Costs.
+
+
+def _costs(planned, config, lengths) -> dict[str, Any]:
+  cost = costs.model_costs(config)
+  folder, step = model_folder.split_checkpoint_path(planned.finetuned)
+  with checkpoints_lib.Checkpoints(folder) as checkpoints:
+    is_frozen = checkpoints.metadata(step).get('freeze_experts')
+  _, tables = parameters.split_tables(
+    initialization.abstract_variables(config.build())['params']
+  )
+  size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tables))
+  return {
+    'total_parameters': cost.total_parameters,
+    'active_parameters': cost.active_parameters,
+    # Only tables can be frozen.
+    'frozen_parameters': None if is_frozen is None else size * is_frozen,
+    'flops_formula': compare_budget.flops_per_token(cost, lengths),
+  }
+
+
+def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
+  """FLOPs of a forward pass by XLA's count, for each place of a batch."""
+  model = config.build()
+  params, tables = parameters.split_tables(
+    initialization.abstract_variables(model)['params']
+  )
+  batch = next(_text_batches(data, config, vocabulary), None)
+  if batch is None:
+    return {'flops_compiled': None, 'flops_has_loops': False}
+  router = evaluations.make_router(config, [batch], {})
+  eval_step = jax.jit(step_lib.make_eval_step(model, step_lib.LossConfig()))
+  compiled = eval_step.lower(params, tables, *router(batch)).compile()
+  flops = compiled.cost_analysis().get('flops')
+  places = sum(
+    batch[name].size
+    for name in ('encoder_input_tokens', 'decoder_target_tokens')
+    if name in batch
+  )
+  return {
+    'flops_compiled': None if flops is None else flops / places,
+    # XLA counts the body of a loop once.
+    'flops_has_loops': bool(_LOOPED_PRODUCT.search(compiled.as_text())),
+  }
+
+
+# Text.
+
+
+def _text_batches(data, config, vocabulary) -> Iterator[dict[str, Any]]:
+  """Every example once; nothing where data are streamed."""
+  opened = data.open(vocabulary, config)
+  if not hasattr(opened, 'eval_batches'):
+    return iter(())
+  return opened.eval_batches()
+
+
+def _on_text(planned, data, loaded) -> dict[str, Any]:
+  """Losses, recall and loads of the model before finetuning."""
+  config = loaded.model.config
+  params, tables = parameters.split_tables(loaded.params)
+  losses = {'text': data}
+  if planned.has_held_out:
+    losses[compare_data.HELD_OUT] = dataclasses.replace(
+      data, mixture_or_task_name=compare_data.HELD_OUT
+    )
+  values: dict[str, Any] = {}
+  for name, source in losses.items():
+    evaluation = evaluations.LossEvaluation(
+      source, _COUNTED_BATCHES if name == 'text' else None, name
+    ).prepare(loaded.model, loaded.vocabulary, step_lib.LossConfig())
+    values |= evaluation(params, tables)
+  loss = lambda name: _finite(values.get(f'{name}/loss'))
+  batches = list(
+    itertools.islice(
+      _text_batches(data, config, loaded.vocabulary), _COUNTED_BATCHES
+    )
+  )
+  return {
+    'text_loss': loss('text'),
+    'held_out_loss': loss(compare_data.HELD_OUT),
+    'recall': _recall(planned, data, loaded),
+    'loads': [*_word_loads(config, batches), *_router_loads(values)],
+  }
+
+
+def _recall(planned, data, loaded) -> dict[str, Any]:
+  """What the model can fill in of the text it was pretrained on.
+
+  A model may have stored what it cannot yet be asked for.
+  """
+  number = max(1, planned.num_recalled // data.batch_size)
+  batches = list(
+    itertools.islice(
+      _text_batches(data, loaded.model.config, loaded.vocabulary), number
+    )
+  )
+  generator = data.make_generator(loaded.model, loaded.params)
+  recalled: dict[str, Any] = {}
+  for name, counts in (('all spans', None), ('whole dates', _is_date)):
+    try:
+      found = evaluate_lib.span_recall(
+        generator, batches, loaded.vocabulary, counts=counts
+      )
+    except ValueError:
+      # Text without a span of that kind.
+      continue
+    recalled[name] = {'right': found.num_right, 'spans': found.num_spans}
+    print(
+      f'Recall of masked text, {name}: {found.recall:.3f} '
+      f'({found.num_right:,} of {found.num_spans:,})'
+    )
+  return recalled
+
+
+def _is_date(text: str) -> bool:
+  return bool(_DATE.fullmatch(text.strip()))
+
+
+# Loads.
+
+
+def _word_loads(config, batches) -> Iterator[dict[str, Any]]:
+  """Tokens of each word expert; all blocks of a stack have the same."""
+  ids_of = {
+    'encoder': ('encoder_input_tokens', 'encoder_ids'),
+    'decoder': ('decoder_input_tokens', 'decoder_ids'),
+  }
+  for stream in model_config.word_streams(config):
+    feature, method = ids_of[stream]
+    number = config.routing.num_experts
+    counts = np.zeros(number + 1, np.int64)
+    for batch in batches:
+      ids = np.asarray(getattr(config.routing, method)(batch[feature]))
+      counts += np.bincount(ids[ids >= 0], minlength=number + 1)
+    blocks = ', '.join(str(i + 1) for i in config.sparse_blocks()[stream])
+    real, routed = counts.sum(), counts[:-1].sum()
+    if not routed:
+      continue
+    yield {
+      'layer': f'{stream}, block {blocks}',
+      'shares': (counts[:-1] / routed).tolist(),
+      'skipped': float(counts[-1] / real),
+      'dropped': 0.0,
+    }
+
+
+def _router_loads(values) -> Iterator[dict[str, Any]]:
+  """Loads that layers with routers left in an evaluation."""
+  for name, value in values.items():
+    if not (name.startswith('text/') and name.endswith('/load')):
+      continue
+    layer = name.removesuffix('/load')
+    # text/encoder/layers_1/mlp
+    parts = layer.split('/')[1:]
+    block = int(parts[1].removeprefix('layers_')) + 1
+    kind = '' if parts[-1] == 'mlp' else f', {parts[-1]}'
+    yield {
+      'layer': f'{parts[0]}, block {block}{kind}',
+      'shares': np.nan_to_num(value).tolist(),
+      'skipped': _finite(values.get(f'{layer}/skipped')),
+      'dropped': _finite(values.get(f'{layer}/dropped')),
+    }
+
+
+# Training.
+
+
+def _curves(planned) -> dict[str, Any]:
+  """Losses of all stages of pretraining, one after the other, and the speed."""
+  curve: list[tuple[int, float | None]] = []
+  held_out: list[tuple[int, float | None]] = []
+  speed, before = None, 0
+  for number, stage in enumerate(planned.stages[:-1]):
+    folder = pathlib.Path(stage.folder)
+    training = metrics_lib.read_json_lines(folder / 'train_metrics.jsonl')
+    evaluated = metrics_lib.read_json_lines(folder / 'eval_metrics.jsonl')
+    curve += [(before + line['step'], line['loss']) for line in training]
+    held_out += [
+      (before + line['step'], line[f'{compare_data.HELD_OUT}/loss'])
+      for line in evaluated
+      if f'{compare_data.HELD_OUT}/loss' in line
+    ]
+    if number == 0:
+      speed = _steps_per_second(evaluated)
+    before = curve[-1][0] if curve else before
+  if speed is not None:
+    speed *= _tokens_per_step(planned.stages[0])
+  return {
+    'curve': curve,
+    'held_out_curve': held_out,
+    'tokens_per_second': speed,
+  }
+
+
+def _steps_per_second(evaluated: Sequence[dict[str, Any]]) -> float | None:
+  """The median over stretches of training without compilation."""
+  speeds = [
+    (after['step'] - before['step']) / after[SECONDS]
+    for before, after in itertools.pairwise(evaluated)
+    if after.get(SECONDS)
+  ]
+  return statistics.median(speeds) if speeds else None
+
+
+def _tokens_per_step(stage) -> float:
+  """Mean tokens without padding in the first batches."""
+  data = _data_of(stage)
+  folder = pathlib.Path(stage.folder)
+  config, vocabulary = model_folder.load_config(folder)
+  make = data_config.batch_maker(data.open(vocabulary, config), 0)
+  names = ('encoder_input_tokens', 'decoder_target_tokens')
+  return statistics.mean(
+    sum(np.count_nonzero(batch[name]) for name in names if name in batch)
+    for batch in map(make, range(_COUNTED_BATCHES))
+  )
+
+
+# Questions.
+
+
+def _ask(planned) -> int:
+  """Asks everything; writes a line for each question, and returns how many."""
+  loaded = model_folder.load(planned.finetuned)
+  data = _data_of(planned.reading[-1])
+  generator = data.make_generator(loaded.model, loaded.params)
+  metric = getattr(text_metrics, planned.metric)
+  lines = []
+  for task in planned.questions:
+    cache = data.open_cache(task, loaded.vocabulary)
+    folder = pathlib.Path(planned.folder) / 'answers' / task
+    result = evaluate_lib.evaluate_questions(
+      generator, cache, loaded.vocabulary, metric=metric, output_dir=folder
+    )
+    print(
+      f'{task}: EM {result.em:.1f}  F1 {result.f1:.1f}  '
+      f'({result.num_questions:,} questions, step {loaded.step})',
+      flush=True,
+    )
+    # Not splitlines: texts may hold other line ends than this one.
+    text = (folder / 'predictions.jsonl').read_text('utf-8')
+    for record, line in zip(
+      cache.records(), text.rstrip('\n').split('\n'), strict=True
+    ):
+      kept = {k: record[k] for k in ('relation', 'entity') if k in record}
+      lines.append({'task': task, **json.loads(line), **kept})
+  content = ''.join(
+    json.dumps(line, ensure_ascii=False) + '\n' for line in lines
+  )
+  subwords.write_atomically(
+    pathlib.Path(planned.folder) / QUESTIONS, content.encode('utf-8', 'replace')
+  )
+  return len(lines)
+
+
+def _finite(value: Any) -> float | None:
+  return None if value is None or not np.isfinite(value) else float(value)

@@ -1,0 +1,319 @@
+"""From an experiment to runs: sizes, gin bindings and folders of each.
+
+A run is one model with one seed. All that its process needs to know is a
+`Run`, which is written to a file; the process parses the gin files itself.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from mowe.commands import (
+  compare_budget,
+  compare_data,
+  compare_experiment,
+  data_config,
+  gin_config,
+  model_folder,
+)
+from mowe.models import costs
+from mowe.training import checkpoints as checkpoints_lib
+from mowe.words import subwords
+
+Model = compare_experiment.Model
+Experiment = compare_experiment.Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStage:
+  """One run of `mowe train`.
+
+  Attributes:
+    name: of the stage.
+    folder: MODEL_DIR.
+    gin_files: in order.
+    bindings: in order, all macros among them.
+    settings: what makes it this run and no other; paths are left out.
+  """
+
+  name: str
+  folder: str
+  gin_files: tuple[str, ...]
+  bindings: tuple[str, ...]
+  settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One model with one seed.
+
+  Attributes:
+    name: of the model.
+    seed: of parameters, data and dropout.
+    folder: gets what is measured.
+    stages: of training; none if the model is from elsewhere.
+    reading: gin files and bindings of each stage, also where the model is from
+      elsewhere: they say how text and questions are read.
+    pretrained: model folder that losses and recall are measured on, or None.
+    finetuned: model folder that is asked.
+    questions: token caches.
+    metric: name of a function of `text_metrics`.
+    has_held_out: whether there is held-out text.
+    num_points: losses on held-out text in a stage of pretraining.
+    num_recalled: examples whose masked spans are to be recalled.
+  """
+
+  name: str
+  seed: int
+  folder: str
+  stages: tuple[PlannedStage, ...]
+  reading: tuple[PlannedStage, ...]
+  pretrained: str | None
+  finetuned: str
+  questions: tuple[str, ...]
+  metric: str
+  has_held_out: bool
+  num_points: int
+  num_recalled: int
+
+  def to_json(self) -> str:
+    """The whole run as text."""
+    return json.dumps(dataclasses.asdict(self), indent=2) + '\n'
+
+  @classmethod
+  def from_json(cls, text: str) -> 'Run':
+    """The run that `to_json` wrote."""
+    fields = json.loads(text)
+    for name in ('stages', 'reading'):
+      fields[name] = tuple(
+        PlannedStage(**_with_tuples(stage)) for stage in fields[name]
+      )
+    return cls(**_with_tuples(fields))
+
+  def digest(self) -> str:
+    """Of all that its measurements depend on; no paths."""
+    fields = dataclasses.asdict(self)
+    settings = [stage.settings for stage in self.stages or self.reading]
+    if not self.stages:
+      settings.append({'folders': [self.pretrained, self.finetuned]})
+    names = ('seed', 'questions', 'metric', 'has_held_out', 'num_recalled')
+    text = json.dumps([settings, {name: fields[name] for name in names}])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedModel:
+  """A model with the width that was found for it.
+
+  Attributes:
+    model: as the experiment has it.
+    bindings: of gin, its width among them.
+    cost: of it.
+    note: what was chosen, and how far it is from the target; '' for nothing.
+  """
+
+  model: Model
+  bindings: tuple[str, ...]
+  cost: costs.ModelCosts
+  note: str
+
+
+class Plan:
+  """Sizes and runs of an experiment.
+
+  Attributes:
+    sized: a SizedModel for each model, in their order.
+    runs: of each model, by its name, a run for each seed.
+
+  Raises:
+    ValueError: a budget that cannot be met, a model from elsewhere with another
+      vocabulary or without a checkpoint. Nothing has been trained then.
+  """
+
+  def __init__(self, experiment: Experiment, prepared: compare_data.Prepared):
+    self._experiment = experiment
+    self._prepared = prepared
+    self._sized: dict[str, SizedModel] = {}
+    self._folders: dict[str, str] = {}
+    self.sized = [self._size(model, ()) for model in experiment.models]
+    self.runs = {
+      one.model.name: [self._run(one, seed) for seed in experiment.seeds]
+      for one in self.sized
+    }
+    for of_model in self.runs.values():
+      for stage in of_model[0].reading:
+        self._check_stage(stage)
+
+  def _size(self, model: Model, asked: tuple[str, ...]) -> SizedModel:
+    if model.name in asked:
+      raise ValueError(
+        'Budgets must lead to a model with a size of its own, but go round: '
+        f'{" -> ".join((*asked, model.name))}. Give one of them no budget.'
+      )
+    if model.name not in self._sized:
+      self._sized[model.name] = self._sized_anew(model, (*asked, model.name))
+    return self._sized[model.name]
+
+  def _sized_anew(self, model, asked) -> SizedModel:
+    if model.folder is not None:
+      return SizedModel(model, (), self._cost_of_folder(model), 'not made here')
+    bindings = self._bindings(model)
+    budget = model.budget
+    if budget is None or budget.base == model.name:
+      return SizedModel(model, bindings, self._cost(model, bindings), '')
+    others = {other.name: other for other in self._experiment.models}
+    base = self._size(others[budget.base], asked)
+    lengths = self._lengths(model, bindings)
+    with_width = lambda width: (*bindings, f'{model.width} = {width}')
+    found = compare_budget.solve(
+      lambda width: budget.cost(self._cost(model, with_width(width)), lengths),
+      budget.cost(base.cost, lengths),
+      granule=model.granule,
+      tolerance=budget.tolerance,
+      name=model.name,
+      unit=budget.unit,
+    )
+    return SizedModel(
+      model,
+      with_width(found.width),
+      self._cost(model, with_width(found.width)),
+      f'{model.width.rpartition(".")[2]} = {found.width} for the '
+      f'{budget.unit} of {budget.base} ({found.error:+.2%})',
+    )
+
+  def _bindings(self, model: Model) -> tuple[str, ...]:
+    prepared = self._prepared
+    macros: dict[str, Any] = {
+      'VOCABULARY_PATH': prepared.vocabulary,
+      'VOCAB_SIZE': prepared.vocab_size(),
+      'CACHE_DIR': prepared.cache_dir,
+    }
+    if model.words is not None:
+      macros['ROUTING_VOCABULARY'] = prepared.routing_vocabulary(model.words)
+      macros['NUM_EXPERTS'] = model.words.num_experts
+    written = (f'{name} = {value!r}' for name, value in macros.items())
+    return (*written, *model.bindings)
+
+  def _parse(self, model, bindings, stage=0) -> None:
+    """Reads the gin files of a stage as its run will."""
+    stage = model.stages[stage]
+    gin_config.parse(
+      (*model.gin_files, *stage.gin_files),
+      (*bindings, *stage.bindings, "MODEL_DIR = ''"),
+    )
+
+  def _cost(self, model, bindings) -> costs.ModelCosts:
+    self._parse(model, bindings)
+    return costs.model_costs(gin_config.made('MODEL'))
+
+  def _lengths(self, model, bindings) -> dict[str, int]:
+    self._parse(model, bindings)
+    return gin_config.made('TASK_FEATURE_LENGTHS')
+
+  def _cost_of_folder(self, model: Model) -> costs.ModelCosts:
+    wanted = subwords.load_subwords(self._prepared.vocabulary)
+    found = None
+    for seed in self._experiment.seeds:
+      for place in (model.folder, model.pretrained_folder):
+        if place is None:
+          continue
+        path = place.format(seed=seed)
+        folder, step = model_folder.split_checkpoint_path(path)
+        config, vocabulary = model_folder.load_config(folder)
+        if vocabulary.sha256 != wanted.sha256:
+          raise ValueError(
+            'Models that are compared must have the same subword vocabulary, '
+            f'but that of {model.name} in {path} has sha256 '
+            f'{vocabulary.sha256} and that of the experiment '
+            f'{wanted.sha256}. Leave the model out, or give the data of the '
+            'experiment its vocabulary.'
+          )
+        with checkpoints_lib.Checkpoints(folder) as checkpoints:
+          checkpoints.finished(step)
+        found = found or config
+    return costs.model_costs(found)
+
+  def _run(self, sized: SizedModel, seed: int) -> Run:
+    model, experiment = sized.model, self._experiment
+    output = pathlib.Path(experiment.output) / 'runs'
+    folder = output / f'{compare_experiment.folder_name(model.name)}_seed{seed}'
+    stages = self._stages(sized, seed, folder)
+    if model.folder is None:
+      pretrained, finetuned = (stage.folder for stage in stages[-2:])
+    else:
+      finetuned = model.folder.format(seed=seed)
+      pretrained = model.pretrained_folder
+      pretrained = pretrained and pretrained.format(seed=seed)
+    return Run(
+      name=model.name,
+      seed=seed,
+      folder=str(folder),
+      stages=stages if model.folder is None else (),
+      reading=stages,
+      pretrained=pretrained,
+      finetuned=finetuned,
+      questions=tuple(experiment.questions),
+      metric=experiment.metric.__name__,
+      has_held_out=self._prepared.has_held_out,
+      num_points=experiment.num_points,
+      num_recalled=experiment.num_recalled,
+    )
+
+  def _stages(self, sized, seed, folder) -> tuple[PlannedStage, ...]:
+    model, planned, before = sized.model, [], None
+    is_elsewhere = model.folder is not None
+    reader = self._reader(model)
+    bindings = self._bindings(reader) if is_elsewhere else sized.bindings
+    for stage in model.stages:
+      own = (*bindings, *stage.bindings, f'RANDOM_SEED = {seed}')
+      files = (*reader.gin_files, *stage.gin_files)
+      settings = {
+        'gin_files': files,
+        'bindings': [line for line in own if not self._is_path(line)],
+        'words': model.words and dataclasses.asdict(model.words),
+        'num_points': self._experiment.num_points,
+        'before': before and before.settings,
+      }
+      settings = json.loads(json.dumps(settings))
+      place = str(folder / stage.name)
+      if not is_elsewhere:
+        # Models that begin alike share the runs of the first of them.
+        place = self._folders.setdefault(json.dumps(settings), place)
+      paths = [f'MODEL_DIR = {place!r}']
+      if before is not None:
+        paths.append(f'INITIAL_CHECKPOINT_PATH = {before.folder!r}')
+      before = PlannedStage(stage.name, place, files, (*own, *paths), settings)
+      planned.append(before)
+    return tuple(planned)
+
+  def _reader(self, model: Model) -> Model:
+    """The model whose gin files say how data are read for it."""
+    if model.folder is None or model.gin_files:
+      return model
+    return next(one for one in self._experiment.models if one.gin_files)
+
+  def _check_stage(self, stage: PlannedStage) -> None:
+    """Makes all parts of a stage, before the stages before it are trained."""
+    gin_config.parse(stage.gin_files, stage.bindings)
+    for name in ('MODEL', 'OPTIMIZER', 'ROW_OPTIMIZER'):
+      gin_config.made(name)
+    data = gin_config.call(data_config.DataConfig)
+    if data.use_cached_tasks:
+      names = data.mixture_or_task_name
+      vocabulary = subwords.load_subwords(self._prepared.vocabulary)
+      for name in [names] if isinstance(names, str) else names:
+        data.open_cache(name, vocabulary)
+
+  def _is_path(self, binding: str) -> bool:
+    paths = ('VOCABULARY_PATH = ', 'CACHE_DIR = ', 'ROUTING_VOCABULARY = ')
+    return binding.startswith(paths)
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+  """JSON has lists only."""
+  return {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in fields.items()
+  }

@@ -1,0 +1,227 @@
+"""One run of an experiment: a process that trains, measures, and ends.
+
+`python -m mowe.commands.compare_run RUN.json` does what is not done yet. A
+signal ends it after the step that is being done, as `mowe train`; so does the
+end of the process that started it, whose pipe is its standard input.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mowe.commands import (
+  compare_data,
+  compare_measure,
+  compare_memory,
+  compare_plan,
+  data_config,
+  evaluations,
+  gin_config,
+  train,
+)
+from mowe.words import subwords
+
+# What a process says of itself by its exit status.
+STOPPED = 75
+
+_DONE = 'finished.json'
+_SETTINGS = 'compare.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+  """Times training between evaluations, theirs not counted.
+
+  Attributes:
+    others: what is evaluated meanwhile.
+  """
+
+  others: Sequence[Any] = ()
+
+  def prepare(
+    self, model: Any, vocabulary: Any, loss: Any
+  ) -> evaluations.Evaluation:
+    """Prepares all evaluations."""
+    prepared = [one.prepare(model, vocabulary, loss) for one in self.others]
+    # The first stretch has compilation in it, and is no measurement.
+    last: list[float] = []
+
+    def evaluation(params, tables):
+      now = time.monotonic()
+      values = {compare_measure.SECONDS: now - last.pop()} if last else {}
+      for one in prepared:
+        values |= one(params, tables)
+      last.append(time.monotonic())
+      return values
+
+    return evaluation
+
+
+class _Stopped(Exception):
+  """A signal came; what was done is saved."""
+
+
+def run(planned: compare_plan.Run) -> None:
+  """Trains what is not trained yet, and measures.
+
+  Raises:
+    ValueError: a folder holds a run with other settings.
+  """
+  results = pathlib.Path(planned.folder) / compare_measure.RESULTS
+  if is_finished(planned):
+    return
+  for number, stage in enumerate(planned.stages):
+    is_last = number == len(planned.stages) - 1
+    if not _is_done(stage):
+      print(f'\n{planned.name}, seed {planned.seed}, {stage.name}:')
+      _train(planned, stage, is_pretraining=not is_last)
+  print(f'\n{planned.name}, seed {planned.seed}, measuring:', flush=True)
+  measured = compare_measure.measure(planned)
+  content = json.dumps(
+    {'digest': planned.digest(), **measured, **_of_stages(planned)}, indent=2
+  )
+  # Last: where results are, everything else is complete.
+  subwords.write_atomically(results, content.encode())
+
+
+def is_finished(planned: compare_plan.Run) -> bool:
+  """Whether a run has been trained and measured as it is planned."""
+  results = pathlib.Path(planned.folder) / compare_measure.RESULTS
+  if not results.is_file():
+    return False
+  return json.loads(results.read_text('utf-8'))['digest'] == planned.digest()
+
+
+def check_folders(planned: compare_plan.Run) -> None:
+  """Raises ValueError if a folder holds a run with other settings."""
+  for stage in planned.stages:
+    _check_settings(stage)
+
+
+def _train(planned, stage, is_pretraining):
+  _check_settings(stage)
+  folder = pathlib.Path(stage.folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / _SETTINGS).write_text(json.dumps(stage.settings, indent=2) + '\n')
+  words = [f'--gin_file={file}' for file in stage.gin_files]
+  words += [f'--gin.{one.replace(" = ", "=", 1)}' for one in stage.bindings]
+  print(f'$ mowe train {shlex.join(words)}', flush=True)
+  gin_config.parse(stage.gin_files, stage.bindings)
+  total = gin_config.made('TRAIN_STEPS')
+  changes = {}
+  if is_pretraining:
+    changes = {
+      'eval_configs': (Clock(_held_out(planned)),),
+      'eval_period': max(1, total // planned.num_points),
+    }
+  clock = folder / 'seconds.txt'
+  seconds = float(clock.read_text()) if clock.exists() else 0.0
+  start = time.monotonic()
+  try:
+    state = gin_config.call(
+      train.train, config_text=gin_config.operative_config, **changes
+    )
+  finally:
+    seconds += time.monotonic() - start
+    clock.write_text(f'{seconds:.1f}')
+  memory = compare_memory.peak()
+  if int(state.step) < total:
+    raise _Stopped
+  content = json.dumps(
+    {
+      'step': int(state.step),
+      'seconds': seconds,
+      'peak_memory': memory.bytes,
+      'memory_of': memory.place,
+    }
+  )
+  subwords.write_atomically(folder / _DONE, content.encode())
+
+
+def _held_out(planned) -> tuple[evaluations.LossEvaluation, ...]:
+  if not planned.has_held_out:
+    return ()
+  data = gin_config.call(
+    data_config.DataConfig, mixture_or_task_name=compare_data.HELD_OUT
+  )
+  return (evaluations.LossEvaluation(data, name=compare_data.HELD_OUT),)
+
+
+def _check_settings(stage: compare_plan.PlannedStage) -> None:
+  path = pathlib.Path(stage.folder) / _SETTINGS
+  # Before the first checkpoint there is nothing to be continued.
+  if not path.is_file() or not any(path.parent.glob('checkpoint_*')):
+    return
+  old = json.loads(path.read_text('utf-8'))
+  if old == stage.settings:
+    return
+  names = [
+    name for name in stage.settings if old.get(name) != stage.settings[name]
+  ]
+  raise ValueError(
+    f'{stage.folder} must hold the run of this experiment to be continued, but '
+    f'differs in {", ".join(names)}: '
+    f'{[old.get(name) for name in names]} then, '
+    f'{[stage.settings[name] for name in names]} now. Restore the settings, '
+    'remove that folder, or give another OUTPUT.'
+  )
+
+
+def _is_done(stage: compare_plan.PlannedStage) -> bool:
+  _check_settings(stage)
+  return (pathlib.Path(stage.folder) / _DONE).is_file()
+
+
+def _of_stages(planned) -> dict[str, Any]:
+  """Seconds of all stages, and the memory of pretraining."""
+  done = [
+    json.loads((pathlib.Path(stage.folder) / _DONE).read_text('utf-8'))
+    for stage in planned.stages
+  ]
+  if not done:
+    return {'seconds': None, 'peak_memory': None, 'memory_of': None}
+  return {
+    'seconds': sum(stage['seconds'] for stage in done),
+    'peak_memory': done[0]['peak_memory'],
+    'memory_of': done[0]['memory_of'],
+  }
+
+
+def _stop_with(parent: int, stop: Callable[[], None]) -> None:
+  """Stops when the other end of a pipe is closed, as by a kill."""
+
+  def wait():
+    # Not through sys.stdin, whose lock this thread would hold at the end.
+    while os.read(parent, 1024):
+      pass
+    stop()
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def main(path: str) -> int:
+  """Does the run of a file; returns the exit status."""
+  planned = compare_plan.Run.from_json(pathlib.Path(path).read_text('utf-8'))
+  _stop_with(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  try:
+    run(planned)
+  except (_Stopped, KeyboardInterrupt):
+    return STOPPED
+  except (ValueError, OSError, FloatingPointError) as error:
+    if os.environ.get('MOWE_TRACE'):
+      raise
+    print(f'mowe: {error}', file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1]))

@@ -1,0 +1,238 @@
+"""Experiments: what is refused, how models are sized, and what runs share."""
+
+import dataclasses
+import pathlib
+
+import conftest
+import experiments
+import pytest
+
+from mowe.commands import (
+  compare_budget,
+  compare_data,
+  compare_experiment,
+  compare_plan,
+  compare_run,
+  gin_config,
+)
+from mowe.data import generated_world
+from mowe.models import costs
+from mowe.words import subwords
+
+
+def _plan(experiment):
+  prepared = experiment.data.prepare(pathlib.Path(experiment.output) / 'data')
+  return compare_plan.Plan(experiment, prepared)
+
+
+@pytest.fixture(scope='module')
+def plan(world, tmp_path_factory):
+  larger = experiments.dense(
+    'larger',
+    width='mowe.models.t5.T5Config.mlp_dim',
+    granule=2,
+    budget=compare_budget.EqualParameters('MoWE'),
+  )
+  trained = experiments.words(
+    'trained',
+    stages=(
+      experiments.stages()[0],
+      dataclasses.replace(
+        experiments.stages()[1],
+        bindings=('FREEZE_EXPERTS = False',) + experiments.stages()[1].bindings,
+      ),
+    ),
+  )
+  folder = tmp_path_factory.mktemp('plan')
+  models = (larger, experiments.words(), experiments.dense(), trained)
+  return _plan(experiments.experiment(world, folder, models, seeds=(3, 4)))
+
+
+def test_models_are_sized_relative_to_their_base(plan):
+  sized = {one.model.name: one for one in plan.sized}
+  dense, mowe, larger = (sized[n] for n in ('T5', 'MoWE', 'larger'))
+  assert list(sized) == ['larger', 'MoWE', 'T5', 'trained']
+  # As wide as the MLP that it replaces.
+  assert 'EXPERT_DIM = 14' in mowe.bindings
+  assert mowe.note == 'EXPERT_DIM = 14 for the FLOPs per token of T5 (+0.00%)'
+  assert mowe.cost.flops_per_input_token == dense.cost.flops_per_input_token
+  ratio = larger.cost.total_parameters / mowe.cost.total_parameters
+  assert abs(ratio - 1) < 0.02
+  assert 'parameters of MoWE' in larger.note and dense.note == ''
+
+
+def test_what_is_solved_is_what_is_run(plan):
+  (stage, _) = plan.runs['larger'][0].stages
+  gin_config.parse(stage.gin_files, stage.bindings)
+  config = gin_config.made('MODEL')
+  assert config.emb_dim == 12 and config.mlp_dim % 2 == 0
+  cost = costs.model_costs(config)
+  assert cost == plan.sized[0].cost
+  assert gin_config.made('RANDOM_SEED') == 3
+
+
+def test_models_that_begin_alike_share_pretraining(plan):
+  folders = {
+    name: [[stage.folder for stage in run.stages] for run in runs]
+    for name, runs in plan.runs.items()
+  }
+  for seed in (0, 1):
+    mowe, trained = folders['MoWE'][seed], folders['trained'][seed]
+    assert mowe[0] == trained[0] and mowe[1] != trained[1]
+  every = [
+    folder for runs in folders.values() for run in runs for folder in run
+  ]
+  # Of 4 models, 2 seeds and 2 stages, two are shared.
+  assert len(set(every)) == 14
+  run = plan.runs['trained'][1]
+  assert f'INITIAL_CHECKPOINT_PATH = {run.pretrained!r}' in (
+    run.stages[1].bindings
+  )
+  assert compare_plan.Run.from_json(run.to_json()) == run
+
+
+def test_digests_tell_runs_apart_and_forget_places(plan, world, tmp_path):
+  digests = {run.digest() for runs in plan.runs.values() for run in runs}
+  assert len(digests) == 8
+  elsewhere = _plan(experiments.experiment(world, tmp_path, seeds=(3,)))
+  assert elsewhere.runs['MoWE'][0].digest() == (plan.runs['MoWE'][0].digest())
+
+
+def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
+  stage = dataclasses.replace(
+    plan.runs['MoWE'][0].stages[0], folder=str(tmp_path)
+  )
+  (tmp_path / 'compare.json').write_text('{"words": null}')
+  run = dataclasses.replace(plan.runs['MoWE'][0], stages=(stage,))
+  # Nothing was trained with them yet.
+  compare_run.check_folders(run)
+  (tmp_path / 'checkpoint_3').mkdir()
+  with pytest.raises(ValueError, match='differs in gin_files.*another OUTPUT'):
+    compare_run.check_folders(run)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'models': ()}, 'needs models whose names differ'),
+    ({'models': [experiments.dense()] * 2}, 'Name each model once'),
+    ({'seeds': (1, 1)}, 'different numbers'),
+    ({'questions': ()}, 'questions is ()'),
+    ({'num_bins': 0}, 'at least 1'),
+    ({'models': [experiments.dense(stages=())]}, 'has 0. Set'),
+    ({'models': [experiments.dense(gin_files=())]}, 'must have gin files'),
+    (
+      {'models': [experiments.dense(), experiments.dense('B', gin_files=())]},
+      'B has neither',
+    ),
+    ({'models': [experiments.words()]}, "is 'T5' and the models are"),
+    (
+      {'models': [experiments.dense(), experiments.words(width=None)]},
+      "width of? ?.*Set width|Set width, such as 'EXPERT_DIM'",
+    ),
+    (
+      {'models': [experiments.dense(stages=experiments.stages()[:1] * 2)]},
+      'different names',
+    ),
+  ],
+)  # fmt: skip
+def test_settings_that_cannot_work(world, tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    experiments.experiment(world, tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+  ('models', 'message'),
+  [
+    (
+      (experiments.dense(), experiments.words(granule=9)),
+      r'MoWE must have .* nearest is .* at width 18, of multiples of 9',
+    ),
+    (
+      (
+        experiments.dense(
+          width='mowe.models.t5.T5Config.mlp_dim',
+          budget=compare_budget.EqualFlops('MoWE'),
+        ),
+        experiments.words(),
+      ),
+      'go round: T5 -> MoWE -> T5',
+    ),
+    (
+      (experiments.dense(stages=experiments.stages(WARMUP_STEPS=9)),),
+      'warmup_steps',
+    ),
+  ],
+)
+def test_plans_that_cannot_be_met(world, tmp_path, models, message):
+  with pytest.raises(ValueError, match=message):
+    _plan(experiments.experiment(world, tmp_path, models))
+  assert not (tmp_path / 'runs').exists()
+
+
+def test_models_from_elsewhere(world, tmp_path):
+  other = subwords.load_subwords('bytes')
+  config = dataclasses.replace(world.config(sparse=False), vocab_size=384)
+  from mowe.commands import model_folder
+
+  model_folder.create(str(tmp_path / 'bytes'), config, other)
+  model_folder.create(
+    str(tmp_path / 'empty'), world.config(sparse=False), world.vocabulary
+  )
+  whole = experiments.experiment(
+    world, tmp_path / 'out', (experiments.dense(),)
+  )
+  for name, message in (
+    ('bytes', 'same subword vocabulary, but that of mine .*Leave the model'),
+    ('empty', 'checkpoint'),
+    ('absent', 'model.json'),
+  ):
+    added = compare_experiment.with_folder(whole, f'mine={tmp_path / name}')
+    with pytest.raises((ValueError, OSError), match=message):
+      _plan(added)
+  with pytest.raises(ValueError, match='must be NAME=FOLDER'):
+    compare_experiment.with_folder(whole, 'folder')
+
+
+def test_files_of_ones_own(tmp_path):
+  folder = tmp_path / 'mine'
+  folder.mkdir()
+  with pytest.raises(FileNotFoundError, match='has no documents'):
+    compare_data.Files(str(folder), 'bytes').prepare(tmp_path / 'out')
+  texts = [{'text': f'Zorblat {i} of Delft.'} for i in range(9)]
+  question = {'question': 'Who?', 'answers': ['Zorblat']}
+  conftest.write_lines(folder / 'documents.jsonl', texts[:6])
+  conftest.write_lines(folder / 'qa_train.jsonl', [question])
+  conftest.write_lines(folder / 'qa_validation.jsonl', [question])
+  conftest.write_lines(folder / 'all.jsonl', texts)
+  data = compare_data.Files(str(folder), 'bytes')
+  assert not data.prepare(tmp_path / 'out').has_held_out
+  data = dataclasses.replace(data, held_out=str(folder / 'all.jsonl'))
+  prepared = data.prepare(tmp_path / 'out')
+  # Three of the nine are not in the text of pretraining.
+  assert prepared.has_held_out and '3 other documents' in prepared.notes[1]
+  data = dataclasses.replace(data, held_out=str(folder / 'documents.jsonl'))
+  with pytest.raises(ValueError, match='no document that'):
+    data.prepare(tmp_path / 'out')
+
+
+def test_held_out_text_of_the_world_has_its_facts_in_other_words():
+  config = generated_world.WorldConfig(num_people=9, num_values=7)
+  world = generated_world.make_world(config)
+  held_out = compare_data._other_wordings(config)
+  # One for each fact.
+  assert len(held_out) == 9 * len(config.relations)
+  known = {(q['entity'], *q['answers']) for q in world.qa_train}
+  known |= {(q['entity'], *q['answers']) for q in world.qa_validation}
+  texts = {document['text'] for document in world.documents}
+  for document in held_out:
+    ((start, end),) = document['spans']
+    assert (document['entity'], document['text'][start:end]) in known
+    assert document['text'] not in texts
+  config = dataclasses.replace(config, num_templates=4)
+  assert compare_data._other_wordings(config) == []
+
+
+def test_a_file_that_is_no_experiment(tmp_path):
+  with pytest.raises(gin_config.GinError, match='gin_configs/experiments/'):
+    compare_experiment.load(['gin_configs/models/t5_tiny.gin'])
