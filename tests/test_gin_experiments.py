@@ -1,0 +1,109 @@
+"""Every experiment: it parses, and its models can be sized and run."""
+
+import pathlib
+
+import pytest
+
+from mowe.commands import (
+  compare_budget,
+  compare_data,
+  compare_experiment,
+  compare_plan,
+  gin_config,
+)
+from mowe.data import generated_world
+from mowe.models import costs, model_config
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_NAMES = sorted(
+  path.stem
+  for path in (_ROOT / 'gin_configs' / 'experiments').iterdir()
+  # Those include these.
+  if path.stem != 'tiny_models' and not path.stem.endswith('_recipe')
+)
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  world = compare_data.GeneratedWorld(
+    generated_world.WorldConfig(num_people=30, num_extra_mentions=9),
+    vocabulary_size=250,
+  )
+  return world.prepare(folder)
+
+
+def _load(name, *bindings):
+  more = ["DATA_DIR = '/data'"] if name.startswith('wiki') else []
+  return compare_experiment.load(
+    [f'gin_configs/experiments/{name}.gin'], [*more, *bindings]
+  )
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_an_experiment_has_models_of_its_own(name):
+  experiment = _load(name)
+  assert experiment.output.startswith('compare_')
+  assert len(experiment.models) >= 3 and len(experiment.seeds) >= 2
+  for model in experiment.models:
+    has_words = 'mowe' in model.gin_files[0]
+    assert (model.words is not None) == has_words, model.name
+    assert model.stages[-1].name == 'finetuned'
+  assert _load(name, 'SEEDS = (7,)').seeds == (7,)
+
+
+@pytest.fixture
+def any_width(monkeypatch):
+  """Sizing takes seconds, and is tested elsewhere: any width will do here."""
+  monkeypatch.setattr(
+    costs, 'model_costs', lambda config: costs.ModelCosts(9, 0, 0, 7, 5)
+  )
+  monkeypatch.setattr(
+    compare_budget,
+    'solve',
+    lambda cost_of, target, *, granule, **_: compare_budget.Solution(
+      24 * granule, cost_of(24 * granule), target
+    ),
+  )
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_its_runs_can_be_made(name, prepared, any_width):
+  """All gin files and bindings of all stages, as their runs will read them."""
+  experiment = _load(name, 'SEEDS = (0,)')
+  plan = compare_plan.Plan(experiment, prepared)
+  for (run,) in plan.runs.values():
+    assert len(run.stages) >= 2
+    assert run.pretrained == run.stages[-2].folder
+
+
+def test_experts_are_frozen_or_trained_after_one_pretraining(
+  prepared, any_width
+):
+  plan = compare_plan.Plan(_load('ablation_frozen_experts'), prepared)
+  frozen, trained = plan.runs['MoWE'], plan.runs['MoWE, experts trained']
+  for one, other in zip(frozen, trained, strict=True):
+    assert one.pretrained == other.pretrained
+    for run, is_frozen in ((one, True), (other, False)):
+      stage = run.stages[1]
+      gin_config.parse(stage.gin_files, stage.bindings)
+      assert gin_config.made('FREEZE_EXPERTS') is is_frozen
+
+
+def test_salient_spans_come_second(prepared, any_width):
+  plan = compare_plan.Plan(_load('ablation_salient_spans'), prepared)
+  found = []
+  for stage in plan.runs['MoWE, then salient spans'][0].stages:
+    gin_config.parse(stage.gin_files, stage.bindings)
+    found.append(
+      (
+        gin_config.made('OBJECTIVE').__name__,
+        gin_config.made('TRAIN_STEPS'),
+        stage.name,
+      )
+    )
+  assert found[:2] == [
+    ('SpanCorruptionTask', 450, 'random_spans'),
+    ('SalientSpanTask', 450, 'salient_spans'),
+  ]
+  assert model_config.word_streams(gin_config.made('MODEL'))
