@@ -182,16 +182,23 @@ def _scores(axes, report, theme):
 
 
 def _by_flops(axes, report, theme):
-  _points(axes, report, theme, [r.flops_formula for r in report.results])
-  _finish(axes, theme, 'FLOPs per token (formula)', 'EM (%)')
+  are_equal = _points(
+    axes, report, theme, [r.flops_formula for r in report.results]
+  )
+  note = '; equal ones side by side' if are_equal else ''
+  _finish(axes, theme, f'FLOPs per token, by formula{note}', 'EM (%)')
 
 
 def _by_size(axes, report, theme):
-  _points(axes, report, theme, [r.total_parameters for r in report.results])
-  _finish(axes, theme, 'parameters', 'EM (%)')
+  are_equal = _points(
+    axes, report, theme, [r.total_parameters for r in report.results]
+  )
+  note = '; equal ones side by side' if are_equal else ''
+  _finish(axes, theme, f'parameters{note}', 'EM (%)')
 
 
 def _points(axes, report, theme, values):
+  """A point for each model; tells whether all values are nearly equal."""
   scores = [result.score() for result in report.results]
   for index, (result, score, x) in enumerate(
     zip(report.results, scores, values, strict=True)
@@ -209,7 +216,8 @@ def _points(axes, report, theme, values):
       **_style(theme, index),
     )
   low, high = min(values), max(values)
-  if high < 1.05 * low:
+  are_equal = high < 1.05 * low
+  if are_equal:
     # Equal on purpose, they would hide each other: side by side at one tick.
     for index, container in enumerate(axes.containers):
       _shift(container, (index - (len(values) - 1) / 2) * 0.05 * low)
@@ -224,6 +232,7 @@ def _points(axes, report, theme, values):
   axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
   top = max(score.em_interval[1] for score in scores)
   axes.set_ylim(0, max(1.0, 1.1 * top))
+  return are_equal and len(values) > 1
 
 
 def _shift(container, shift):

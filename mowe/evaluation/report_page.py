@@ -38,9 +38,10 @@ img { display: block; width: 100%; height: auto; }
   border-radius: .6rem; }
 table { border-collapse: separate; border-spacing: 0; width: 100%;
   font-size: .88rem; }
-th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-/* Drawn within each cell: borders of the column that stays would drift. */
+/* Whole pixels, and lines within each cell: those of the column that stays
+   would drift. */
+th, td { padding: 7px 10px; line-height: 21px; text-align: right;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
 thead th, tbody tr:not(:last-child) td {
   box-shadow: inset 0 -1px var(--line); }
 thead th { background: var(--card); font-weight: 600; }
@@ -49,7 +50,7 @@ tr > :first-child { text-align: left; position: sticky; left: 0;
   background: var(--page); min-width: 6rem; max-width: 11rem;
   white-space: normal; overflow-wrap: break-word; font-weight: 500; }
 thead tr > :first-child { background: var(--card); }
-svg.bars { display: block; width: 8rem; height: 1.7rem; fill: var(--bar);
+svg.bars { display: block; width: 8rem; height: 26px; fill: var(--bar);
   margin-left: auto; }
 .examples { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); }
