@@ -112,6 +112,13 @@ class Experiment:
         'An experiment needs questions to ask, but questions is (). Name a '
         "token cache, such as ('qa_validation',)."
       )
+    metric = getattr(self.metric, '__name__', '')
+    if not hasattr(text_metrics, metric):
+      raise ValueError(
+        'metric must be a function of mowe.evaluation.text_metrics, which each '
+        f'run finds by its name, but is {self.metric!r}. Take text_metrics.'
+        'squad or text_metrics.trivia_qa.'
+      )
     if min(self.num_points, self.num_recalled, self.num_bins) < 1:
       raise ValueError(
         'num_points, num_recalled and num_bins must be at least 1, but are '

@@ -145,6 +145,7 @@ class Plan:
     for of_model in self.runs.values():
       for stage in of_model[0].reading:
         self._check_stage(stage)
+    self._check_questions(next(iter(self.runs.values()))[0].reading[-1])
 
   def _size(self, model: Model, asked: tuple[str, ...]) -> SizedModel:
     if model.name in asked:
@@ -305,6 +306,19 @@ class Plan:
       vocabulary = subwords.load_subwords(self._prepared.vocabulary)
       for name in [names] if isinstance(names, str) else names:
         data.open_cache(name, vocabulary)
+
+  def _check_questions(self, stage: PlannedStage) -> None:
+    gin_config.parse(stage.gin_files, stage.bindings)
+    data = gin_config.call(data_config.DataConfig)
+    vocabulary = subwords.load_subwords(self._prepared.vocabulary)
+    for name in self._experiment.questions:
+      cache = data.open_cache(name, vocabulary)
+      if 'inputs' not in cache.features:
+        raise ValueError(
+          'The questions of an experiment must be a token cache of questions, '
+          f'but {cache.path} is of kind {cache.kind!r}. Build it with '
+          '`mowe cache-task --kind questions`.'
+        )
 
   def _is_path(self, binding: str) -> bool:
     paths = ('VOCABULARY_PATH = ', 'CACHE_DIR = ', 'ROUTING_VOCABULARY = ')

@@ -119,6 +119,7 @@ def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
     ({'seeds': (1, 1)}, 'different numbers'),
     ({'questions': ()}, 'questions is ()'),
     ({'num_bins': 0}, 'at least 1'),
+    ({'metric': max}, 'text_metrics.trivia_qa'),
     ({'models': [experiments.dense(stages=())]}, 'has 0. Set'),
     ({'models': [experiments.dense(gin_files=())]}, 'must have gin files'),
     (
@@ -168,6 +169,21 @@ def test_plans_that_cannot_be_met(world, tmp_path, models, message):
   with pytest.raises(ValueError, match=message):
     _plan(experiments.experiment(world, tmp_path, models))
   assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize(
+  ('questions', 'message'),
+  [
+    ('absent', "caches in .* are .'questions', 'text'"),
+    ('text', 'of kind .text'),
+  ],
+)
+def test_questions_that_cannot_be_asked(world, tmp_path, questions, message):
+  experiment = experiments.experiment(
+    world, tmp_path, (experiments.dense(),), questions=(questions,)
+  )
+  with pytest.raises((ValueError, OSError), match=message):
+    _plan(experiment)
 
 
 def test_models_from_elsewhere(world, tmp_path):
