@@ -273,6 +273,7 @@ def test_a_model_of_a_gin_file_can_be_saved(name, routing_paths):
   # Made anew, so another object.
   made = ('attention', 'norm', 'sparse_feed_forward')
   made = (*made, 'sparse_decoder_feed_forward')
+  made = (*made, 'encoder_attention', 'decoder_attention')
   fields = {field.name for field in dataclasses.fields(config)}
   factories = {name: getattr(_PLAIN, name, None) for name in made}
   factories = {k: v for k, v in factories.items() if k in fields}

@@ -1,4 +1,4 @@
-"""Sizes of the language models of arXiv 2310.10837, as published."""
+"""Sizes of the models of arXiv 2310.10837 and 2306.04640, as published."""
 
 import copy
 import dataclasses
@@ -172,3 +172,26 @@ def test_a_run_remembers_one_row(name):
   longer = dataclasses.replace(config, memory_length=4 * lengths['targets'])
   memory = jax.eval_shape(lambda: longer.initial_memory(1))
   assert memory['decoder']['real'].shape == (1, 4 * lengths['targets'])
+
+
+# Blocks, choices, millions of parameters, and those that a token meets in blocks.
+_MODULE_FORMERS = {
+  '350m_4b': (24, 2, 4142.5, 315),
+  '700m_4b': (24, 4, 4142.5, 617),
+  '700m_8b': (48, 2, 8182.0, 630),
+}
+
+
+@pytest.mark.parametrize('name', _MODULE_FORMERS)
+def test_a_module_former_has_the_published_size(name):
+  blocks, k, millions, active = _MODULE_FORMERS[name]
+  config = _config(f'moduleformer_{name}')
+  heads, mlp = config.make_attention(), config.sparse_layers()['decoder']
+  assert (heads.num_experts, mlp.num_experts) == (16, 32)
+  assert heads.routing.k == mlp.routing.k == k
+  assert config.sparse_decoder_layers == tuple(range(blocks))
+  assert (config.emb_dim, config.vocab_size) == (1024, 50295)
+  cost = costs.model_costs(config)
+  assert round(cost.total_parameters / 1e6, 1) == millions
+  of_vocabulary = 2 * config.emb_dim * config.vocab_size
+  assert round((cost.active_parameters - of_vocabulary) / 1e6) == active

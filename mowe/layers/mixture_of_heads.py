@@ -123,8 +123,8 @@ class MixtureOfAttentionHeads(attention.MultiHeadAttention):
   def __post_init__(self):
     if not getattr(self.routing, 'each_token_chooses', False):
       raise ValueError(
-        'Every query must choose modules itself, so routing of a mixture of '
-        f'heads must be a TokensChoose, but is {self.routing}. Use '
+        'Every query must choose modules by what it is, so routing of a mixture '
+        f'of heads must be a TokensChoose, but is {self.routing}. Use '
         'TokensChoose(2).'
       )
     if self.num_experts < 1:

@@ -37,7 +37,6 @@ class MlpRouterWeights(routing.RouterWeights):
       self.num_experts,
       self.use_bias,
       self.kernel_init,
-      input_axis='unmodeled',
       name='w',
     )(jax.nn.gelu(hidden, approximate=False))
 
@@ -61,7 +60,7 @@ class CentroidRouterWeights(routing.RouterWeights):
       nn.initializers.normal(1.0),
       (self.num_experts, self.hidden_dim),
       jnp.float32,
-      axes=('unmodeled', 'unmodeled'),
+      axes=('unmodeled', 'embed'),
     )
     log_scale = partitioning.param_with_axes(
       'log_scale', nn.initializers.zeros, (1,), jnp.float32, axes=('unmodeled',)

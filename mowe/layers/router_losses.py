@@ -95,6 +95,7 @@ def losses(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
     'router_z_loss': (stats.z_loss, count),
     'importance_loss': (stats.importance, count),
     'entropy_regularizer': (information, count),
+    'load_concentration_loss': (-information, count),
     # Minus the mutual information of a token and its expert.
     'mutual_information_loss': (information + stats.conditional_entropy, count),
   }

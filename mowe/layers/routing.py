@@ -137,7 +137,6 @@ class Projection(nn.Module):
     features: size of the last axis of the result.
     use_bias: adds a learned bias.
     kernel_init: draws the kernel.
-    input_axis: logical name of the last axis of the inputs.
 
   Call: <float32>[groups, tokens, in] to <float32>[groups, tokens, features].
   """
@@ -145,7 +144,6 @@ class Projection(nn.Module):
   features: int
   use_bias: bool
   kernel_init: parameter.Initializer
-  input_axis: str = 'embed'
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -153,9 +151,8 @@ class Projection(nn.Module):
       name, init, shape, jnp.float32, axes=axes
     )
     shape = (inputs.shape[-1], self.features)
-    kernel = make(
-      'kernel', self.kernel_init, shape, (self.input_axis, 'unmodeled')
-    )
+    # Inputs may be hidden units of the router: no axis may occur twice.
+    kernel = make('kernel', self.kernel_init, shape, ('embed', 'unmodeled'))
     logits = jnp.matmul(inputs, kernel, precision=jax.lax.Precision.HIGHEST)
     if self.use_bias:
       bias = make('bias', nn.initializers.zeros, (shape[1],), ('unmodeled',))

@@ -18,9 +18,9 @@ class ModelCosts:
   A product with a kernel of n numbers costs 2n FLOPs. Attention scores, which
   depend on the length and are the same for all feed-forwards, are left out; so
   are norms and activations. A word expert is counted for every token, also for
-  those that are skipped. The experts of a MoeLayer are counted as often as its
-  router chooses one per token, on average and before any is dropped; routers
-  and shared experts are met by every token. Of a layer that says what it reads
+  those that are skipped. The experts of a MoeLayer, and the modules of a mixture of heads, are
+  counted as often as the router chooses one per token, on average and before
+  any is dropped; routers and shared experts are met by every token. Of a layer that says what it reads
   (`share_read`, as product-key memories do) that much is counted, and what is
   read in part counts as experts. Dense units that are zero cost like others.
 
@@ -94,16 +94,18 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
 
 
 def _layer_of(config, path):
-  """The sparse layer of the block that a parameter belongs to, or None."""
+  """The layer with experts of the block of a parameter, or None."""
   if len(path) < 2 or not path[1].startswith('layers_'):
     return None
   number = int(path[1].removeprefix('layers_'))
-  return config.of_block(path[0], number).sparse_layers().get(path[0])
+  own = config.of_block(path[0], number)
+  attention = own.attentions().get(path[2])
+  return attention or own.sparse_layers().get(path[0])
 
 
 def is_expert(path: tuple[str, ...]) -> bool:
-  """Whether a parameter belongs to the experts of a MoeLayer."""
-  return len(path) > 2 and path[-3] == 'expert'
+  """Whether a parameter belongs to the experts of a MoeLayer, or to modules."""
+  return len(path) > 3 and path[-3] == 'expert'
 
 
 def _share_read(path, layer):

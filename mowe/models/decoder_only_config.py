@@ -30,7 +30,8 @@ class DecoderOnlyConfig:
     dtype: dtype of activations; parameters are float32. Not float16.
     remat: recompute blocks in the backward pass instead of keeping them.
     attention: makes the self-attention of a block: one of `self_attention`, or
-      `relative_attention.RelativeAttention`.
+      `relative_attention.RelativeAttention`, or
+      `mixture_of_heads.MixtureOfSelfAttentionHeads`.
     norm: makes a layer norm.
     prefix_lm: inputs, where examples have them, see each other in both
       directions; targets see what is before them.
@@ -102,6 +103,7 @@ class DecoderOnlyConfig:
       )
     if self.sparse_feed_forward is not None:
       model_config.check_layers(self)
+    model_config.check_attentions(self)
     self._check_memory()
 
   def _check_memory(self):
@@ -141,6 +143,10 @@ class DecoderOnlyConfig:
       dropout_rate=self.dropout_rate, dtype=self.dtype, parent=None
     )
     return {'decoder': layer}
+
+  def attentions(self) -> dict[str, nn.Module]:
+    """The attention of every block, by its name there."""
+    return {'self_attention': self.make_attention()}
 
   def parts(self) -> dict[str, nn.Module]:
     """A layer of each field that makes some."""

@@ -16,6 +16,10 @@ from flax import linen as nn
 # Collection of what a batch leaves to the next; see `memory_length`.
 MEMORY = 'segment_memory'
 
+# Names of attentions in a block of an encoder, and of one to an encoder.
+ENCODER_ATTENTION = 'attention'
+CROSS_ATTENTION = 'encoder_decoder_attention'
+
 # Makes a layer; a class will do.
 Factory = Callable[..., nn.Module]
 
@@ -88,6 +92,9 @@ class ModelConfig(Protocol):
 
   def sparse_layers(self) -> dict[str, nn.Module]:
     """Of each stream a sparse layer; {} without `sparse_feed_forward`."""
+
+  def attentions(self) -> dict[str, nn.Module]:
+    """An attention of each kind, by its name in a block."""
 
   def parts(self) -> dict[str, nn.Module]:
     """A layer of each field that makes some, by the name of the field."""
@@ -213,6 +220,39 @@ def check_mesh(
       layer = of_block(config, stream, number).sparse_layers()[stream]
       if hasattr(layer, 'check_mesh'):
         layer.check_mesh(mesh_shape, batch_size, lengths[stream])
+  for name, layer in config.attentions().items():
+    if hasattr(layer, 'check_mesh'):
+      stream = 'encoder' if name == ENCODER_ATTENTION else 'decoder'
+      layer.check_mesh(mesh_shape, batch_size, lengths[stream])
+
+
+def check_attentions(config: ModelConfig) -> None:
+  """Raises ValueError if an attention does not fit its place in a block."""
+  for name, layer in config.attentions().items():
+    if hasattr(layer, 'check_width'):
+      layer.check_width(config.emb_dim)
+    inner = getattr(layer, 'inner', None)
+    if name != ENCODER_ATTENTION and getattr(layer, 'looks_ahead', False):
+      raise ValueError(
+        'A token of the decoder must not be routed by later tokens, but '
+        f'{layer.routing} of {name} does so. Use '
+        'TokensChoose(batch_prioritized=False) there.'
+      )
+    if name == ENCODER_ATTENTION and getattr(inner, 'looks_back_only', False):
+      raise ValueError(
+        'Attention of an encoder must look in both directions, but its inner '
+        f'attention is {inner}. Use Softmax or NearestFirst there.'
+      )
+    if name != ENCODER_ATTENTION and getattr(inner, 'needs_all_queries', False):
+      raise ValueError(
+        f'{name} must do with one query at a time, to generate text, but its '
+        f'inner attention is {inner}. Use Softmax or StickBreaking there.'
+      )
+    if name == CROSS_ATTENTION and getattr(inner, 'looks_back_only', False):
+      raise ValueError(
+        'Attention to the encoder must not depend on an order of its tokens, '
+        f'but its inner attention is {inner}. Use Softmax there.'
+      )
 
 
 def routes_tokens(config: ModelConfig) -> bool:

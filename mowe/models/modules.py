@@ -107,7 +107,7 @@ def layer_at(config: model_config.ModelConfig, place: str) -> nn.Module:
   own = model_config.of_block(config, stream, number)
   if name == _MLP:
     return own.sparse_layers()[stream]
-  return own.parts()[config.layer_fields[stream, name]]
+  return own.attentions()[name]
 
 
 def split_place(place: str) -> tuple[str, int, str]:
@@ -194,10 +194,12 @@ def _depth(config, stream):
 
 
 def _field_of(config, stream, name):
-  """The field that makes these layers now: the decoder's may be shared."""
+  """The field that makes these layers now, which others may share."""
   field = config.layer_fields[stream, name]
-  if getattr(config, field) is None and name == _MLP:
-    field = config.layer_fields['encoder', name]
+  if getattr(config, field) is None:
+    field = (
+      'attention' if name != _MLP else config.layer_fields['encoder', name]
+    )
   return None if getattr(config, field, None) is None else field
 
 

@@ -30,7 +30,12 @@ _GIVEN = {
 }
 
 # What the stack gives besides to the part that a field makes.
-_GIVEN_TO = {'attention': {'num_heads', 'head_dim', 'relpos_bias'}}
+_OF_HEADS = {'num_heads', 'head_dim', 'relpos_bias'}
+_GIVEN_TO = {
+  'attention': _OF_HEADS,
+  'encoder_attention': _OF_HEADS,
+  'decoder_attention': _OF_HEADS,
+}
 
 # Name in a file of each kind of config; a file without one holds a T5Config.
 _FAMILY = 'family'

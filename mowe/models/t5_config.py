@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import feed_forward
+from mowe.layers import attention, feed_forward
 from mowe.models import model_config
 
 Routing = model_config.Routing
@@ -32,6 +32,10 @@ class T5Config:
     dropout_rate: dropout everywhere.
     dtype: dtype of activations; parameters are float32. Not float16.
     remat: recompute blocks in the backward pass instead of keeping them.
+    attention: makes every attention but those below: MultiHeadAttention, or
+      `mixture_of_heads.MixtureOfAttentionHeads`.
+    encoder_attention: the same for the encoder, where it is another.
+    decoder_attention: the same for the decoder's own tokens.
     sparse_feed_forward: makes the layer (or its class) of the blocks below.
     sparse_decoder_feed_forward: the same for the decoder's blocks, where it is
       another: a router that looks ahead fits an encoder only.
@@ -58,6 +62,9 @@ class T5Config:
   dropout_rate: float = 0.1
   dtype: Any = jnp.float32
   remat: bool = False
+  attention: model_config.Factory = attention.MultiHeadAttention
+  encoder_attention: model_config.Factory | None = None
+  decoder_attention: model_config.Factory | None = None
   sparse_feed_forward: Callable[..., nn.Module] | None = None
   sparse_decoder_feed_forward: Callable[..., nn.Module] | None = None
   sparse_encoder_layers: tuple[int, ...] = ()
@@ -86,6 +93,7 @@ class T5Config:
       )
     if self.sparse_feed_forward is not None:
       model_config.check_layers(self)
+    model_config.check_attentions(self)
 
   # Of the inputs, and of the targets.
   streams = ('encoder', 'decoder')
@@ -95,6 +103,9 @@ class T5Config:
     {
       ('encoder', 'mlp'): 'sparse_feed_forward',
       ('decoder', 'mlp'): 'sparse_decoder_feed_forward',
+      ('encoder', 'attention'): 'encoder_attention',
+      ('decoder', 'self_attention'): 'decoder_attention',
+      ('decoder', 'encoder_decoder_attention'): 'attention',
     }
   )
 
@@ -133,13 +144,48 @@ class T5Config:
 
   def parts(self) -> dict[str, nn.Module]:
     """A layer of each field that makes some."""
-    fields = ('sparse_feed_forward', 'sparse_decoder_feed_forward')
-    made = self.sparse_layers().values()
+    layers = dict(
+      zip(
+        ('sparse_feed_forward', 'sparse_decoder_feed_forward'),
+        self.sparse_layers().values(),
+        strict=False,
+      )
+    ) | {
+      'attention': self._make(self.attention),
+      'encoder_attention': self.make_attention(model_config.ENCODER_ATTENTION),
+      'decoder_attention': self.make_attention('self_attention'),
+    }
     return {
       field: layer
-      for field, layer in zip(fields, made, strict=False)
+      for field, layer in layers.items()
       if getattr(self, field) is not None
     }
+
+  def attentions(self) -> dict[str, nn.Module]:
+    """An attention of each kind, by its name in a block."""
+    names = (
+      model_config.ENCODER_ATTENTION,
+      'self_attention',
+      model_config.CROSS_ATTENTION,
+    )
+    return {name: self.make_attention(name) for name in names}
+
+  def make_attention(self, name: str) -> nn.Module:
+    """The attention of this name in a block."""
+    others = {
+      model_config.ENCODER_ATTENTION: self.encoder_attention,
+      'self_attention': self.decoder_attention,
+    }
+    return self._make(others.get(name) or self.attention)
+
+  def _make(self, factory):
+    return factory(
+      num_heads=self.num_heads,
+      head_dim=self.head_dim,
+      dropout_rate=self.dropout_rate,
+      dtype=self.dtype,
+      parent=None,
+    )
 
   def with_layer_changes(self, **changes: Any) -> 'T5Config':
     """This config with other fields in those sparse layers that have them."""

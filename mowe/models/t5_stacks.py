@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import attention, layer_norm, linear, relative_position
+from mowe.layers import layer_norm, linear, relative_position
 from mowe.models import t5_config
 
 
@@ -17,12 +17,6 @@ class _Block(nn.Module):
 
   def _norm(self):
     return layer_norm.LayerNorm(dtype=self.config.dtype)
-
-  def _attention(self):
-    config = self.config
-    return attention.MultiHeadAttention(
-      config.num_heads, config.head_dim, config.dropout_rate, config.dtype
-    )
 
   def _setup_feed_forward(self):
     self.pre_mlp_layer_norm = self._norm()
@@ -45,7 +39,7 @@ class EncoderBlock(_Block):
 
   def setup(self):
     self.pre_attention_layer_norm = self._norm()
-    self.attention = self._attention()
+    self.attention = self.config.make_attention('attention')
     self._setup_feed_forward()
 
   def __call__(self, tokens, bias, mask, routing_ids, deterministic):
@@ -64,9 +58,11 @@ class DecoderBlock(_Block):
 
   def setup(self):
     self.pre_self_attention_layer_norm = self._norm()
-    self.self_attention = self._attention()
+    self.self_attention = self.config.make_attention('self_attention')
     self.pre_cross_attention_layer_norm = self._norm()
-    self.encoder_decoder_attention = self._attention()
+    self.encoder_decoder_attention = self.config.make_attention(
+      'encoder_decoder_attention'
+    )
     self._setup_feed_forward()
 
   def __call__(

@@ -23,7 +23,8 @@ LayerStats = dict[tuple[str, ...], router_losses.RouterStats]
 class RouterLossConfig:
   """Coefficients of the routers' losses.
 
-  The first three are means over layers and tokens.
+  The first three are means over routers and tokens; all others are added up
+  over routers, those of attention among them.
 
   Attributes:
     load_balance: of the loss that is 1 at perfect balance.
@@ -35,6 +36,9 @@ class RouterLossConfig:
     mutual_information: of the negative mutual information of tokens and
       experts, added up likewise, as in ModuleFormer: 0.0002 to 0.0006 in the
       models of arXiv 2404.05567.
+    load_concentration: of the entropy of the experts' mean probability, added
+      up likewise: a task then crowds into few modules, as in ModuleFormer's
+      finetuning. It is the opposite of `entropy`.
   """
 
   load_balance: float = 0.01
@@ -42,6 +46,7 @@ class RouterLossConfig:
   importance: float = 0.0
   entropy: float = 0.0
   mutual_information: float = 0.0
+  load_concentration: float = 0.0
 
 
 def layer_stats(variables: Any) -> LayerStats:
@@ -77,6 +82,7 @@ def loss(
     regularizer += shares[path[0]] * (
       config.entropy * means['entropy_regularizer']
       + config.mutual_information * means['mutual_information_loss']
+      + config.load_concentration * means['load_concentration_loss']
     )
   return total / max(1, len(stats)) + regularizer
 
@@ -109,7 +115,8 @@ def balance(
   for path, one in stats.items():
     name = (*path, 'router', routing.SELECTION_BIAS)
     if name in flat:
-      layer = config.sparse_layers()[path[0]]
+      attention = config.attentions().get(path[-1])
+      layer = attention or config.sparse_layers()[path[0]]
       flat[name] = router_losses.balanced_bias(
         old[name], one, layer.routing.bias_rate
       )

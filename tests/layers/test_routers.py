@@ -1,5 +1,7 @@
 """Routers, plans and losses with numbers worked out by hand."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,3 +223,15 @@ def test_groups_are_split_and_merged(shape, groups):
     # Less than one token per group is filled up with.
     missing = split.shape[0] * split.shape[1] - shape[0] * shape[1]
     assert 0 <= missing < split.shape[0]
+
+
+def test_load_concentration_is_the_entropy_of_the_mean():
+  """The value is that of the formula for the authors' probabilities."""
+  folder = pathlib.Path(__file__).resolve().parents[1] / 'golden'
+  with np.load(folder / 'moduleformer.npz') as arrays:
+    probs = arrays['gate_probs']
+  zeros = dict.fromkeys(router_losses.RouterStats._fields, jnp.zeros(()))
+  sums = {'total_probs': probs.sum(0), 'num_loss_tokens': len(probs)}
+  stats = router_losses.RouterStats(**(zeros | sums))
+  total, count = router_losses.losses(stats)['load_concentration_loss']
+  assert float(total / count) == pytest.approx(1.461092, abs=1e-6)

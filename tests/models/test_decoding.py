@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import word_experts
+from mowe.layers import (
+  inner_attention,
+  mixture_of_heads,
+  moe,
+  tokens_choose,
+  word_experts,
+)
 from mowe.models import decoding, t5
 from mowe.words import build, subwords
 
@@ -19,7 +25,11 @@ TEXTS = ['the dog and the fox', 'zorblat met the fox', 'a zorblat sang'] * 3
 
 @functools.cache
 def make_model(kind):
-  """The model and its variables; 'mowe' shares one table of experts."""
+  """The model and its variables.
+
+  'mowe' shares one table of experts, 'modules' has modules of heads and of the
+  feed-forward, and 'sticks' no positions in the decoder.
+  """
   parts = {}
   if kind == 'mowe':
     routing, _ = build.build_routing_vocabulary(
@@ -33,6 +43,25 @@ def make_model(kind):
       'sparse_decoder_layers': (0, 1),
       'routing': routing,
     }
+  if kind in ('modules', 'sticks'):
+    heads = functools.partial(
+      mixture_of_heads.MixtureOfAttentionHeads, num_experts=4, use_bias=True
+    )
+    parts = {
+      'attention': heads,
+      'encoder_attention': functools.partial(
+        heads, inner=inner_attention.NearestFirst()
+      ),
+      'sparse_feed_forward': functools.partial(
+        moe.MoeLayer, 3, 5, routing=tokens_choose.TokensChoose(2)
+      ),
+      'sparse_encoder_layers': (1,),
+      'sparse_decoder_layers': (0,),
+    }
+  if kind == 'sticks':
+    parts['decoder_attention'] = functools.partial(
+      heads, inner=inner_attention.StickBreaking()
+    )
   model = t5.T5(
     t5.T5Config(
       vocab_size=BYTES.size,
@@ -85,11 +114,14 @@ def teacher_forced(model, variables, inputs, targets, **segments):
   )
 
 
-@pytest.fixture(params=['dense', 'mowe'])
+@pytest.fixture(params=['dense', 'mowe', 'modules'])
 def model_and_variables(request):
   return make_model(request.param)
 
 
+@pytest.mark.parametrize(
+  'model_and_variables', ['dense', 'mowe', 'modules', 'sticks'], indirect=True
+)
 def test_steps_with_cache_equal_teacher_forcing(model_and_variables):
   model, variables = model_and_variables
   expected = teacher_forced(model, variables, INPUT_TOKENS, TARGET_TOKENS)
