@@ -230,7 +230,11 @@ def test_a_memory_needs_text_in_its_order(lm_world):
 
 
 @pytest.mark.slow
-def test_the_example_with_a_memory_runs(tmp_path, capsys):
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [('memory', ['--gin.EVAL_MEMORY_LENGTH=256']), ('moduleformer', [])],
+)
+def test_an_example_runs(name, options, tmp_path, capsys):
   text = tmp_path / 'text.txt'
   text.write_text('\n'.join(['a line of text', '', 'and one more line'] * 400))
   run = lambda *arguments: main.main([str(x) for x in arguments])
@@ -239,23 +243,25 @@ def test_the_example_with_a_memory_runs(tmp_path, capsys):
     'cache-task', cache, text, '--vocabulary', 'bytes', '--unit', 'file',
     '--kind', 'language_model',
   )  # fmt: skip
+  one_block = ['--gin.decoder_only.DecoderOnlyConfig.num_layers=1']
+  if name == 'moduleformer':
+    one_block = ['--gin.NUM_LAYERS=1']
   shared = (
     "--gin.MIXTURE_OR_TASK_NAME='text'",
     f"--gin.CACHE_DIR='{tmp_path / 'cache'}'",
     '--gin.BATCH_SIZE=8',
   )
   assert not run(
-    'train', '--gin_file=gin_configs/examples/text_pretrain_lm_memory.gin', *shared,
+    'train', f'--gin_file=gin_configs/examples/text_pretrain_lm_{name}.gin', *shared,
     "--gin.VOCABULARY_PATH='bytes'", '--gin.VOCAB_SIZE=384',
     f"--gin.MODEL_DIR='{tmp_path / 'run'}'", '--gin.TRAIN_STEPS=30',
-    '--gin.WARMUP_STEPS=3', '--gin.decoder_only.DecoderOnlyConfig.num_layers=1',
+    '--gin.WARMUP_STEPS=3', *one_block,
   )  # fmt: skip
   assert not run(
     'evaluate', '--gin_file=gin_configs/runs/evaluate.gin', *shared,
     f"--gin.CHECKPOINT_PATH='{tmp_path / 'run'}'",
     f"--gin.EVAL_OUTPUT_DIR='{tmp_path / 'eval'}'",
-    "--gin.TASK_FEATURE_LENGTHS={'targets': 128}",
-    '--gin.EVAL_MEMORY_LENGTH=256',
+    "--gin.TASK_FEATURE_LENGTHS={'targets': 128}", *options,
   )  # fmt: skip
   results = json.loads((tmp_path / 'eval' / 'results.json').read_text())
   assert results['num_bytes'] == results['num_tokens'] == text.stat().st_size

@@ -11,6 +11,7 @@ import pytest
 
 from mowe.layers import (
   centered_norm,
+  inner_attention,
   mixture_of_heads,
   module_router,
   moe,
@@ -18,6 +19,7 @@ from mowe.layers import (
   relative_position,
   self_attention,
   stick_breaking,
+  tokens_choose,
   word_experts,
 )
 from mowe.models import decoder_only, decoding, initialization, saved_config
@@ -469,6 +471,25 @@ def test_values_of_distances_go_to_their_keys():
 def test_parts_that_do_not_fit_are_refused(changes, text):
   with pytest.raises(ValueError, match=text):
     make_config(**changes)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'text'),
+  [
+    ({'inner': inner_attention.NearestFirst()}, 'one query at a time'),
+    ({'identity_memory': True, 'num_heads': 1}, 'model, 10, but is 4'),
+    (
+      {'routing': tokens_choose.TokensChoose(batch_prioritized=True)},
+      'must not be routed by later tokens',
+    ),
+    ({'num_experts': 1}, 'k must be at most the number of experts, 1'),
+  ],
+)
+def test_modules_of_heads_that_do_not_fit_are_refused(fields, text):
+  heads = mixture_of_heads.MixtureOfSelfAttentionHeads
+  make = lambda **given: heads(**(given | fields))
+  with pytest.raises(ValueError, match=text):
+    dataclasses.replace(make_config(), attention=make)
 
 
 def test_an_odd_head_cannot_be_rotated():

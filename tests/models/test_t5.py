@@ -8,10 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import word_experts
+from mowe.layers import (
+  attention,
+  inner_attention,
+  mixture_of_heads,
+  word_experts,
+)
 from mowe.models import parameters, t5
 
 _BATCH, _INPUTS, _TARGETS, _VOCAB, _EXPERTS = 2, 7, 6, 17, 5
+
+
+_PLAIN_SELF_ATTENTION = {
+  'encoder_attention': attention.MultiHeadAttention,
+  'decoder_attention': attention.MultiHeadAttention,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +214,27 @@ def test_float16_is_refused():
 def test_configs_that_cannot_work_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     _config(sparse=True, **changes)
+
+
+@pytest.mark.parametrize(
+  ('field', 'inner', 'message'),
+  [
+    ('encoder_attention', 'StickBreaking', 'must look in both directions'),
+    ('decoder_attention', 'NearestFirst', 'one query at a time'),
+    ('attention', 'StickBreaking', 'order of its tokens'),
+  ],
+)
+def test_attention_that_does_not_fit_its_place_is_refused(
+  field, inner, message
+):
+  heads = functools.partial(
+    mixture_of_heads.MixtureOfAttentionHeads,
+    inner=getattr(inner_attention, inner)(),
+  )
+  # Alone, `attention` makes that of the encoder, which is refused first.
+  others = {} if field != 'attention' else _PLAIN_SELF_ATTENTION
+  with pytest.raises(ValueError, match=message):
+    _config(**({field: heads} | others))
 
 
 def test_a_sparse_model_without_routing_needs_ids():
