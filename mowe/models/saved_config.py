@@ -135,7 +135,8 @@ def _factory_from_json(tree):
   cls, fields = _part_from_json(tree, what)
   if not issubclass(cls, nn.Module):
     raise ValueError(_not_a_class(what, tree))
-  return functools.partial(cls, **fields)
+  # A class that is as it is made is itself: configs are compared.
+  return functools.partial(cls, **fields) if fields else cls
 
 
 def _part_to_json(part, leave_out=frozenset()) -> dict[str, Any]:
