@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import routing, tokens_choose
+from mowe.layers import router_losses, routing, tokens_choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +160,35 @@ class AddedChoose:
       experts=jnp.where(old.experts < self.num_old, old.experts, num_experts)
     )
     return _joined(old, new)
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedLosses(router_losses.RouterLosses):
+  """Losses, with one against new modules that take over.
+
+  It is the divergence of the router from what it was: of the softmax over old
+  modules from that over all, which is -log of what is left to the old ones.
+
+  Attributes:
+    losses: how the others are formed.
+    num_new: modules that were added last.
+  """
+
+  losses: Any
+  num_new: int
+
+  def sums(
+    self,
+    logits: jax.Array,
+    probs: jax.Array,
+    num_chosen: jax.Array,
+    is_valid: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """See `RouterLosses`."""
+    sums = self.losses.sums(logits, probs, num_chosen, is_valid)
+    old = jax.nn.logsumexp(logits[:, :, : -self.num_new], axis=-1)
+    taken = jax.nn.logsumexp(logits, axis=-1) - old
+    return sums | {'takeover': jnp.sum(jnp.where(is_valid, taken, 0))}
 
 
 def _joined(old, new):

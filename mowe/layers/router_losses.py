@@ -21,6 +21,7 @@ _SCALARS = (
   'conditional_entropy',
   'num_loss_tokens',
   'entropy',
+  'takeover',
 )
 
 # The collection that a layer sows its stats into, and their name there.
@@ -54,6 +55,8 @@ class RouterStats(NamedTuple):
     group_information: negative entropy of the mean softmax of each group, times
       its tokens, where the regulariser is of groups.
     conditional_entropy: of each token's softmax of the logits, in nats.
+    takeover: -log of the probability that old modules keep beside added ones;
+      see `added_modules.AddedLosses`.
     num_loss_tokens: what all of these are to be divided by.
     num_not_finite: routed tokens with an infinite or NaN logit. A trainer
       refuses to go on if there is one.
@@ -75,6 +78,7 @@ class RouterStats(NamedTuple):
   total_probs: jax.Array
   group_information: jax.Array
   conditional_entropy: jax.Array
+  takeover: jax.Array
   num_loss_tokens: jax.Array
   num_not_finite: jax.Array
 
@@ -98,6 +102,7 @@ def losses(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
     'load_concentration_loss': (-information, count),
     # Minus the mutual information of a token and its expert.
     'mutual_information_loss': (information + stats.conditional_entropy, count),
+    'takeover_loss': (stats.takeover, count),
   }
 
 

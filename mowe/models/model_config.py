@@ -136,6 +136,10 @@ def of_block(config: Any, stream: str, number: int) -> Any:
   }
   if not own:
     return config
+  for field, shared in getattr(config, 'shared_fields', {}).items():
+    # What was made by a field that now makes another layer stays as it was.
+    if shared in own and getattr(config, field) is None:
+      own.setdefault(field, getattr(config, shared))
   return dataclasses.replace(config, block_layers=(), **own)
 
 
@@ -220,10 +224,16 @@ def check_mesh(
       layer = of_block(config, stream, number).sparse_layers()[stream]
       if hasattr(layer, 'check_mesh'):
         layer.check_mesh(mesh_shape, batch_size, lengths[stream])
-  for name, layer in config.attentions().items():
-    if hasattr(layer, 'check_mesh'):
-      stream = 'encoder' if name == ENCODER_ATTENTION else 'decoder'
-      layer.check_mesh(mesh_shape, batch_size, lengths[stream])
+  own = {place.rpartition('/')[0] for place, _ in config.block_layers}
+  split = lambda block: (
+    block.split('/')[0],
+    int(block.rpartition('_')[2]),
+  )
+  for one in [config, *(of_block(config, *split(block)) for block in own)]:
+    for name, layer in one.attentions().items():
+      if hasattr(layer, 'check_mesh'):
+        stream = 'encoder' if name == ENCODER_ATTENTION else 'decoder'
+        layer.check_mesh(mesh_shape, batch_size, lengths[stream])
 
 
 def check_attentions(config: ModelConfig) -> None:

@@ -162,6 +162,13 @@ def check_router(layer: ModuleLayer) -> None:
     )
 
 
+def plain_losses(losses: Any) -> Any:
+  """The losses of a layer's router without one against taking over."""
+  if isinstance(losses, added_modules.AddedLosses):
+    return losses.losses
+  return losses
+
+
 def fewest(router: Any, num_modules: int) -> list[tuple[range, int]]:
   """How many of which modules a token needs: ranges of modules, and numbers."""
   if isinstance(router, added_modules.AddedChoose):
@@ -197,9 +204,7 @@ def _field_of(config, stream, name):
   """The field that makes these layers now, which others may share."""
   field = config.layer_fields[stream, name]
   if getattr(config, field) is None:
-    field = (
-      'attention' if name != _MLP else config.layer_fields['encoder', name]
-    )
+    field = getattr(config, 'shared_fields', {}).get(field, field)
   return None if getattr(config, field, None) is None else field
 
 

@@ -64,6 +64,9 @@ def add(
       'routing': added_modules.AddedChoose(
         one.layer.routing, one.num_modules, k
       ),
+      'losses': added_modules.AddedLosses(
+        modules.plain_losses(one.layer.losses), numbers[one.kind]
+      ),
     }
   larger = modules.with_layers(config, changes)
   return larger, _drawn(larger, chosen, seed)

@@ -38,6 +38,7 @@ class Renormalise:
     return {
       'num_experts': len(kept),
       'routing': _smaller(one.layer.routing, kept),
+      'losses': modules.plain_losses(one.layer.losses),
     }
 
   def takes_columns(self, one: modules.ModuleLayer) -> bool:
@@ -61,7 +62,8 @@ class KeepGates:
     if self.takes_columns(one):
       return Renormalise().fields(one, kept)
     layer = one.layer
-    router, logits, losses = layer.routing, layer.logits, layer.losses
+    router, logits = layer.routing, layer.logits
+    losses = modules.plain_losses(layer.losses)
     columns, num_columns = kept, one.num_columns
     if isinstance(router, pruned_modules.KeptChoose):
       columns = tuple(router.kept[number] for number in kept)

@@ -108,6 +108,14 @@ class T5Config:
       ('decoder', 'encoder_decoder_attention'): 'attention',
     }
   )
+  # Where the first is None, the second makes its layers.
+  shared_fields = types.MappingProxyType(
+    {
+      'sparse_decoder_feed_forward': 'sparse_feed_forward',
+      'encoder_attention': 'attention',
+      'decoder_attention': 'attention',
+    }
+  )
 
   def build(self) -> nn.Module:
     """The T5 of these sizes."""

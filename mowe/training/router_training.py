@@ -23,8 +23,8 @@ LayerStats = dict[tuple[str, ...], router_losses.RouterStats]
 class RouterLossConfig:
   """Coefficients of the routers' losses.
 
-  The first three are means over routers and tokens; all others are added up
-  over routers, those of attention among them.
+  The first three and the last are means over routers and tokens; all others are
+  added up over routers, those of attention among them.
 
   Attributes:
     load_balance: of the loss that is 1 at perfect balance.
@@ -39,6 +39,8 @@ class RouterLossConfig:
     load_concentration: of the entropy of the experts' mean probability, added
       up likewise: a task then crowds into few modules, as in ModuleFormer's
       finetuning. It is the opposite of `entropy`.
+    takeover: of the probability that modules that were added take from old
+      ones, as -log of what old ones keep; a mean over layers and tokens.
   """
 
   load_balance: float = 0.01
@@ -47,6 +49,7 @@ class RouterLossConfig:
   entropy: float = 0.0
   mutual_information: float = 0.0
   load_concentration: float = 0.0
+  takeover: float = 0.0
 
 
 def layer_stats(variables: Any) -> LayerStats:
@@ -78,6 +81,7 @@ def loss(
       config.load_balance * means['load_balance_loss']
       + config.z_loss * means['router_z_loss']
       + config.importance * means['importance_loss']
+      + config.takeover * means['takeover_loss']
     )
     regularizer += shares[path[0]] * (
       config.entropy * means['entropy_regularizer']

@@ -225,12 +225,10 @@ def _specialised(steps, options, seed, trained):
   losses = {}
   for name, weight in (('plain', 0.0), ('concentrated', options.concentration)):
     folder = steps.train(
-      f'{name}_b', 'b', seed, options.more_steps, _SAVED,
-      **{
-        'INITIAL_CHECKPOINT_PATH': str(trained['modular']),
-        'router_training.RouterLossConfig.load_balance': 0.0,
-        'router_training.RouterLossConfig.load_concentration': weight,
-      },
+      f'{name}_b', 'b', seed, options.more_steps,
+      ['optimizers/adamw', 'runs/pretrain_lm', 'modules/concentrated'],
+      INITIAL_CHECKPOINT_PATH=str(trained['modular']),
+      LOAD_CONCENTRATION=weight,
     )  # fmt: skip
     losses[f'{name}, all modules'] = steps.losses(folder)['b']
     usage = steps.usage(folder, 'b')

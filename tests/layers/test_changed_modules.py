@@ -15,6 +15,7 @@ from mowe.layers import (
   module_router,
   moe,
   pruned_modules,
+  router_losses,
   routing,
   tokens_choose,
 )
@@ -276,6 +277,27 @@ def test_a_capacity_leaves_old_modules_first():
   expected, _ = run(added_layer(), params, tokens, ids)
   actual, _ = run(layer, params, tokens, ids)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_taking_over_is_what_old_modules_lose():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(1, 4, NUM_OLD + NUM_NEW)).astype(np.float32)
+  is_valid = np.array([[True, True, False, True]])
+  probs = np.stack([softmax(row) for row in logits[0].astype(np.float64)])
+  losses = added_modules.AddedLosses(router_losses.RouterLosses(), NUM_NEW)
+  sums = losses.sums(
+    jnp.asarray(logits),
+    jnp.asarray(probs[None], jnp.float32),
+    jnp.ones((1, NUM_OLD + NUM_NEW), jnp.int32),
+    jnp.asarray(is_valid),
+  )
+  left = probs[:, :NUM_OLD].sum(-1)
+  expected = -np.log(left[is_valid[0]]).sum()
+  np.testing.assert_allclose(sums['takeover'], expected, rtol=1e-5)
+  # The divergence of the old softmax from the new one.
+  old = np.stack([softmax(row) for row in logits[0, :, :NUM_OLD]])
+  divergence = (old * np.log(old / probs[:, :NUM_OLD])).sum(-1)
+  np.testing.assert_allclose(divergence, -np.log(left), rtol=1e-5)
 
 
 def test_parts_that_cannot_work_are_refused():

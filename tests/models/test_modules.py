@@ -11,6 +11,7 @@ import pytest
 
 from mowe.layers import (
   experts_choose,
+  mixture_of_heads,
   module_router,
   moe,
   self_attention,
@@ -84,6 +85,65 @@ def two_stacks(**changes):
     'sparse_decoder_layers': (0,),
   }
   return t5.T5Config(**(settings | changes))
+
+
+def of_heads(stack=mixture_of_heads.MixtureOfSelfAttentionHeads, **fields):
+  settings = {'num_experts': 5, 'routing': TOP2} | fields
+  return functools.partial(stack, **settings)
+
+
+def heads_in_one_stack():
+  return one_stack(
+    attention=of_heads(), logits_via_embedding=True, num_layers=2
+  )
+
+
+def heads_in_two_stacks():
+  """All three attentions are made by one field."""
+  whole = mixture_of_heads.MixtureOfAttentionHeads
+  return two_stacks(
+    attention=of_heads(whole),
+    sparse_feed_forward=None,
+    sparse_decoder_feed_forward=None,
+    sparse_encoder_layers=(),
+    sparse_decoder_layers=(),
+  )
+
+
+@pytest.mark.parametrize(
+  ('make', 'numbers'),
+  [
+    (heads_in_one_stack, {'mlp': 3, 'attention': 2}),
+    (heads_in_two_stacks, {'attention': 3}),
+  ],
+)
+def test_attention_modules_come_and_go(make, numbers):
+  config = make()
+  params = make_params(config)
+  larger, edits = modules_added.add(config, numbers)
+  new = modules_edits.apply(edits, params)
+  check_shapes(larger, new)
+  before = outputs(config, params)[0]
+  assert_close(outputs(larger, new)[0], before)
+  # Without the new ones again, by name; one layer loses another one as well.
+  layers = modules.module_layers(larger)
+  number = lambda one: numbers[one.kind]
+  kept = {one.place: tuple(range(one.num_modules)) for one in layers}
+  one = next(one for one in layers if one.kind == 'attention')
+  left = (0, 1, 3, 4, 5)
+  assert number(one) >= 1
+  kept[one.place] = left
+  smaller, edits = modules_pruned.prune(
+    larger, {one.place: left}, modules_pruned.KeepGates()
+  )
+  last = modules_edits.apply(edits, new)
+  check_shapes(smaller, last)
+  found = {one.place: one.num_modules for one in modules.module_layers(smaller)}
+  assert found == {place: len(numbers) for place, numbers in kept.items()}
+  tree = json.loads(json.dumps(saved_config.to_json(smaller)))
+  again = saved_config.from_json(tree)
+  logits = outputs(again, last)[0]
+  assert np.isfinite(logits).all() and np.abs(logits - before).max() > 0
 
 
 def make_params(config, seed=0):
