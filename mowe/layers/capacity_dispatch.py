@@ -6,11 +6,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import expert_parallel, routing, slots, sorted_experts
+from mowe.layers import (
+  dispatch,
+  expert_parallel,
+  routing,
+  slots,
+  sorted_experts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class CapacityDispatch:
+class CapacityDispatch(dispatch.Dispatch):
   """Slots for an even share of the choices, times a factor.
 
   Pairs get slots in order of priority. A dropped token gets zero from the
@@ -135,20 +141,20 @@ class CapacityDispatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class CapacityExchange:
+class CapacityExchange(dispatch.Dispatch):
   """Capacity dispatch over devices, only inside of `expert_parallel.run`.
 
   Attributes:
-    dispatch: the one of each device.
+    here: the dispatch of each device.
     num_shards: devices along the mesh axis `expert`.
   """
 
-  dispatch: CapacityDispatch
+  here: CapacityDispatch
   num_shards: int
 
   def plan(self, choices, router, *, num_experts, training) -> slots.SlotPlan:
     """Slots of this device's groups, for all experts."""
-    return self.dispatch.plan(
+    return self.here.plan(
       choices, router, num_experts=num_experts, training=training
     )
 
@@ -161,7 +167,7 @@ class CapacityExchange:
       pairs = self._to_experts(pairs, num_experts)
       plan = plan._replace(pairs=pairs)
       own_units = lambda pairs: expert_parallel.own_units(keep(pairs))
-    outputs = self.dispatch.compute(
+    outputs = self.here.compute(
       self._to_experts(rows, num_experts), kernels, plan, own_units, expert
     )
     # [own experts, shards * slots, out] -> [experts, slots, out]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mowe.layers import (
+  dispatch,
   dropless_exchange,
   expert_dropout,
   routing,
@@ -15,7 +16,7 @@ from mowe.layers import (
 
 
 @dataclasses.dataclass(frozen=True)
-class DroplessDispatch:
+class DroplessDispatch(dispatch.Dispatch):
   """Slots in order of the experts, as many for each as it was chosen.
 
   Source: MegaBlocks, arXiv 2211.15841. Groups play no part in it.
@@ -83,13 +84,24 @@ class DroplessDispatch:
     expert: sorted_experts.Expert,
   ) -> jax.Array:
     """Experts' outputs <float>[slots, out]."""
-    share = sorted_experts.even_share(
-      plan.slots_of_pairs.size, plan.group_sizes.size
-    )
+    given = sorted_experts.Rows(plan.group_sizes, plan.pairs)
     return sorted_experts.by_expert(
-      rows, kernels, plan.group_sizes, keep, plan.pairs, expert, share
+      rows, kernels, None, given, keep, expert, _share(plan)
+    )
+
+  def compute_tokens(self, tokens, weights, kernels, plan, keep, expert):
+    """The same, see Dispatch; no copies of tokens are kept for the gradient."""
+    read = sorted_experts.Rows(plan.group_sizes, plan.pairs, plan)
+    return sorted_experts.by_expert(
+      tokens, kernels, weights, read, keep, expert, _share(plan)
     )
 
   def across(self, num_shards: int) -> dropless_exchange.DroplessExchange:
     """The same with experts on several devices."""
     return dropless_exchange.DroplessExchange(num_shards, self.buffer_factor)
+
+
+def _share(plan):
+  return sorted_experts.even_share(
+    plan.slots_of_pairs.size, plan.group_sizes.size
+  )

@@ -6,11 +6,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import expert_parallel, routing, slots, sorted_experts
+from mowe.layers import (
+  dispatch,
+  expert_parallel,
+  routing,
+  slots,
+  sorted_experts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class DroplessExchange:
+class DroplessExchange(dispatch.Dispatch):
   """Pairs sorted by the device of their expert, in a buffer for each device.
 
   Buffers have static sizes; how much of them is filled is exchanged with them.
@@ -93,9 +99,9 @@ class DroplessExchange:
     outputs = sorted_experts.by_expert(
       slots.permute(_exchange(rows, *there), index, inverse),
       kernels,
-      jnp.sum(received, axis=0),
+      None,
+      sorted_experts.Rows(jnp.sum(received, axis=0), pairs),
       keep,
-      pairs,
       expert,
       share,
     )

@@ -26,19 +26,31 @@ class FeedForward:
     rows: jax.Array,
     kernels: sorted_experts.Arrays,
     keep: jax.Array | None,
+    weights: jax.Array | None = None,
   ) -> jax.Array:
     hidden = feed_forward.hidden_units(rows, kernels, self.activations)
     if keep is not None:
       hidden *= keep
-    outputs = hidden @ kernels['wo']
+    # Before the second product: its outputs are not needed for the gradient
+    # of the weights then.
+    outputs = _weighted(hidden, weights) @ kernels['wo']
     bias = kernels.get(feed_forward.bias_name('wo'))
-    return outputs if bias is None else outputs + bias[..., None, :]
+    if bias is None:
+      return outputs
+    return outputs + _weighted(bias[..., None, :], weights)
 
 
 def project(
-  rows: jax.Array, kernels: sorted_experts.Arrays, keep: jax.Array | None
+  rows: jax.Array,
+  kernels: sorted_experts.Arrays,
+  keep: jax.Array | None,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
   """One product with the only kernel, <float>[..., in, out]."""
   del keep
   (kernel,) = kernels.values()
-  return rows @ kernel
+  return _weighted(rows, weights) @ kernel
+
+
+def _weighted(values, weights):
+  return values if weights is None else (values * weights).astype(values.dtype)

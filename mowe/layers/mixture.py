@@ -119,6 +119,23 @@ class Mixture:
     """
     return self.dispatch.compute(rows, kernels, decision.plan, dropout, expert)
 
+  def transform(
+    self,
+    tokens: jax.Array,
+    kernels: sorted_experts.Arrays,
+    decision: Decision,
+    expert: sorted_experts.Expert,
+    dropout: expert_dropout.ExpertDropout | None = None,
+  ) -> jax.Array:
+    """Weighted sums <float>[tokens, out] of what experts make of their tokens.
+
+    `tokens` are <float>[tokens, in]; see `compute` for the rest.
+    """
+    rows = self.dispatch.compute_tokens(
+      tokens, decision.weights, kernels, decision.plan, dropout, expert
+    )
+    return slots.to_tokens(rows, decision.plan)
+
 
 def dispatch_here(dispatch: Any) -> Any:
   """The dispatch for the devices of this trace."""

@@ -19,7 +19,6 @@ from mowe.layers import (
   mixture,
   router_losses,
   routing,
-  slots,
   token_groups,
   tokens_choose,
 )
@@ -232,15 +231,16 @@ class MoeLayer(nn.Module):
     )
     decision, stats = parts.decide(**asked)
     flat = tokens.reshape(-1, tokens.shape[-1])
-    rows = parts.compute(
-      slots.to_slots(flat, decision.plan),
+    outputs = parts.transform(
+      flat,
       kernels,
       decision,
       experts.FeedForward(tuple(self.activations)),
       dropout,
     )
-    outputs = mixture.add_up(rows, decision).reshape(tokens.shape)
-    return expert_parallel.Stage(outputs=outputs, sums=stats)
+    return expert_parallel.Stage(
+      outputs=outputs.reshape(tokens.shape), sums=stats
+    )
 
   def _validity(self, tokens, routing_ids):
     if routing_ids is None:

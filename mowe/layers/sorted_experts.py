@@ -10,22 +10,25 @@ or the kernels.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import expert_dropout
+from mowe.layers import expert_dropout, slots
 
 # More rows in a tile are no faster.
 _LARGEST_TILE = 256
 
 Arrays = dict[str, jax.Array]
 
-# What one expert does: rows <float>[..., rows, in], its kernels, and what to
-# multiply its hidden units with or None, to <float>[..., rows, out]. A function
-# or a frozen class; `experts` has some.
-Expert = Callable[[jax.Array, Arrays, jax.Array | None], jax.Array]
+# What one expert does: rows <float>[..., rows, in], its kernels, what to multiply
+# its hidden units with or None, and what to multiply its outputs with,
+# <float32>[..., rows, 1] or None, to <float>[..., rows, out]. A function or a
+# frozen class; `experts` has some.
+Expert = Callable[
+  [jax.Array, Arrays, jax.Array | None, jax.Array | None], jax.Array
+]
 
 
 def even_share(num_rows: int, num_experts: int) -> int:
@@ -39,90 +42,164 @@ def tile_size(share: int) -> int:
   return min(max(-(-share // 32) * 8, 8), _LARGEST_TILE)
 
 
+class Rows(NamedTuple):
+  """What the rows of `by_expert` are.
+
+  Attributes:
+    group_sizes: <int32>[expert], rows of each expert; zero is allowed.
+    pairs: <int32>[rows], for the dropout.
+    plan: rows are tokens in the slots of this plan: they are read from the
+      tokens where they are used, so that no copy of a token is kept. None: they
+      are given, those of expert 0 first, then of expert 1, ...; at least
+      `tile_size(share)` further rows follow that no expert owns.
+  """
+
+  group_sizes: jax.Array
+  pairs: jax.Array
+  plan: slots.SlotPlan | None = None
+
+  def cut(self, array: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """A few rows, of tokens <float>[tokens, in] if there is a plan."""
+    if self.plan is None:
+      return _slice(array, start, size)
+    return _take(array, _slice(self.plan.sources, start, size))
+
+  def windows(self, array: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows at `index` <int32>[expert, share]."""
+    if self.plan is not None:
+      index = jnp.take(self.plan.sources, index, mode='clip')
+    return _take(array, index)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def by_expert(
-  rows: jax.Array,
+  inputs: jax.Array,
   kernels: Arrays,
-  group_sizes: jax.Array,
+  weights: jax.Array | None,
+  rows: Rows,
   dropout: expert_dropout.ExpertDropout | None,
-  pairs: jax.Array,
   expert: Expert,
   share: int,
 ) -> jax.Array:
   """Every row, computed by its own expert.
 
   Args:
-    rows: <float>[rows, in], those of expert 0 first, then of expert 1, ...; at
-      least `tile_size(share)` further rows follow that no expert owns.
+    inputs: <float>[rows, in], or [tokens, in] with a plan.
     kernels: <float>[expert, ...] each, as `expert` takes them.
-    group_sizes: <int32>[expert], rows of each expert; zero is allowed.
+    weights: <float32>[rows], that outputs are multiplied with, or None.
+    rows: where they are.
     dropout: of hidden units, or None. Masks are read where they are used:
       written for all rows they would be as large as the hidden units.
-    pairs: <int32>[rows], for the dropout.
     expert: static, computes the rows of one.
     share: static, rows of each expert in the batched product.
 
   Returns:
     <float>[rows, out]; meaningless beyond the last row of the last expert.
   """
-  return _forward(rows, kernels, group_sizes, dropout, pairs, expert, share)[0]
+  return _forward(inputs, kernels, weights, rows, dropout, expert, share)[0]
 
 
-def _forward(rows, kernels, group_sizes, dropout, pairs, expert, share):
-  index, inverse = _windows(group_sizes, share, rows.shape[0])
-  # Only projections are kept for the backward pass.
-  checkpointed = jax.checkpoint(
-    expert,
-    policy=jax.checkpoint_policies.dots_saveable,
-    prevent_cse=False,
+def _forward(inputs, kernels, weights, rows, dropout, expert, share):
+  num_rows = rows.pairs.shape[0]
+  index, inverse = _windows(rows.group_sizes, share, num_rows)
+  keep = functools.partial(_keep, dropout, dtype=inputs.dtype)
+
+  # Only projections are kept for the backward pass, which reads inputs again.
+  @functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable
   )
-  keep = functools.partial(_keep, dropout, dtype=rows.dtype)
-  kept = keep(jnp.take(pairs, index, mode='clip'))
+  def batched(inputs, offset, kernels, weights, rows, dropout):
+    kept = _keep(
+      dropout, jnp.take(rows.pairs, index, mode='clip'), inputs.dtype
+    )
+    own = None if weights is None else _take(weights[:, None], index)
+    read = _tap(offset, rows.windows(inputs, index))
+    return jax.vmap(expert)(read, kernels, kept, own)
+
+  offset = jnp.zeros((*index.shape, inputs.shape[1]), inputs.dtype)
   outputs, pull = jax.vjp(
-    lambda rows, kernels: jax.vmap(checkpointed)(rows, kernels, kept),
-    _take(rows, index),
+    lambda *wanted: batched(inputs, *wanted, rows, dropout),
+    offset,
     kernels,
+    weights,
   )
 
   def tile(outputs, number, start, is_own):
-    cut = functools.partial(_slice, start=start, size=is_own.shape[0])
-    computed = expert(cut(rows), _at(kernels, number), keep(cut(pairs)))
-    return _write(outputs, jnp.where(is_own, computed, cut(outputs)), start)
+    size = is_own.shape[0]
+    computed = expert(
+      rows.cut(inputs, start, size),
+      _at(kernels, number),
+      keep(_slice(rows.pairs, start, size)),
+      _column(weights, start, size),
+    )
+    old = _slice(outputs, start, size)
+    return _write(outputs, jnp.where(is_own, computed, old), start)
 
   outputs = _take(outputs.reshape(-1, outputs.shape[-1]), inverse)
-  outputs = _for_each_tile(tile, outputs, group_sizes, share)
-  return outputs, (pull, rows, kernels, group_sizes, dropout, pairs)
+  outputs = _for_each_tile(tile, outputs, rows.group_sizes, share)
+  return outputs, (pull, inputs, kernels, weights, rows, dropout)
+
+
+@jax.custom_vjp
+def _tap(offset, values):
+  """The values, with their gradient as that of `offset`.
+
+  So the gradient of rows is had before those of one token are added up.
+  """
+  del offset
+  return values
+
+
+_tap.defvjp(
+  lambda offset, values: (values, None), lambda _, cotangent: (cotangent, None)
+)
 
 
 def _backward(expert, share, residuals, cotangent):
-  pull, rows, kernels, group_sizes, dropout, pairs = residuals
-  index, inverse = _windows(group_sizes, share, rows.shape[0])
+  pull, inputs, kernels, weights, rows, dropout = residuals
+  num_rows = rows.pairs.shape[0]
+  index, inverse = _windows(rows.group_sizes, share, num_rows)
   # Where an expert has fewer rows than the share, others were computed with it.
-  is_own = index[:, :, None] < rows.shape[0]
-  d_windows, d_kernels = pull(jnp.where(is_own, _take(cotangent, index), 0))
+  is_own = index[:, :, None] < num_rows
+  d_windows, d_kernels, d_weights = pull(
+    jnp.where(is_own, _take(cotangent, index), 0)
+  )
 
   def tile(carry, number, start, is_own):
-    d_rows, d_kernels = carry
-    cut = functools.partial(_slice, start=start, size=is_own.shape[0])
-    kept = _keep(dropout, cut(pairs), rows.dtype)
+    d_rows, d_kernels, d_weights = carry
+    size = is_own.shape[0]
+    kept = _keep(dropout, _slice(rows.pairs, start, size), inputs.dtype)
     _, pull = jax.vjp(
-      lambda rows, own: expert(rows, own, kept),
-      cut(rows),
+      lambda rows, own, weights: expert(rows, own, kept, weights),
+      rows.cut(inputs, start, size),
       _at(kernels, number),
+      _column(weights, start, size),
     )
-    d_own_rows, d_own = pull(jnp.where(is_own, cut(cotangent), 0))
-    d_own_rows = jnp.where(is_own, d_own_rows, cut(d_rows))
+    d_own_rows, d_own, d_own_weights = pull(
+      jnp.where(is_own, _slice(cotangent, start, size), 0)
+    )
+    put = lambda whole, part: _write(
+      whole, jnp.where(is_own, part, _slice(whole, start, size)), start
+    )
     add = lambda whole, own, more: jax.lax.dynamic_update_index_in_dim(
       whole, own + more, number, 0
     )
     d_kernels = jax.tree.map(add, d_kernels, _at(d_kernels, number), d_own)
-    return _write(d_rows, d_own_rows, start), d_kernels
+    d_weights = jax.tree.map(put, d_weights, d_own_weights)
+    return put(d_rows, d_own_rows), d_kernels, d_weights
 
-  d_rows = _take(d_windows.reshape(-1, rows.shape[1]), inverse)
-  d_rows, d_kernels = _for_each_tile(
-    tile, (d_rows, d_kernels), group_sizes, share
+  d_rows = _take(d_windows.reshape(-1, inputs.shape[1]), inverse)
+  if weights is not None:
+    d_weights = d_weights[:, None]
+  d_rows, d_kernels, d_weights = _for_each_tile(
+    tile, (d_rows, d_kernels, d_weights), rows.group_sizes, share
   )
-  return d_rows, d_kernels, None, None, None
+  d_inputs = d_rows
+  if rows.plan is not None:
+    d_inputs = slots.to_tokens(d_rows, rows.plan)
+  if weights is not None:
+    d_weights = d_weights[:, 0]
+  return d_inputs, d_kernels, d_weights, None, None
 
 
 by_expert.defvjp(_forward, _backward)
@@ -172,6 +249,10 @@ def _for_each_tile(
     return tile(carry, number, firsts[number] + done, is_own)
 
   return jax.lax.fori_loop(0, ends[-1], visit, carry)
+
+
+def _column(weights, start, size):
+  return None if weights is None else _slice(weights, start, size)[:, None]
 
 
 def _keep(dropout, pairs, dtype):

@@ -9,6 +9,7 @@ from mowe.layers import (
   expert_dropout,
   experts,
   feed_forward,
+  slots,
   sorted_experts,
 )
 
@@ -72,7 +73,7 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   def both(rows, kernels, sizes):
     outputs, backward = jax.vjp(
       lambda r, k: sorted_experts.by_expert(
-        r, k, sizes, dropout, pairs, expert, share
+        r, k, None, sorted_experts.Rows(sizes, pairs), dropout, expert, share
       ),
       rows,
       kernels,
@@ -102,9 +103,9 @@ def test_an_expert_may_have_another_width(share):
     return sorted_experts.by_expert(
       rows,
       {'kernel': kernel},
-      jnp.asarray(sizes),
       None,
-      jnp.arange(rows.shape[0]),
+      sorted_experts.Rows(jnp.asarray(sizes), jnp.arange(rows.shape[0])),
+      None,
       experts.project,
       share,
     )[:9]
@@ -127,7 +128,13 @@ def test_few_rows_are_all_computed_in_tiles():
   kernels = {'wi': jnp.ones((8, 2, 3)), 'wo': jnp.ones((8, 3, 2))}
   sizes = jnp.asarray([0, 3, 0, 1, 0, 0, 2, 1])
   outputs = sorted_experts.by_expert(
-    rows, kernels, sizes, None, jnp.arange(rows.shape[0]), RELU, 0
+    rows,
+    kernels,
+    None,
+    sorted_experts.Rows(sizes, jnp.arange(rows.shape[0])),
+    None,
+    RELU,
+    0,
   )
   np.testing.assert_array_equal(outputs[:7], np.full((7, 2), 6.0))
 
@@ -146,7 +153,13 @@ def test_no_array_is_larger_than_rows_or_kernels():
     jax.grad(
       lambda rows, kernels, sizes: jnp.sum(
         sorted_experts.by_expert(
-          rows, kernels, sizes, None, jnp.arange(room), RELU, share
+          rows,
+          kernels,
+          None,
+          sorted_experts.Rows(sizes, jnp.arange(room)),
+          None,
+          RELU,
+          share,
         )
       ),
       (0, 1),
@@ -159,3 +172,68 @@ def test_no_array_is_larger_than_rows_or_kernels():
   temporary = program.compile().memory_analysis().temp_size_in_bytes
   rows, kernels = 4 * room * (64 + 32), 2 * 4 * num_experts * 32 * 64
   assert temporary < 3 * rows + 2 * kernels
+
+
+@pytest.mark.parametrize('with_dropout', [False, True])
+@pytest.mark.parametrize(
+  'name', ['even', 'several full tiles', 'one takes all']
+)
+def test_weighted_rows_of_tokens_equal_their_copies(name, with_dropout):
+  """Rows read from tokens, and weights within the experts, against by hand."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  sizes, num_tokens, k = SHARES[name], 16, 3
+  share = sorted_experts.even_share(48, 4)
+  num_slots = 48 + sorted_experts.tile_size(share)
+  # Token t has the slots in which it is the source, each pair once.
+  order = rng.permutation(48)
+  empty = np.full(num_slots - 48, 48)
+  slots_of_pairs = np.argsort(order)
+  plan = slots.SlotPlan(
+    sources=jnp.asarray(np.r_[order // k, empty * 0 + num_tokens]),
+    pairs=jnp.asarray(np.r_[order, empty]),
+    slots_of_pairs=jnp.asarray(slots_of_pairs),
+    slots_of_tokens=jnp.asarray(slots_of_pairs.reshape(num_tokens, k)),
+    group_sizes=jnp.asarray(sizes),
+    num_slots=48,
+  )
+  tokens, weights = normal(num_tokens, EMBED), normal(num_slots)
+  kernels = {
+    'wi': normal(4, EMBED, EXPERT_DIM),
+    'wi_bias': normal(4, EXPERT_DIM),
+    'wo': normal(4, EXPERT_DIM, EMBED),
+    'wo_bias': normal(4, EMBED),
+  }
+  dropout = None
+  if with_dropout:
+    masks = 2.0 * (normal(7, EXPERT_DIM) > 0)
+    dropout = expert_dropout.ExpertDropout(masks, block=7)
+
+  def ours(tokens, kernels, weights):
+    rows = sorted_experts.Rows(plan.group_sizes, plan.pairs, plan)
+    outputs = sorted_experts.by_expert(
+      tokens, kernels, weights, rows, dropout, RELU, share
+    )
+    return slots.to_tokens(outputs, plan)
+
+  def by_hand(tokens, kernels, weights):
+    expert = np.repeat(np.arange(4), sizes)
+    own = jax.tree.map(lambda w: w[expert], kernels)
+    wi, wo = (
+      lambda x, name=name: (
+        jnp.einsum('rm,rmf->rf', x, own[name]) + own[f'{name}_bias']
+      )
+      for name in ('wi', 'wo')
+    )
+    hidden = jax.nn.relu(wi(tokens[order // k]))
+    if dropout is not None:
+      hidden *= dropout.masks[order // 7]
+    outputs = wo(hidden) * weights[:48, None]
+    return jnp.zeros_like(tokens).at[order // k].add(outputs)
+
+  cotangent = normal(num_tokens, EMBED)
+  arguments = tokens, kernels, weights
+  outputs, backward = jax.vjp(jax.jit(ours), *arguments)
+  expected, expected_backward = jax.vjp(by_hand, *arguments)
+  close(outputs, expected)
+  jax.tree.map(close, backward(cotangent), expected_backward(cotangent))

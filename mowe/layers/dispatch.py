@@ -1,0 +1,50 @@
+"""What all dispatches share."""
+
+import abc
+
+import jax
+
+from mowe.layers import expert_dropout, routing, slots, sorted_experts
+
+
+class Dispatch(abc.ABC):
+  """Gives pairs of a token and an expert slots, and has these computed."""
+
+  @abc.abstractmethod
+  def plan(
+    self,
+    choices: routing.Choices,
+    router: routing.Router,
+    *,
+    num_experts: int,
+    training: bool,
+  ) -> slots.SlotPlan:
+    """Slots for the choices of all groups; see `slots.SlotPlan`."""
+
+  @abc.abstractmethod
+  def compute(
+    self,
+    rows: jax.Array,
+    kernels: sorted_experts.Arrays,
+    plan: slots.SlotPlan,
+    keep: expert_dropout.ExpertDropout | None,
+    expert: sorted_experts.Expert,
+  ) -> jax.Array:
+    """Experts' outputs <float>[slots, out] for rows <float>[slots, in]."""
+
+  def compute_tokens(
+    self,
+    tokens: jax.Array,
+    weights: jax.Array,
+    kernels: sorted_experts.Arrays,
+    plan: slots.SlotPlan,
+    keep: expert_dropout.ExpertDropout | None,
+    expert: sorted_experts.Expert,
+  ) -> jax.Array:
+    """The same for tokens <float>[tokens, in], outputs times their weights.
+
+    `weights` are <float32>[slots].
+    """
+    rows = slots.to_slots(tokens, plan)
+    outputs = self.compute(rows, kernels, plan, keep, expert)
+    return (outputs * weights[:, None]).astype(outputs.dtype)
