@@ -195,3 +195,21 @@ def test_a_module_former_has_the_published_size(name):
   assert round(cost.total_parameters / 1e6, 1) == millions
   of_vocabulary = 2 * config.emb_dim * config.vocab_size
   assert round((cost.active_parameters - of_vocabulary) / 1e6) == active
+
+
+def test_the_mini_models_have_as_many_parameters_as_the_dense_one():
+  dense = costs.model_costs(_config('xl_mini'))
+  assert dense.total_parameters == 3_443_276
+  # Parameters, and FLOPs per token of what is not feed-forward.
+  for kind, expected, share in [
+    ('top_k', 3_443_276, 1.0),
+    ('pkm', 3_421_760, 0.984),
+    # By the paper's count, which leaves out the router, 0.25.
+    ('sigma_moe', 3_443_776, 0.257),
+    ('switch', 3_437_632, 0.252),
+  ]:
+    cost = costs.model_costs(_config(f'xl_{kind}_mini'))
+    assert cost.total_parameters == expected, kind
+    saved = dense.flops_per_target_token - cost.flops_per_target_token
+    of_dense = 2 * 4 * 2 * 128 * 1027
+    assert 1 - saved / of_dense == pytest.approx(share, abs=0.003), kind

@@ -1,0 +1,38 @@
+"""Text in the form of WikiText, by hand."""
+
+import pytest
+
+from mowe.data import wikitext_form
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('A 1,500-ton ship.', 'A 1 @,@ 500 @-@ ton ship .'),
+    ('3.5 m (wide); 1914–1918', '3 @.@ 5 m ( wide ) ; 1914 – 1918'),
+    ("It wasn't J. Smith's.", "It wasn 't J. Smith 's ."),
+    ('"No. 5", he said...', '" No. 5 " , he said ...'),
+    ("the dogs' U.S. house", "the dogs ' U.S. house"),
+    ('It is in the U.S.', 'It is in the U.S .'),
+    ('a@b -- <unk>', 'a @ b -- <unk>'),
+    ('', ''),
+  ],
+)
+def test_tokens(text, expected):
+  assert ' '.join(wikitext_form.tokens(text)) == expected
+
+
+def test_an_article_and_its_rare_words():
+  lines = list(wikitext_form.article('The cat', 'A cat sat.\n\nThe cat slept.'))
+  assert lines == [
+    [],
+    ['=', 'The', 'cat', '='],
+    [],
+    ['A', 'cat', 'sat', '.'],
+    ['The', 'cat', 'slept', '.'],
+  ]
+  # cat 3; . = The 2; then by the alphabet: A.
+  known = wikitext_form.frequent_words(lines, 5)
+  assert known == {'cat', '.', '=', 'The', 'A'}
+  assert wikitext_form.masked(lines[3], known) == ' A cat <unk> . '
+  assert wikitext_form.masked([], known) == ' '
