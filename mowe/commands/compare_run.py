@@ -67,10 +67,6 @@ class Clock:
     return evaluation
 
 
-class _Stopped(Exception):
-  """A signal came; what was done is saved."""
-
-
 def run(planned: compare_plan.Run) -> None:
   """Trains what is not trained yet, and measures.
 
@@ -128,18 +124,16 @@ def _train(planned, stage, is_pretraining):
   seconds = float(clock.read_text()) if clock.exists() else 0.0
   start = time.monotonic()
   try:
-    state = gin_config.call(
+    gin_config.call(
       train.train, config_text=gin_config.operative_config, **changes
     )
   finally:
     seconds += time.monotonic() - start
     clock.write_text(f'{seconds:.1f}')
   memory = compare_memory.peak()
-  if int(state.step) < total:
-    raise _Stopped
   content = json.dumps(
     {
-      'step': int(state.step),
+      'step': total,
       'seconds': seconds,
       'peak_memory': memory.bytes,
       'memory_of': memory.place,
@@ -215,7 +209,8 @@ def main(path: str) -> int:
   _stop_with(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
   try:
     run(planned)
-  except (_Stopped, KeyboardInterrupt):
+  except KeyboardInterrupt as error:
+    print(f'mowe: {error or "stopped."}', file=sys.stderr)
     return STOPPED
   except (ValueError, OSError, FloatingPointError) as error:
     if os.environ.get('MOWE_TRACE'):
