@@ -35,7 +35,7 @@ def usage(run: pathlib.Path) -> float | None:
 
 def row(name: str, runs: list[pathlib.Path]) -> str:
   """One line of the table, of all seeds of a model."""
-  cost = costs.model_costs(model_folder.load_config(str(runs[0])))
+  cost = costs.model_costs(model_folder.load_config(runs[0])[0])
   cells = [
     name,
     f'{cost.total_parameters:,}',
