@@ -116,7 +116,7 @@ def _forward(inputs, kernels, weights, rows, dropout, expert, share):
     read = _tap(offset, rows.windows(inputs, index))
     return jax.vmap(expert)(read, kernels, kept, own)
 
-  offset = jnp.zeros((*index.shape, inputs.shape[1]), inputs.dtype)
+  offset = jnp.zeros_like(inputs, shape=(*index.shape, inputs.shape[1]))
   outputs, pull = jax.vjp(
     lambda *wanted: batched(inputs, *wanted, rows, dropout),
     offset,
