@@ -311,3 +311,24 @@ def test_logits_that_are_not_finite_are_counted():
     {'params': params}, tokens, ids, mutable=['router_stats']
   )
   assert sown['router_stats']['stats'].num_not_finite == 1
+
+
+def test_what_is_kept_for_the_gradient_grows_by_hidden_units_alone():
+  batch, length, embed, expert_dim, experts = 2, 64, 48, 8, 16
+  tokens = jax.ShapeDtypeStruct((batch, length, embed), jnp.float32)
+
+  def num_kept(k):
+    layer = sigma_moe.SigmaMoe(
+      experts, expert_dim, routing=tokens_choose.TokensChoose(k, sigmoid=True)
+    )
+    params = jax.eval_shape(layer.init, jax.random.key(0), tokens)['params']
+    apply = lambda params, tokens: layer.apply({'params': params}, tokens)
+    kept = jax.eval_shape(
+      lambda *args: jax.vjp(apply, *args)[1], params, tokens
+    )
+    return sum(x.size for x in jax.tree.leaves(kept))
+
+  # Hidden units and some ten numbers of the plan; no copy of a token.
+  of_choice = batch * length * (expert_dim + 12)
+  assert num_kept(4) - num_kept(2) <= 2 * of_choice
+  assert num_kept(8) - num_kept(4) <= 4 * of_choice
