@@ -1,10 +1,12 @@
 """Three claims about modules on two domains of text, at small scale.
 
-  python scripts/examples/module_claims.py DATA [--output FOLDER] [--seeds 2]
+  python scripts/examples/module_claims.py DATA [--output FOLDER] [--seeds 0 1]
 
 DATA holds `a_train`, `a_test`, `b_train`, `b_test`, each as .txt or .jsonl, also
 .gz. Every step is a `mowe` command, which is printed; one that is done is not
-done again, so a stopped run goes on with the same command.
+done again, so a stopped run goes on with the same command. Seeds may be trained
+beside each other, each by an own process with the same FOLDER; a last call with
+all of them collects the results.
 
 - Efficiency: a dense model and one of modules are trained on domain A.
 - Extendability: both go on with domain B, whole, and the one of modules also with
@@ -34,7 +36,7 @@ def main() -> None:
   options = _parse()
   steps = Steps(options)
   results = {}
-  for seed in range(options.seeds):
+  for seed in options.seeds:
     results[f'seed {seed}'] = _of_seed(steps, options, seed)
   folder = pathlib.Path(options.output)
   (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
@@ -48,13 +50,13 @@ def _parse():
   )
   parser.add_argument('data', type=pathlib.Path)
   parser.add_argument('--output', default='module_claims_output')
-  parser.add_argument('--seeds', type=int, default=2)
+  parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
   parser.add_argument('--steps', type=int, default=4000, help='on domain A')
   parser.add_argument('--more_steps', type=int, default=2000, help='on B')
   parser.add_argument('--batch_size', type=int, default=32)
   parser.add_argument('--length', type=int, default=128)
-  parser.add_argument('--dense', default='decoder_only_tiny')
-  parser.add_argument('--modular', default='moduleformer_tiny')
+  parser.add_argument('--dense', default='decoder_only_mini')
+  parser.add_argument('--modular', default='moduleformer_mini')
   parser.add_argument('--new_mlp', type=int, default=4)
   parser.add_argument('--new_attention', type=int, default=0)
   parser.add_argument('--concentration', type=float, default=0.01)
