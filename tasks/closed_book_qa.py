@@ -26,14 +26,12 @@ enough info', are split in the same way; `fever` is ours, built by `fever.py`.
 """
 
 import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mowe.data import seqio_stream, text_files
-from mowe.words import subwords as subwords_lib
 
-from . import fever
+from . import fever, text_to_text
 
 tf, seqio = seqio_stream.import_seqio()
 
@@ -45,7 +43,7 @@ CLAIM_TARGETS = {
 }
 
 Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
-Vocabulary = str | os.PathLike | subwords_lib.Subwords
+Vocabulary = text_to_text.Vocabulary
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]):
@@ -203,26 +201,13 @@ def _register(
   vocabulary: Vocabulary,
   metric: Any,
 ) -> Any:
-  if isinstance(vocabulary, str | os.PathLike):
-    vocabulary = subwords_lib.load_subwords(vocabulary)
-  features = {
-    feature: seqio.Feature(
-      seqio_stream.seqio_vocabulary(vocabulary), add_eos=True
-    )
-    for feature in ('inputs', 'targets')
-  }
-  return seqio.TaskRegistry.add(
+  return text_to_text.register(
     name,
-    source=source,
-    preprocessors=[
-      *preprocessors,
-      seqio.preprocessors.tokenize,
-      seqio.CacheDatasetPlaceholder(),
-      seqio.preprocessors.append_eos_after_trim,
-    ],
-    output_features=features,
-    postprocess_fn=_answers_or_text,
-    metric_fns=[metric],
+    source,
+    preprocessors,
+    vocabulary,
+    metrics=[metric],
+    postprocess=_answers_or_text,
   )
 
 

@@ -9,7 +9,12 @@ from mowe.data import cache_builders, lm_cache, text_files
 from mowe.words import subwords as subwords_lib
 
 KINDS = ('text', 'questions', lm_cache.KIND)
-TASK_MODULES = ('mowe.tasks.pretraining', 'mowe.tasks.closed_book_qa')
+TASK_MODULES = (
+  'mowe.tasks.pretraining',
+  'mowe.tasks.closed_book_qa',
+  'mowe.tasks.glue',
+  'mowe.tasks.super_glue',
+)
 # Below this a process pool costs more than it saves.
 _BYTES_WORTH_WORKERS = 32 * 2**20
 

@@ -52,8 +52,10 @@ def evaluate(
       output_dir=output_dir,
       progress=progress,
     )
+  scores = result.scores or {'EM': result.em, 'F1': result.f1}
+  numbers = '  '.join(f'{name} {score:.1f}' for name, score in scores.items())
   print(
-    f'{data.mixture_or_task_name}: EM {result.em:.1f}  F1 {result.f1:.1f}  '
+    f'{data.mixture_or_task_name}: {numbers}  '
     f'({result.num_questions:,} questions, step {loaded.step})'
   )
   for name, relation in result.per_relation.items():

@@ -128,7 +128,10 @@ class TextEvaluation:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionEvaluation:
-  """Exact match and F1 of greedily generated answers.
+  """Exact match and F1 of greedily generated answers, or a task's metrics.
+
+  A task of GLUE or SuperGLUE has metrics of its own. They come beside 'em', or
+  in place of the 'f1' of words.
 
   Attributes:
     data: a token cache of questions.
@@ -157,9 +160,7 @@ class QuestionEvaluation:
         vocabulary,
         metric=self.metric,
       )
-      return {
-        f'{self.name}/em': result.em,
-        f'{self.name}/f1': result.f1,
-      }
+      values = {'em': result.em, 'f1': result.f1, **result.scores}
+      return {f'{self.name}/{key}': value for key, value in values.items()}
 
     return evaluation

@@ -310,19 +310,20 @@ def _split_example(
     features[name] = tokens
   if 'inputs' in names:
     others = example.keys() - features.keys()
-    return features, {name: _as_json(example[name]) for name in sorted(others)}
+    return features, {name: as_json(example[name]) for name in sorted(others)}
   if 'spans' in example:
     features['spans'] = np.asarray(example['spans'], np.int32).reshape(-1)
   return features, {}  # The text itself is in the tokens.
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+  """A field of an example as JSON can hold it: texts, numbers, lists."""
   if isinstance(value, bytes):
     return value.decode('utf-8', 'replace')
   if isinstance(value, np.ndarray | np.generic):
-    return _as_json(value.tolist())
+    return as_json(value.tolist())
   if isinstance(value, list):
-    return [_as_json(item) for item in value]
+    return [as_json(item) for item in value]
   if isinstance(value, dict):
-    return {key: _as_json(item) for key, item in value.items()}
+    return {key: as_json(item) for key, item in value.items()}
   return value

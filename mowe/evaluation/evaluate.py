@@ -11,7 +11,7 @@ import numpy as np
 
 from mowe.data import cache as cache_lib
 from mowe.data import tasks as tasks_lib
-from mowe.evaluation import inference, text_metrics
+from mowe.evaluation import classification_metrics, inference, text_metrics
 from mowe.words import subwords as subwords_lib
 
 # Lists of answers and predictions to 'em' and 'f1', 0 to 100.
@@ -42,6 +42,8 @@ class EvaluationResult:
     num_unfinished: predictions cut off before EOS.
     metric: name of the metric.
     per_relation: of the records with a 'relation', by its name.
+    scores: a cache of a task of GLUE or SuperGLUE has the metrics of that task,
+      by name (`classification_metrics`).
   """
 
   em: float
@@ -51,6 +53,7 @@ class EvaluationResult:
   num_unfinished: int
   metric: str
   per_relation: dict[str, RelationResult]
+  scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def evaluate_questions(
@@ -89,6 +92,7 @@ def evaluate_questions(
     num_unfinished=generations.num_unfinished,
     metric=getattr(metric, '__name__', str(metric)),
     per_relation=_score_relations(metric, records, predictions),
+    scores=_score_task(cache, records, predictions),
   )
   if output_dir is not None:
     lines = [
@@ -143,6 +147,17 @@ def _score_relations(metric, records, predictions):
     )
     for name, group in sorted(groups.items())
   }
+
+
+def _score_task(cache, records, predictions) -> dict[str, float]:
+  """What the seqio task of a cache measures, if its answers are public."""
+  (source, *_) = cache.summary['recipe']['sources']
+  metric = classification_metrics.of_task(source.get('seqio_task', ''))
+  if metric is None or any(
+    record['answers'] == [classification_metrics.UNKNOWN] for record in records
+  ):
+    return {}
+  return metric(records, predictions)
 
 
 def _prediction_line(metric, record, prediction, score, tokens, subwords):

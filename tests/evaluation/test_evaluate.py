@@ -97,6 +97,7 @@ def test_files_and_another_metric(tmp_path):
       'date': {'em': 0.0, 'f1': 50.0, 'num_questions': 1},
       'name': {'em': 100.0, 'f1': 100.0, 'num_questions': 2},
     },
+    'scores': {},
   }
   lines = (folder / 'predictions.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
