@@ -22,11 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import router_losses, routing, tokens_choose
+from mowe.layers import (
+  router_losses,
+  routing,
+  tokens_choose,
+  wrapped_router,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class AddedChoose:
+class AddedChoose(wrapped_router.WrappedRouter):
   """The old router for the old modules, and k of the new ones for each token.
 
   Attributes:
@@ -43,11 +48,6 @@ class AddedChoose:
   num_old: int
   k: int = 1
 
-  is_learned = True
-  is_balanced = False
-  routes_padding = False
-  each_token_chooses = True
-
   def __post_init__(self):
     is_known = getattr(self.router, 'each_token_chooses', False)
     if not is_known or self.router.routes_padding:
@@ -62,36 +62,6 @@ class AddedChoose:
         f'{self.k} and {self.num_old}. k is the number of new modules that a '
         'token meets.'
       )
-
-  @property
-  def looks_ahead(self) -> bool:
-    """As the old router."""
-    return self.router.looks_ahead
-
-  @property
-  def sigmoid(self) -> bool:
-    """Whether weights are sigmoids, as of the old router."""
-    return self.router.sigmoid
-
-  @property
-  def use_bias(self) -> bool:
-    """As the old router."""
-    return self.router.use_bias
-
-  @property
-  def jitter(self) -> float:
-    """As the old router."""
-    return self.router.jitter
-
-  @property
-  def bias_rate(self) -> float:
-    """As the old router."""
-    return self.router.bias_rate
-
-  @property
-  def exclusion_rate(self) -> float:
-    """As the old router."""
-    return self.router.exclusion_rate
 
   def check(self, num_experts: int) -> None:
     """Raises ValueError if there are fewer than k new modules."""

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.layers import router_losses, routing
+from mowe.layers import router_losses, routing, wrapped_router
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptChoose:
+class KeptChoose(wrapped_router.WrappedRouter):
   """A router of all modules, of which only the kept ones can be chosen.
 
   Gates are those of the whole model with removed modules masked after the
@@ -36,44 +36,9 @@ class KeptChoose:
   kept: tuple[int, ...]
   num_columns: int
 
-  is_learned = True
-  is_balanced = False
-  routes_padding = False
-  each_token_chooses = True
-
   def __post_init__(self):
     _check_kept(self.kept, self.num_columns)
     self.router.check(self.num_columns)
-
-  @property
-  def looks_ahead(self) -> bool:
-    """As the whole router."""
-    return self.router.looks_ahead
-
-  @property
-  def sigmoid(self) -> bool:
-    """As the whole router."""
-    return self.router.sigmoid
-
-  @property
-  def use_bias(self) -> bool:
-    """As the whole router."""
-    return self.router.use_bias
-
-  @property
-  def jitter(self) -> float:
-    """As the whole router."""
-    return self.router.jitter
-
-  @property
-  def bias_rate(self) -> float:
-    """As the whole router."""
-    return self.router.bias_rate
-
-  @property
-  def exclusion_rate(self) -> float:
-    """As the whole router."""
-    return self.router.exclusion_rate
 
   def check(self, num_experts: int) -> None:
     """Raises ValueError unless there are as many modules as were kept."""
