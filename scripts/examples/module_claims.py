@@ -1,12 +1,13 @@
 """Three claims about modules on two domains of text, at small scale.
 
-  python scripts/examples/module_claims.py DATA [--output FOLDER] [--seeds 0 1]
+  python scripts/examples/module_claims.py A_TRAIN A_TEST [B_TRAIN B_TEST]
+    [--output FOLDER] [--seeds 0 1]
 
-DATA holds `a_train`, `a_test`, `b_train`, `b_test`, each as .txt or .jsonl, also
-.gz. Every step is a `mowe` command, which is printed; one that is done is not
-done again, so a stopped run goes on with the same command. Seeds may be trained
-beside each other, each by an own process with the same FOLDER; a last call with
-all of them collects the results.
+Domain A and domain B are files of text, .txt or .jsonl, also .gz; without files
+B is a generated world. Every step is a `mowe` command, which is printed; one that
+is done is not done again, so a stopped run goes on with the same command. Seeds
+may be trained beside each other, each by an own process with the same FOLDER; a
+last call with all of them collects the results.
 
 - Efficiency: a dense model and one of modules are trained on domain A.
 - Extendability: both go on with domain B, whole, and the one of modules also with
@@ -20,15 +21,21 @@ Ends with results.json and results.md.
 import argparse
 import json
 import pathlib
+import random
 import shlex
 import subprocess
 import sys
 import time
 
+from mowe.data import generated_world
+
 _DOMAINS = ('a', 'b')
 _FRACTIONS = (0.75, 0.5, 0.25)
 _GATES = ('keep', 'renormalise')
 _VOCAB = 4096
+_WORLD_FILES = ('b_train', 'b_test')
+# Documents about the same people as those of training.
+_WORLD_TEST = 1000
 
 
 def main() -> None:
@@ -48,7 +55,10 @@ def _parse():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('data', type=pathlib.Path)
+  parser.add_argument('a_train')
+  parser.add_argument('a_test')
+  parser.add_argument('b_train', nargs='?')
+  parser.add_argument('b_test', nargs='?')
   parser.add_argument('--output', default='module_claims_output')
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1])
   parser.add_argument('--steps', type=int, default=4000, help='on domain A')
@@ -87,16 +97,16 @@ class Steps:
 
   def _prepare(self):
     """A vocabulary of both domains, and four token caches."""
-    files = {
-      f'{domain}_{split}': self._file(f'{domain}_{split}')
-      for domain in _DOMAINS
-      for split in ('train', 'test')
-    }
+    options = self.options
+    files = {'a_train': options.a_train, 'a_test': options.a_test}
+    if options.b_train is None:
+      files |= self._world()
+    else:
+      files |= {'b_train': options.b_train, 'b_test': options.b_test}
     self.vocabulary = self.folder / 'vocabulary.model'
     self.run(
       self.vocabulary, 'train-vocabulary', self.vocabulary,
-      *(files[f'{domain}_train'] for domain in _DOMAINS),
-      '--size', _VOCAB - 128,
+      files['a_train'], files['b_train'], '--size', _VOCAB - 128,
     )  # fmt: skip
     for name, file in files.items():
       cache = self.folder / 'cache' / name
@@ -105,14 +115,18 @@ class Steps:
         '--vocabulary', self.vocabulary, '--kind', 'language_model',
       )  # fmt: skip
 
-  def _file(self, name):
-    found = sorted(self.options.data.glob(f'{name}.*'))
-    if len(found) != 1:
-      raise SystemExit(
-        f'DATA must hold one file {name}.txt, .jsonl or one of these with .gz, '
-        f'but {self.options.data} has {[str(path) for path in found]}.'
-      )
-    return found[0]
+  def _world(self):
+    """Documents of a generated world, in two parts."""
+    files = {name: self.folder / f'{name}.jsonl' for name in _WORLD_FILES}
+    if not all(file.exists() for file in files.values()):
+      world = generated_world.make_world(generated_world.WorldConfig())
+      texts = [document['text'] for document in world.documents]
+      random.Random(0).shuffle(texts)
+      parts = texts[:-_WORLD_TEST], texts[-_WORLD_TEST:]
+      for file, part in zip(files.values(), parts, strict=True):
+        lines = [json.dumps({'text': text}) + '\n' for text in part]
+        file.write_text(''.join(lines))
+    return files
 
   def train(self, target, domain, seed, steps, files, **macros):
     """Trains a model on a domain; returns its folder."""
