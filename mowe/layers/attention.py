@@ -45,6 +45,20 @@ def dot_product_attention(
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
 
 
+def as_kept(projected: jax.Array) -> jax.Array:
+  """Keys or values as decoding keeps them: [batch, heads, kv, length].
+
+  In this order XLA on CPU multiplies them as they are. Of [batch, length,
+  heads, kv] it would make a transposed copy for every token.
+  """
+  return jnp.moveaxis(projected, 1, 3)
+
+
+def as_projected(kept: jax.Array) -> jax.Array:
+  """The other way round: [batch, length, heads, kv]."""
+  return jnp.moveaxis(kept, 3, 1)
+
+
 class MultiHeadAttention(nn.Module):
   """Attention of `queries` to `memory`, which may be the same tokens.
 
@@ -156,18 +170,20 @@ class MultiHeadAttention(nn.Module):
     The pass that initialises the cache gives its length and writes nothing.
     """
     if not self.has_variable('cache', 'cached_key'):
-      self.put_variable('cache', 'cached_key', jnp.zeros_like(keys))
-      self.put_variable('cache', 'cached_value', jnp.zeros_like(values))
+      self.put_variable('cache', 'cached_key', jnp.zeros_like(as_kept(keys)))
+      self.put_variable(
+        'cache', 'cached_value', jnp.zeros_like(as_kept(values))
+      )
       self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
       return keys, values, jnp.ones((1, 1, 1, 1), bool)
     position = self.get_variable('cache', 'cache_index')
 
     def append(name, new):
       cached = jax.lax.dynamic_update_slice(
-        self.get_variable('cache', name), new, (0, position, 0, 0)
+        self.get_variable('cache', name), as_kept(new), (0, 0, 0, position)
       )
       self.put_variable('cache', name, cached)
-      return cached
+      return as_projected(cached)
 
     keys, values = append('cached_key', keys), append('cached_value', values)
     self.put_variable('cache', 'cache_index', position + 1)

@@ -287,6 +287,8 @@ class T5(nn.Module):
     encoded, inputs, memory = decoding.expand_rows(
       (encoded, inputs, memory), rows_per_example
     )
+    # Or XLA moves their transposition into the loop, to be made at each step.
+    memory = jax.lax.optimization_barrier(memory)
 
     def step_function(tokens, cache):
       logits, changed = apply(

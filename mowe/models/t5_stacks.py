@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import layer_norm, linear, relative_position
+from mowe.layers import attention, layer_norm, linear, relative_position
 from mowe.models import t5_config
 
 
@@ -88,8 +88,10 @@ class DecoderBlock(_Block):
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
     normed = self.pre_cross_attention_layer_norm(tokens)
     if self.has_variable('encoder_memory', 'key'):
-      keys = self.get_variable('encoder_memory', 'key')
-      values = self.get_variable('encoder_memory', 'value')
+      keys, values = (
+        attention.as_projected(self.get_variable('encoder_memory', name))
+        for name in ('key', 'value')
+      )
     else:
       keys, values = self.encoder_decoder_attention.project_memory(encoded)
     attended = self.encoder_decoder_attention.attend(
@@ -101,8 +103,8 @@ class DecoderBlock(_Block):
   def remember(self, encoded):
     """Keeps keys and values of the encoder in `encoder_memory`."""
     keys, values = self.encoder_decoder_attention.project_memory(encoded)
-    self.put_variable('encoder_memory', 'key', keys)
-    self.put_variable('encoder_memory', 'value', values)
+    self.put_variable('encoder_memory', 'key', attention.as_kept(keys))
+    self.put_variable('encoder_memory', 'value', attention.as_kept(values))
 
 
 class Encoder(nn.Module):

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +188,22 @@ def test_greedy_equals_the_argmax_chain_without_cache(model_and_variables):
   np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
 
 
+def test_no_step_copies_keys_and_values():
+  model, variables = make_model('dense')
+  program = decoding.generate.lower(
+    model, variables, INPUT_TOKENS, TARGETS, decoding.Greedy()
+  )
+  text = program.compile().as_text()
+  (name,) = set(re.findall(r'body=(%[\w.-]+)', text))
+  body = re.search(rf'{re.escape(name)} \(.*?\n}}', text, re.DOTALL).group()
+  assert 'dynamic-update-slice' in body
+  for line in body.splitlines():
+    shape = re.search(r' = f32\[(\d+),(\d+),(\d+),(\d+)\]', line)
+    # Two rows of two heads of three numbers, for each position.
+    if shape and math.prod(map(int, shape.groups())) >= 2 * 2 * 3 * TARGETS:
+      assert 'get-tuple-element' in line or 'dynamic-update-slice' in line
+
+
 def test_beams_of_a_model_keep_their_own_cache(model_and_variables):
   # A cache that follows the wrong beam gives scores that no sequence has.
   model, variables = model_and_variables
@@ -279,6 +297,24 @@ def test_rows_end_with_eos_and_are_padded():
   # Each of the choices has the probability 1 / (1 + 3 exp(-9)).
   one = -np.log1p(3 * np.exp(-9))
   np.testing.assert_allclose(scores, [2 * one, 3 * one], atol=1e-6)
+
+
+def test_greedy_takes_the_first_of_equals():
+  # Whole numbers, so that the greatest often comes more than once; no EOS.
+  table = np.random.default_rng(3).integers(-2, 3, (6, 5, 9, 9)).astype(float)
+  table[..., 1] = -9
+  tokens, scores = run_table(decoding.Greedy(), table)
+  num_ties = 0
+  for example, steps in enumerate(table):
+    last, score = 0, 0.0
+    for position, logits in enumerate(steps):
+      row = logits[last]
+      num_ties += (row == row.max()).sum() > 1
+      last = np.argmax(row)
+      assert tokens[example, position] == last
+      score += row[last] - np.log(np.exp(row).sum())
+    np.testing.assert_allclose(scores[example], score, rtol=1e-6)
+  assert num_ties > 10
 
 
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
