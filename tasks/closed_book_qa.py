@@ -29,18 +29,11 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mowe.data import seqio_stream, text_files
+from mowe.data import claims, seqio_stream, text_files
 
 from . import fever, text_to_text
 
 tf, seqio = seqio_stream.import_seqio()
-
-CLAIM_PROMPT = 'fever claim: {claim}'
-CLAIM_TARGETS = {
-  'SUPPORTS': 'supports',
-  'REFUTES': 'refutes',
-  'NOT ENOUGH INFO': 'not enough info',
-}
 
 Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 Vocabulary = text_to_text.Vocabulary
@@ -111,27 +104,23 @@ def register_claim_task(
   name: str,
   files: Files,
   vocabulary: Vocabulary,
-  prompt: str = CLAIM_PROMPT,
+  prompt: str = claims.PROMPT,
 ) -> Any:
   """Registers FEVER claims: 'claim' and 'label' to 'supports' or 'refutes'.
 
   Arguments and result as of `register_question_task`.
 
   Raises:
-    ValueError: no such file, a label not in CLAIM_TARGETS, or a name in use.
+    ValueError: no such file, a label not in `claims.TARGETS`, or a name in use.
   """
 
   def convert(record):
-    if record['label'] not in CLAIM_TARGETS:
-      raise ValueError(
-        f'The label of a claim must be one of {list(CLAIM_TARGETS)}, but is '
-        f'{record["label"]!r} in {record["claim"]!r}. Correct the file.'
-      )
-    target = CLAIM_TARGETS[record['label']]
-    return prompt.format(claim=record['claim']), [target]
+    answers = claims.as_question(record)['answers']
+    return prompt.format(claim=record['claim']), answers
 
-  fields = ('claim', 'label')
-  return _register_files(name, files, vocabulary, fields, convert, accuracy)
+  return _register_files(
+    name, files, vocabulary, claims.FIELDS, convert, accuracy
+  )
 
 
 def register_tfds_tasks(vocabulary: Vocabulary) -> list[str]:
@@ -248,7 +237,7 @@ def _web_questions(example):
 
 @seqio.map_over_dataset
 def _fever(example):
-  targets = tf.constant([CLAIM_TARGETS[label] for label in fever.LABELS])
+  targets = tf.constant([claims.TARGETS[label] for label in fever.LABELS])
   target = targets[example['label']]
   return _asked('fever claim: ', example['claim'], target, [target])
 

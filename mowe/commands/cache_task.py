@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Sequence
 
 from mowe.data import cache as cache_lib
-from mowe.data import cache_builders, lm_cache, text_files
+from mowe.data import cache_builders, claims, lm_cache, text_files
 from mowe.words import subwords as subwords_lib
 
-KINDS = ('text', 'questions', lm_cache.KIND)
+KINDS = ('text', 'questions', 'claims', lm_cache.KIND)
 TASK_MODULES = (
   'mowe.tasks.pretraining',
   'mowe.tasks.closed_book_qa',
@@ -45,7 +45,7 @@ def cache_task(
     vocabulary: a SentencePiece file, or 'bytes'.
     files: paths or globs of .jsonl, .txt, and either with .gz.
     kind: of files: 'text' for pretraining, 'questions' for question answering,
-      'language_model' for running text.
+      'claims' for FEVER's claims and labels, 'language_model' for running text.
     seqio_task: name of a registered task; loads TensorFlow.
     split: of the seqio task.
     task_modules: imported first, to register the seqio task; one that has a
@@ -118,6 +118,15 @@ def cache_task(
     records = text_files.read_records(files, fields=(field,), unit=unit)
     return cache_builders.cache_text(
       records, output, subwords, field=field, **shared
+    )
+  if kind == 'claims':
+    records = text_files.read_records(files, fields=claims.FIELDS)
+    return cache_builders.cache_questions(
+      map(claims.as_question, records),
+      output,
+      subwords,
+      prompt=claims.PROMPT,
+      **shared,
     )
   records = text_files.read_records(files, fields=(answers_field,))
   return cache_builders.cache_questions(

@@ -25,6 +25,13 @@ from mowe.words import subwords
 CACHES = ('documents', 'qa_train', 'qa_validation')
 HELD_OUT = 'held_out'
 
+# Under which names a folder of one's own may have them.
+_NAMES = {
+  'documents': ('documents', 'paragraphs', 'evidence'),
+  'qa_train': ('qa_train', 'claims_train'),
+  'qa_validation': ('qa_validation', 'claims_validation'),
+}
+
 # Enough for a loss with three digits.
 _MOST_HELD_OUT = 500
 
@@ -166,23 +173,31 @@ class Files:
   """Files of one's own.
 
   Attributes:
-    folder: holds documents, qa_train and qa_validation, each .jsonl or
-      .jsonl.gz, with the fields text, or question and answers (and relation and
-      entity for the breakdowns of the report).
+    folder: holds documents (or paragraphs, or evidence), qa_train and
+      qa_validation, each .jsonl or .jsonl.gz, with the fields text, or question
+      and answers (and relation and entity for the breakdowns of the report);
+      or claims_train and claims_validation, with claim and label as FEVER's.
     vocabulary: SentencePiece model, or 'bytes'; None trains one on the text.
     vocabulary_size: pieces of a vocabulary that is trained.
     held_out: a file of documents to measure the loss of pretraining on; those
       that are in the pretraining text are left out. None: it is not measured.
+    documents: a file of text elsewhere, for a folder without; None: it has one.
   """
 
   folder: str
   vocabulary: str | None = None
   vocabulary_size: int = 16_000
   held_out: str | None = None
+  documents: str | None = None
 
   def prepare(self, folder: pathlib.Path) -> Prepared:
     """Makes vocabulary and caches."""
-    files = {name: _find(self.folder, name) for name in CACHES}
+    files = {
+      name: self.documents
+      if name == 'documents' and self.documents
+      else _find(self.folder, name)
+      for name in CACHES
+    }
     notes = [f'Text and questions of {pathlib.Path(self.folder).name}.']
     if self.held_out is not None:
       held_out = folder / 'held_out.jsonl'
@@ -244,22 +259,18 @@ def _prepare(folder, files, vocabulary, size, notes) -> Prepared:
   if vocabulary is None:
     vocabulary = str(folder / 'vocabulary.model')
     if not pathlib.Path(vocabulary).exists():
-      say(
-        'train-vocabulary',
-        vocabulary,
-        files['documents'],
-        size=size,
-        questions=files['qa_train'],
-      )
+      # Claims are worded as the text they are about.
+      asked = _kind('qa_train', files['qa_train']) == 'questions'
+      options = {'size': size}
+      if asked:
+        options['questions'] = (files['qa_train'],)
+      say('train-vocabulary', vocabulary, files['documents'], **options)
       train_vocabulary.train_vocabulary(
-        vocabulary,
-        [files['documents']],
-        size=size,
-        questions=[files['qa_train']],
+        vocabulary, [files['documents']], **options
       )
   for name, file in files.items():
     cache = folder / 'cache' / name
-    kind = 'questions' if name.startswith('qa_') else 'text'
+    kind = _kind(name, file)
     say('cache-task', cache, file, kind=kind, vocabulary=vocabulary)
     cache_task.cache_task(cache, vocabulary, files=[file], kind=kind)
   return Prepared(
@@ -272,15 +283,26 @@ def _prepare(folder, files, vocabulary, size, notes) -> Prepared:
   )
 
 
+def _kind(name: str, file: str) -> str:
+  """Of `mowe cache-task`."""
+  if not name.startswith('qa_'):
+    return 'text'
+  return (
+    'claims' if pathlib.Path(file).name.startswith('claims') else 'questions'
+  )
+
+
 def _find(folder: str, name: str) -> str:
-  for ending in ('.jsonl', '.jsonl.gz'):
-    path = pathlib.Path(folder) / (name + ending)
-    if path.is_file():
-      return str(path)
+  for own in _NAMES[name]:
+    for ending in ('.jsonl', '.jsonl.gz'):
+      path = pathlib.Path(folder) / (own + ending)
+      if path.is_file():
+        return str(path)
   raise FileNotFoundError(
     f'The data folder must hold {", ".join(CACHES)}, each .jsonl or .jsonl.gz, '
-    f'but {folder} has no {name}. Documents have the field text; questions '
-    'have question and answers.'
+    f'but {folder} has no {" or ".join(_NAMES[name])}. Documents have the field '
+    'text; questions have question and answers. Text may also lie elsewhere: '
+    'compare_data.Files.documents, or --documents of `mowe quickstart`.'
   )
 
 

@@ -92,7 +92,7 @@ def _add_cache_task(verbs):
   parser.add_argument('--vocabulary', required=True)
   parser.add_argument(
     '--kind',
-    choices=('text', 'questions', 'language_model'),
+    choices=('text', 'questions', 'claims', 'language_model'),
     default='text',
   )
   parser.add_argument('--seqio_task', default='', help='instead of files')

@@ -55,6 +55,9 @@ def _add_quickstart(verbs):
     '--data_dir', help='documents, qa_train, qa_validation .jsonl of your own'
   )
   parser.add_argument(
+    '--documents', help='text for a data_dir that has questions alone'
+  )
+  parser.add_argument(
     '--recipe', default='world', help='gin_configs/examples/<recipe>_*.gin'
   )
   parser.add_argument('--vocabulary', help='default: trained on the text')

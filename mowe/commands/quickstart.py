@@ -25,6 +25,7 @@ def quickstart(
   output: str | os.PathLike[str],
   *,
   data_dir: str | None = None,
+  documents: str | None = None,
   recipe: str = 'world',
   vocabulary: str | None = None,
   vocabulary_size: int = 1000,
@@ -41,8 +42,9 @@ def quickstart(
 
   Args:
     output: the folder of everything that is made.
-    data_dir: documents, qa_train and qa_validation as .jsonl or .jsonl.gz; None
-      generates a world.
+    data_dir: documents, qa_train and qa_validation as .jsonl or .jsonl.gz, or
+      what else `compare_data.Files` takes; None generates a world.
+    documents: a file of text for a data_dir that has none.
     recipe: first word of the gin files in gin_configs/examples.
     vocabulary: SentencePiece model; None trains one on the text.
     vocabulary_size: pieces of a vocabulary that is trained.
@@ -88,7 +90,7 @@ def quickstart(
     compare_experiment.Experiment(
       title=f'T5 and MoWE: {recipe}',
       models=models,
-      data=_data(data_dir, vocabulary, vocabulary_size),
+      data=_data(data_dir, documents, vocabulary, vocabulary_size),
       output=os.fspath(output),
       seeds=tuple(range(num_seeds)),
     )
@@ -108,13 +110,16 @@ def quickstart(
   return numbers
 
 
-def _data(data_dir, vocabulary, size) -> compare_data.Data:
+def _data(data_dir, documents, vocabulary, size) -> compare_data.Data:
   if data_dir is None:
     return compare_data.GeneratedWorld(
       vocabulary=vocabulary, vocabulary_size=size
     )
   return compare_data.Files(
-    data_dir, vocabulary=vocabulary, vocabulary_size=size
+    data_dir,
+    documents=documents,
+    vocabulary=vocabulary,
+    vocabulary_size=size,
   )
 
 

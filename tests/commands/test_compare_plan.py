@@ -15,6 +15,7 @@ from mowe.commands import (
   compare_run,
   gin_config,
 )
+from mowe.data import cache as cache_lib
 from mowe.data import generated_world
 from mowe.models import costs
 from mowe.words import subwords
@@ -230,6 +231,33 @@ def test_files_of_ones_own(tmp_path):
   data = dataclasses.replace(data, held_out=str(folder / 'documents.jsonl'))
   with pytest.raises(ValueError, match='no document that'):
     data.prepare(tmp_path / 'out')
+
+
+def test_files_of_claims_and_text_elsewhere(tmp_path):
+  folder = tmp_path / 'mine'
+  folder.mkdir()
+  texts = [{'text': f'Zorblat {i} of Delft.'} for i in range(3)]
+  claim = {'claim': 'Zorblat 1 is no fish.', 'label': 'SUPPORTS'}
+  for name in ('train', 'validation'):
+    conftest.write_lines(folder / f'claims_{name}.jsonl', [claim])
+  data = compare_data.Files(str(folder), 'bytes')
+  with pytest.raises(FileNotFoundError, match='no documents or .*--documents'):
+    data.prepare(tmp_path / 'out')
+  conftest.write_lines(tmp_path / 'text.jsonl', texts)
+  elsewhere = str(tmp_path / 'text.jsonl')
+  data = dataclasses.replace(data, documents=elsewhere)
+  prepared = data.prepare(tmp_path / 'out')
+  assert prepared.documents == (elsewhere,)
+  cache = cache_lib.TokenCache.open(
+    pathlib.Path(prepared.cache_dir) / 'qa_validation'
+  )
+  assert cache.record(0)['question'] == 'Zorblat 1 is no fish.'
+  assert cache.record(0)['answers'] == ['supports']
+  # Text in the folder, under another name.
+  conftest.write_lines(folder / 'evidence.jsonl', texts)
+  data = compare_data.Files(str(folder), 'bytes')
+  found = data.prepare(tmp_path / 'again').documents
+  assert found == (str(folder / 'evidence.jsonl'),)
 
 
 def test_held_out_text_of_the_world_has_its_facts_in_other_words():

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mowe.commands import cache_task
+from mowe.words import subwords
 
 
 def _write(path, records):
@@ -31,6 +32,29 @@ def test_text_and_questions_from_files(tmp_path):
   )
   assert built.record(0)['answers'] == ['SUPPORTS']
   assert built.summary['recipe']['sources'][0]['name'] == 'q.jsonl.gz'
+
+
+def test_claims_from_files(tmp_path):
+  claims = _write(
+    tmp_path / 'c.jsonl.gz',
+    [{'claim': 'it is', 'label': 'NOT ENOUGH INFO', 'evidence': ['e']}],
+  )
+  built = cache_task.cache_task(
+    tmp_path / 'a', 'bytes', files=[claims], kind='claims'
+  )
+  text = subwords.ByteVocabulary().decode
+  assert text(built.tokens('inputs', 0)) == 'fever claim: it is'
+  assert text(built.tokens('targets', 0)) == 'not enough info'
+  assert built.kind == 'questions' and built.record(0) == {
+    'claim': 'it is',
+    'label': 'NOT ENOUGH INFO',
+    'evidence': ['e'],
+    'question': 'it is',
+    'answers': ['not enough info'],
+  }
+  bad = _write(tmp_path / 'b.jsonl.gz', [{'claim': 'it is', 'label': 'TRUE'}])
+  with pytest.raises(ValueError, match="must be one of .* 'TRUE' in 'it is'"):
+    cache_task.cache_task(tmp_path / 'b', 'bytes', files=[bad], kind='claims')
 
 
 def test_bad_arguments_are_refused(tmp_path):

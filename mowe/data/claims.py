@@ -1,0 +1,30 @@
+"""Claims to be checked, in the form of FEVER: a text and its label.
+
+Asked as questions: the claim after a prompt, and the label in words.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+FIELDS = ('claim', 'label')
+PROMPT = 'fever claim: {claim}'
+TARGETS = {
+  'SUPPORTS': 'supports',
+  'REFUTES': 'refutes',
+  'NOT ENOUGH INFO': 'not enough info',
+}
+
+
+def as_question(record: Mapping[str, Any]) -> dict[str, Any]:
+  """A record with `FIELDS` as one with 'question' and 'answers' besides.
+
+  Raises:
+    ValueError: a label that is not one of TARGETS.
+  """
+  claim, label = record['claim'], record['label']
+  if label not in TARGETS:
+    raise ValueError(
+      f'The label of a claim must be one of {list(TARGETS)}, but is '
+      f'{label!r} in {claim!r}. Correct the file.'
+    )
+  return {**record, 'question': claim, 'answers': [TARGETS[label]]}
