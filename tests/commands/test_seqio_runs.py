@@ -166,8 +166,17 @@ def test_the_command_says_where_tfds_data_lie(tmp_path, capsys):
   assert cache.num_examples == 1
 
 
-@pytest.mark.parametrize('example', ['c4_pretrain', 'trivia_qa_finetune'])
-def test_examples_register_their_tasks(tmp_path, capsys, monkeypatch, example):
+@pytest.mark.parametrize(
+  ('example', 'name'),
+  [
+    ('c4_pretrain', 'c4_span_corruption'),
+    ('trivia_qa_finetune', 'trivia_qa_open'),
+    ('glue_finetune', 'glue_v002_proportional'),
+  ],
+)
+def test_examples_register_their_tasks(
+  tmp_path, capsys, monkeypatch, example, name
+):
   # TFDS mocks the data but not their number.
   loader = seqio.utils.LazyTfdsLoader
   monkeypatch.setattr(loader, 'size', lambda self, split: 10**9)
@@ -181,9 +190,9 @@ def test_examples_register_their_tasks(tmp_path, capsys, monkeypatch, example):
         f"--gin.MODEL_DIR='{tmp_path / 'm'}'",
         f'--tfds_data_dir={tmp_path}',
       ]
-      + ["--gin.INITIAL_CHECKPOINT_PATH='none'"] * (example[0] == 't')
+      + ["--gin.INITIAL_CHECKPOINT_PATH='none'"] * (example != 'c4_pretrain')
     )
   assert status == 0, capsys.readouterr().err
-  name = {'c': 'c4_span_corruption', 't': 'trivia_qa_open'}[example[0]]
-  assert _data_dir(name) == str(tmp_path)
+  task = name if name in seqio.TaskRegistry.names() else 'glue_mnli_v002'
+  assert _data_dir(task) == str(tmp_path)
   assert name in capsys.readouterr().out
