@@ -8,7 +8,7 @@ import pytest
 
 from mowe.commands import gin_config
 from mowe.models import costs, initialization
-from mowe.training import step
+from mowe.training import router_training, step
 
 # Parameters of one feed-forward, and of the model in millions.
 _DENSE = {
@@ -24,10 +24,23 @@ _SIZES = {
 }
 
 
+_RUN = ('optimizers/adamw', 'runs/pretrain_lm')
+_BINDINGS = ("VOCABULARY_PATH = 'bytes'", "DTYPE = 'float32'")
+
+
 def _config(name):
-  bindings = ["VOCABULARY_PATH = 'bytes'", "DTYPE = 'float32'"]
-  gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
+  gin_config.parse([f'gin_configs/models/{name}.gin'], _BINDINGS)
   return copy.deepcopy(gin_config.macro('MODEL'))
+
+
+def _router_loss(needed, *files):
+  """What `mowe train` minimises besides, with a macro that the files need."""
+  names = ['MODEL_DIR', 'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', needed]
+  gin_config.parse(
+    [f'gin_configs/{file}.gin' for file in files],
+    [*(f"{name} = 'bytes'" for name in names), 'TRAIN_STEPS = 1'],
+  )
+  return gin_config.call(step.LossConfig).router
 
 
 def _count(tree):
@@ -132,11 +145,11 @@ def test_regularisers_are_those_of_the_code_of_the_paper(
   name, entropy, excluded
 ):
   config = _config(f'xl_sigma_moe_{name}')
-  loss = gin_config.call(step.LossConfig)
-  assert (loss.router.entropy, loss.router.load_balance) == (entropy, 0)
-  assert loss.z_loss == 0
   routing = config.sparse_layers()['decoder'].routing
   assert routing.exclusion_rate == excluded
+  loss = _router_loss('VOCABULARY_PATH', f'models/xl_sigma_moe_{name}', *_RUN)
+  assert (loss.entropy, loss.load_balance) == (entropy, 0)
+  assert gin_config.call(step.LossConfig).z_loss == 0
 
 
 @pytest.mark.parametrize('name', [*_SIZES, 'tiny'])
@@ -213,3 +226,20 @@ def test_the_mini_models_have_as_many_parameters_as_the_dense_one():
     saved = dense.flops_per_target_token - cost.flops_per_target_token
     of_dense = 2 * 4 * 2 * 128 * 1027
     assert 1 - saved / of_dense == pytest.approx(share, abs=0.003), kind
+
+
+def test_router_losses_of_gin_files_reach_the_training():
+  expected = router_training.RouterLossConfig
+  for model, loss in [
+    ('xl_switch_mini', expected(load_balance=0.01)),
+    ('moe_switch_tiny', expected(load_balance=0.01)),
+    ('moduleformer_tiny', expected(0.0, mutual_information=2e-4)),
+  ]:
+    found = _router_loss('VOCABULARY_PATH', f'models/{model}', *_RUN)
+    assert found == loss, model
+  for modules, loss in [
+    ('concentrated', expected(0.0, load_concentration=0.01)),
+    ('added_modules', expected(0.0, takeover=0.0)),
+  ]:
+    needed = 'INITIAL_CHECKPOINT_PATH'
+    assert _router_loss(needed, *_RUN, f'modules/{modules}') == loss, modules

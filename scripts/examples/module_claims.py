@@ -69,7 +69,7 @@ def _parse():
   parser.add_argument('--modular', default='moduleformer_mini')
   parser.add_argument('--new_mlp', type=int, default=4)
   parser.add_argument('--new_attention', type=int, default=0)
-  parser.add_argument('--concentration', type=float, default=0.01)
+  parser.add_argument('--concentration', type=float, default=0.03)
   parser.add_argument(
     '--set', action='append', default=[], help='NAME=VALUE for every training'
   )
@@ -145,10 +145,10 @@ class Steps:
     )  # fmt: skip
     return folder
 
-  def losses(self, folder):
-    """Nats per token on the test text of both domains."""
+  def losses(self, folder, domains=_DOMAINS):
+    """Nats per token on the test text of each domain."""
     values = {}
-    for domain in _DOMAINS:
+    for domain in domains:
       output = folder / f'{domain}_test'
       settings = self._data(f'{domain}_test') | {
         'CHECKPOINT_PATH': str(folder),
@@ -208,17 +208,20 @@ def _of_seed(steps, options, seed):
   return results
 
 
-_SAVED = ['modules/saved_model', 'optimizers/adamw', 'runs/pretrain_lm']
+def _on_b(steps, options, seed, before, target, concentration):
+  """Goes on with domain B; everything is trained."""
+  return steps.train(
+    target, 'b', seed, options.more_steps,
+    ['optimizers/adamw', 'runs/pretrain_lm', 'modules/concentrated'],
+    INITIAL_CHECKPOINT_PATH=str(before), LOAD_CONCENTRATION=concentration,
+  )  # fmt: skip
 
 
 def _extended(steps, options, seed, trained):
   """Losses after domain B: everything trained, or added modules alone."""
   losses = {}
   for name in ('dense', 'modular'):
-    folder = steps.train(
-      f'{name}_b', 'b', seed, options.more_steps, _SAVED,
-      INITIAL_CHECKPOINT_PATH=str(trained[name]),
-    )  # fmt: skip
+    folder = _on_b(steps, options, seed, trained[name], f'{name}_b', 0.0)
     losses[f'{name}, all trained on B'] = steps.losses(folder)
   larger = trained['modular'].parent / 'added'
   steps.run(
@@ -239,14 +242,15 @@ def _extended(steps, options, seed, trained):
 def _specialised(steps, options, seed, trained):
   """Losses on B of models that lose modules."""
   losses = {}
-  for name, weight in (('plain', 0.0), ('concentrated', options.concentration)):
-    folder = steps.train(
-      f'{name}_b', 'b', seed, options.more_steps,
-      ['optimizers/adamw', 'runs/pretrain_lm', 'modules/concentrated'],
-      INITIAL_CHECKPOINT_PATH=str(trained['modular']),
-      LOAD_CONCENTRATION=weight,
-    )  # fmt: skip
-    losses[f'{name}, all modules'] = steps.losses(folder)['b']
+  # The first is the one of `_extended`.
+  for name, weight in (
+    ('modular', 0.0),
+    ('concentrated', options.concentration),
+  ):
+    folder = _on_b(
+      steps, options, seed, trained['modular'], f'{name}_b', weight
+    )
+    losses[f'{name}, all modules'] = steps.losses(folder, 'b')['b']
     usage = steps.usage(folder, 'b')
     for fraction in _FRACTIONS:
       for gates in _GATES:
@@ -256,7 +260,7 @@ def _specialised(steps, options, seed, trained):
           '--fraction', fraction, '--gates', gates,
         )  # fmt: skip
         named = f'{name}, {fraction:.0%} of the modules, gates {gates}'
-        losses[named] = steps.losses(smaller)['b']
+        losses[named] = steps.losses(smaller, 'b')['b']
   return losses
 
 
