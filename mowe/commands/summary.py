@@ -22,6 +22,7 @@ def show(
   mesh: jax.sharding.Mesh,
   config: model_config.ModelConfig,
   freeze_experts: bool,
+  optimizer: Any = None,
 ) -> None:
   """Prints the table of a run; used before training and by a dry run.
 
@@ -32,13 +33,15 @@ def show(
     mesh: the devices.
     config: the model.
     freeze_experts: whether expert tables are frozen.
+    optimizer: of ordinary parameters; one that leaves some as they are says
+      how many by `num_frozen`.
   """
   console = rich.console.Console(highlight=False, soft_wrap=True)
   cost = costs.model_costs(config)
-  # Only tables can be frozen.
-  frozen = jax.tree.leaves(state.tables) if freeze_experts else []
-  num_frozen = sum(int(np.prod(leaf.shape)) for leaf in frozen)
-  console.print(_parameter_table(state.params, cost, num_frozen))
+  tables = jax.tree.leaves(state.tables) if freeze_experts else []
+  num_frozen = getattr(optimizer, 'num_frozen', lambda path, shape: 0)
+  frozen_tables = sum(int(np.prod(leaf.shape)) for leaf in tables)
+  console.print(_parameter_table(state.params, cost, num_frozen, frozen_tables))
   shapes = ', '.join(
     f'{name} {tuple(array.shape)}'
     for name, array in _example_batch(batches).items()
@@ -86,32 +89,35 @@ def show_experts(
     )
 
 
-def _parameter_table(params, cost, num_frozen):
+def _parameter_table(params, cost, num_frozen, frozen_tables):
   table = rich.table.Table(title='Parameters', title_justify='left')
   table.add_column('part')
   for column in ('total', 'active per token', 'frozen'):
     table.add_column(column, justify='right')
   groups: dict[str, int] = {}
+  frozen = {'experts': frozen_tables}
   for path, leaf in flax.traverse_util.flatten_dict(params).items():
-    if costs.is_expert(path):
-      continue
     group = '/'.join(path[:1] if path[0] == 'token_embedder' else path[:2])
-    groups[group] = groups.get(group, 0) + int(np.prod(leaf.shape))
+    if costs.is_expert(path):
+      group = 'experts'
+    else:
+      groups[group] = groups.get(group, 0) + int(np.prod(leaf.shape))
+    frozen[group] = frozen.get(group, 0) + num_frozen(path, leaf.shape)
   for group, count in groups.items():
-    table.add_row(group, f'{count:,}', f'{count:,}', '0')
+    table.add_row(group, f'{count:,}', f'{count:,}', f'{frozen[group]:,}')
   if cost.expert_parameters:
     table.add_row(
       'experts',
       f'{cost.expert_parameters:,}',
       f'{cost.active_expert_parameters:,}',
-      f'{num_frozen:,}',
+      f'{frozen["experts"]:,}',
     )
   table.add_section()
   table.add_row(
     'all',
     f'{cost.total_parameters:,}',
     f'{cost.active_parameters:,}',
-    f'{num_frozen:,}',
+    f'{sum(frozen.values()):,}',
   )
   table.caption = (
     f'forward FLOPs: {cost.flops_per_input_token:,} per input token, '

@@ -141,7 +141,9 @@ def train(
   setup = initial_state.Setup.make(
     module, optimizer, row_optimizer, mesh, seed, data.batch_size
   )
-  summary.show(setup.abstract, data, batches, mesh, model, freeze_experts)
+  summary.show(
+    setup.abstract, data, batches, mesh, model, freeze_experts, optimizer
+  )
   if has_tables:
     summary.show_experts(model.routing, router.seen_loads, mesh)
   if dry_run:

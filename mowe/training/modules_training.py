@@ -1,6 +1,8 @@
 """Training of what was added to a model, with all that was there before frozen."""
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -38,10 +40,7 @@ class TrainAdded:
     Raises:
       ValueError: no modules were added to the model.
     """
-    parts = {
-      '/'.join(path): part
-      for path, part in modules_added.new_parts(self.model).items()
-    }
+    parts = self._parts
     if not parts:
       raise ValueError(
         'TrainAdded is for a model to which modules were added, but there are '
@@ -49,6 +48,21 @@ class TrainAdded:
         'OPTIMIZER.'
       )
     return train_parts(parts, self.optimizer.build(logical_axes), self.also)
+
+  def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """How many numbers of a parameter are never changed."""
+    name, size = '/'.join(path), math.prod(shape)
+    if self.also and re.fullmatch(self.also, name):
+      return 0
+    axis, number = self._parts.get(name, (0, 0))
+    return size - size // shape[axis] * number
+
+  @functools.cached_property
+  def _parts(self):
+    return {
+      '/'.join(path): part
+      for path, part in modules_added.new_parts(self.model).items()
+    }
 
 
 def train_parts(

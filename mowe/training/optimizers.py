@@ -9,6 +9,7 @@ The rows of expert tables have optimizers of their own (`row_optimizers`).
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -120,6 +121,11 @@ class Freeze:
   def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
     """Returns the transformation for parameters with these axes."""
     return freeze(self.pattern, self.optimizer.build(logical_axes))
+
+  def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """How many numbers of a parameter are never changed."""
+    is_frozen = re.fullmatch(self.pattern, '/'.join(path))
+    return math.prod(shape) if is_frozen else 0
 
 
 def adamw(

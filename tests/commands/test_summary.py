@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from mowe.commands import summary
-from mowe.layers import moe, tokens_choose
+from mowe.layers import added_modules, moe, tokens_choose
 from mowe.models import parameters, t5
+from mowe.training import modules_training, optimizers
 
 
-def _rows(capsys, config, freeze_experts):
+def _rows(capsys, config, freeze_experts, optimizer=None):
   variables = jax.eval_shape(
     functools.partial(parameters.initial_variables, t5.T5(config)),
     jax.random.key(0),
@@ -26,6 +27,7 @@ def _rows(capsys, config, freeze_experts):
     jax.sharding.Mesh(jax.devices()[:1], ('data',)),
     config,
     freeze_experts,
+    optimizer,
   )
   rows = {}
   for line in capsys.readouterr().out.splitlines():
@@ -55,6 +57,30 @@ def test_rows_add_up_and_only_tables_are_frozen(world, capsys, freeze_experts):
   rows = _rows(capsys, world.config(), freeze_experts)
   stored = rows['experts'][0]
   assert rows['experts'][2] == rows['all'][2] == stored * freeze_experts
+
+
+def test_what_an_optimizer_leaves_as_it_is_counts_as_frozen(world, capsys):
+  routing = added_modules.AddedChoose(tokens_choose.TokensChoose(2), num_old=4)
+  config = world.config(
+    sparse=False,
+    sparse_feed_forward=functools.partial(moe.MoeLayer, 7, 14, routing=routing),
+    sparse_encoder_layers=(0,),
+  )
+  adam = optimizers.AdamW(0.1)
+  rows = _rows(capsys, config, False, modules_training.TrainAdded(adam, config))
+  # Three of seven modules train, and their columns of the router.
+  module = 3 * 12 * 14
+  assert rows['experts'] == [7 * module, 3 * module, 4 * module]
+  assert rows['all'][0] - rows['all'][2] == 3 * module + 3 * 12
+  assert rows['decoder/layers_0'][0] == rows['decoder/layers_0'][2]
+
+  also = modules_training.TrainAdded(adam, config, also='decoder/layers_0/.*')
+  assert _rows(capsys, config, False, also)['decoder/layers_0'][2] == 0
+  frozen = optimizers.Freeze(adam, 'token_embedder/.*')
+  rows = _rows(capsys, config, False, frozen)
+  assert (
+    rows['all'][2] == rows['token_embedder'][2] == rows['token_embedder'][0]
+  )
 
 
 def test_how_even_blocks_of_experts_are(world, capsys):
