@@ -5,7 +5,13 @@ import os
 from collections.abc import Callable, Sequence
 
 from mowe.data import cache as cache_lib
-from mowe.data import cache_builders, claims, lm_cache, text_files
+from mowe.data import (
+  cache_builders,
+  claims,
+  lm_cache,
+  passages,
+  text_files,
+)
 from mowe.words import subwords as subwords_lib
 
 KINDS = ('text', 'questions', 'claims', lm_cache.KIND)
@@ -32,6 +38,7 @@ def cache_task(
   extra_ids: int = 100,
   field: str = 'text',
   unit: str = 'line',
+  cut: passages.Passages = passages.Passages(),
   prompt: str = cache_builders.QUESTION_PROMPT,
   answers_field: str = 'answers',
   overwrite: bool = False,
@@ -56,6 +63,7 @@ def cache_task(
     field: of records of text, holds the text.
     unit: of text files: 'line' or 'paragraph' is one record; running text has
       the units of `lm_cache`.
+    cut: of kind 'text', titles before texts, and how much of each is kept.
     prompt: of kind 'questions', the inputs, with fields in braces.
     answers_field: of kind 'questions', a list of answers or one answer.
     overwrite: replace a cache that was made from other things.
@@ -77,6 +85,11 @@ def cache_task(
   if kind not in KINDS:
     raise ValueError(
       f'kind must be one of {KINDS}, but is {kind!r}. Choose one of these.'
+    )
+  if cut != passages.Passages() and (seqio_task or kind != 'text'):
+    raise ValueError(
+      "title_field and max_paragraphs are for files of kind 'text', but were "
+      f'given for {seqio_task or kind!r}. Leave them out.'
     )
   subwords = subwords_lib.load_subwords(vocabulary, extra_ids)
   if seqio_task:
@@ -115,9 +128,10 @@ def cache_task(
   if kind == 'text':
     # A source's digest does not tell how it was cut into records.
     shared['sources'] = [{**source, 'unit': unit} for source in sources]
-    records = text_files.read_records(files, fields=(field,), unit=unit)
+    fields = tuple(filter(None, (field, cut.title_field)))
+    records = text_files.read_records(files, fields=fields, unit=unit)
     return cache_builders.cache_text(
-      records, output, subwords, field=field, **shared
+      records, output, subwords, field=field, cut=cut, **shared
     )
   if kind == 'claims':
     records = text_files.read_records(files, fields=claims.FIELDS)

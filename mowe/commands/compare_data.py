@@ -17,7 +17,7 @@ from mowe.commands import (
   cache_task,
   train_vocabulary,
 )
-from mowe.data import generated_world, text_files
+from mowe.data import generated_world, passages, text_files
 from mowe.words import subwords
 
 # Text to be pretrained on, questions to be finetuned on and to be asked; text
@@ -182,6 +182,7 @@ class Files:
     held_out: a file of documents to measure the loss of pretraining on; those
       that are in the pretraining text are left out. None: it is not measured.
     documents: a file of text elsewhere, for a folder without; None: it has one.
+    cut: titles before texts, and how much of each text is read.
   """
 
   folder: str
@@ -189,6 +190,7 @@ class Files:
   vocabulary_size: int = 16_000
   held_out: str | None = None
   documents: str | None = None
+  cut: passages.Passages = passages.Passages()
 
   def prepare(self, folder: pathlib.Path) -> Prepared:
     """Makes vocabulary and caches."""
@@ -201,7 +203,9 @@ class Files:
     notes = [f'Text and questions of {pathlib.Path(self.folder).name}.']
     if self.held_out is not None:
       held_out = folder / 'held_out.jsonl'
-      records = list(_not_in(self.held_out, files['documents']))
+      records = list(
+        _not_in(self.held_out, files['documents'], self.cut.title_field)
+      )
       if not records:
         raise ValueError(
           'Held-out text must be other than the text of pretraining, but '
@@ -211,8 +215,16 @@ class Files:
       _write_lines(held_out, records)
       files[HELD_OUT] = str(held_out)
       notes.append(f'Held-out text: {len(records):,} other documents.')
+    if self.cut.max_paragraphs:
+      notes.append(
+        f'Of each text the first {self.cut.max_paragraphs} paragraphs.'
+        if self.cut.max_paragraphs > 1
+        else 'Of each text the first paragraph.'
+      )
+    if self.cut.title_field:
+      notes.append('Each text follows its title.')
     return _prepare(
-      folder, files, self.vocabulary, self.vocabulary_size, tuple(notes)
+      folder, files, self.vocabulary, self.vocabulary_size, notes, self.cut
     )
 
 
@@ -254,7 +266,9 @@ def say(verb: str, *arguments: Any, **options: Any) -> None:
   print(f'$ {shlex.join(words)}', flush=True)
 
 
-def _prepare(folder, files, vocabulary, size, notes) -> Prepared:
+def _prepare(
+  folder, files, vocabulary, size, notes, cut=passages.Passages()
+) -> Prepared:
   folder.mkdir(parents=True, exist_ok=True)
   if vocabulary is None:
     vocabulary = str(folder / 'vocabulary.model')
@@ -271,15 +285,18 @@ def _prepare(folder, files, vocabulary, size, notes) -> Prepared:
   for name, file in files.items():
     cache = folder / 'cache' / name
     kind = _kind(name, file)
-    say('cache-task', cache, file, kind=kind, vocabulary=vocabulary)
-    cache_task.cache_task(cache, vocabulary, files=[file], kind=kind)
+    options = {'kind': kind, 'vocabulary': vocabulary}
+    given = passages.Passages() if name.startswith('qa_') else cut
+    said = {name: value for name, value in vars(given).items() if value}
+    say('cache-task', cache, file, **options, **said)
+    cache_task.cache_task(cache, files=[file], cut=given, **options)
   return Prepared(
     vocabulary=vocabulary,
     cache_dir=str(folder / 'cache'),
     documents=(files['documents'],),
     folder=folder,
     has_held_out=HELD_OUT in files,
-    notes=notes,
+    notes=tuple(notes),
   )
 
 
@@ -306,14 +323,17 @@ def _find(folder: str, name: str) -> str:
   )
 
 
-def _not_in(file: str, documents: str) -> Iterator[dict[str, Any]]:
+def _not_in(
+  file: str, documents: str, title_field: str | None
+) -> Iterator[dict[str, Any]]:
   """The first documents of a file that another one does not have."""
   seen = {record['text'] for record in text_files.read_records(documents)}
   number = 0
-  for record in text_files.read_records(file):
+  fields = tuple(filter(None, ('text', title_field)))
+  for record in text_files.read_records(file, fields):
     if record['text'] not in seen and number < _MOST_HELD_OUT:
       number += 1
-      yield {'text': record['text']}
+      yield {name: record[name] for name in fields}
 
 
 def _other_wordings(

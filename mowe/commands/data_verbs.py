@@ -105,6 +105,12 @@ def _add_cache_task(verbs):
   parser.add_argument(
     '--unit', choices=('line', 'paragraph', 'file'), default='line'
   )
+  parser.add_argument(
+    '--title_field', help='of .jsonl records of text: put before the text'
+  )
+  parser.add_argument(
+    '--max_paragraphs', type=int, help='of each text, for --kind text'
+  )
   parser.add_argument('--prompt', default='question: {question}')
   parser.add_argument('--answers_field', default='answers')
   parser.add_argument('--overwrite', action='store_true')
@@ -116,6 +122,7 @@ def _add_cache_task(verbs):
 def _cache_task(options, bindings):
   del bindings
   from mowe.commands import cache_task, show_progress
+  from mowe.data import passages
 
   with show_progress.counting('records') as progress:
     cache = cache_task.cache_task(
@@ -130,6 +137,7 @@ def _cache_task(options, bindings):
       extra_ids=options.extra_ids,
       field=options.field,
       unit=options.unit,
+      cut=passages.Passages(options.title_field, options.max_paragraphs),
       prompt=options.prompt,
       answers_field=options.answers_field,
       overwrite=options.overwrite,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mowe.data import cache as cache_lib
-from mowe.data import salient_spans
+from mowe.data import passages
 
 QUESTION_PROMPT = 'question: {question}'
 _GROUP = 512  # Records tokenised together: few enough for smooth progress.
@@ -44,6 +44,7 @@ def cache_text(
   *,
   sources: Sequence[Mapping[str, Any]] | None = None,
   field: str = 'text',
+  cut: passages.Passages = passages.Passages(),
   overwrite: bool = False,
   num_workers: int = 1,
   progress: Progress | None = None,
@@ -62,6 +63,7 @@ def cache_text(
       (`text_files.describe_sources`); None: a digest of the records, which
       must then be a list.
     field: holds the text.
+    cut: titles before texts, and how much of each is kept.
     overwrite: replace a cache that was made from other things.
     num_workers: processes that tokenise; with more than one, the vocabulary
       must be picklable and the program's entry guarded by __main__.
@@ -75,7 +77,12 @@ def cache_text(
       spans, or nothing is left.
   """
   recipe = _make_recipe('text', subwords, records, sources, fields=[field])
-  encode = functools.partial(encode_text, subwords=subwords, field=field)
+  # Only where it says something: older caches stay what they are.
+  if cut != passages.Passages():
+    recipe['passages'] = dataclasses.asdict(cut)
+  encode = functools.partial(
+    encode_text, subwords=subwords, field=field, cut=cut
+  )
   return build(path, recipe, records, encode, overwrite, num_workers, progress)
 
 
@@ -125,16 +132,20 @@ def cache_questions(
 
 
 def encode_text(
-  records: Sequence[Mapping[str, Any]], subwords: Any, field: str = 'text'
+  records: Sequence[Mapping[str, Any]],
+  subwords: Any,
+  field: str = 'text',
+  cut: passages.Passages = passages.Passages(),
 ) -> EncodedExamples:
   """Tokenises texts and maps their salient spans to tokens."""
   targets, spans = [], []
   for record in records:
-    text = _need(record, field)
+    for name in filter(None, (field, cut.title_field)):
+      _need(record, name)
+    text, char_spans = cut.read(record, field)
     ids, starts, ends = subwords.encode_with_offsets(text)
     if not len(ids):
       continue
-    char_spans = salient_spans.spans_of_record(record, field)
     targets.append([*ids, subwords.eos_id])
     spans.append(
       token_spans(text, char_spans, ids, starts, ends, subwords).reshape(-1)
