@@ -78,7 +78,9 @@ def compare(
 def show(compared: Compared) -> None:
   """Prints the first tables, and where everything is."""
   for table in compared.tables[:3]:
-    print(f'\n{report_tables.markdown_table(table.rows)}')
+    # One model alone has no third table if its questions have no relations.
+    if table.rows:
+      print(f'\n{report_tables.markdown_table(table.rows)}')
   print(f'\nTables, figures and page: {compared.page}')
 
 

@@ -8,6 +8,7 @@ import experiments
 import pytest
 
 from mowe.commands import (
+  compare,
   compare_budget,
   compare_data,
   compare_experiment,
@@ -17,6 +18,7 @@ from mowe.commands import (
 )
 from mowe.data import cache as cache_lib
 from mowe.data import generated_world
+from mowe.evaluation import report_tables
 from mowe.models import costs
 from mowe.words import subwords
 
@@ -258,6 +260,15 @@ def test_files_of_claims_and_text_elsewhere(tmp_path):
   data = compare_data.Files(str(folder), 'bytes')
   found = data.prepare(tmp_path / 'again').documents
   assert found == (str(folder / 'evidence.jsonl'),)
+
+
+def test_a_table_without_rows_is_not_shown(capsys):
+  full = report_tables.Table('a', (('Model', 'EM'), ('T5', '3')), [])
+  empty = report_tables.Table('b', (), ['n/a: no relation.'])
+  compare.show(
+    compare.Compared(results=(), questions=(), tables=(full, empty), page='p')
+  )
+  assert '| T5 | 3 |' in capsys.readouterr().out
 
 
 def test_held_out_text_of_the_world_has_its_facts_in_other_words():
