@@ -7,6 +7,7 @@ knows nothing of the model. `generate` makes the step function out of a model.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -144,16 +145,30 @@ class Sample:
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
-  """`jnp.argmax` of the last axis of <float>[rows, vocab], first of equals.
+  """`jnp.argmax` of <float>[rows, vocab]: <int32>[rows], the first of equals.
 
-  Two reductions that XLA vectorises on CPU, where it does not so with the pair
-  of value and place that `jnp.argmax` reduces: of 32,000 logits that took
-  longer than all the rest of a small model.
+  The greatest block of logits, then the greatest in it: so that a large
+  vocabulary is read only once.
   """
-  places = -jnp.arange(logits.shape[-1], dtype=jnp.float32)[None, :]
-  is_less = logits < jnp.max(logits, axis=-1, keepdims=True)
-  # float32 is exact up to 2**24. Of nan none is less: the result is a token.
-  return -jnp.max(jnp.where(is_less, -jnp.inf, places), axis=-1)
+  rows, vocab_size = logits.shape
+  size = math.gcd(vocab_size, 128)
+  blocks = logits.reshape(rows, vocab_size // size, size)
+  block = _first_greatest(jnp.max(blocks, axis=-1))
+  best = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  return block * size + _first_greatest(best)
+
+
+def _first_greatest(values):
+  """Two reductions, which XLA vectorises on CPU: that of argmax it does not.
+
+  With `jnp.argmax` over 32,000 logits, that took longer than all the rest of a
+  small model.
+  """
+  # float32 is exact up to 2**24. Of nan none is less: the result is a place.
+  places = -jnp.arange(values.shape[-1], dtype=jnp.float32)[None, :]
+  is_less = values < jnp.max(values, axis=-1, keepdims=True)
+  first = -jnp.max(jnp.where(is_less, -jnp.inf, places), axis=-1)
+  return first.astype(jnp.int32)
 
 
 def _log_prob(logits, chosen):
