@@ -115,6 +115,33 @@ def test_files_and_another_metric(tmp_path):
   assert names == ['predictions.jsonl', 'results.json']
 
 
+@pytest.mark.parametrize(
+  ('label', 'scores'),
+  # One of two is right; what is not public cannot be scored.
+  [('choice2', {'accuracy': 50.0}), ('<unk>', {})],
+)
+def test_a_cache_of_a_task_has_its_scores(tmp_path, label, scores):
+  records = [
+    {'question': 'Who?', 'answers': ['choice1']},
+    {'question': 'When?', 'answers': [label]},
+  ]
+  cache = make_cache(
+    tmp_path / 'cache',
+    records,
+    sources=[{'seqio_task': 'super_glue_copa_v102', 'split': 'test'}],
+  )
+  outputs = {
+    tuple(with_eos(f'question: {one["question"]}')): with_eos('choice1')
+    for one in records
+  }
+  result = evaluate.evaluate_questions(
+    Parrot(outputs), cache, BYTES, output_dir=tmp_path
+  )
+  assert (result.scores, result.em) == (scores, 50.0)
+  written = json.loads((tmp_path / 'results.json').read_text())
+  assert written['scores'] == scores
+
+
 def test_a_record_without_question_is_written_as_it_was_asked(tmp_path):
   cache = make_cache(
     tmp_path / 'cache', [{'of': 'Who?', 'answers': ['x']}], prompt='ask {of}'
