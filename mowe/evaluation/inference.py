@@ -101,8 +101,11 @@ class Generator:
     outputs: list[np.ndarray] = [np.zeros(0, np.int32)] * len(rows)
     scores = np.zeros(len(rows), np.float32)
     done = 0
+    key = jax.random.key(self.seed)
     for number, (indices, tokens) in enumerate(self._batches(rows)):
-      generated, batch_scores = self._generate(tokens, number)
+      generated, batch_scores = self._generate(
+        tokens, jax.random.fold_in(key, number)
+      )
       for place, index in enumerate(indices.tolist()):
         outputs[index] = _until_eos(generated[place])
         scores[index] = batch_scores[place]
@@ -149,7 +152,7 @@ class Generator:
       yield indices, tokens
 
   def _generate(
-    self, tokens: np.ndarray, number: int
+    self, tokens: np.ndarray, key: jax.Array
   ) -> tuple[np.ndarray, np.ndarray]:
     generated = decoding.generate(
       self.model,
@@ -157,7 +160,7 @@ class Generator:
       tokens,
       self.max_target_length,
       self.strategy,
-      key=jax.random.fold_in(jax.random.key(self.seed), number),
+      key=key,
     )
     return jax.device_get(generated)
 

@@ -300,8 +300,9 @@ def test_rows_end_with_eos_and_are_padded():
 
 
 def test_greedy_takes_the_first_of_equals():
-  # Whole numbers, so that the greatest often comes more than once; no EOS.
-  table = np.random.default_rng(3).integers(-2, 3, (6, 5, 9, 9)).astype(float)
+  # Whole numbers, so that the greatest often comes more than once, in one block
+  # of 8 tokens or in several; no EOS.
+  table = np.random.default_rng(3).integers(-2, 3, (6, 5, 24, 24)).astype(float)
   table[..., 1] = -9
   tokens, scores = run_table(decoding.Greedy(), table)
   num_ties = 0
