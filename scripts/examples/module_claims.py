@@ -69,7 +69,13 @@ def _parse():
   parser.add_argument('--modular', default='moduleformer_mini')
   parser.add_argument('--new_mlp', type=int, default=4)
   parser.add_argument('--new_attention', type=int, default=0)
-  parser.add_argument('--concentration', type=float, default=0.03)
+  parser.add_argument('--takeover', type=float, default=1.0)
+  parser.add_argument(
+    '--concentrations', type=float, nargs='+', default=[0.03, 0.3]
+  )
+  parser.add_argument(
+    '--fewer_steps', type=int, default=100, help='on B, to forget less'
+  )
   parser.add_argument(
     '--set', action='append', default=[], help='NAME=VALUE for every training'
   )
@@ -208,10 +214,10 @@ def _of_seed(steps, options, seed):
   return results
 
 
-def _on_b(steps, options, seed, before, target, concentration):
+def _on_b(steps, seed, before, target, num_steps, concentration=0.0):
   """Goes on with domain B; everything is trained."""
   return steps.train(
-    target, 'b', seed, options.more_steps,
+    target, 'b', seed, num_steps,
     ['optimizers/adamw', 'runs/pretrain_lm', 'modules/concentrated'],
     INITIAL_CHECKPOINT_PATH=str(before), LOAD_CONCENTRATION=concentration,
   )  # fmt: skip
@@ -221,19 +227,26 @@ def _extended(steps, options, seed, trained):
   """Losses after domain B: everything trained, or added modules alone."""
   losses = {}
   for name in ('dense', 'modular'):
-    folder = _on_b(steps, options, seed, trained[name], f'{name}_b', 0.0)
-    losses[f'{name}, all trained on B'] = steps.losses(folder)
+    for target, number in (
+      (f'{name}_b', options.more_steps),
+      (f'{name}_b_short', options.fewer_steps),
+    ):
+      folder = _on_b(steps, seed, trained[name], target, number)
+      said = f'{name}, all trained on B, {number} steps'
+      losses[said] = steps.losses(folder)
   larger = trained['modular'].parent / 'added'
   steps.run(
     larger, 'modules', 'add', trained['modular'], larger, '--seed', seed,
     '--mlp', options.new_mlp, '--attention', options.new_attention,
   )  # fmt: skip
-  folder = steps.train(
-    'added_b', 'b', seed, options.more_steps,
-    ['optimizers/adamw', 'runs/pretrain_lm', 'modules/added_modules'],
-    INITIAL_CHECKPOINT_PATH=str(larger),
-  )  # fmt: skip
-  losses['modular, added modules trained on B'] = steps.losses(folder)
+  for target, weight in (('added_b', 0.0), ('added_b_held', options.takeover)):
+    folder = steps.train(
+      target, 'b', seed, options.more_steps,
+      ['optimizers/adamw', 'runs/pretrain_lm', 'modules/added_modules'],
+      INITIAL_CHECKPOINT_PATH=str(larger), TAKEOVER=weight,
+    )  # fmt: skip
+    said = f'modular, added modules trained on B, takeover {weight}'
+    losses[said] = steps.losses(folder)
   for domain in _DOMAINS:
     steps.usage(folder, domain)
   return losses
@@ -243,12 +256,11 @@ def _specialised(steps, options, seed, trained):
   """Losses on B of models that lose modules."""
   losses = {}
   # The first is the one of `_extended`.
-  for name, weight in (
-    ('modular', 0.0),
-    ('concentrated', options.concentration),
-  ):
+  for weight in (0.0, *options.concentrations):
+    name = f'concentration {weight}'
+    target = f'concentrated_{weight}_b' if weight else 'modular_b'
     folder = _on_b(
-      steps, options, seed, trained['modular'], f'{name}_b', weight
+      steps, seed, trained['modular'], target, options.more_steps, weight
     )
     losses[f'{name}, all modules'] = steps.losses(folder, 'b')['b']
     usage = steps.usage(folder, 'b')
