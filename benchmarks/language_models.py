@@ -10,6 +10,7 @@ the first model's time to the others'.
 
 import argparse
 import copy
+import dataclasses
 import pathlib
 import statistics
 
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks import dense_step
 from mowe.commands import gin_config
 from mowe.models import costs, initialization
-from mowe.training import optimizers, step, train_state
+from mowe.training import optimizers, router_training, step, train_state
 
 
 def make_step(file: str, batch_size: int, length: int) -> tuple:
@@ -27,6 +28,9 @@ def make_step(file: str, batch_size: int, length: int) -> tuple:
   gin_config.parse([file], ["VOCABULARY_PATH = 'bytes'"])
   config = copy.deepcopy(gin_config.macro('MODEL'))
   loss = gin_config.call(step.LossConfig)
+  if gin_config.configures(router_training.RouterLossConfig):
+    router = gin_config.call(router_training.RouterLossConfig)
+    loss = dataclasses.replace(loss, router=router)
   model = config.build()
   optimizer = optimizers.ClipByGlobalNorm(optimizers.AdamW(1e-3), 1.0).build(
     None

@@ -74,8 +74,9 @@ def _parse():
     '--concentrations', type=float, nargs='+', default=[0.03, 0.3]
   )
   parser.add_argument(
-    '--fewer_steps', type=int, default=100, help='on B, to forget less'
-  )
+    '--fewer_steps', type=int, nargs='+', default=[50, 100],
+    help='on B, to forget less',
+  )  # fmt: skip
   parser.add_argument(
     '--set', action='append', default=[], help='NAME=VALUE for every training'
   )
@@ -227,10 +228,9 @@ def _extended(steps, options, seed, trained):
   """Losses after domain B: everything trained, or added modules alone."""
   losses = {}
   for name in ('dense', 'modular'):
-    for target, number in (
-      (f'{name}_b', options.more_steps),
-      (f'{name}_b_short', options.fewer_steps),
-    ):
+    for number in (*options.fewer_steps, options.more_steps):
+      is_short = number in options.fewer_steps
+      target = f'{name}_b_{number}' if is_short else f'{name}_b'
       folder = _on_b(steps, seed, trained[name], target, number)
       said = f'{name}, all trained on B, {number} steps'
       losses[said] = steps.losses(folder)
