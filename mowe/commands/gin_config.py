@@ -102,12 +102,12 @@ def made(name: str) -> Any:
 
 
 def configures(function: Callable[..., Any]) -> bool:
-  """Whether what was parsed last configures a function or class."""
+  """Whether what was parsed last sets an argument of a function or class."""
   try:
-    gin.get_configurable(function)
+    # Of an earlier file gin forgets the values, but not the function.
+    return bool(gin.get_bindings(function, resolve_references=False))
   except ValueError:
     return False
-  return True
 
 
 def operative_config() -> str:
