@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from mowe.commands import compare_plan, compare_run
 from mowe.words import subwords
 
+_STOPPED = 'The experiment is stopped. Run the same command to continue.'
+
 
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path) -> Iterator[int]:
@@ -69,7 +71,7 @@ class Runner:
       ValueError: the run failed; it has said why.
     """
     if self._is_stopped:
-      raise KeyboardInterrupt
+      raise KeyboardInterrupt(_STOPPED)
     folder = pathlib.Path(planned.folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / 'run.json'
@@ -87,7 +89,7 @@ class Runner:
     status = self._process.wait()
     self._process = None
     if self._is_stopped or status == compare_run.STOPPED:
-      raise KeyboardInterrupt
+      raise KeyboardInterrupt(_STOPPED)
     if status:
       raise ValueError(
         f'Every run of an experiment must end well, but that of {planned.name} '

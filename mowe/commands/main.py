@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f'mowe: {damaged[1]}', file=sys.stderr)
     return 1
   except KeyboardInterrupt as error:
-    print(f'mowe: {error or "stopped."}', file=sys.stderr)
+    print(f'mowe: {str(error) or "stopped."}', file=sys.stderr)
     return 130
   return 0
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mowe.commands import ask, main
+from mowe.commands import ask, main, train_vocabulary
 from mowe.words import placement, routing_vocabulary, subwords
 
 
@@ -166,6 +166,18 @@ def test_a_trace_can_be_asked_for(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ('said', 'shown'), [('', 'stopped.'), ('Saved in x.', 'Saved in x.')]
+)
+def test_a_stopped_verb_says_so(monkeypatch, capsys, said, shown):
+  def stop(*arguments, **options):
+    raise KeyboardInterrupt(said)
+
+  monkeypatch.setattr(train_vocabulary, 'train_vocabulary', stop)
+  assert _run('train-vocabulary', 'a.model', 'a.txt') == 130
+  assert capsys.readouterr().err == f'mowe: {shown}\n'
+
+
 def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
   folder = tmp_path / 'run'
   arguments = _training(world, folder)
