@@ -263,7 +263,7 @@ def test_step_by_step_equals_all_at_once():
 
   _, shapes = jax.eval_shape(decode, {}, tokens)
   variables = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  assert variables['cache']['cached_key'].shape == (BATCH, QUERIES, HEADS, KV)
+  assert variables['cache']['cached_key'].shape == (BATCH, HEADS, KV, QUERIES)
   outputs = []
   for i in range(QUERIES):
     one, variables = decode(variables['cache'], tokens[:, i : i + 1])
