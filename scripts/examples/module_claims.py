@@ -25,7 +25,6 @@ import random
 import shlex
 import subprocess
 import sys
-import time
 
 from mowe.data import generated_world
 
@@ -206,9 +205,7 @@ def _of_seed(steps, options, seed):
       VOCABULARY_PATH=str(steps.vocabulary), VOCAB_SIZE=_VOCAB,
     )  # fmt: skip
     losses = steps.losses(trained[name])
-    results['efficiency'][name] = _costs(
-      trained[name], options.batch_size, options.length
-    ) | {'loss': losses['a']}
+    results['efficiency'][name] = _costs(trained[name]) | {'loss': losses['a']}
     results['extendability'][f'{name}, before'] = losses
   results['extendability'] |= _extended(steps, options, seed, trained)
   results['specialisation'] = _specialised(steps, options, seed, trained)
@@ -276,43 +273,11 @@ def _specialised(steps, options, seed, trained):
   return losses
 
 
-def _speed(folder, batch_size, length):
-  """Tokens per second, forward and back, on a machine that does nothing else."""
-  import jax
-  import numpy as np
+def _costs(folder):
+  """Parameters and FLOPs per token of a model.
 
-  from mowe.commands import model_folder
-
-  file = folder / 'speed.json'
-  if file.exists():
-    return json.loads(file.read_text())
-  loaded = model_folder.load(str(folder))
-  ids = np.random.default_rng(0).integers(1, _VOCAB - 128, (batch_size, length))
-  batch = {
-    'decoder_input_tokens': ids.astype(np.int32),
-    'decoder_target_tokens': ids.astype(np.int32),
-  }
-
-  def total(params):
-    logits = loaded.model.apply(
-      {'params': params}, batch, enable_dropout=False, method='of_batch'
-    )
-    return jax.nn.logsumexp(logits, axis=-1).mean()
-
-  gradient = jax.jit(jax.grad(total))
-  times = []
-  for _ in range(12):
-    start = time.perf_counter()
-    jax.block_until_ready(gradient(loaded.params))
-    times.append(time.perf_counter() - start)
-  # The first two compile and warm up.
-  speed = ids.size / sorted(times[2:])[5]
-  file.write_text(json.dumps(speed))
-  return speed
-
-
-def _costs(folder, batch_size, length):
-  """Parameters and FLOPs per token of a model, and tokens per second."""
+  `benchmarks.language_models` measures its speed.
+  """
   from mowe.commands import model_folder
   from mowe.models import costs
 
@@ -322,7 +287,6 @@ def _costs(folder, batch_size, length):
     'parameters': found.total_parameters,
     'active': found.active_parameters,
     'flops_per_token': found.flops_per_target_token,
-    'tokens_per_second': _speed(folder, batch_size, length),
   }
 
 
