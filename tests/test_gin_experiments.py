@@ -77,6 +77,20 @@ def test_its_runs_can_be_made(name, prepared, any_width):
     assert run.pretrained == run.stages[-2].folder
 
 
+def test_experiments_of_one_output_share_runs_and_no_report(
+  prepared, any_width
+):
+  found, reports = {}, set()
+  for name in _NAMES:
+    experiment = _load(name, 'SEEDS = (0,)')
+    report = (experiment.output, experiment.report)
+    assert report not in reports
+    reports.add(report)
+    for (run,) in compare_plan.Plan(experiment, prepared).runs.values():
+      assert found.setdefault(run.folder, run.digest()) == run.digest(), name
+  assert len(reports) > len({output for output, _ in reports}) > 1
+
+
 def test_experts_are_frozen_or_trained_after_one_pretraining(
   prepared, any_width
 ):

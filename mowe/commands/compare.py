@@ -119,7 +119,9 @@ def _report(experiment, prepared, plan) -> Compared:
     word_experts=_word_experts(runs, results, questions, vocabulary),
     num_bins=experiment.num_bins,
   )
-  page = report.write_report(made, pathlib.Path(experiment.output) / 'report')
+  page = report.write_report(
+    made, pathlib.Path(experiment.output) / experiment.report
+  )
   return Compared(results, questions, report_tables.tables(made), page)
 
 
@@ -128,17 +130,26 @@ def _result(
   runs: Sequence[compare_plan.Run],
   questions: Sequence[comparison.Question],
 ) -> comparison.ModelResult:
-  """The answers of all seeds; what is measured besides is of the first."""
-  path = pathlib.Path(runs[0].folder) / compare_measure.RESULTS
-  measured = json.loads(path.read_text('utf-8'))
+  """The answers of all seeds; curves and loads are of the first."""
+  of_seeds = [
+    json.loads(
+      (pathlib.Path(run.folder) / compare_measure.RESULTS).read_text('utf-8')
+    )
+    for run in runs
+  ]
+  measured = of_seeds[0]
   recall = {
-    kind: (found['right'], found['spans'])
-    for kind, found in measured['recall'].items()
+    kind: tuple(
+      sum(one['recall'][kind][name] for one in of_seeds)
+      for name in ('right', 'spans')
+    )
+    for kind in measured['recall']
   }
   loads = [
     comparison.Load(**(load | {'shares': tuple(load['shares'])}))
     for load in measured['loads']
   ]
+  mean = lambda name: _mean([one[name] for one in of_seeds])
   return comparison.ModelResult(
     name=sized.model.name,
     total_parameters=measured['total_parameters'],
@@ -148,18 +159,23 @@ def _result(
     flops_compiled=measured['flops_compiled'],
     is_flops_least=measured['flops_has_loops'],
     answers=[compare_questions.answers_of(run, questions) for run in runs],
-    tokens_per_second=measured['tokens_per_second'],
+    tokens_per_second=mean('tokens_per_second'),
     peak_memory=measured['peak_memory'],
     memory_of=measured['memory_of'],
-    held_out_loss=measured['held_out_loss'],
-    text_loss=measured['text_loss'],
-    seconds=measured['seconds'],
+    held_out_loss=mean('held_out_loss'),
+    text_loss=mean('text_loss'),
+    seconds=mean('seconds'),
     curve=[tuple(point) for point in measured['curve']],
     held_out_curve=[tuple(point) for point in measured['held_out_curve']],
     recall=recall,
     loads=loads,
     note=sized.note,
   )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  """None where one of them was not measured."""
+  return None if None in values else sum(values) / len(values)
 
 
 def _word_experts(

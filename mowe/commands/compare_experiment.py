@@ -72,13 +72,15 @@ class Experiment:
     models: in the order in which they are shown; the first one is the baseline
       of the paired tests.
     data: text, questions and vocabulary.
-    output: folder of everything that is made.
+    output: folder of everything that is made. Experiments on the same data may
+      have one output: models that are in both are trained once.
     seeds: of each model, one run with each.
     questions: token caches of the questions that are asked in the end.
     metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
     num_points: losses on held-out text during a stage of pretraining.
     num_recalled: pretraining examples whose masked spans are to be recalled.
     num_bins: quantiles of the entities' frequency.
+    report: name of the report's folder in the output.
 
   Raises:
     ValueError: settings that cannot work, before anything is made.
@@ -94,6 +96,7 @@ class Experiment:
   num_points: int = 10
   num_recalled: int = 1024
   num_bins: int = 4
+  report: str = 'report'
 
   def __post_init__(self):
     names = [model.name for model in self.models]
@@ -124,6 +127,11 @@ class Experiment:
         'num_points, num_recalled and num_bins must be at least 1, but are '
         f'{self.num_points}, {self.num_recalled} and {self.num_bins}. Change '
         'them.'
+      )
+    if self.report in ('', '.', '..', 'data', 'runs') or '/' in self.report:
+      raise ValueError(
+        'report must be the name of a folder beside data and runs, but is '
+        f"{self.report!r}. Name it, for example 'report'."
       )
     if not any(model.gin_files for model in self.models):
       raise ValueError(

@@ -95,16 +95,17 @@ class ModelResult:
     flops_compiled: the same as XLA counts in the compiled program.
     is_flops_least: the program has products in loops, which XLA counts once.
     answers: of each seed.
-    tokens_per_second: in pretraining.
+    tokens_per_second: in pretraining, a mean over seeds.
     peak_memory: in bytes, of training.
     memory_of: 'device' or 'process'.
-    held_out_loss: on text that was not trained on, before finetuning.
-    text_loss: on text that was, before finetuning.
-    seconds: of training.
-    curve: (step, loss) of pretraining.
-    held_out_curve: (step, loss on held-out text).
-    recall: kind of masked spans -> (right, spans).
-    loads: of each sparse layer.
+    held_out_loss: on text that was not trained on, before finetuning, a mean
+      over seeds.
+    text_loss: the same on text that was.
+    seconds: of training, a mean over seeds.
+    curve: (step, loss) of pretraining, of the first seed.
+    held_out_curve: (step, loss on held-out text), of the first seed.
+    recall: kind of masked spans -> (right, spans), sums over seeds.
+    loads: of each sparse layer, of the first seed.
     note: how the model was sized.
 
   Raises:

@@ -132,8 +132,9 @@ def _answers(report) -> Table:
   if kinds:
     notes.append(
       'Recall: masked spans of the pretraining text that are filled in token '
-      'for token, in % (of so many). Losses, on held-out text and on text that '
-      'was trained on, and recall are of the first seed, before finetuning.'
+      'for token, in % (of so many, all seeds together). Losses, on held-out '
+      'text and on text that was trained on, are means over seeds; both before '
+      'finetuning.'
     )
   return Table('Answers', rows, notes)
 
@@ -185,8 +186,8 @@ def _costs(results) -> Table:
     'a forward pass: by formula, the products with kernels; compiled, all that '
     'XLA counts in the program, attention scores and element-wise operations '
     'too (≥: products in loops of that program are counted once).',
-    'Tokens / s: of pretraining, compilation and evaluations left out, in the '
-    'first seed’s run on the machine that ran it.',
+    'Tokens / s: of pretraining, compilation and evaluations left out; with '
+    'the time of training a mean over seeds, on the machine that ran them.',
   ]
   if places:
     of = ' and '.join(sorted(places))

@@ -1,10 +1,13 @@
 """Experiments: what is refused, how models are sized, and what runs share."""
 
 import dataclasses
+import json
 import pathlib
+import types
 
 import conftest
 import experiments
+import numpy as np
 import pytest
 
 from mowe.commands import (
@@ -18,7 +21,7 @@ from mowe.commands import (
 )
 from mowe.data import cache as cache_lib
 from mowe.data import generated_world
-from mowe.evaluation import report_tables
+from mowe.evaluation import comparison, report_tables
 from mowe.models import costs
 from mowe.words import subwords
 
@@ -118,6 +121,8 @@ def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
   ('change', 'message'),
   [
     ({'models': ()}, 'needs models whose names differ'),
+    ({'report': 'runs'}, "is 'runs'. Name it"),
+    ({'report': 'a/b'}, 'a folder beside data and runs'),
     ({'models': [experiments.dense()] * 2}, 'Name each model once'),
     ({'seeds': (1, 1)}, 'different numbers'),
     ({'questions': ()}, 'questions is ()'),
@@ -269,6 +274,41 @@ def test_a_table_without_rows_is_not_shown(capsys):
     compare.Compared(results=(), questions=(), tables=(full, empty), page='p')
   )
   assert '| T5 | 3 |' in capsys.readouterr().out
+
+
+def test_what_is_measured_is_of_all_seeds(tmp_path, monkeypatch):
+  constant = dict.fromkeys(
+    (
+      'total_parameters', 'active_parameters', 'frozen_parameters',
+      'flops_formula', 'flops_compiled', 'flops_has_loops', 'peak_memory',
+      'memory_of', 'seconds',
+    )
+  )  # fmt: skip
+  runs = []
+  for seed, (right, loss, speed) in enumerate(((1, 2.5, 70.0), (4, 3.5, None))):
+    folder = tmp_path / str(seed)
+    folder.mkdir()
+    measured = constant | {
+      'recall': {'all spans': {'right': right, 'spans': 9}},
+      'loads': [],
+      'tokens_per_second': speed,
+      'held_out_loss': None,
+      'text_loss': loss,
+      'curve': [[seed, loss]],
+      'held_out_curve': [],
+    }
+    (folder / 'results.json').write_text(json.dumps(measured))
+    runs.append(types.SimpleNamespace(folder=str(folder)))
+  answers = comparison.Answers(0, ('a',), np.ones(1), np.ones(1))
+  monkeypatch.setattr(
+    compare.compare_questions, 'answers_of', lambda *_: answers
+  )
+  sized = types.SimpleNamespace(model=experiments.dense(), note='')
+  result = compare._result(sized, runs, ())
+  assert result.recall == {'all spans': (5, 18)}
+  assert result.text_loss == 3.0 and result.curve == [(0, 2.5)]
+  # Where one was not measured, there is no mean.
+  assert result.tokens_per_second is None and result.held_out_loss is None
 
 
 def test_held_out_text_of_the_world_has_its_facts_in_other_words():
