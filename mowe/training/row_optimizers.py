@@ -49,7 +49,6 @@ class RowOptimizer(Protocol):
     state_rows: RowState,
     rows: Table,
     learning_rate_step: jax.Array,
-    present: jax.Array | None = None,
   ) -> tuple[Table, RowState]:
     """Returns the next rows and their state.
 
@@ -59,8 +58,6 @@ class RowOptimizer(Protocol):
       state_rows: the state of these rows, leading axis rows.
       rows: name to <float>[rows, a, b].
       learning_rate_step: <int32>[], the global step, from 0.
-      present: <bool>[rows]; rows without it (padding of the plan) and their
-        state come back bit-identical. None means all.
     """
 
 
@@ -119,7 +116,6 @@ class RowAdafactor:
     state_rows: RowAdafactorState,
     rows: Table,
     learning_rate_step: jax.Array,
-    present: jax.Array | None = None,
   ) -> tuple[dict[str, jax.Array], RowAdafactorState]:
     """See `RowOptimizer.update`."""
     rate = _rate(self.learning_rate, learning_rate_step)
@@ -143,8 +139,7 @@ class RowAdafactor:
       )
       return new, RowAdafactorState(count, v_row, v_col)
 
-    new = jax.vmap(update_expert)(dict(gradients), state_rows, dict(rows))
-    return _keep_absent(present, new, (dict(rows), state_rows))
+    return jax.vmap(update_expert)(dict(gradients), state_rows, dict(rows))
 
   def _update_kernel(self, gradient, param, v_row, v_col, decay, rate):
     """Returns the next param [a, b], v_row [a] and v_col [b] of one expert."""
@@ -231,7 +226,6 @@ class RowAdam:
     state_rows: RowAdamState,
     rows: Table,
     learning_rate_step: jax.Array,
-    present: jax.Array | None = None,
   ) -> tuple[dict[str, jax.Array], RowAdamState]:
     """See `RowOptimizer.update`."""
     rate = _rate(self.learning_rate, learning_rate_step)
@@ -263,27 +257,14 @@ class RowAdam:
       new = jax.tree.map(update_matrix, param, mu, nu)
       return new, RowAdamState(count, global_step, mu, nu)
 
-    new = jax.vmap(update_expert)(
+    return jax.vmap(update_expert)(
       row_gradients.matrices(gradients), state_rows, dict(rows)
     )
-    return _keep_absent(present, new, (dict(rows), state_rows))
 
 
 def _rate(learning_rate: LearningRate, step: jax.Array) -> jax.Array:
   rate = learning_rate(step) if callable(learning_rate) else learning_rate
   return jnp.asarray(rate, jnp.float32)
-
-
-def _keep_absent(present: jax.Array | None, new: Any, old: Any) -> Any:
-  """Returns `new` where present and `old` elsewhere, along the first axis."""
-  if present is None:
-    return new
-
-  def select(new, old):
-    mask = present.reshape(present.shape + (1,) * (new.ndim - 1))
-    return jnp.where(mask, new, old)
-
-  return jax.tree.map(select, new, old)
 
 
 def _check_table(table: Table) -> int:

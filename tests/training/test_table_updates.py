@@ -22,8 +22,8 @@ class _Descent:
   def init(self, table):
     return jnp.zeros((table['wi'].shape[0],), jnp.int32)
 
-  def update(self, gradients, state_rows, rows, step, present=None):
-    del step, present
+  def update(self, gradients, state_rows, rows, step):
+    del step
     gradients = row_gradients.matrices(gradients)
     new = jax.tree.map(lambda p, g: p - g, rows, gradients)
     return new, state_rows + 1

@@ -30,8 +30,8 @@ class _Descent:
   def init(self, table):
     return jax.tree.map(jnp.zeros_like, dict(table))
 
-  def update(self, gradients, state_rows, rows, step, present=None):
-    del step, present
+  def update(self, gradients, state_rows, rows, step):
+    del step
     gradients = row_gradients.matrices(gradients)
     new = jax.tree.map(lambda p, g: p - 0.1 * g, rows, gradients)
     return new, jax.tree.map(jnp.add, state_rows, gradients)
