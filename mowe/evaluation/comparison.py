@@ -246,32 +246,44 @@ def by_task(questions: Sequence[Question]) -> Breakdown:
 
 
 def by_frequency(questions: Sequence[Question], num_bins: int = 4) -> Breakdown:
-  """Groups of about equal size, by how often the text names the entity.
+  """Groups as near to equal size as can be, by how often the text names them.
 
-  Entities of one count stay together, so that there may be fewer groups.
+  Entities of one count stay together, so that there may be fewer groups, and
+  larger and smaller ones.
   """
   counts = [question.entity_count for question in questions]
-  known = np.array([count for count in counts if count is not None])
-  groups: list[Group] = []
-  if len(known):
-    # The count that a share of all questions does not exceed.
-    shares = np.arange(1, num_bins + 1) / num_bins
-    ends = np.unique(np.quantile(known, shares, method='inverted_cdf'))
-    values = np.array([np.nan if c is None else c for c in counts], float)
-    start = known.min()
-    for end in ends.tolist():
-      members = (values >= start) & (values <= end)
-      low, high = int(known[known >= start].min()), int(end)
-      name = f'{low:,}' if low == high else f'{low:,} to {high:,}'
-      groups.append(Group(name, members))
-      start = end + 1
+  known = [count for count in counts if count is not None]
+  values = np.array([np.nan if c is None else c for c in counts], float)
+  groups = [
+    Group(
+      f'{low:,}' if low == high else f'{low:,} to {high:,}',
+      (values >= low) & (values <= high),
+    )
+    for low, high in _equal_parts(known, num_bins)
+  ]
   return Breakdown(
     'frequency of the entity in the pretraining text',
     'Times named',
     groups,
-    "questions have no field 'entity'",
+    "questions have no field 'entity', or the text is not at hand",
     len(counts) - len(known),
   )
+
+
+def _equal_parts(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
+  """Least and largest number of each part; equal numbers are in one part."""
+  distinct, sizes = np.unique(numbers, return_counts=True)
+  parts: list[tuple[int, int]] = []
+  start = 0
+  while start < len(distinct):
+    left = most - len(parts)
+    share = sizes[start:].sum() / left
+    # As many as come nearest to the share of each part that is left.
+    reached = np.cumsum(sizes[start:])
+    end = start + int(np.argmin(np.abs(reached - share))) if left > 1 else -1
+    parts.append((int(distinct[start]), int(distinct[end])))
+    start = end + 1 if left > 1 else len(distinct)
+  return parts
 
 
 def by_seen_answer(questions: Sequence[Question]) -> Breakdown:
@@ -296,7 +308,7 @@ def by_seen_answer(questions: Sequence[Question]) -> Breakdown:
 
 def _by_name(title, heading, names, why_empty) -> Breakdown:
   found = sorted({name for name in names if name is not None})
-  array = np.array([name or '' for name in names], object)
+  array = np.array(names, object)
   return Breakdown(
     title,
     heading,
@@ -357,9 +369,12 @@ def as_json(
   questions: Sequence[Question],
   num_bins: int = 4,
 ) -> list[dict[str, Any]]:
-  """Every number of the report, for other programs."""
+  """Every number of the report, for other programs.
+
+  Under 'paired' is each model less those before it, from -1 to 1.
+  """
   records = []
-  for result in results:
+  for number, result in enumerate(results):
     record = {
       field.name: getattr(result, field.name)
       for field in dataclasses.fields(result)
@@ -378,6 +393,12 @@ def as_json(
         }
         for breakdown in breakdowns(questions, num_bins)
       },
+    }
+    record['paired'] = {
+      other.name: dataclasses.asdict(
+        statistics.paired_test(other.em_scores, result.em_scores)
+      )
+      for other in results[:number]
     }
     record['recall'] = {k: list(v) for k, v in result.recall.items()}
     records.append(record)

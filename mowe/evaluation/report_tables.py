@@ -70,6 +70,8 @@ def tables(report: 'report_lib.Report') -> list[Table]:
   found = [_answers(report), _costs(report.results)]
   if len(report.results) > 1:
     found.append(_paired(report.results))
+  if len(report.results) > 2:
+    found.append(_pairs(report.results))
   found += [
     _breakdown(report, breakdown)
     for breakdown in comparison.breakdowns(report.questions, report.num_bins)
@@ -214,7 +216,7 @@ def _paired(results) -> Table:
         f'{100 * test.low:+.1f} to {100 * test.high:+.1f}',
         f'{test.num_better:,}',
         f'{test.num_worse:,}',
-        f'{test.p_value:.2g}' if test.p_value >= 1e-4 else '< 0.0001',
+        _p_value(test),
       ]
     )
   return Table(
@@ -228,8 +230,30 @@ def _paired(results) -> Table:
   )
 
 
+def _pairs(results) -> Table:
+  rows: list[list[Cell]] = [['EM of', *(f'less {r.name}' for r in results)]]
+  for result in results:
+    row: list[Cell] = [result.name]
+    for other in results:
+      if other is result:
+        row.append('')
+        continue
+      test = statistics.paired_test(other.em_scores, result.em_scores)
+      row.append(f'{100 * test.difference:+.1f} (p {_p_value(test)})')
+    rows.append(row)
+  return Table(
+    'Each against each, on the same questions',
+    rows,
+    ['The same test; the p-values are not corrected for the number of pairs.'],
+  )
+
+
+def _p_value(test: statistics.PairedTest) -> str:
+  return f'{test.p_value:.2g}' if test.p_value >= 1e-4 else '< 0.0001'
+
+
 def _breakdown(report, breakdown: comparison.Breakdown) -> Table:
-  title = f'EM by {breakdown.title}'
+  title = f'EM and F1 by {breakdown.title}'
   if not breakdown.groups:
     return Table(title, (), [f'n/a: {breakdown.why_empty}.'])
   rows: list[list[Cell]] = [
@@ -246,12 +270,14 @@ def _breakdown(report, breakdown: comparison.Breakdown) -> Table:
         group.name,
         f'{int(group.members.sum()):,}',
         *(
-          f'{score.em:.1f} ({_interval(score.em_interval)})' if score else NONE
+          f'{score.em:.1f} ({_interval(score.em_interval)}) · {score.f1:.1f}'
+          if score
+          else NONE
           for score in scores
         ),
       ]
     )
-  notes = []
+  notes = ['EM in %, in brackets its 95 % interval; then F1.']
   if breakdown.num_without:
     notes.append(
       f'Of {breakdown.num_without:,} questions it is not known; they are in '

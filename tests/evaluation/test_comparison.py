@@ -52,6 +52,39 @@ def test_quantiles_of_frequency():
   found = comparison.by_frequency(_named([0] * 5 + [1, 1200]), 4)
   assert _sizes(found) == {'0': 5, '1': 1, '1,200': 1}
   assert _sizes(comparison.by_frequency(_named([7] * 9), 4)) == {'7': 9}
+  # A count that most have does not swallow those below it.
+  found = comparison.by_frequency(_named([1] * 7 + [2] * 28 + [3, 5]), 3)
+  assert _sizes(found) == {'1': 7, '2': 28, '3 to 5': 2}
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_every_question_is_in_one_group(seed):
+  rng = np.random.default_rng(seed)
+  counts = rng.geometric(0.2, size=37).tolist()
+  groups = comparison.by_frequency(_named(counts), 4).groups
+  assert 1 <= len(groups) <= 4
+  assert np.sum([group.members for group in groups], axis=0).tolist() == (
+    [1] * len(counts)
+  )
+
+
+def test_an_empty_relation_is_one():
+  questions = [
+    dataclasses.replace(one, relation=relation)
+    for one, relation in zip(_named([1] * 3), ('', None, 'a'), strict=True)
+  ]
+  found = comparison.by_relation(questions)
+  assert _sizes(found) == {'': 1, 'a': 1} and found.num_without == 1
+
+
+def test_models_are_paired_with_those_before_them():
+  dense, sparse = comparisons.results()
+  first, second = comparison.as_json([dense, sparse], comparisons.questions())
+  assert first['paired'] == {} and list(second['paired']) == [dense.name]
+  difference = second['paired'][dense.name]['difference']
+  assert 100 * difference == pytest.approx(
+    second['score']['em'] - first['score']['em']
+  )
 
 
 def test_what_questions_do_not_say_is_not_made_up():

@@ -89,7 +89,7 @@ def test_what_is_not_known_is_said_to_be_so(page, markdown):
   ]
   made = comparisons.whole_report(questions=questions)
   text = report_tables.markdown(made, report_tables.tables(made), [], 'x.png')
-  assert "n/a: questions have no field 'entity'." in text
+  assert "n/a: questions have no field 'entity', or the text is not" in text
   assert "n/a: questions have no field 'relation'." in text
   # Of one question the entity is not known.
   assert 'Of 1 questions it is not known' in markdown
@@ -100,6 +100,21 @@ def test_models_are_compared_on_the_same_questions(markdown):
   row = table.splitlines()[4]
   # 16 right of 24 and 4: better on 4 to 18, worse on 1 and 2.
   assert '| +50.0 |' in row and row.endswith('| 15 | 2 | 0.0023 |'), row
+
+
+def test_each_model_is_compared_with_each():
+  dense, sparse = comparisons.results()
+  third = dataclasses.replace(dense, name='third')
+  made = comparisons.whole_report(results=[dense, sparse, third])
+  (table,) = [
+    table
+    for table in report_tables.tables(made)
+    if table.title.startswith('Each against each')
+  ]
+  assert table.rows[0][1] == 'less dense' and table.rows[3][0] == 'third'
+  assert table.rows[1][2] == '-50.0 (p 0.0023)'
+  assert table.rows[2][1] == '+50.0 (p 0.0023)'
+  assert table.rows[3][1:] == ['+0.0 (p 1)', '-50.0 (p 0.0023)', '']
 
 
 def test_tables_keep_their_columns(markdown):
