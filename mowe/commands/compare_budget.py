@@ -6,6 +6,7 @@ experiment say; here both are numbers.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from mowe.models import costs
@@ -136,8 +137,13 @@ def solve(
     # Straight on from the two last: a guess that rounds down is doubled.
     guess = _crossing(low, high, cost, target)
     low, high = high, min(limit, max(guess + 1, 2 * high))
+  before = math.inf
   while high - low > 1:
     guess = min(max(_crossing(low, high, cost, target), low + 1), high - 1)
+    if high - low > before / 2:
+      # The last line missed, as on a curve: it may do so again and again.
+      guess = (low + high) // 2
+    before = high - low
     if cost(guess) < target:
       low = guess
       # The line is nearly always right: its other side is close.

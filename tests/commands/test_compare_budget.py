@@ -49,6 +49,17 @@ def test_costs_on_a_line_need_few_calls():
   assert len(asked) <= 6 and len(set(asked)) == len(asked)
 
 
+def test_costs_on_a_curve_are_bisected():
+  asked = []
+
+  def cost(width):
+    asked.append(width)
+    return 1e6 + width**2
+
+  found = _SOLVE(cost, 1e6 + 3000.0**2, granule=1, tolerance=1e-9)
+  assert found.width == 3000 and len(asked) <= 60
+
+
 @pytest.mark.parametrize(
   ('target', 'nearest'),
   [
