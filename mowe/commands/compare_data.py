@@ -272,7 +272,11 @@ def _prepare(
   folder.mkdir(parents=True, exist_ok=True)
   if vocabulary is None:
     vocabulary = str(folder / 'vocabulary.model')
-    if not pathlib.Path(vocabulary).exists():
+    sizes = folder / 'vocabulary.json'
+    if pathlib.Path(vocabulary).exists():
+      _check_size(sizes, size)
+    else:
+      subwords.write_atomically(sizes, json.dumps({'size': size}).encode())
       # Claims are worded as the text they are about.
       asked = _kind('qa_train', files['qa_train']) == 'questions'
       options = {'size': size}
@@ -298,6 +302,16 @@ def _prepare(
     has_held_out=HELD_OUT in files,
     notes=tuple(notes),
   )
+
+
+def _check_size(path: pathlib.Path, size: int) -> None:
+  old = json.loads(path.read_text())['size'] if path.exists() else size
+  if old != size:
+    raise ValueError(
+      f'The vocabulary of an output must be that of its experiment, but the '
+      f'one in {path.parent} was trained for {old:,} pieces and {size:,} are '
+      'asked for. Restore vocabulary_size, or give another OUTPUT.'
+    )
 
 
 def _kind(name: str, file: str) -> str:

@@ -18,8 +18,11 @@ from mowe.commands import (
   gin_config,
   model_folder,
 )
+from mowe.data import cache as cache_lib
+from mowe.evaluation import evaluate
 from mowe.models import costs
 from mowe.training import checkpoints as checkpoints_lib
+from mowe.training import manifests
 from mowe.words import subwords
 
 Model = compare_experiment.Model
@@ -35,7 +38,8 @@ class PlannedStage:
     folder: MODEL_DIR.
     gin_files: in order.
     bindings: in order, all macros among them.
-    settings: what makes it this run and no other; paths are left out.
+    settings: what makes it this run and no other: all values of gin but paths,
+      and the fingerprints of its data.
   """
 
   name: str
@@ -63,6 +67,8 @@ class Run:
     has_held_out: whether there is held-out text.
     num_points: losses on held-out text in a stage of pretraining.
     num_recalled: examples whose masked spans are to be recalled.
+    fingerprints: of the questions, of held-out text, and of the checkpoints of
+      a model from elsewhere.
   """
 
   name: str
@@ -77,6 +83,7 @@ class Run:
   has_held_out: bool
   num_points: int
   num_recalled: int
+  fingerprints: tuple[str, ...]
 
   def to_json(self) -> str:
     """The whole run as text."""
@@ -96,9 +103,7 @@ class Run:
     """Of all that its measurements depend on; no paths."""
     fields = dataclasses.asdict(self)
     settings = [stage.settings for stage in self.stages or self.reading]
-    if not self.stages:
-      settings.append({'folders': [self.pretrained, self.finetuned]})
-    names = ('seed', 'questions', 'metric', 'has_held_out', 'num_recalled')
+    names = ('seed', 'questions', 'metric', 'num_recalled', 'fingerprints')
     text = json.dumps([settings, {name: fields[name] for name in names}])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -137,15 +142,18 @@ class Plan:
     self._prepared = prepared
     self._sized: dict[str, SizedModel] = {}
     self._folders: dict[str, str] = {}
+    self._vocabulary = subwords.load_subwords(prepared.vocabulary)
+    self._asked: list[str] | None = None
     self.sized = [self._size(model, ()) for model in experiment.models]
     self.runs = {
-      one.model.name: [self._run(one, seed) for seed in experiment.seeds]
+      one.model.name: [
+        self._run(one, seed) for seed in self._seeds_of(one.model)
+      ]
       for one in self.sized
     }
     for of_model in self.runs.values():
       for stage in of_model[0].reading:
         self._check_stage(stage)
-    self._check_questions(next(iter(self.runs.values()))[0].reading[-1])
 
   def _size(self, model: Model, asked: tuple[str, ...]) -> SizedModel:
     if model.name in asked:
@@ -214,9 +222,8 @@ class Plan:
     return gin_config.made('TASK_FEATURE_LENGTHS')
 
   def _cost_of_folder(self, model: Model) -> costs.ModelCosts:
-    wanted = subwords.load_subwords(self._prepared.vocabulary)
-    found = None
-    for seed in self._experiment.seeds:
+    wanted, found = self._vocabulary, None
+    for seed in self._seeds_of(model):
       for place in (model.folder, model.pretrained_folder):
         if place is None:
           continue
@@ -235,6 +242,13 @@ class Plan:
           checkpoints.finished(step)
         found = found or config
     return costs.model_costs(found)
+
+  def _seeds_of(self, model: Model) -> tuple[int, ...]:
+    """A model from elsewhere that is one folder was trained once."""
+    seeds = self._experiment.seeds
+    if model.folder is None or '{seed}' in model.folder:
+      return seeds
+    return seeds[:1]
 
   def _run(self, sized: SizedModel, seed: int) -> Run:
     model, experiment = sized.model, self._experiment
@@ -260,6 +274,10 @@ class Plan:
       has_held_out=self._prepared.has_held_out,
       num_points=experiment.num_points,
       num_recalled=experiment.num_recalled,
+      fingerprints=(
+        *self._fingerprints(stages[-1]),
+        *(() if model.folder is None else _manifests(pretrained, finetuned)),
+      ),
     )
 
   def _stages(self, sized, seed, folder) -> tuple[PlannedStage, ...]:
@@ -270,9 +288,7 @@ class Plan:
     for stage in model.stages:
       own = (*bindings, *stage.bindings, f'RANDOM_SEED = {seed}')
       files = (*reader.gin_files, *stage.gin_files)
-      settings = {
-        'gin_files': files,
-        'bindings': [line for line in own if not self._is_path(line)],
+      settings = self._settings(files, own, bool(planned)) | {
         'words': model.words and dataclasses.asdict(model.words),
         'num_points': self._experiment.num_points,
         'before': before and before.settings,
@@ -289,6 +305,40 @@ class Plan:
       planned.append(before)
     return tuple(planned)
 
+  def _settings(self, files, bindings, is_later) -> dict[str, Any]:
+    """All values that gin gives a stage, but paths, and what its data are."""
+    paths = ["MODEL_DIR = ''"]
+    if is_later:
+      paths.append("INITIAL_CHECKPOINT_PATH = ''")
+    gin_config.parse(files, (*bindings, *paths))
+    data = gin_config.call(data_config.DataConfig)
+    names = data.mixture_or_task_name
+    names = [names] if isinstance(names, str) else list(names)
+    if data.use_cached_tasks:
+      names = [
+        data.open_cache(name, self._vocabulary).fingerprint for name in names
+      ]
+    return {
+      'values': [
+        line for line in gin_config.given_values() if not _is_path(line)
+      ],
+      'data': names,
+    }
+
+  def _fingerprints(self, stage: PlannedStage) -> list[str]:
+    """Of the questions, which can be asked, and of held-out text."""
+    if self._asked is None:
+      gin_config.parse(stage.gin_files, stage.bindings)
+      data = gin_config.call(data_config.DataConfig)
+      names = list(self._experiment.questions)
+      if self._prepared.has_held_out:
+        names.append(compare_data.HELD_OUT)
+      caches = [data.open_cache(name, self._vocabulary) for name in names]
+      for cache in caches[: len(self._experiment.questions)]:
+        _check_questions(cache, self._vocabulary)
+      self._asked = [cache.fingerprint for cache in caches]
+    return self._asked
+
   def _reader(self, model: Model) -> Model:
     """The model whose gin files say how data are read for it."""
     if model.folder is None or model.gin_files:
@@ -300,29 +350,54 @@ class Plan:
     gin_config.parse(stage.gin_files, stage.bindings)
     for name in ('MODEL', 'OPTIMIZER', 'ROW_OPTIMIZER'):
       gin_config.made(name)
-    data = gin_config.call(data_config.DataConfig)
-    if data.use_cached_tasks:
-      names = data.mixture_or_task_name
-      vocabulary = subwords.load_subwords(self._prepared.vocabulary)
-      for name in [names] if isinstance(names, str) else names:
-        data.open_cache(name, vocabulary)
 
-  def _check_questions(self, stage: PlannedStage) -> None:
-    gin_config.parse(stage.gin_files, stage.bindings)
-    data = gin_config.call(data_config.DataConfig)
-    vocabulary = subwords.load_subwords(self._prepared.vocabulary)
-    for name in self._experiment.questions:
-      cache = data.open_cache(name, vocabulary)
-      if 'inputs' not in cache.features:
+
+def _is_path(line: str) -> bool:
+  name = line.partition(' = ')[0]
+  return name in (
+    'VOCABULARY_PATH',
+    'CACHE_DIR',
+    'ROUTING_VOCABULARY',
+    'MODEL_DIR',
+    'INITIAL_CHECKPOINT_PATH',
+  )
+
+
+def _check_questions(
+  cache: cache_lib.TokenCache, vocabulary: subwords.Subwords
+) -> None:
+  """Raises ValueError for what cannot be asked or shown, before training."""
+  if 'inputs' not in cache.features:
+    raise ValueError(
+      'The questions of an experiment must be a token cache of questions, '
+      f'but {cache.path} is of kind {cache.kind!r}. Build it with '
+      '`mowe cache-task --kind questions`.'
+    )
+  records = evaluate.read_records(cache, vocabulary)
+  if not evaluate.are_public(records):
+    raise ValueError(
+      'The answers to the questions of an experiment must be public, but '
+      f"{cache.path} has '<unk>' in their place. Take the validation split."
+    )
+  for number, record in enumerate(records):
+    for name in ('relation', 'entity'):
+      if not isinstance(record.get(name), str | None):
         raise ValueError(
-          'The questions of an experiment must be a token cache of questions, '
-          f'but {cache.path} is of kind {cache.kind!r}. Build it with '
-          '`mowe cache-task --kind questions`.'
+          f"The field '{name}' of a question must be a text, but that of "
+          f'number {number} in {cache.path} is {record[name]!r}. Correct the '
+          'file, and build the cache again.'
         )
 
-  def _is_path(self, binding: str) -> bool:
-    paths = ('VOCABULARY_PATH = ', 'CACHE_DIR = ', 'ROUTING_VOCABULARY = ')
-    return binding.startswith(paths)
+
+def _manifests(*paths: str | None) -> list[str]:
+  """Digests of all files of checkpoints."""
+  found = []
+  for path in filter(None, paths):
+    folder, step = model_folder.split_checkpoint_path(path)
+    with checkpoints_lib.Checkpoints(folder) as checkpoints:
+      manifest = checkpoints.finished(step) / manifests.FILE_NAME
+    found.append(hashlib.sha256(manifest.read_bytes()).hexdigest())
+  return found
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

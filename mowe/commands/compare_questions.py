@@ -31,10 +31,14 @@ def questions_of(
     vocabulary: of its caches.
   """
   data = _data_of(planned.reading[-1])
+  caches = {
+    task: data.open_cache(task, vocabulary) for task in planned.questions
+  }
   records = [
-    (task, record)
-    for task in planned.questions
-    for record in data.open_cache(task, vocabulary).records()
+    # Those of seqio tasks have no field for the text that is asked.
+    (task, {'question': vocabulary.decode(cache.tokens('inputs', i))} | record)
+    for task, cache in caches.items()
+    for i, record in enumerate(cache.records())
   ]
   normalize = _normalize(planned.metric)
   seen = _finetuning_answers(data, vocabulary, normalize)
@@ -42,7 +46,7 @@ def questions_of(
   counts = _count(_texts(planned, vocabulary), entities)
   return [
     comparison.Question(
-      text=record.get('question', ''),
+      text=record['question'],
       answers=tuple(record['answers']),
       task=task,
       relation=record.get('relation'),

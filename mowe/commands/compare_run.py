@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mowe.commands import (
@@ -108,7 +108,8 @@ def _train(planned, stage, is_pretraining):
   _check_settings(stage)
   folder = pathlib.Path(stage.folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / _SETTINGS).write_text(json.dumps(stage.settings, indent=2) + '\n')
+  settings = json.dumps(stage.settings, indent=2) + '\n'
+  subwords.write_atomically(folder / _SETTINGS, settings.encode())
   words = [f'--gin_file={file}' for file in stage.gin_files]
   words += [f'--gin.{one.replace(" = ", "=", 1)}' for one in stage.bindings]
   print(f'$ mowe train {shlex.join(words)}', flush=True)
@@ -121,15 +122,18 @@ def _train(planned, stage, is_pretraining):
       'eval_period': max(1, total // planned.num_points),
     }
   clock = folder / 'seconds.txt'
-  seconds = float(clock.read_text()) if clock.exists() else 0.0
+  seconds = _seconds_before(clock)
+  # Absent while the stage runs: after a kill the time is not known.
+  clock.unlink(missing_ok=True)
   start = time.monotonic()
   try:
     gin_config.call(
       train.train, config_text=gin_config.operative_config, **changes
     )
   finally:
-    seconds += time.monotonic() - start
-    clock.write_text(f'{seconds:.1f}')
+    if seconds is not None:
+      seconds += time.monotonic() - start
+      subwords.write_atomically(clock, f'{seconds:.1f}'.encode())
   memory = compare_memory.peak()
   content = json.dumps(
     {
@@ -140,6 +144,13 @@ def _train(planned, stage, is_pretraining):
     }
   )
   subwords.write_atomically(folder / _DONE, content.encode())
+
+
+def _seconds_before(clock: pathlib.Path) -> float | None:
+  """Of the parts of a stage that are done; None: one of them was killed."""
+  if clock.exists():
+    return float(clock.read_text())
+  return None if any(clock.parent.glob('checkpoint_*')) else 0.0
 
 
 def _held_out(planned) -> tuple[evaluations.LossEvaluation, ...]:
@@ -162,13 +173,25 @@ def _check_settings(stage: compare_plan.PlannedStage) -> None:
   names = [
     name for name in stage.settings if old.get(name) != stage.settings[name]
   ]
+  then, now = (
+    '; '.join(_without(one, other, names))
+    for one, other in ((old, stage.settings), (stage.settings, old))
+  )
   raise ValueError(
     f'{stage.folder} must hold the run of this experiment to be continued, but '
-    f'differs in {", ".join(names)}: '
-    f'{[old.get(name) for name in names]} then, '
-    f'{[stage.settings[name] for name in names]} now. Restore the settings, '
-    'remove that folder, or give another OUTPUT.'
+    f'differs in {", ".join(names)}: {then} then, {now} now. Restore the '
+    'settings, remove that folder, or give another OUTPUT.'
   )
+
+
+def _without(settings, others, names) -> Iterator[str]:
+  """What of some settings is not in others."""
+  for name in names:
+    value, other = settings.get(name), others.get(name)
+    if isinstance(value, list) and isinstance(other, list):
+      yield from (line for line in value if line not in other)
+    else:
+      yield str(value)
 
 
 def _is_done(stage: compare_plan.PlannedStage) -> bool:
@@ -184,8 +207,9 @@ def _of_stages(planned) -> dict[str, Any]:
   ]
   if not done:
     return {'seconds': None, 'peak_memory': None, 'memory_of': None}
+  seconds = [stage['seconds'] for stage in done]
   return {
-    'seconds': sum(stage['seconds'] for stage in done),
+    'seconds': None if None in seconds else sum(seconds),
     'peak_memory': done[0]['peak_memory'],
     'memory_of': done[0]['memory_of'],
   }

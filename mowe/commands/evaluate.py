@@ -53,12 +53,17 @@ def evaluate(
       progress=progress,
     )
   scores = result.scores or {'EM': result.em, 'F1': result.f1}
-  numbers = '  '.join(f'{name} {score:.1f}' for name, score in scores.items())
+  if result.em is None:
+    numbers = 'the answers are not public; predictions only'
+  else:
+    numbers = '  '.join(f'{name} {score:.1f}' for name, score in scores.items())
   print(
     f'{data.mixture_or_task_name}: {numbers}  '
     f'({result.num_questions:,} questions, step {loaded.step})'
   )
   for name, relation in result.per_relation.items():
+    if relation.em is None:
+      continue
     print(
       f'  {name:20} EM {relation.em:5.1f}  F1 {relation.f1:5.1f}  '
       f'({relation.num_questions:,})'

@@ -161,6 +161,10 @@ class QuestionEvaluation:
         metric=self.metric,
       )
       values = {'em': result.em, 'f1': result.f1, **result.scores}
-      return {f'{self.name}/{key}': value for key, value in values.items()}
+      return {
+        f'{self.name}/{key}': value
+        for key, value in values.items()
+        if value is not None
+      }
 
     return evaluation

@@ -110,6 +110,13 @@ def configures(function: Callable[..., Any]) -> bool:
     return False
 
 
+def given_values() -> list[str]:
+  """All values that were parsed last, one in a line, such as 'STEPS = 8'."""
+  text = gin.config_str(max_line_length=10_000)
+  lines = [line for line in text.splitlines() if ' = ' in line]
+  return [line for line in lines if not line.startswith('#')]
+
+
 def operative_config() -> str:
   """Everything that was used, as one gin file."""
   return gin.operative_config_str()

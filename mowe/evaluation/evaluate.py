@@ -23,10 +23,10 @@ _RESULTS = 'results.json'
 
 @dataclasses.dataclass(frozen=True)
 class RelationResult:
-  """Scores of the questions about one relation, 0 to 100."""
+  """Scores of the questions about one relation, 0 to 100; None: not known."""
 
-  em: float
-  f1: float
+  em: float | None
+  f1: float | None
   num_questions: int
 
 
@@ -35,8 +35,9 @@ class EvaluationResult:
   """Scores of all questions.
 
   Attributes:
-    em: exact match, 0 to 100.
-    f1: F1 of words, 0 to 100.
+    em: exact match, 0 to 100; None where answers are not public, as those of
+      GLUE's test splits.
+    f1: F1 of words, 0 to 100, or None.
     num_questions: questions asked; all of them count.
     num_trimmed: questions that were too long for the model and lost their end.
     num_unfinished: predictions cut off before EOS.
@@ -46,8 +47,8 @@ class EvaluationResult:
       by name (`classification_metrics`).
   """
 
-  em: float
-  f1: float
+  em: float | None
+  f1: float | None
   num_questions: int
   num_trimmed: int
   num_unfinished: int
@@ -79,7 +80,7 @@ def evaluate_questions(
     ValueError: no questions, records without answers, another vocabulary.
   """
   cache = getattr(questions, 'cache', questions)
-  records = _read_records(cache, subwords)
+  records = read_records(cache, subwords)
   inputs = [cache.tokens('inputs', index) for index in range(len(records))]
   generations = generator(inputs, progress)
   predictions = [subwords.decode(tokens) for tokens in generations.tokens]
@@ -111,7 +112,14 @@ def evaluate_questions(
   return result
 
 
-def _read_records(cache, subwords) -> list[dict[str, Any]]:
+def read_records(
+  cache: cache_lib.TokenCache, subwords: subwords_lib.Subwords
+) -> list[dict[str, Any]]:
+  """The records of questions, each with 'answers'.
+
+  Raises:
+    ValueError: no questions, records without answers, another vocabulary.
+  """
   cache.check_vocabulary(subwords)
   records = list(cache.records())
   if not records:
@@ -130,7 +138,15 @@ def _read_records(cache, subwords) -> list[dict[str, Any]]:
   return records
 
 
+def are_public(records: Sequence[dict[str, Any]]) -> bool:
+  """Whether the right answers are known; those of test splits often are not."""
+  unknown = [classification_metrics.UNKNOWN]
+  return all(list(record['answers']) != unknown for record in records)
+
+
 def _score(metric, records, predictions) -> RelationResult:
+  if not are_public(records):
+    return RelationResult(None, None, len(records))
   scores = metric([record['answers'] for record in records], predictions)
   return RelationResult(scores['em'], scores['f1'], len(records))
 
@@ -153,9 +169,7 @@ def _score_task(cache, records, predictions) -> dict[str, float]:
   """What the seqio task of a cache measures, if its answers are public."""
   (source, *_) = cache.summary['recipe']['sources']
   metric = classification_metrics.of_task(source.get('seqio_task', ''))
-  if metric is None or any(
-    record['answers'] == [classification_metrics.UNKNOWN] for record in records
-  ):
+  if metric is None or not are_public(records):
     return {}
   return metric(records, predictions)
 
@@ -197,6 +211,10 @@ class SpanRecall:
   num_examples: int
 
 
+class NoSpanError(ValueError):
+  """Nothing was masked, or nothing that counts."""
+
+
 def span_recall(
   generator: inference.Generator,
   batches: Iterable[dict[str, np.ndarray]],
@@ -220,8 +238,8 @@ def span_recall(
     progress: called with the number of examples done so far.
 
   Raises:
-    ValueError: packed batches, no span that counts, or targets that are longer
-      than the generator's.
+    NoSpanError: no span counts.
+    ValueError: packed batches, or targets that are longer than the generator's.
   """
   inputs, targets = _read_examples(batches)
   longest = max(map(len, targets), default=0)
@@ -244,7 +262,7 @@ def span_recall(
     ]
   num_spans = sum(map(len, wanted))
   if not num_spans:
-    raise ValueError(
+    raise NoSpanError(
       f'At least one masked span must count, but of {len(targets)} examples '
       'none has one. Give batches of span corruption, and check `counts`.'
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import types
 
 import conftest
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mowe.commands import (
+  cache_task,
   compare,
   compare_budget,
   compare_data,
@@ -104,6 +106,64 @@ def test_digests_tell_runs_apart_and_forget_places(plan, world, tmp_path):
   assert elsewhere.runs['MoWE'][0].digest() == (plan.runs['MoWE'][0].digest())
 
 
+def test_digests_know_what_is_in_gin_files_and_caches(world, tmp_path):
+  def digest(size, cache_dir=world.cache_dir):
+    # Of the same name each time.
+    file = tmp_path / 'model.gin'
+    file.write_text(
+      '# A comment changes nothing.\n' * (size % 2)
+      + "include 'gin_configs/models/t5_tiny.gin'\n"
+      + f'mowe.models.t5.T5Config.remat = {size // 2 == 1}'
+    )
+    model = experiments.dense(gin_files=(str(file),))
+    whole = experiments.experiment(world, tmp_path / 'out', (model,))
+    data = dataclasses.replace(whole.data, cache_dir=str(cache_dir))
+    whole = dataclasses.replace(whole, data=data)
+    return _plan(whole).runs['T5'][0].digest()
+
+  first = digest(2)
+  assert first == digest(3) and first != digest(4)
+  # Caches of the same names, one with other text.
+  other = tmp_path / 'cache'
+  shutil.copytree(world.cache_dir, other)
+  assert digest(2, other) == first
+  shutil.rmtree(other / 'text')
+  text = tmp_path / 'other.jsonl'
+  conftest.write_lines(text, [{'text': 'Zorblat ate a plum of Delft.'}] * 9)
+  cache_task.cache_task(
+    other / 'text',
+    files=[str(text)],
+    kind='text',
+    vocabulary=world.vocabulary_path,
+  )
+  assert digest(2, other) != first
+
+
+@pytest.mark.parametrize(
+  ('record', 'message'),
+  [
+    ({'answers': ['<unk>']}, 'must be public.*Take the validation split'),
+    ({'answers': ['x'], 'entity': ['x']}, "'entity' .* of number 0 .*'x'"),
+    ({'answers': ['x'], 'relation': 7}, "'relation' .* is 7. Correct"),
+  ],
+)
+def test_questions_that_cannot_be_scored(world, tmp_path, record, message):
+  shutil.copytree(world.cache_dir, tmp_path / 'cache')
+  shutil.rmtree(tmp_path / 'cache' / 'questions')
+  file = tmp_path / 'questions.jsonl'
+  conftest.write_lines(file, [{'question': 'Who?'} | record])
+  cache_task.cache_task(
+    tmp_path / 'cache' / 'questions',
+    files=[str(file)],
+    kind='questions',
+    vocabulary=world.vocabulary_path,
+  )
+  experiment = experiments.experiment(world, tmp_path, (experiments.dense(),))
+  data = dataclasses.replace(experiment.data, cache_dir=str(tmp_path / 'cache'))
+  with pytest.raises(ValueError, match=message):
+    _plan(dataclasses.replace(experiment, data=data))
+
+
 def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
   stage = dataclasses.replace(
     plan.runs['MoWE'][0].stages[0], folder=str(tmp_path)
@@ -113,7 +173,7 @@ def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
   # Nothing was trained with them yet.
   compare_run.check_folders(run)
   (tmp_path / 'checkpoint_3').mkdir()
-  with pytest.raises(ValueError, match='differs in gin_files.*another OUTPUT'):
+  with pytest.raises(ValueError, match='differs in values.*another OUTPUT'):
     compare_run.check_folders(run)
 
 
@@ -214,8 +274,34 @@ def test_models_from_elsewhere(world, tmp_path):
     added = compare_experiment.with_folder(whole, f'mine={tmp_path / name}')
     with pytest.raises((ValueError, OSError), match=message):
       _plan(added)
+  # One folder is one run, whatever seeds the others have.
+  folder = model_folder.create(
+    str(tmp_path / 'done'), world.config(sparse=False), world.vocabulary
+  )
+  (folder / 'checkpoint_3').mkdir()
+  manifest = folder / 'checkpoint_3' / 'manifest.json'
+  manifest.write_text('{}')
+  whole = dataclasses.replace(whole, seeds=(0, 1))
+  added = compare_experiment.with_folder(whole, f'mine={folder}')
+  plan = _plan(added)
+  assert [len(runs) for runs in plan.runs.values()] == [2, 1]
+  # Trained further it is another model.
+  manifest.write_text('{"state": "other"}')
+  again = _plan(added)
+  assert plan.runs['T5'][1].digest() == again.runs['T5'][1].digest()
+  assert plan.runs['mine'][0].digest() != again.runs['mine'][0].digest()
   with pytest.raises(ValueError, match='must be NAME=FOLDER'):
     compare_experiment.with_folder(whole, 'folder')
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path):
+  config = generated_world.WorldConfig(num_people=20, num_extra_mentions=5)
+  world = compare_data.GeneratedWorld(config, vocabulary_size=250)
+  world.prepare(tmp_path)
+  world.prepare(tmp_path)
+  other = dataclasses.replace(world, vocabulary_size=1300)
+  with pytest.raises(ValueError, match='for 250 pieces and 1,300 are'):
+    other.prepare(tmp_path)
 
 
 def test_files_of_ones_own(tmp_path):

@@ -20,6 +20,7 @@ from mowe.commands import (
   compare_plan,
   compare_process,
   compare_questions,
+  compare_run,
 )
 
 _GIN = """
@@ -184,6 +185,15 @@ def planned(world, tmp_path_factory):
   experiment = experiments.experiment(world, folder, (experiments.dense(),))
   prepared = experiment.data.prepare(folder / 'data')
   return compare_plan.Plan(experiment, prepared).runs['T5'][0]
+
+
+def test_the_time_of_a_stage_that_was_killed_is_not_known(tmp_path):
+  clock = tmp_path / 'seconds.txt'
+  assert compare_run._seconds_before(clock) == 0
+  (tmp_path / 'checkpoint_3').mkdir()
+  assert compare_run._seconds_before(clock) is None
+  clock.write_text('12.5')
+  assert compare_run._seconds_before(clock) == 12.5
 
 
 def test_what_is_known_of_questions(world, planned):

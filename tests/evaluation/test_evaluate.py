@@ -116,11 +116,11 @@ def test_files_and_another_metric(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('label', 'scores'),
+  ('label', 'scores', 'em'),
   # One of two is right; what is not public cannot be scored.
-  [('choice2', {'accuracy': 50.0}), ('<unk>', {})],
+  [('choice2', {'accuracy': 50.0}, 50.0), ('<unk>', {}, None)],
 )
-def test_a_cache_of_a_task_has_its_scores(tmp_path, label, scores):
+def test_a_cache_of_a_task_has_its_scores(tmp_path, label, scores, em):
   records = [
     {'question': 'Who?', 'answers': ['choice1']},
     {'question': 'When?', 'answers': [label]},
@@ -137,9 +137,9 @@ def test_a_cache_of_a_task_has_its_scores(tmp_path, label, scores):
   result = evaluate.evaluate_questions(
     Parrot(outputs), cache, BYTES, output_dir=tmp_path
   )
-  assert (result.scores, result.em) == (scores, 50.0)
+  assert (result.scores, result.em) == (scores, em)
   written = json.loads((tmp_path / 'results.json').read_text())
-  assert written['scores'] == scores
+  assert (written['scores'], written['em'], written['f1']) == (scores, em, em)
 
 
 def test_a_record_without_question_is_written_as_it_was_asked(tmp_path):
