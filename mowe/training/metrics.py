@@ -152,7 +152,8 @@ class TensorBoardWriter:
     for name, value in values.items():
       if np.ndim(value):
         self._writer.add_histogram(name, np.nan_to_num(value), int(step))
-      else:
+      elif math.isfinite(value):
+        # A mean of nothing is no point, and a warning each time.
         self._writer.add_scalar(name, float(value), int(step))
 
   def flush(self) -> None:

@@ -68,12 +68,20 @@ def test_tensorboard_without_tensorflow(tmp_path):
       import sys
       from mowe.training import metrics
       writer = metrics.TensorBoardWriter({str(tmp_path)!r}, resume_step=3)
-      writer.write(4, {{'loss': 1.5}})
+      writer.write(4, {{'loss': 1.5, 'mean_of_none': float('nan')}})
       writer.close()
       assert 'tensorflow' not in sys.modules
   """)
   root = pathlib.Path(__file__).parents[2]
-  subprocess.run([sys.executable, '-c', script], cwd=root, check=True)
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    cwd=root,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  assert 'NaN' not in done.stdout + done.stderr
   (path,) = tmp_path.iterdir()
   assert path.name.startswith('events.out.tfevents')
   assert b'loss' in path.read_bytes()
+  assert b'mean_of_none' not in path.read_bytes()
