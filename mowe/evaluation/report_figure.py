@@ -222,7 +222,7 @@ def _points(axes, report, theme, values):
     for index, container in enumerate(axes.containers):
       _shift(container, (index - (len(values) - 1) / 2) * 0.05 * low)
     axes.set_xlim(0.8 * low, 1.2 * high)
-    axes.set_xticks([(low + high) / 2])
+    axes.set_xticks([float(f'{(low + high) / 2:.3g}')])
   else:
     axes.set_xscale('log')
     axes.set_xlim(low / 1.6, high * 1.6)
