@@ -9,7 +9,7 @@ import hashlib
 import json
 import pathlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from mowe.commands import (
@@ -263,7 +263,18 @@ def say(verb: str, *arguments: Any, **options: Any) -> None:
   for name, value in options.items():
     values = value if isinstance(value, tuple) else (value,)
     words += [f'--{name}', *map(str, values)]
-  print(f'$ {shlex.join(words)}', flush=True)
+  print_command(words)
+
+
+def print_command(words: Sequence[str]) -> None:
+  """Prints a command as it can be typed; texts of gin have quotes in them."""
+  print('$', *map(_quoted, words), flush=True)
+
+
+def _quoted(word: str) -> str:
+  if "'" in word and not set('"$`\\!') & set(word):
+    return f'"{word}"'
+  return shlex.quote(word)
 
 
 def _prepare(

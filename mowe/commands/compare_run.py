@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shlex
 import signal
 import sys
 import threading
@@ -112,7 +111,7 @@ def _train(planned, stage, is_pretraining):
   subwords.write_atomically(folder / _SETTINGS, settings.encode())
   words = [f'--gin_file={file}' for file in stage.gin_files]
   words += [f'--gin.{one.replace(" = ", "=", 1)}' for one in stage.bindings]
-  print(f'$ mowe train {shlex.join(words)}', flush=True)
+  compare_data.print_command(['mowe', 'train', *words])
   gin_config.parse(stage.gin_files, stage.bindings)
   total = gin_config.made('TRAIN_STEPS')
   changes = {}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shlex
 import shutil
 import types
 
@@ -351,6 +352,14 @@ def test_files_of_claims_and_text_elsewhere(tmp_path):
   data = compare_data.Files(str(folder), 'bytes')
   found = data.prepare(tmp_path / 'again').documents
   assert found == (str(folder / 'evidence.jsonl'),)
+
+
+def test_commands_are_printed_as_they_can_be_typed(capsys):
+  words = ['mowe', 'train', "--gin.A='b c'", '--gin.B=(1, 2)', """'"$HOME"""]
+  compare_data.print_command(words)
+  shown = capsys.readouterr().out
+  assert shlex.split(shown) == ['$', *words]
+  assert shown.startswith("""$ mowe train "--gin.A='b c'" '--gin.B=(1, 2)' """)
 
 
 def test_a_table_without_rows_is_not_shown(capsys):
