@@ -73,6 +73,39 @@ def create(
   return path
 
 
+def check_same_vocabularies(
+  path: str, config: model_config.ModelConfig, vocabulary: subwords.Subwords
+) -> None:
+  """Raises ValueError if the weights there are for other tokens or words.
+
+  Args:
+    path: a model folder, or a checkpoint in it. Without a description in it
+      nothing is known, and nothing is refused.
+    config: of the model that is to start from these weights.
+    vocabulary: of that model.
+  """
+  file = split_checkpoint_path(path)[0] / _MODEL
+  if not file.is_file():
+    return
+  old = model_description.read(file)
+  new = model_description.describe(config, vocabulary)
+  for name, kind in (('subwords', 'subword'), ('routing', 'routing')):
+    # A dense model has no routing vocabulary.
+    if old[name] and new[name] and old[name] != new[name]:
+      raise ValueError(
+        f'A model must start from weights of its own {kind} vocabulary, but '
+        f'{path} has {_identity(old[name])} and the model '
+        f'{_identity(new[name])}. Take the {kind} vocabulary in '
+        f'{file.parent}, or other weights.'
+      )
+
+
+def _identity(described: dict[str, Any]) -> str:
+  sentinels = described.get('extra_ids')
+  counted = '' if sentinels is None else f' and {sentinels} sentinels'
+  return f'that of sha256 {described["sha256"][:12]}{counted}'
+
+
 def split_checkpoint_path(path: str) -> tuple[pathlib.Path, int | None]:
   """A model folder and a step: of the folder, or of one checkpoint in it."""
   whole = pathlib.Path(path)

@@ -123,6 +123,10 @@ def train(
       model, vocabulary, data, mesh, num_microbatches,
       has_tables, row_optimizer, freeze_experts,
   )  # fmt: skip
+  if initial_checkpoint_path is not None:
+    model_folder.check_same_vocabularies(
+      initial_checkpoint_path, model, vocabulary
+    )
   if has_tables:
     store.check_mesh(mesh)
   if save.best_metric and not eval_configs:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from mowe.training import (
   partitioning,
   row_optimizers,
 )
-from mowe.words import subwords
+from mowe.words import build, subwords
 
 _TOTAL = 7
 
@@ -80,6 +81,35 @@ def _finetune(world, source, folder, **changes):
     data=world.data('questions'),
     initial_checkpoint_path=str(source),
     **changes,
+  )
+
+
+@pytest.mark.parametrize('kind', ['subword', 'routing'])
+def test_weights_for_other_words_are_refused(world, tmp_path, kind):
+  other, routing = world.vocabulary, world.routing
+  if kind == 'subword':
+    other = subwords.train_sentencepiece(
+      conftest.TEXTS, tmp_path / 'other.model', 39
+    )
+  routing, _ = build.build_routing_vocabulary(
+    conftest.TEXTS,
+    other,
+    num_words=7,
+    num_experts=conftest.NUM_EXPERTS,
+    num_skipped=2,
+  )
+  source = model_folder.create(
+    str(tmp_path / 'source'), world.config(routing=routing), other
+  )
+  for path in (source, source / 'checkpoint_3'):
+    with pytest.raises(
+      ValueError, match=f'of its own {kind} vocabulary, but .* that of sha256'
+    ):
+      _finetune(world, path, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+  # A dense model has no words.
+  model_folder.check_same_vocabularies(
+    str(source), world.config(sparse=False), other
   )
 
 
