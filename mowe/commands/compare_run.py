@@ -5,16 +5,21 @@ signal ends it after the step that is being done, as `mowe train`; so does the
 end of the process that started it, whose pipe is its standard input.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from mowe.commands import (
   compare_data,
@@ -72,9 +77,14 @@ def run(planned: compare_plan.Run) -> None:
   Raises:
     ValueError: a folder holds a run with other settings.
   """
-  results = pathlib.Path(planned.folder) / compare_measure.RESULTS
+  folder = pathlib.Path(planned.folder)
   if is_finished(planned):
     return
+  with _each_program_once(folder / 'compiled'):
+    _train_and_measure(planned, folder / compare_measure.RESULTS)
+
+
+def _train_and_measure(planned, results):
   for number, stage in enumerate(planned.stages):
     is_last = number == len(planned.stages) - 1
     if not _is_done(stage):
@@ -212,6 +222,36 @@ def _of_stages(planned) -> dict[str, Any]:
     'peak_memory': done[0]['peak_memory'],
     'memory_of': done[0]['memory_of'],
   }
+
+
+@contextlib.contextmanager
+def _each_program_once(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps compiled programs in a folder, which is removed in the end.
+
+  The losses of training and of measuring are one program, as are all answers:
+  compiling them again would take longer than all questions of a small model.
+  """
+  # What a killed process left may have been compiled for another machine.
+  shutil.rmtree(folder, ignore_errors=True)
+  if jax.config.jax_compilation_cache_dir is not None:
+    yield
+    return
+  settings = {
+    'jax_compilation_cache_dir': str(folder),
+    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+  }
+  old = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    for name, value in old.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stop_with(parent: int, stop: Callable[[], None]) -> None:

@@ -11,7 +11,10 @@ import time
 
 import conftest
 import experiments
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mowe.commands import (
   compare,
@@ -185,6 +188,40 @@ def planned(world, tmp_path_factory):
   experiment = experiments.experiment(world, folder, (experiments.dense(),))
   prepared = experiment.data.prepare(folder / 'data')
   return compare_plan.Plan(experiment, prepared).runs['T5'][0]
+
+
+@pytest.fixture
+def no_compilation_cache():
+  old = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', None)
+  yield
+  jax.config.update('jax_compilation_cache_dir', old)
+  compilation_cache.reset_cache()
+
+
+def test_equal_programs_are_compiled_once(tmp_path, no_compilation_cache):
+  folder = tmp_path / 'compiled'
+  folder.mkdir()
+  (folder / 'left_by_a_kill').touch()
+  hits = []
+  jax.monitoring.register_event_listener(
+    lambda event, **_: hits.append(event.endswith('cache_hits'))
+  )
+
+  # Long enough to be kept.
+  def program(x):
+    for _ in range(300):
+      x = jnp.sort(jnp.sin(x) @ x)
+    return x
+
+  with compare_run._each_program_once(folder):
+    assert not folder.exists()
+    first = jax.jit(lambda x: program(x))(jnp.eye(5))
+    assert not any(hits)
+    second = jax.jit(lambda x: program(x))(jnp.eye(5))
+    assert any(hits) and (first == second).all()
+  assert not folder.exists()
+  assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_the_time_of_a_stage_that_was_killed_is_not_known(tmp_path):
