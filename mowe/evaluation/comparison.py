@@ -271,18 +271,24 @@ def by_frequency(questions: Sequence[Question], num_bins: int = 4) -> Breakdown:
 
 
 def _equal_parts(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
-  """Least and largest number of each part; equal numbers are in one part."""
+  """Least and largest number of each part; equal numbers are in one part.
+
+  No part has less than a quarter of an equal share: it would say nothing.
+  """
   distinct, sizes = np.unique(numbers, return_counts=True)
+  least = sizes.sum() / most / 4
   parts: list[tuple[int, int]] = []
   start = 0
   while start < len(distinct):
-    left = most - len(parts)
-    share = sizes[start:].sum() / left
-    # As many as come nearest to the share of each part that is left.
     reached = np.cumsum(sizes[start:])
-    end = start + int(np.argmin(np.abs(reached - share))) if left > 1 else -1
-    parts.append((int(distinct[start]), int(distinct[end])))
-    start = end + 1 if left > 1 else len(distinct)
+    # As many as come nearest to the share of each part that is left.
+    distance = np.abs(reached - reached[-1] / (most - len(parts)))
+    distance[reached < least] = np.inf
+    size = int(np.argmin(distance)) + 1
+    if reached[-1] - reached[size - 1] < least:
+      size = len(reached)
+    parts.append((int(distinct[start]), int(distinct[start + size - 1])))
+    start += size
   return parts
 
 

@@ -53,8 +53,11 @@ def test_quantiles_of_frequency():
   assert _sizes(found) == {'0': 5, '1': 1, '1,200': 1}
   assert _sizes(comparison.by_frequency(_named([7] * 9), 4)) == {'7': 9}
   # A count that most have does not swallow those below it.
-  found = comparison.by_frequency(_named([1] * 7 + [2] * 28 + [3, 5]), 3)
-  assert _sizes(found) == {'1': 7, '2': 28, '3 to 5': 2}
+  found = comparison.by_frequency(_named([1] * 7 + [2] * 28 + [3, 5, 5, 6]), 3)
+  assert _sizes(found) == {'1': 7, '2': 28, '3 to 6': 4}
+  # Few of a kind are no group.
+  found = comparison.by_frequency(_named([0] + [1] * 7 + [2] * 28 + [3, 5]), 3)
+  assert _sizes(found) == {'0 to 1': 8, '2 to 5': 30}
 
 
 @pytest.mark.parametrize('seed', range(5))
