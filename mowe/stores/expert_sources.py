@@ -156,7 +156,8 @@ class SavedExperts:
         jax.device_put(array[:, *index[1:]], device)
         for array, index in zip(arrays, indices, strict=True)
       ]
-      parts = _fill(parts, rows, first - start)
+      # Chunks that a busy device has not taken yet must not pile up.
+      parts = jax.block_until_ready(_fill(parts, rows, first - start))
     return parts
 
 
