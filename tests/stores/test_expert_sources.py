@@ -237,7 +237,8 @@ def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
       timeout=200,
     )
     assert run.returncode == 0, run.stderr
-    grown[action] = float(run.stdout)
+    # A slow restore says how far it is.
+    grown[action] = float(run.stdout.split()[-1])
   assert grown['save'] < 0.2 * table_mib
   # The table itself is new here.
   assert 0.9 * table_mib < grown['restore'] < 1.2 * table_mib
