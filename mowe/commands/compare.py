@@ -138,12 +138,13 @@ def _result(
     for run in runs
   ]
   measured = of_seeds[0]
+  # Seeds mask other spans: one may have met none of a rare kind.
   recall = {
     kind: tuple(
-      sum(one['recall'][kind][name] for one in of_seeds)
+      sum(one['recall'].get(kind, {}).get(name, 0) for one in of_seeds)
       for name in ('right', 'spans')
     )
-    for kind in measured['recall']
+    for kind in dict.fromkeys(k for one in of_seeds for k in one['recall'])
   }
   loads = [
     comparison.Load(**(load | {'shares': tuple(load['shares'])}))

@@ -383,8 +383,12 @@ def test_what_is_measured_is_of_all_seeds(tmp_path, monkeypatch):
   for seed, (right, loss, speed) in enumerate(((1, 2.5, 70.0), (4, 3.5, None))):
     folder = tmp_path / str(seed)
     folder.mkdir()
+    recall = {'all spans': {'right': right, 'spans': 9}}
+    if seed:
+      # The other seed has masked none.
+      recall['whole dates'] = {'right': 2, 'spans': 3}
     measured = constant | {
-      'recall': {'all spans': {'right': right, 'spans': 9}},
+      'recall': recall,
       'loads': [],
       'tokens_per_second': speed,
       'held_out_loss': None,
@@ -400,7 +404,7 @@ def test_what_is_measured_is_of_all_seeds(tmp_path, monkeypatch):
   )
   sized = types.SimpleNamespace(model=experiments.dense(), note='')
   result = compare._result(sized, runs, ())
-  assert result.recall == {'all spans': (5, 18)}
+  assert result.recall == {'all spans': (5, 18), 'whole dates': (2, 3)}
   assert result.text_loss == 3.0 and result.curve == [(0, 2.5)]
   # Where one was not measured, there is no mean.
   assert result.tokens_per_second is None and result.held_out_loss is None
