@@ -57,7 +57,7 @@ class DroplessDispatch(dispatch.Dispatch):
     num_pairs = experts.size
     order, places, counts = slots.sort_by_expert(experts, num_experts)
     counts = counts[0]
-    share = sorted_experts.even_share(num_pairs, num_experts)
+    share = sorted_experts.batched_share(num_pairs, num_experts)
     num_slots = num_pairs + sorted_experts.tile_size(share)
     # Pairs without an expert were sorted behind all others.
     slot = jnp.arange(num_slots, dtype=jnp.int32)
@@ -102,6 +102,6 @@ class DroplessDispatch(dispatch.Dispatch):
 
 
 def _share(plan):
-  return sorted_experts.even_share(
+  return sorted_experts.batched_share(
     plan.slots_of_pairs.size, plan.group_sizes.size
   )

@@ -82,7 +82,9 @@ class DroplessExchange(dispatch.Dispatch):
     received = _all_to_all(sent)
     there = jnp.sum(sent, axis=1), jnp.sum(received, axis=1)
     # Over all senders, so that an expert has the share it has on one device.
-    share = sorted_experts.even_share(num_pairs * self.num_shards, num_experts)
+    share = sorted_experts.batched_share(
+      num_pairs * self.num_shards, num_experts
+    )
     index, inverse = _by_expert(
       received,
       rows.shape[0],

@@ -84,4 +84,7 @@ class RelativePositionBias(nn.Module):
     # A product with one-hot buckets: its transpose is a product as well,
     # where the transpose of a gather is a slow scatter of query x key rows.
     one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=self.dtype)
-    return jnp.einsum('hr,qkr->hqk', table.astype(self.dtype), one_hot)[None]
+    bias = jnp.einsum('hr,qkr->hqk', table.astype(self.dtype), one_hot)[None]
+    # The gradient is a sum over the sequences of all layers, then a product.
+    # XLA on CPU would make one slow loop of both.
+    return jax.lax.optimization_barrier(bias)

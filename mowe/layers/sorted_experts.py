@@ -1,14 +1,15 @@
 """Rows sorted by expert, each computed by its own: one batch, then the rest.
 
-The first rows of every expert, up to an even share, are computed as one batch,
-which reads each kernel where it lies. What experts have beyond that share
-follows in tiles, one after another, as many as there are: a router that
-balances leaves few. However uneven the shares are, no more than twice the rows
-are computed, but for what fills up tiles, and no array is larger than the rows
-or the kernels.
+The first rows of every expert, up to a share, are computed as one batch, which
+reads each kernel where it lies. What experts have beyond that share follows in
+tiles, one after another, as many as there are: a router that balances leaves
+few. The share is an even one and somewhat more, for loads differ. However
+uneven they are, little more than twice the rows are computed, but for what
+fills up tiles, and no array is much larger than the rows or the kernels.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 
 from mowe.layers import expert_dropout, slots
 
-# More rows in a tile are no faster.
-_LARGEST_TILE = 256
+# Whole vectors; and more rows in a tile are no faster.
+_SMALLEST_TILE, _LARGEST_TILE = 8, 256
 
 Arrays = dict[str, jax.Array]
 
@@ -31,15 +32,23 @@ Expert = Callable[
 ]
 
 
-def even_share(num_rows: int, num_experts: int) -> int:
+def batched_share(num_rows: int, num_experts: int) -> int:
   """Rows of each expert in the batched product; none if they are few."""
-  return num_rows // num_experts
+  even = num_rows // num_experts
+  # Loads of experts chosen at random differ by the root of an even share. A row
+  # more in the batch costs less than one in a tile, as its kernel is there.
+  more = int(1.5 * math.sqrt(even))
+  return even + more // _SMALLEST_TILE * _SMALLEST_TILE
 
 
 def tile_size(share: int) -> int:
-  """Rows of a tile beyond a share: few, as an expert's last tile is not full."""
-  # Multiples of 8: whole vectors.
-  return min(max(-(-share // 32) * 8, 8), _LARGEST_TILE)
+  """Rows of a tile beyond a share, a power of two.
+
+  About as many as loads differ by: a tile reads all of a kernel, and the last
+  one of an expert is not full.
+  """
+  size = 2 ** int(math.log2(max(2 * math.sqrt(share), 1)))
+  return min(max(size, _SMALLEST_TILE), _LARGEST_TILE)
 
 
 class Rows(NamedTuple):

@@ -52,7 +52,7 @@ def close(actual, expected):
 def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  share = sorted_experts.even_share(48, 4)
+  share = sorted_experts.batched_share(48, 4)
   num_rows = 48 + sorted_experts.tile_size(share)
   # Not zero beyond the last row: nobody may read it.
   rows, cotangent = normal(num_rows, EMBED), normal(num_rows, EMBED)
@@ -91,7 +91,7 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   jax.tree.map(close, d_kernels, expected_kernels)
 
 
-@pytest.mark.parametrize('share', [0, 3])
+@pytest.mark.parametrize('share', [0, 3, 11])
 def test_an_expert_may_have_another_width(share):
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -122,8 +122,18 @@ def test_an_expert_may_have_another_width(share):
   close(d_kernel, expected_kernel)
 
 
+@pytest.mark.parametrize('even', [0, 1, 5, 29, 64, 100, 512, 8192])
+def test_the_share_is_an_even_one_and_what_loads_differ_by(even):
+  share = sorted_experts.batched_share(7 * even + 3, 7)
+  assert even <= share <= even + 1.5 * even**0.5
+  assert even < 29 or even < share
+  tile = sorted_experts.tile_size(share)
+  assert 8 <= tile <= max(8, 2 * share**0.5)
+  assert tile.bit_count() == 1
+
+
 def test_few_rows_are_all_computed_in_tiles():
-  assert sorted_experts.even_share(7, 8) == 0
+  assert sorted_experts.batched_share(7, 8) == 0
   rows = jnp.ones((7 + sorted_experts.tile_size(0), 2))
   kernels = {'wi': jnp.ones((8, 2, 3)), 'wo': jnp.ones((8, 3, 2))}
   sizes = jnp.asarray([0, 3, 0, 1, 0, 0, 2, 1])
@@ -141,7 +151,7 @@ def test_few_rows_are_all_computed_in_tiles():
 
 def test_no_array_is_larger_than_rows_or_kernels():
   num_rows, num_experts = 512, 16
-  share = sorted_experts.even_share(num_rows, num_experts)
+  share = sorted_experts.batched_share(num_rows, num_experts)
   room = num_rows + sorted_experts.tile_size(share)
   shapes = jax.eval_shape(
     lambda: {
@@ -183,7 +193,7 @@ def test_weighted_rows_of_tokens_equal_their_copies(name, with_dropout):
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   sizes, num_tokens, k = SHARES[name], 16, 3
-  share = sorted_experts.even_share(48, 4)
+  share = sorted_experts.batched_share(48, 4)
   num_slots = 48 + sorted_experts.tile_size(share)
   # Token t has the slots in which it is the source, each pair once.
   order = rng.permutation(48)
