@@ -8,7 +8,8 @@ optional dependency aqt need not be installed). Switch experts are as wide as
 the dense layer, top-2 experts half as wide, so that a token costs the same.
 flaxformer's capacity does not grow with k: its factor is 1.25 for Switch and
 2.5 for top-2, which is 1.25 slots for each choice in both. Its auxiliary losses
-are left out of its step. Steps take turns within each number of experts.
+are left out of its step. Steps take turns within each number of experts, and a
+ratio is the median over the rounds: what the machine does besides drifts.
 """
 
 import argparse
@@ -135,8 +136,8 @@ def nested(axes: dict) -> dict:
 
 def compare(
   arguments: argparse.Namespace, num_experts: int, batch: dict
-) -> dict[str, float]:
-  """Returns the median of each contender; prints a line of ratios."""
+) -> dict[str, list[float]]:
+  """Returns the seconds of each contender in each round."""
   steps = {'dense': make_step(arguments, 'dense', None, batch)}
   for kind, k in _CHOICES.items():
     for owner, layer in (('ours', our_layer), ('flaxformer', flaxformer_layer)):
@@ -148,7 +149,12 @@ def compare(
       steps[name] = make_step(arguments, label, factory, batch)
   times = dense_step.take_turns(steps, arguments.repeats)
   dense_step.report_times(times)
-  return {name: statistics.median(values) for name, values in times.items()}
+  return times
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+  """Median over the rounds."""
+  return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -182,12 +188,12 @@ def main() -> None:
   )
   worst = {'dense': [], 'flaxformer': []}
   for num_experts in arguments.experts:
-    median = compare(arguments, num_experts, batch)
+    times = compare(arguments, num_experts, batch)
     for kind in _CHOICES:
-      ours = median[f'ours {kind}']
-      ratios = {'dense': ours / median['dense']}
+      ours = times[f'ours {kind}']
+      ratios = {'dense': median_ratio(ours, times['dense'])}
       if arguments.flaxformer_path:
-        ratios['flaxformer'] = ours / median[f'flaxformer {kind}']
+        ratios['flaxformer'] = median_ratio(ours, times[f'flaxformer {kind}'])
       shown = ', '.join(f'{r:.3f} of {name}' for name, r in ratios.items())
       print(f'{num_experts} experts, {kind}: {shown}', flush=True)
       for name, ratio in ratios.items():
