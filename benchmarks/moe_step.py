@@ -153,7 +153,7 @@ def compare(
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
-  """Median over the rounds."""
+  """Median over the rounds of how long ours take relative to theirs."""
   return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 

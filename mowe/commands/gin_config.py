@@ -159,7 +159,8 @@ def _check_all_given():
   if required:
     raise GinError(
       f'These macros must be given, but are not: {", ".join(required)}. Add '
-      'them to the command, for example --gin.MODEL_DIR="\'runs/a\'".'
+      f'each to the command, as --gin.{required[0]}=VALUE; a text stands in '
+      'quotes of its own: "\'runs/a\'".'
     )
   missing = set(re.findall(r'%([A-Z][A-Z0-9_]*)', text)) - set(given)
   if missing:

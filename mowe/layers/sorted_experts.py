@@ -3,9 +3,10 @@
 The first rows of every expert, up to a share, are computed as one batch, which
 reads each kernel where it lies. What experts have beyond that share follows in
 tiles, one after another, as many as there are: a router that balances leaves
-few. The share is an even one and somewhat more, for loads differ. However
-uneven they are, little more than twice the rows are computed, but for what
-fills up tiles, and no array is much larger than the rows or the kernels.
+few. The share is an even one and at most 0.28 of it more, for loads differ.
+However uneven they are, no more than 2.28 times the rows are computed, but for
+what fills up tiles, and no array is larger than 1.28 times the rows or than the
+kernels.
 """
 
 import functools
@@ -47,8 +48,8 @@ def tile_size(share: int) -> int:
   About as many as loads differ by: a tile reads all of a kernel, and the last
   one of an expert is not full.
   """
-  size = 2 ** int(math.log2(max(2 * math.sqrt(share), 1)))
-  return min(max(size, _SMALLEST_TILE), _LARGEST_TILE)
+  size = min(max(int(2 * math.sqrt(share)), _SMALLEST_TILE), _LARGEST_TILE)
+  return 1 << (size.bit_length() - 1)
 
 
 class Rows(NamedTuple):
