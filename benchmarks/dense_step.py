@@ -76,16 +76,18 @@ def take_turns(
   """
   states = {name: state for name, (_, state, _) in steps.items()}
   times = {name: [] for name in steps}
+  rng = np.random.default_rng(0)
   for round_number in range(repeats + 2):
-    names = list(steps)
-    # Every other round in reverse: nobody always follows the same one.
-    for name in names if round_number % 2 else reversed(names):
+    # In any order: nobody always follows the same one.
+    for name in rng.permutation(list(steps)).tolist():
       function, _, others = steps[name]
       start = time.perf_counter()
       states[name], metrics = function(states[name], *others)
       jax.block_until_ready((states[name], metrics))
       if round_number >= 2:
         times[name].append(time.perf_counter() - start)
+    print(f'\rround {round_number + 1} of {repeats + 2}', end='', flush=True)
+  print()
   return times
 
 

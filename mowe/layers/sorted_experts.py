@@ -3,10 +3,10 @@
 The first rows of every expert, up to a share, are computed as one batch, which
 reads each kernel where it lies. What experts have beyond that share follows in
 tiles, one after another, as many as there are: a router that balances leaves
-few. The share is an even one and at most 0.28 of it more, for loads differ.
-However uneven they are, no more than 2.28 times the rows are computed, but for
-what fills up tiles, and no array is larger than 1.28 times the rows or than the
-kernels.
+few. The share is an even one; a small one has at most 0.28 of it more, for
+loads differ. However uneven they are, no more than 2.28 times the rows are
+computed, but for what fills up tiles, and no array is larger than 1.28 times
+the rows or than the kernels.
 """
 
 import functools
@@ -21,6 +21,8 @@ from mowe.layers import expert_dropout, slots
 
 # Whole vectors; and more rows in a tile are no faster.
 _SMALLEST_TILE, _LARGEST_TILE = 8, 256
+# A share of so many rows is left as it is.
+_LARGE_SHARE = 256
 
 Arrays = dict[str, jax.Array]
 
@@ -36,8 +38,11 @@ Expert = Callable[
 def batched_share(num_rows: int, num_experts: int) -> int:
   """Rows of each expert in the batched product; none if they are few."""
   even = num_rows // num_experts
-  # Loads of experts chosen at random differ by the root of an even share. A row
-  # more in the batch costs less than one in a tile, as its kernel is there.
+  if even >= _LARGE_SHARE:
+    # Every expert computes a row more in the batch, few need it.
+    return even
+  # Loads of experts chosen at random differ by the root of an even share. A tile
+  # of few rows takes as long as the reading of its kernel.
   more = int(1.5 * math.sqrt(even))
   return even + more // _SMALLEST_TILE * _SMALLEST_TILE
 
@@ -45,10 +50,10 @@ def batched_share(num_rows: int, num_experts: int) -> int:
 def tile_size(share: int) -> int:
   """Rows of a tile beyond a share, a power of two.
 
-  About as many as loads differ by: a tile reads all of a kernel, and the last
-  one of an expert is not full.
+  About what some experts have too much of: a tile reads all of a kernel, and
+  the last one of an expert is not full.
   """
-  size = min(max(int(2 * math.sqrt(share)), _SMALLEST_TILE), _LARGEST_TILE)
+  size = min(max(int(4 * math.sqrt(share)), _SMALLEST_TILE), _LARGEST_TILE)
   return 1 << (size.bit_length() - 1)
 
 

@@ -1,0 +1,34 @@
+"""Keeps the memory that a benchmark's steps give back.
+
+On a CPU, XLA asks for the temporaries of every step anew and gives them back
+after it. The C library hands large pieces to the operating system, which fills
+them with zeros when they are touched again: up to a seventh of a step, by far
+the least repeatable one, and more after a contender that needed more. On an
+accelerator, memory is kept. So the timed contenders of a benchmark do it too.
+"""
+
+import os
+import sys
+
+_VARIABLE = 'GLIBC_TUNABLES'
+# Nothing goes back, all threads share one heap, whose pages are large.
+_SETTINGS = {
+  'mmap_max': 0,
+  'trim_threshold': 2**62,
+  'arena_max': 1,
+  'hugetlb': 1,
+}
+
+
+def keep() -> None:
+  """Starts this process again with these settings, once.
+
+  They are read when a process starts. A C library other than glibc (2.35 or
+  newer, for large pages) ignores them. What the user has set stays.
+  """
+  if _VARIABLE in os.environ or sys.platform != 'linux':
+    return
+  settings = (f'glibc.malloc.{name}={v}' for name, v in _SETTINGS.items())
+  os.environ[_VARIABLE] = ':'.join(settings)
+  sys.stdout.flush()
+  os.execv(sys.executable, sys.orig_argv)
