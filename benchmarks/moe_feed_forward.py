@@ -45,7 +45,7 @@ def make_step(name: str, layer, tokens: jax.Array) -> tuple:
 def fraction_beyond_share(layer: moe.MoeLayer, params, tokens) -> float:
   """How many of the choices are in tiles, not in the batch of all experts."""
   _, collected = layer.apply({'params': params}, tokens, mutable='router_stats')
-  load = collected['router_stats']['stats'][0].load
+  load = collected['router_stats']['stats'].load
   total = int(load.sum())
   share = sorted_experts.batched_share(total, layer.num_experts)
   return float(jnp.maximum(load - share, 0).sum()) / total
@@ -54,14 +54,14 @@ def fraction_beyond_share(layer: moe.MoeLayer, params, tokens) -> float:
 def parse() -> argparse.Namespace:
   """Returns the settings."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--tokens', type=int, nargs='+', default=[4096, 1024])
+  parser.add_argument('--tokens', type=int, nargs='+', default=[16384, 3648])
   parser.add_argument('--experts', type=int, nargs='+', default=[8, 16])
   parser.add_argument('--choices', type=int, nargs='+', default=[1, 2])
   parser.add_argument('--emb_dim', type=int, default=512)
   parser.add_argument('--mlp_dim', type=int, default=1024)
   parser.add_argument('--dropout_rate', type=float, default=0.1)
   parser.add_argument('--common', type=float, default=0.05)
-  parser.add_argument('--repeats', type=int, default=20)
+  parser.add_argument('--repeats', type=int, default=11)
   return parser.parse_args()
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from benchmarks import kept_memory
 from mowe.layers import feed_forward, sigma_moe, tokens_choose
 
 _LEARNING_RATE = 1e-3
@@ -97,6 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
   arguments = parse()
+  kept_memory.keep()
   shape = (arguments.batch_size, arguments.length, arguments.emb_dim)
   tokens = jax.random.normal(jax.random.key(1), shape)
   blocks = {}
