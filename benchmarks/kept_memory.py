@@ -2,9 +2,9 @@
 
 On a CPU, XLA asks for the temporaries of every step anew and gives them back
 after it. The C library hands large pieces to the operating system, which fills
-them with zeros when they are touched again: up to a seventh of a step, by far
-the least repeatable one, and more after a contender that needed more. On an
-accelerator, memory is kept. So the timed contenders of a benchmark do it too.
+them with zeros when they are touched again: a seventh of a step and more (see
+docs/results/speed.md), and the least repeatable part of it. On an accelerator,
+memory is kept. So the timed contenders of a benchmark do it too.
 """
 
 import os
@@ -24,11 +24,13 @@ def keep() -> None:
   """Starts this process again with these settings, once.
 
   They are read when a process starts. A C library other than glibc (2.35 or
-  newer, for large pages) ignores them. What the user has set stays.
+  newer, for large pages) ignores them. What the user has set comes later, and
+  counts.
   """
-  if _VARIABLE in os.environ or sys.platform != 'linux':
+  given = os.environ.get(_VARIABLE, '')
+  ours = ':'.join(f'glibc.malloc.{name}={v}' for name, v in _SETTINGS.items())
+  if ours in given or sys.platform != 'linux':
     return
-  settings = (f'glibc.malloc.{name}={v}' for name, v in _SETTINGS.items())
-  os.environ[_VARIABLE] = ':'.join(settings)
+  os.environ[_VARIABLE] = f'{ours}:{given}' if given else ours
   sys.stdout.flush()
   os.execv(sys.executable, sys.orig_argv)

@@ -3,7 +3,8 @@
   python -m benchmarks.moe_feed_forward
 
 Values and gradients of all parameters and of the tokens, with dropout; dropless.
-Experts are 1/k as wide as the dense layer, so that a token costs the same.
+Experts are 1/k as wide as the dense layer, so that a token costs the same. All
+tokens are one sequence, which shares a mask of dropout.
 Tokens have some of one direction in common, as they have in a model, so that
 loads differ; with much of it a few experts have them all. All layers take turns
 for each number of tokens. Ratios are of the shortest times.

@@ -314,8 +314,8 @@ def test_logits_that_are_not_finite_are_counted():
 
 
 def test_what_is_kept_for_the_gradient_grows_by_hidden_units_alone():
-  # So few tokens that the batch of experts has no more rows than pairs.
-  batch, length, embed, expert_dim, experts = 2, 24, 48, 8, 16
+  # So many tokens that the batch of experts has no more rows than pairs.
+  batch, length, embed, expert_dim, experts = 2, 1024, 48, 8, 16
   tokens = jax.ShapeDtypeStruct((batch, length, embed), jnp.float32)
 
   def num_kept(k):
