@@ -228,7 +228,7 @@ def _with_experts(dense, config):
       use_bias=config.get('router_bias', False) is True,
     ),
     dispatch=capacity_dispatch.CapacityDispatch(
-      _NO_SHARE, _NO_SHARE, min_capacity=_size(config, 'expert_capacity')
+      _NO_SHARE, min_capacity=_size(config, 'expert_capacity')
     ),
     groups=token_groups.SequenceGroups(),
   )

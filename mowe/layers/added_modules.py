@@ -49,7 +49,7 @@ class AddedChoose(wrapped_router.WrappedRouter):
   k: int = 1
 
   def __post_init__(self):
-    is_known = getattr(self.router, 'each_token_chooses', False)
+    is_known = self.router.is_learned and self.router.each_token_chooses
     if not is_known or self.router.routes_padding:
       raise ValueError(
         'Modules can be added where each token chooses by learned logits, and '

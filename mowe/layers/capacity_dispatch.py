@@ -1,4 +1,4 @@
-"""A fixed number of slots for each expert and group; the rest is dropped."""
+"""In training, each expert has a fixed number of slots per group of tokens."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mowe.layers import (
   dispatch,
+  dropless_dispatch,
   expert_parallel,
   routing,
   slots,
@@ -17,51 +18,49 @@ from mowe.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class CapacityDispatch(dispatch.Dispatch):
-  """Slots for an even share of the choices, times a factor.
+  """Slots for an even share of the choices, times a factor, in training.
 
-  Pairs get slots in order of priority. A dropped token gets zero from the
-  layer: only the residual remains.
+  Pairs get slots in order of priority. A token whose choices are all dropped
+  gets zero from the layer: only the residual remains. Outside of training
+  nothing is dropped.
 
   Source: Switch, arXiv 2101.03961. The share grows with the choices of a token,
-  as everywhere but in flaxformer.
+  as everywhere but in flaxformer. Switch has a larger factor in evaluation
+  (2.0) instead of none; then an answer depends on its neighbours in the batch.
 
   Attributes:
-    train_factor: slots relative to an even share of all choices, in training.
-    eval_factor: likewise without dropout.
+    factor: slots of an expert relative to an even share of all choices.
     min_capacity: slots of an expert in a group at least.
 
   Raises:
-    ValueError: a factor is not positive.
+    ValueError: the factor is not positive.
   """
 
-  train_factor: float = 1.25
-  eval_factor: float = 2.0
+  factor: float = 1.25
   min_capacity: int = 4
 
   def __post_init__(self):
-    if self.train_factor <= 0 or self.eval_factor <= 0:
+    if self.factor <= 0:
       raise ValueError(
-        'Capacity factors must be positive, but are train_factor='
-        f'{self.train_factor}, eval_factor={self.eval_factor}. 1.0 is an even '
-        'share; DroplessDispatch has no capacity.'
+        f'The capacity factor must be positive, but is {self.factor}. 1.0 is '
+        'an even share; DroplessDispatch has no capacity.'
       )
 
   def check(self, router: routing.Router) -> None:
     """Raises ValueError if slots would be fewer than a router always fills."""
-    factor = min(self.train_factor, self.eval_factor)
-    if router.is_learned and router.is_balanced and factor < 1:
+    if not router.each_token_chooses and self.factor < 1:
       raise ValueError(
         'With ExpertsChoose every expert fills its share, so a capacity factor '
-        f'must be at least 1, but is {factor}. Set it to 1.0, and factor of '
-        'ExpertsChoose to the tokens that experts shall take.'
+        f'must be at least 1, but is {self.factor}. Set it to 1.0, and factor '
+        'of ExpertsChoose to the tokens that experts shall take.'
       )
 
   def capacity(
-    self, router: routing.Router, group_size: int, num_experts: int, factor
+    self, router: routing.Router, group_size: int, num_experts: int
   ) -> int:
     """Slots of one expert in one group."""
     share = router.num_pairs(group_size, num_experts) / num_experts
-    return min(max(round(factor * share), self.min_capacity), group_size)
+    return min(max(round(self.factor * share), self.min_capacity), group_size)
 
   def plan(
     self,
@@ -69,7 +68,6 @@ class CapacityDispatch(dispatch.Dispatch):
     router: routing.Router,
     *,
     num_experts: int,
-    training: bool,
   ) -> slots.SlotPlan:
     """Slots <int32>[experts * groups * capacity], those of an expert together.
 
@@ -77,13 +75,13 @@ class CapacityDispatch(dispatch.Dispatch):
       ValueError: the capacity is below one slot.
     """
     num_groups, group_size, _ = choices.pairs.shape
-    factor = self.train_factor if training else self.eval_factor
-    room = self.capacity(router, group_size, num_experts, factor)
+    room = self.capacity(router, group_size, num_experts)
     if room < 1:
       raise ValueError(
         'An expert must have at least one slot in each group, but capacity '
-        f'factor {factor} gives none for {group_size} tokens and {num_experts} '
-        'experts. Raise min_capacity, the factor or the size of the groups.'
+        f'factor {self.factor} gives none for {group_size} tokens and '
+        f'{num_experts} experts. Raise min_capacity, the factor or the size of '
+        'the groups.'
       )
     order, places, counts = slots.sort_by_expert(choices.experts, num_experts)
     num_pairs = order.shape[1]
@@ -135,6 +133,10 @@ class CapacityDispatch(dispatch.Dispatch):
     outputs = expert(by_expert(rows), kernels, kept)
     return outputs.reshape(rows.shape[0], -1)
 
+  def without_drops(self) -> dropless_dispatch.DroplessDispatch:
+    """As many slots as there are choices."""
+    return dropless_dispatch.DroplessDispatch()
+
   def across(self, num_shards: int) -> 'CapacityExchange':
     """The same with experts on several devices."""
     return CapacityExchange(self, num_shards)
@@ -152,11 +154,13 @@ class CapacityExchange(dispatch.Dispatch):
   here: CapacityDispatch
   num_shards: int
 
-  def plan(self, choices, router, *, num_experts, training) -> slots.SlotPlan:
+  def plan(self, choices, router, *, num_experts) -> slots.SlotPlan:
     """Slots of this device's groups, for all experts."""
-    return self.here.plan(
-      choices, router, num_experts=num_experts, training=training
-    )
+    return self.here.plan(choices, router, num_experts=num_experts)
+
+  def without_drops(self) -> dispatch.Dispatch:
+    """As many slots as there are choices, on all devices."""
+    return self.here.without_drops().across(self.num_shards)
 
   def compute(self, rows, kernels, plan, keep, expert) -> jax.Array:
     """Experts' outputs <float>[slots, out], by way of their devices."""

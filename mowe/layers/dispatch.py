@@ -8,7 +8,12 @@ from mowe.layers import expert_dropout, routing, slots, sorted_experts
 
 
 class Dispatch(abc.ABC):
-  """Gives pairs of a token and an expert slots, and has these computed."""
+  """Gives pairs of a token and an expert slots, and has these computed.
+
+  A dispatch may drop pairs in training, where that bounds memory and
+  communication. Evaluation and generation use `without_drops`: which pairs are
+  dropped depends on the other rows of the batch, and an answer must not.
+  """
 
   @abc.abstractmethod
   def plan(
@@ -17,7 +22,6 @@ class Dispatch(abc.ABC):
     router: routing.Router,
     *,
     num_experts: int,
-    training: bool,
   ) -> slots.SlotPlan:
     """Slots for the choices of all groups; see `slots.SlotPlan`."""
 
@@ -31,6 +35,10 @@ class Dispatch(abc.ABC):
     expert: sorted_experts.Expert,
   ) -> jax.Array:
     """Experts' outputs <float>[slots, out] for rows <float>[slots, in]."""
+
+  @abc.abstractmethod
+  def without_drops(self) -> 'Dispatch':
+    """The dispatch that takes this one's place outside of training."""
 
   def compute_tokens(
     self,

@@ -25,7 +25,7 @@ class DroplessDispatch(dispatch.Dispatch):
     buffer_factor: with experts on several devices, rows that each of them has
       room for from each other, relative to an even share. None has room for
       all, so that nothing is ever dropped; memory then grows with the devices.
-      With a factor, what does not fit is dropped and counted.
+      With a factor, what does not fit is dropped in training, and counted.
 
   Raises:
     ValueError: the factor is not positive.
@@ -49,10 +49,9 @@ class DroplessDispatch(dispatch.Dispatch):
     router: routing.Router,
     *,
     num_experts: int,
-    training: bool,
   ) -> slots.SlotPlan:
     """One slot for each pair, and empty ones up to the size of a tile."""
-    del router, training
+    del router
     experts = choices.experts.reshape(1, -1)
     num_pairs = experts.size
     order, places, counts = slots.sort_by_expert(experts, num_experts)
@@ -95,6 +94,10 @@ class DroplessDispatch(dispatch.Dispatch):
     return sorted_experts.by_expert(
       tokens, kernels, weights, read, keep, expert, _share(plan)
     )
+
+  def without_drops(self) -> 'DroplessDispatch':
+    """The same with room for all."""
+    return DroplessDispatch()
 
   def across(self, num_shards: int) -> dropless_exchange.DroplessExchange:
     """The same with experts on several devices."""

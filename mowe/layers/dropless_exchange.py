@@ -36,14 +36,14 @@ class DroplessExchange(dispatch.Dispatch):
     router: routing.Router,
     *,
     num_experts: int,
-    training: bool,
   ) -> slots.SlotPlan:
     """Slots <int32>[shards * buffer], in each buffer in order of experts."""
-    del router, training
-    experts = choices.experts.reshape(1, -1)
-    num_pairs = experts.size
+    num_pairs = choices.experts.size
     per_shard = num_experts // self.num_shards
     room = self._room(choices, num_pairs, per_shard)
+    experts = choices.experts.reshape(1, -1)
+    if self.buffer_factor is not None:
+      experts = self._that_fit(choices, router, room, num_experts)
     order, places, counts = slots.sort_by_expert(experts, num_experts)
     # [experts] -> [shards, experts of a shard]
     counts = counts.reshape(self.num_shards, per_shard)
@@ -59,12 +59,9 @@ class DroplessExchange(dispatch.Dispatch):
     own_shard = experts[0] // per_shard
     position = places[0] - jnp.take(starts, own_shard, mode='clip')
     slots_of_pairs = jnp.where(
-      (experts[0] < num_experts) & (position < room),
-      own_shard * room + position,
-      pairs.size,
+      experts[0] < num_experts, own_shard * room + position, pairs.size
     )
-    ends = jnp.minimum(jnp.cumsum(counts, axis=1), room)
-    group_sizes = jnp.diff(ends, axis=1, prepend=0).reshape(-1)
+    group_sizes = counts.reshape(-1)
     return slots.make_plan(
       choices,
       pairs,
@@ -72,6 +69,37 @@ class DroplessExchange(dispatch.Dispatch):
       group_sizes=group_sizes,
       num_slots=jnp.sum(group_sizes),
     )
+
+  def without_drops(self) -> 'DroplessExchange':
+    """The same with room for all."""
+    return dataclasses.replace(self, buffer_factor=None)
+
+  def _that_fit(self, choices, router, room, num_experts):
+    """The experts <int32>[1, pairs] of pairs that fit; `num_experts` of others.
+
+    In a decoder earlier tokens must be first, whatever their experts: if
+    buffers were filled in order of experts, a later token that has a lower one
+    would push an earlier token out, which would so learn of it.
+    """
+    experts = choices.experts
+    # [groups, pairs] -> [groups * pairs], by rank first and then by group.
+    by_rank = lambda x: x.T.reshape(1, -1)
+    rank = jnp.arange(experts.shape[1], dtype=jnp.int32)[None, :]
+    if not router.looks_ahead:
+      rank = choices.tokens
+    rank = by_rank(jnp.broadcast_to(rank, experts.shape))
+    order = jnp.argsort(rank, axis=1, stable=True)
+    experts = by_rank(experts)
+    shards = experts // (num_experts // self.num_shards)
+    _, places, counts = slots.sort_by_expert(
+      jnp.take_along_axis(shards, order, axis=1), self.num_shards
+    )
+    starts = jnp.cumsum(counts, axis=1) - counts
+    position = jnp.zeros_like(places).at[0, order[0]].set(
+      places[0], unique_indices=True
+    ) - jnp.take_along_axis(starts, shards, axis=1, mode='clip')
+    experts = jnp.where(position < room, experts, num_experts)
+    return experts.reshape(choices.experts.shape[::-1]).T.reshape(1, -1)
 
   def compute(self, rows, kernels, plan, keep, expert) -> jax.Array:
     """Experts' outputs <float>[slots, out], by way of their devices."""

@@ -13,17 +13,20 @@ class ExpertsChoose:
   """Every expert takes the tokens of its group that have most of it.
 
   A token may have any number of experts, or none. For encoders: which experts
-  a token has depends on later tokens.
+  a token has depends on later tokens. With `SequenceGroups` it depends on its
+  own sequence alone, in training as in evaluation; with larger groups, training
+  lets the sequences of a group compete, and evaluation does not.
 
-  Source: Expert Choice, arXiv 2202.09368.
+  Source: Expert Choice, arXiv 2202.09368. There, padding counts as other tokens
+  do; here, how many tokens an expert takes follows from the real ones.
 
   Attributes:
-    factor: experts of a token on average.
+    factor: experts of a real token on average.
     min_tokens: tokens of an expert at least.
     jitter: noise on the router's inputs in training.
     use_bias: the router's projection has a bias.
-    routes_padding: padding may be chosen, with weight zero, where real tokens
-      are too few or have none of an expert, as in flaxformer.
+    routes_padding: padding counts as other tokens do, and may be chosen, with
+      weight zero, as in flaxformer.
 
   Raises:
     ValueError: values that cannot work.
@@ -37,6 +40,7 @@ class ExpertsChoose:
 
   is_learned = True
   is_balanced = True
+  each_token_chooses = False
   looks_ahead = True
   bias_rate = 0.0
   exclusion_rate = 0.0
@@ -53,12 +57,12 @@ class ExpertsChoose:
     """Accepts any number of experts."""
 
   def tokens_per_expert(self, group_size: int, num_experts: int) -> int:
-    """Tokens that one expert takes from one group."""
+    """Tokens that one expert takes from a group without padding."""
     tokens = round(self.factor * group_size / num_experts)
     return min(max(tokens, self.min_tokens), group_size)
 
   def num_pairs(self, group_size: int, num_experts: int) -> int:
-    """Pairs of one group."""
+    """Pairs of one group without padding: room for those of any group."""
     return num_experts * self.tokens_per_expert(group_size, num_experts)
 
   def __call__(
@@ -84,10 +88,15 @@ class ExpertsChoose:
     if not self.routes_padding:
       # Below every probability: chosen only when real tokens run out.
       scores = jnp.where(is_valid[:, None, :], scores, -1.0)
-    best, tokens = jax.lax.top_k(
-      scores, self.tokens_per_expert(num_tokens, num_experts)
-    )
+    most = self.tokens_per_expert(num_tokens, num_experts)
+    best, tokens = jax.lax.top_k(scores, most)
     is_real = best >= 0
+    if not self.routes_padding:
+      num_real = jnp.sum(is_valid, axis=1, dtype=jnp.float32)
+      taken = jnp.maximum(
+        jnp.round(self.factor * num_real / num_experts), self.min_tokens
+      )
+      is_real &= jnp.arange(most)[None, None, :] < taken[:, None, None]
     weights = jnp.take_along_axis(weights, tokens, axis=2) * is_real
     own = jnp.arange(num_experts, dtype=jnp.int32)[None, :, None]
     experts = jnp.where(is_real, own, num_experts)

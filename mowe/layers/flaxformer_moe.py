@@ -25,10 +25,11 @@ class FlaxformerCapacity(capacity_dispatch.CapacityDispatch):
   def check(self, router) -> None:
     """Accepts any router, as flaxformer does."""
 
-  def capacity(self, router, group_size, num_experts, factor) -> int:
+  def capacity(self, router, group_size, num_experts) -> int:
     """Slots of one expert in one group."""
     del router
-    return max(round(factor * group_size / num_experts), self.min_capacity)
+    share = group_size / num_experts
+    return max(round(self.factor * share), self.min_capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,10 @@ class FlaxformerGroups:
     """Inverse of `split`, without what was added."""
     padded = groups.reshape(*self._padded(batch, length), *groups.shape[2:])
     return padded[:batch, :length]
+
+  def single(self) -> 'FlaxformerGroups':
+    """The same: flaxformer's groups join sequences in evaluation, too."""
+    return self
 
   def _padded(self, batch, length):
     fits = lambda rows, columns: rows * columns % self.num_experts == 0

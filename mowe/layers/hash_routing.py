@@ -54,6 +54,7 @@ class HashRouter:
 
   is_learned = False
   is_balanced = True
+  each_token_chooses = True
   looks_ahead = False
   routes_padding = False
   reads_words = False

@@ -45,7 +45,7 @@ class Mixture:
     router: decides.
     dispatch: gives slots, and has them computed; see `dispatch_here`.
     losses: how the router's losses are formed.
-    training: how the router decides, and which capacity there is.
+    training: whether the router decides as in training.
   """
 
   num_experts: int
@@ -82,10 +82,7 @@ class Mixture:
       training=self.training,
     )
     plan = self.dispatch.plan(
-      choices,
-      self.router,
-      num_experts=self.num_experts,
-      training=self.training,
+      choices, self.router, num_experts=self.num_experts
     )
     weights = slots.permute(
       choices.weights.reshape(-1), plan.pairs, plan.slots_of_pairs
@@ -137,8 +134,10 @@ class Mixture:
     return slots.to_tokens(rows, decision.plan)
 
 
-def dispatch_here(dispatch: Any) -> Any:
-  """The dispatch for the devices of this trace."""
+def dispatch_here(dispatch: Any, training: bool) -> Any:
+  """The dispatch for the devices of this trace; only training drops pairs."""
+  if not training:
+    dispatch = dispatch.without_drops()
   num_shards = expert_parallel.num_shards()
   return dispatch if num_shards == 1 else dispatch.across(num_shards)
 

@@ -121,7 +121,7 @@ class MixtureOfAttentionHeads(attention.MultiHeadAttention):
   routes_padding: bool = False
 
   def __post_init__(self):
-    if not getattr(self.routing, 'each_token_chooses', False):
+    if not (self.routing.is_learned and self.routing.each_token_chooses):
       raise ValueError(
         'Every query must choose modules by what it is, so routing of a mixture '
         f'of heads must be a TokensChoose, but is {self.routing}. Use '
@@ -322,7 +322,7 @@ class MixtureOfAttentionHeads(attention.MultiHeadAttention):
     return mixture.Mixture(
       self.num_experts,
       self.routing,
-      mixture.dispatch_here(self.dispatch),
+      mixture.dispatch_here(self.dispatch, training),
       self.losses,
       training,
     )

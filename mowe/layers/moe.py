@@ -173,8 +173,12 @@ class MoeLayer(nn.Module):
     deterministic: bool = True,
   ) -> jax.Array:
     batch, length, embed_dim = tokens.shape
-    is_valid, ids = self._validity(tokens, routing_ids)
-    grouped = self.groups.split(tokens, 0)
+    groups = self.groups
+    if deterministic and not self.routing.each_token_chooses:
+      # An answer must not depend on its neighbours in the batch.
+      groups = groups.single()
+    is_valid, ids = _validity(groups, tokens, routing_ids)
+    grouped = groups.split(tokens, 0)
     logits, bias, excluded = self._logits(grouped, deterministic)
     kernels = ExpertKernels(
       self.num_experts,
@@ -205,7 +209,7 @@ class MoeLayer(nn.Module):
         'dropout': self._dropout(deterministic, num_pairs, length),
       },
     )
-    outputs = self.groups.merge(outputs, batch, length)
+    outputs = groups.merge(outputs, batch, length)
     mixture.sow(self, stats)
     if self.use_bias and not self.expert_output_bias:
       outputs += self._output_bias(embed_dim)[None, None, :]
@@ -225,7 +229,7 @@ class MoeLayer(nn.Module):
     parts = mixture.Mixture(
       self.num_experts,
       self.routing,
-      mixture.dispatch_here(self.dispatch),
+      mixture.dispatch_here(self.dispatch, training),
       self.losses,
       training,
     )
@@ -241,19 +245,6 @@ class MoeLayer(nn.Module):
     return expert_parallel.Stage(
       outputs=outputs.reshape(tokens.shape), sums=stats
     )
-
-  def _validity(self, tokens, routing_ids):
-    if routing_ids is None:
-      real = jnp.ones(tokens.shape[:2], bool)
-      return self.groups.split(real, self.groups.routes_filling), None
-    if routing_ids.shape != tokens.shape[:2]:
-      raise ValueError(
-        'routing_ids must have the [batch, length] shape of tokens, '
-        f'{tokens.shape[:2]}, but has {routing_ids.shape}. Give the ids of the '
-        'same tokens, -1 for padding.'
-      )
-    ids = self.groups.split(routing_ids, -1)
-    return ids >= 0, ids
 
   def _logits(self, tokens, deterministic):
     if not self.routing.is_learned:
@@ -281,3 +272,18 @@ class MoeLayer(nn.Module):
       'bias', zeros, (embed_dim,), jnp.float32, axes=('embed',)
     )
     return bias.astype(self.dtype)
+
+
+def _validity(groups, tokens, routing_ids):
+  """Which tokens are real, and the ids of all, both [groups, tokens]."""
+  if routing_ids is None:
+    real = jnp.ones(tokens.shape[:2], bool)
+    return groups.split(real, groups.routes_filling), None
+  if routing_ids.shape != tokens.shape[:2]:
+    raise ValueError(
+      'routing_ids must have the [batch, length] shape of tokens, '
+      f'{tokens.shape[:2]}, but has {routing_ids.shape}. Give the ids of the '
+      'same tokens, -1 for padding.'
+    )
+  ids = groups.split(routing_ids, -1)
+  return ids >= 0, ids

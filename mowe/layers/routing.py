@@ -46,13 +46,18 @@ class Router(Protocol):
   Attributes:
     is_learned: reads logits; otherwise it reads routing ids.
     is_balanced: needs no load-balancing loss.
-    looks_ahead: a token's experts may depend on later tokens of its group, so
-      that a decoder would learn from the future.
+    each_token_chooses: without dropout a token's experts depend on that token
+      alone. Otherwise a MoeLayer makes each sequence a group of its own outside
+      of training, so that no answer depends on its neighbours in the batch.
+    looks_ahead: a token's experts, or whether they have room for it, may depend
+      on later tokens of its group, so that a decoder would learn from the
+      future.
     routes_padding: padding is given to experts, with weight zero.
   """
 
   is_learned: bool
   is_balanced: bool
+  each_token_chooses: bool
   looks_ahead: bool
   routes_padding: bool
 

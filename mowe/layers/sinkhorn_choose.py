@@ -39,7 +39,7 @@ class SinkhornChoose(tokens_choose.TokensChoose):
 
   @property
   def looks_ahead(self) -> bool:
-    """True: in training, later tokens of a group change who has room."""
+    """True: in training, later tokens of a group change what is chosen."""
     return True
 
   def ranks(

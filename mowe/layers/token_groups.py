@@ -8,13 +8,17 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class TokenGroups:
-  """As few groups of at most `size` consecutive tokens as there can be.
+  """As few groups of whole sequences, of at most `size` tokens, as can be.
 
   Capacity, balance and the choices of experts are per group. A group depends
-  on the shape of the batch alone, never on devices.
+  on the shape of the batch alone, never on devices. Its tokens stand in order
+  of their positions: the first ones of all its sequences, then the second
+  ones, and so on. As earlier tokens get slots first, no token of a decoder
+  learns from a later one, not even from one of another sequence.
 
   Attributes:
-    size: tokens of a group at most; 4096 is flaxformer's usual size.
+    size: tokens of a group at most; 4096 is flaxformer's usual size. A longer
+      sequence is a group of its own.
     multiple: the number of groups is a multiple of it. Experts on several
       devices need that of data x expert devices; it is set rather than found,
       so that another mesh gives the same results.
@@ -26,7 +30,7 @@ class TokenGroups:
   size: int = 4096
   multiple: int = 1
 
-  # What fills the last group up is not routed.
+  # Rows that fill the last groups up are not routed.
   routes_filling = False
 
   def __post_init__(self):
@@ -38,22 +42,29 @@ class TokenGroups:
 
   def num_groups(self, batch: int, length: int) -> int:
     """Groups of [batch, length] tokens."""
-    least = -(-batch * length // self.size)
+    least = -(-batch // max(1, self.size // length))
     return least + -least % self.multiple
 
   def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
     """[batch, length, ...] to [groups, tokens, ...], filled up with `fill`."""
-    num_tokens = array.shape[0] * array.shape[1]
-    num_groups = self.num_groups(*array.shape[:2])
-    flat = array.reshape(num_tokens, *array.shape[2:])
-    missing = [(0, -num_tokens % num_groups)] + [(0, 0)] * (flat.ndim - 1)
-    flat = jnp.pad(flat, missing, constant_values=fill)
-    return flat.reshape(num_groups, -1, *array.shape[2:])
+    batch, length = array.shape[:2]
+    num_groups = self.num_groups(batch, length)
+    missing = [(0, -batch % num_groups)] + [(0, 0)] * (array.ndim - 1)
+    rows = jnp.pad(array, missing, constant_values=fill)
+    # [batch, length, ...] -> [groups, length, sequences, ...]
+    rows = rows.reshape(num_groups, -1, length, *array.shape[2:])
+    return rows.swapaxes(1, 2).reshape(num_groups, -1, *array.shape[2:])
 
   def merge(self, groups: jax.Array, batch: int, length: int) -> jax.Array:
     """Inverse of `split`, without what was filled up."""
-    flat = groups.reshape(-1, *groups.shape[2:])[: batch * length]
-    return flat.reshape(batch, length, *groups.shape[2:])
+    # [groups, tokens, ...] -> [groups, sequences, length, ...]
+    rest = groups.shape[2:]
+    rows = groups.reshape(groups.shape[0], length, -1, *rest).swapaxes(1, 2)
+    return rows.reshape(-1, length, *rest)[:batch]
+
+  def single(self) -> 'TokenGroups':
+    """The same with one sequence in each group."""
+    return dataclasses.replace(self, size=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +88,7 @@ class SequenceGroups:
     """Inverse of `split`."""
     del batch, length
     return groups
+
+  def single(self) -> 'SequenceGroups':
+    """These, as each is one sequence."""
+    return self

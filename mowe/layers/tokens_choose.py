@@ -11,7 +11,7 @@ from mowe.layers import routing
 
 @dataclasses.dataclass(frozen=True)
 class TokensChoose:
-  """The k best scores of each token; all first choices come before any second.
+  """The k best scores of each token; earlier tokens get slots first.
 
   Source: Switch, arXiv 2101.03961; batch priority: V-MoE, arXiv 2106.05974;
   sigmoid scores and excluded experts: sigma-MoE, arXiv 2310.10837; the
@@ -21,8 +21,12 @@ class TokensChoose:
     k: experts of a token.
     sigmoid: scores are sigmoids of the logits instead of their softmax.
     renormalize: the k weights of a token are divided by their sum.
-    batch_prioritized: tokens with larger first scores get slots first, instead
-      of earlier ones. Encoders only: it looks ahead.
+    first_choices_first: all first choices of a group get slots before any
+      second one, as in GShard, instead of all choices of a token before those
+      of the next one. Encoders only: whether a second choice finds room then
+      depends on later tokens.
+    batch_prioritized: the same, and tokens with larger first scores get slots
+      before others instead of after earlier ones. Encoders only, too.
     bias_rate: step of the selection bias that balances loads without a loss;
       0 has no bias.
     exclusion_rate: share of the experts that a token cannot have in training,
@@ -40,6 +44,7 @@ class TokensChoose:
   k: int = 1
   sigmoid: bool = False
   renormalize: bool = False
+  first_choices_first: bool = False
   batch_prioritized: bool = False
   bias_rate: float = 0.0
   exclusion_rate: float = 0.0
@@ -49,7 +54,6 @@ class TokensChoose:
 
   is_learned = True
   is_balanced = False
-  # Also of routers that are made of such ones.
   each_token_chooses = True
 
   def __post_init__(self):
@@ -76,7 +80,8 @@ class TokensChoose:
 
   @property
   def looks_ahead(self) -> bool:
-    return self.batch_prioritized
+    """See `routing.Router`."""
+    return self.first_choices_first or self.batch_prioritized
 
   def check(self, num_experts: int) -> None:
     """Raises ValueError if there are fewer than k experts."""
@@ -168,13 +173,19 @@ class TokensChoose:
       rank = jnp.argsort(order, axis=1)
       experts = jnp.take_along_axis(experts, order[:, :, None], axis=1)
       weights = jnp.take_along_axis(weights, order[:, :, None], axis=1)
-    # [groups, tokens, k] -> [groups, k * tokens]
-    by_choice = lambda x: x.swapaxes(1, 2).reshape(num_groups, -1)
-    firsts = jnp.arange(k, dtype=jnp.int32)[None, None] * num_tokens
+    choice = jnp.arange(k, dtype=jnp.int32)[None, None, :]
+    if self.looks_ahead:
+      # [groups, tokens, k] -> [groups, k * tokens]
+      in_order = lambda x: x.swapaxes(1, 2).reshape(num_groups, -1)
+      pairs = choice * num_tokens + rank[:, :, None]
+    else:
+      # [groups, tokens, k] -> [groups, tokens * k]
+      in_order = lambda x: x.reshape(num_groups, -1)
+      pairs = rank[:, :, None] * k + choice
     return routing.Choices(
-      tokens=jnp.tile(order, (1, k)),
-      experts=by_choice(experts),
-      weights=by_choice(weights),
-      pairs=firsts + rank[:, :, None],
+      tokens=in_order(jnp.broadcast_to(order[:, :, None], experts.shape)),
+      experts=in_order(experts),
+      weights=in_order(weights),
+      pairs=pairs,
       probs=probs,
     )

@@ -185,10 +185,11 @@ def check_layers(config: ModelConfig) -> None:
   decoder = layers['decoder']
   if blocks['decoder'] and getattr(decoder, 'looks_ahead', False):
     raise ValueError(
-      'A token of the decoder must not be routed by later tokens, but '
-      f'{decoder.routing} does so: it would learn from the future and fail '
-      'when it generates. Set the decoder to a layer with '
-      'TokensChoose(batch_prioritized=False) or a hash router '
+      'Experts of a token of the decoder, and whether they have room for it, '
+      f'must not depend on later tokens, but with {decoder.routing} they do: '
+      'the decoder would learn from the future and fail when it generates. '
+      'Give the decoder a layer with a hash router, or with TokensChoose whose '
+      'first_choices_first and batch_prioritized are False '
       '(sparse_decoder_feed_forward of a T5Config).'
     )
   if config.routing is None:
@@ -244,9 +245,10 @@ def check_attentions(config: ModelConfig) -> None:
     inner = getattr(layer, 'inner', None)
     if name != ENCODER_ATTENTION and getattr(layer, 'looks_ahead', False):
       raise ValueError(
-        'A token of the decoder must not be routed by later tokens, but '
-        f'{layer.routing} of {name} does so. Use '
-        'TokensChoose(batch_prioritized=False) there.'
+        'Modules of a token of the decoder, and whether they have room for it, '
+        f'must not depend on later tokens, but with {layer.routing} of {name} '
+        'they do. Use TokensChoose whose first_choices_first and '
+        'batch_prioritized are False there.'
       )
     if name == ENCODER_ATTENTION and getattr(inner, 'looks_back_only', False):
       raise ValueError(

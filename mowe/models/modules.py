@@ -153,7 +153,7 @@ def with_layers(
 def check_router(layer: ModuleLayer) -> None:
   """Raises ValueError if modules cannot be added to or taken from a layer."""
   router = layer.layer.routing
-  is_known = getattr(router, 'each_token_chooses', False)
+  is_known = router.is_learned and router.each_token_chooses
   if not is_known or router.routes_padding:
     raise ValueError(
       'Modules are those of layers in which each token chooses by learned '

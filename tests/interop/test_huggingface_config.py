@@ -275,7 +275,7 @@ def _layer(**changes):
     ),
     (
       lambda: _layer(dispatch=capacity_dispatch.CapacityDispatch()),
-      'train_factor.*1.25',
+      "'factor': 1.25",
     ),
     (
       lambda: _layer(routing=tokens_choose.TokensChoose(k=2, jitter=0.01)),

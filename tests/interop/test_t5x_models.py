@@ -84,7 +84,7 @@ class _World:
         4,
         6,
         routing=tokens_choose.TokensChoose(2, renormalize=True),
-        dispatch=capacity_dispatch.CapacityDispatch(1.25, 2.0),
+        dispatch=capacity_dispatch.CapacityDispatch(1.25),
         groups=token_groups.TokenGroups(24),
       ),
     }[kind]

@@ -272,7 +272,7 @@ def test_selection_bias_and_dropped_modules_go_with_their_columns():
 
 def test_a_capacity_leaves_old_modules_first():
   """Pairs of new modules stand behind all pairs of old ones."""
-  layer = added_layer(dispatch=capacity_dispatch.CapacityDispatch(9.0, 9.0))
+  layer = added_layer(dispatch=capacity_dispatch.CapacityDispatch(9.0))
   params, tokens, ids = make_case(layer)
   expected, _ = run(added_layer(), params, tokens, ids)
   actual, _ = run(layer, params, tokens, ids)

@@ -32,7 +32,7 @@ ROUTERS = {
 }
 DISPATCHES = {
   'dropless': dropless_dispatch.DroplessDispatch(),
-  'capacity': capacity_dispatch.CapacityDispatch(1.0, 1.0, 1),
+  'capacity': capacity_dispatch.CapacityDispatch(1.0, 1),
 }
 MESHES = {
   '8': {'data': 1, 'expert': 8},
@@ -92,7 +92,8 @@ def value_and_gradients(layer, key, params, tokens, ids):
       {'params': params},
       tokens,
       ids,
-      deterministic=key is None,
+      # As in training: capacities bind.
+      deterministic=False,
       rngs={} if key is None else {'dropout': key},
       mutable=['router_stats'],
     )

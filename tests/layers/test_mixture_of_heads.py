@@ -161,7 +161,7 @@ def test_padding_may_be_routed_as_in_the_code_of_moduleformer():
   [
     {'groups': token_groups.TokenGroups(4)},
     {'groups': token_groups.SequenceGroups()},
-    {'dispatch': capacity_dispatch.CapacityDispatch(9.0, 9.0)},
+    {'dispatch': capacity_dispatch.CapacityDispatch(9.0)},
   ],
   ids=['groups', 'sequences', 'capacity'],
 )

@@ -25,12 +25,15 @@ from mowe.layers import (
   tokens_choose,
 )
 
-BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 3, 14, 5, 3, 4
+BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 6, 7, 5, 3, 4
 NUM_IDS = 9
 
 ROUTERS = {
   'top1': tokens_choose.TokensChoose(),
   'top2': tokens_choose.TokensChoose(2, renormalize=True),
+  'top2_firsts': tokens_choose.TokensChoose(
+    2, renormalize=True, first_choices_first=True
+  ),
   'top3_priority': tokens_choose.TokensChoose(
     3, renormalize=True, batch_prioritized=True
   ),
@@ -43,8 +46,8 @@ ROUTERS = {
 }
 DISPATCHES = {
   'dropless': dropless_dispatch.DroplessDispatch(),
-  'tight': capacity_dispatch.CapacityDispatch(0.5, 0.5, 1),
-  'ample': capacity_dispatch.CapacityDispatch(9.0, 9.0),
+  'tight': capacity_dispatch.CapacityDispatch(0.5, 1),
+  'ample': capacity_dispatch.CapacityDispatch(9.0),
 }
 COMBINATIONS = [
   (router, dispatch)
@@ -55,7 +58,7 @@ COMBINATIONS = [
 
 
 def make_case(seed, router, dispatch, **fields):
-  """A layer of two groups, 20 + 22 tokens with padding, and its inputs."""
+  """A layer of two groups of three sequences with padding, and its inputs."""
   rng = np.random.default_rng(seed)
   fields = {'groups': token_groups.TokenGroups(22)} | fields
   layer = moe.MoeLayer(
@@ -67,8 +70,8 @@ def make_case(seed, router, dispatch, **fields):
   )
   tokens = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
   ids = rng.integers(0, NUM_IDS, size=(BATCH, LENGTH)).astype(np.int32)
-  ids[:, 11:] = -1
-  ids[1, :5] = -1
+  ids[:, 5:] = -1
+  ids[1, :3] = -1
   variables = flax.core.unfreeze(layer.init(jax.random.key(seed), tokens, ids))
   params = variables['params']
   if 'router' in params:
@@ -84,7 +87,12 @@ def make_case(seed, router, dispatch, **fields):
 @functools.partial(jax.jit, static_argnums=0)
 def run(layer, params, tokens, ids):
   outputs, sown = layer.apply(
-    {'params': params}, tokens, ids, mutable=['router_stats']
+    {'params': params},
+    tokens,
+    ids,
+    # As in training, but for dropout: capacities bind.
+    deterministic=False,
+    mutable=['router_stats'],
   )
   return outputs, sown['router_stats']['stats']
 
@@ -103,20 +111,25 @@ def scores_of(layer, logits):
 def decide(layer, params, tokens, ids):
   """Kept (token, expert) pairs of all groups, in float64 and one by one."""
   flat_ids = ids.reshape(-1)
-  num_tokens = flat_ids.size
-  num_groups = -(-num_tokens // layer.groups.size)
-  size = -(-num_tokens // num_groups)
+  rows = layer.groups.size // LENGTH
+  num_groups = -(-BATCH // rows)
+  size = rows * LENGTH
   if layer.routing.is_learned:
     kernel = params['router']['router_weights']['w']['kernel']
     logits = tokens.reshape(-1, EMBED).astype(np.float64) @ np.asarray(kernel)
     scores = scores_of(layer, logits)
   kept = []
   for group in range(num_groups):
-    end = min((group + 1) * size, num_tokens)
-    real = [t for t in range(group * size, end) if flat_ids[t] >= 0]
+    # The first tokens of all sequences of the group, then the second ones.
+    real = [
+      row * LENGTH + position
+      for position in range(LENGTH)
+      for row in range(group * rows, min((group + 1) * rows, BATCH))
+      if ids[row, position] >= 0
+    ]
     router = layer.routing
     if isinstance(router, experts_choose.ExpertsChoose):
-      room = round(router.factor * size / NUM_EXPERTS)
+      room = round(router.factor * len(real) / NUM_EXPERTS)
       pairs = [
         (t, e)
         for e in range(NUM_EXPERTS)
@@ -129,7 +142,10 @@ def decide(layer, params, tokens, ids):
       chosen = {t: np.argsort(-(scores[t] + bias))[: router.k] for t in real}
       if router.batch_prioritized:
         real = sorted(real, key=lambda t: -scores[t, chosen[t][0]])
-      pairs = [(t, chosen[t][j]) for j in range(router.k) for t in real]
+      if router.looks_ahead:
+        pairs = [(t, chosen[t][j]) for j in range(router.k) for t in real]
+      else:
+        pairs = [(t, chosen[t][j]) for t in real for j in range(router.k)]
     else:
       assigned = np.asarray(
         router._assigned(jnp.asarray(flat_ids), NUM_EXPERTS)
@@ -139,7 +155,7 @@ def decide(layer, params, tokens, ids):
     if isinstance(layer.dispatch, capacity_dispatch.CapacityDispatch):
       share = router.num_pairs(size, NUM_EXPERTS) / NUM_EXPERTS
       room = max(
-        round(layer.dispatch.eval_factor * share), layer.dispatch.min_capacity
+        round(layer.dispatch.factor * share), layer.dispatch.min_capacity
       )
     taken = np.zeros(NUM_EXPERTS, int)
     for t, e in pairs:
@@ -224,7 +240,7 @@ def test_every_token_and_choice_is_counted(router, dispatch, seed):
   ids[0, :3] = NUM_IDS  # Without an expert where ids decide.
   _, stats = run(layer, params, tokens, ids)
   kept = decide(layer, params, tokens, ids)
-  # 42 positions in groups of 21: nothing is filled up.
+  # Two groups of three sequences: nothing is filled up.
   assert stats.num_tokens == BATCH * LENGTH
   assert stats.num_padding == np.sum(ids < 0)
   computed = len({t for t, _ in kept})
@@ -405,7 +421,7 @@ def test_bad_settings_are_named():
   tokens = jnp.ones((2, 4, EMBED))
   key = jax.random.key(0)
   with pytest.raises(ValueError, match='Raise min_capacity'):
-    make(dispatch=capacity_dispatch.CapacityDispatch(0.1, 0.1, 0)).init(
+    make(dispatch=capacity_dispatch.CapacityDispatch(0.1, 0)).init(
       key, tokens
     )
   with pytest.raises(ValueError, match='-1 for padding'):

@@ -72,7 +72,7 @@ def value_and_gradients(layer, params, tokens, mask):
   'dispatch',
   [
     dropless_dispatch.DroplessDispatch(),
-    capacity_dispatch.CapacityDispatch(1.0, 1.0, 1),
+    capacity_dispatch.CapacityDispatch(1.0, 1),
   ],
   ids=['dropless', 'capacity'],
 )

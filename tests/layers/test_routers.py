@@ -55,6 +55,24 @@ def test_batch_priority_sorts_tokens_and_first_choices_come_first():
   )
 
 
+def test_all_choices_of_a_token_come_before_those_of_the_next():
+  choices = choose(tokens_choose.TokensChoose(2))
+  np.testing.assert_array_equal(choices.tokens, [[0, 0, 1, 1, 2, 2, 3, 3]])
+  np.testing.assert_array_equal(choices.experts, [[0, 1, 0, 1, 2, 2, 0, 1]])
+  np.testing.assert_array_equal(
+    choices.pairs[0], [[0, 1], [2, 3], [4, 5], [6, 7]]
+  )
+
+
+def test_first_choices_may_come_first():
+  choices = choose(tokens_choose.TokensChoose(2, first_choices_first=True))
+  np.testing.assert_array_equal(choices.tokens, [[0, 1, 2, 3] * 2])
+  np.testing.assert_array_equal(choices.experts, [[0, 0, 2, 0, 1, 1, 2, 1]])
+  np.testing.assert_array_equal(
+    choices.pairs[0], [[0, 4], [1, 5], [2, 6], [3, 7]]
+  )
+
+
 def test_selection_bias_selects_and_does_not_weigh():
   bias = jnp.array([-0.3, 0.0])
   choices = choose(tokens_choose.TokensChoose(bias_rate=0.1), bias=bias)
@@ -73,15 +91,44 @@ def test_sigmoid_scores_renormalised():
 
 
 def test_experts_choose_their_tokens():
-  choices = choose(experts_choose.ExpertsChoose(1.0))
-  # Two tokens each. Expert 1 would have taken padding (0.5) before 0.4.
+  # 4/3 experts of each of three real tokens: two tokens of each expert.
+  choices = choose(experts_choose.ExpertsChoose(4 / 3))
+  # Expert 0 has room for a third. Expert 1 would have taken padding (0.5)
+  # before 0.4.
+  np.testing.assert_array_equal(choices.experts, [[0, 0, 2, 1, 1, 2]])
+  taken = np.asarray(choices.experts[0]) < 2
+  choices = choices._replace(
+    tokens=choices.tokens[:, taken],
+    experts=choices.experts[:, taken],
+    weights=choices.weights[:, taken],
+  )
   np.testing.assert_array_equal(choices.tokens, [[1, 3, 0, 3]])
   np.testing.assert_array_equal(choices.experts, [[0, 0, 1, 1]])
   np.testing.assert_allclose(choices.weights, [[0.9, 0.7, 0.4, 0.3]], rtol=1e-6)
-  # Pairs 1 and 3 are those of the last token; 4 is none.
+  # Pairs 1 and 4 are those of the last token; 6 is none.
   np.testing.assert_array_equal(
-    choices.pairs[0], [[4, 2], [0, 4], [4, 4], [1, 3]]
+    choices.pairs[0], [[6, 3], [0, 6], [6, 6], [1, 4]]
   )
+
+
+@pytest.mark.parametrize('length', [16, 32, 48, 64])
+def test_experts_follow_real_tokens_not_the_padded_length(length):
+  router = experts_choose.ExpertsChoose(2.0)
+  logits = np.zeros((2, length, 4), np.float32)
+  real = np.random.default_rng(0).normal(size=(2, 12, 4))
+  logits[:, :12] = real
+  is_valid = jnp.arange(length)[None, :] < jnp.array([[12], [6]])
+  choices = router(
+    jnp.asarray(logits), num_experts=4, is_valid=is_valid, routing_ids=None
+  )
+  # 2 x 12 / 4 and 2 x 6 / 4 tokens of each expert, padded or not.
+  counts = slots.count_choices(choices.experts, 4)
+  np.testing.assert_array_equal(counts, [[6] * 4, [3] * 4])
+  # So much is computed, too.
+  plan = dropless_dispatch.DroplessDispatch().plan(
+    choices, router, num_experts=4
+  )
+  assert plan.num_slots == 4 * (6 + 3)
 
 
 def test_experts_leave_slots_empty_when_real_tokens_run_out():
@@ -127,8 +174,8 @@ def test_capacity_plan():
   choices = choose(router)
   # Four choices, two experts, factor 1: two slots each. Tokens 0 and 1 take
   # those of expert 0, token 3 is dropped, expert 1 stays empty.
-  plan = capacity_dispatch.CapacityDispatch(1.0, 1.0, 1).plan(
-    choices, router, num_experts=2, training=True
+  plan = capacity_dispatch.CapacityDispatch(1.0, 1).plan(
+    choices, router, num_experts=2
   )
   np.testing.assert_array_equal(plan.sources, [0, 1, 4, 4])
   np.testing.assert_array_equal(plan.slots_of_tokens[:, 0], [0, 1, 4, 4])
@@ -143,7 +190,7 @@ def test_dropless_plan():
   router = tokens_choose.TokensChoose(2)
   choices = choose(router)
   plan = dropless_dispatch.DroplessDispatch().plan(
-    choices, router, num_experts=2, training=True
+    choices, router, num_experts=2
   )
   # First choices of tokens 0, 1, 3 went to expert 0, second ones to expert 1.
   np.testing.assert_array_equal(plan.sources[:6], [0, 1, 3, 0, 1, 3])
@@ -159,7 +206,7 @@ def test_capacity_grows_with_k_but_for_flaxformer():
   ours = capacity_dispatch.CapacityDispatch(min_capacity=1)
   theirs = flaxformer_moe.FlaxformerCapacity(min_capacity=1)
   capacity = lambda rule, k: rule.capacity(
-    tokens_choose.TokensChoose(k), 64, 8, 1.25
+    tokens_choose.TokensChoose(k), 64, 8
   )
   assert [capacity(ours, k) for k in (1, 2, 4)] == [10, 20, 40]
   assert [capacity(theirs, k) for k in (1, 2, 4)] == [10, 10, 10]
@@ -219,10 +266,10 @@ def test_groups_are_split_and_merged(shape, groups):
   split = groups.split(tokens, 0)
   np.testing.assert_array_equal(groups.merge(split, *shape), tokens)
   if type(groups) is token_groups.TokenGroups:
-    assert split.shape[1] <= groups.size
-    # Less than one token per group is filled up with.
+    assert split.shape[1] <= max(groups.size, shape[1])
+    # Less than one sequence per group is filled up with.
     missing = split.shape[0] * split.shape[1] - shape[0] * shape[1]
-    assert 0 <= missing < split.shape[0]
+    assert 0 <= missing < split.shape[0] * shape[1]
 
 
 def test_load_concentration_is_the_entropy_of_the_mean():

@@ -118,7 +118,7 @@ def close(actual, expected):
 def test_values_and_gradients_equal_the_loop(router, dispatch):
   dispatch = {
     'dropless': dropless_dispatch.DroplessDispatch(),
-    'capacity': capacity_dispatch.CapacityDispatch(9.0, 9.0),
+    'capacity': capacity_dispatch.CapacityDispatch(9.0),
   }[dispatch]
   layer, params, tokens, ids = make_case(router, dispatch=dispatch)
   key = jax.random.key(5)

@@ -143,7 +143,7 @@ def _moe(routing, decoder_routing=None, **fields):
     moe.MoeLayer,
     4,
     3,
-    dispatch=capacity_dispatch.CapacityDispatch(1.5, 3.0, 2),
+    dispatch=capacity_dispatch.CapacityDispatch(1.5, 2),
     groups=token_groups.TokenGroups(16),
     **fields,
   )

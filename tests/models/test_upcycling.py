@@ -80,7 +80,7 @@ def _logits(config, params):
   ('routing', 'fields'),
   [
     (_TOP2, {}),
-    (_TOP2, {'dispatch': capacity_dispatch.CapacityDispatch(4.0, 4.0)}),
+    (_TOP2, {'dispatch': capacity_dispatch.CapacityDispatch(4.0)}),
     (tokens_choose.TokensChoose(3, sigmoid=True, renormalize=True), {}),
     (_HASH, {}),
   ],

@@ -85,7 +85,7 @@ def _step(dispatch, sizes):
   'dispatch',
   [
     dropless_dispatch.DroplessDispatch(),
-    capacity_dispatch.CapacityDispatch(1.0, 1.0, 1),
+    capacity_dispatch.CapacityDispatch(1.0, 1),
   ],
   ids=['dropless', 'capacity'],
 )

@@ -170,7 +170,7 @@ def test_the_selection_bias_follows_the_loads_alone():
 def test_dropped_tokens_are_counted():
   model = _model(
     tokens_choose.TokensChoose(k=1),
-    dispatch=capacity_dispatch.CapacityDispatch(0.5, 0.5, min_capacity=1),
+    dispatch=capacity_dispatch.CapacityDispatch(0.5, min_capacity=1),
   )
   _, _, metrics = _run(model, _batch())
   assert metrics['encoder/layers_0/mlp/dropped'] > 0
