@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from mowe.commands import (
+  compare_choice,
   compare_experiment,
   compare_measure,
   compare_plan,
@@ -62,17 +63,21 @@ def compare(
   with compare_process.only_one(folder) as lock:
     prepared = experiment.data.prepare(folder / 'data')
     plan = compare_plan.Plan(experiment, prepared)
-    runs = [run for of_model in plan.runs.values() for run in of_model]
-    for run in runs:
-      compare_run.check_folders(run)
+    for tries in plan.tries.values():
+      for run in tries:
+        compare_run.check_folders(run)
     _say(plan)
     if dry_run:
       return None
+    chosen = {}
     with compare_process.Runner(lock) as runner:
-      for run in runs:
-        if not compare_run.is_finished(run):
-          runner.do(run)
-    return _report(experiment, prepared, plan)
+      for name, tries in plan.tries.items():
+        _do(runner, tries)
+        chosen[name] = _choose(experiment, tries)
+      # The other seeds come last: one run of every model is worth more.
+      for name, choice in chosen.items():
+        _do(runner, plan.runs(name, choice.number))
+    return _report(experiment, prepared, plan, chosen)
 
 
 def show(compared: Compared) -> None:
@@ -84,27 +89,55 @@ def show(compared: Compared) -> None:
   print(f'\nTables, figures and page: {compared.page}')
 
 
+def _do(
+  runner: compare_process.Runner, runs: Sequence[compare_plan.Run]
+) -> None:
+  for run in runs:
+    if not compare_run.is_finished(run):
+      runner.do(run)
+
+
+def _choose(experiment, tries) -> compare_choice.Choice:
+  tuning = experiment.tuning
+  choice = compare_choice.choose(tries, tuning.questions if tuning else ())
+  for one in choice.tries:
+    print(
+      f'{tries[0].name}, {one.label}: EM {one.em:.1f}  F1 {one.f1:.1f} on the '
+      f'questions for choosing{", chosen" if one.is_chosen else ""}',
+      flush=True,
+    )
+  return choice
+
+
 def _say(plan: compare_plan.Plan) -> None:
   print('\nModels:')
   for sized in plan.sized:
-    cost, note = sized.cost, sized.note and f'; {sized.note}'
-    runs = plan.runs[sized.model.name]
-    done = sum(map(compare_run.is_finished, runs))
+    name, cost = sized.model.name, sized.cost
+    note = sized.note and f'; {sized.note}'
+    tries = plan.tries[name]
+    # Which other runs there are is known when all tries are done.
+    done = sum(map(compare_run.is_finished, tries))
+    tried = f' {len(tries)} learning rates,' if len(tries) > 1 else ''
     print(
-      f'  {sized.model.name}: {cost.total_parameters:,} parameters, '
-      f'{cost.active_parameters:,} per token{note}; {done} of {len(runs)} runs '
-      'finished',
+      f'  {name}: {cost.total_parameters:,} parameters, '
+      f'{cost.active_parameters:,} per token{note};{tried} {done} of '
+      f'{plan.num_runs(name)} runs finished',
       flush=True,
     )
 
 
-def _report(experiment, prepared, plan) -> Compared:
+def _report(experiment, prepared, plan, chosen) -> Compared:
   vocabulary = subwords.load_subwords(prepared.vocabulary)
-  runs = plan.runs
+  runs = {
+    name: plan.runs(name, choice.number) for name, choice in chosen.items()
+  }
   first = next(iter(runs.values()))[0]
-  questions = compare_questions.questions_of(first, vocabulary)
+  questions = compare_questions.questions_of(
+    first, experiment.questions, vocabulary
+  )
   results = [
-    _result(sized, runs[sized.model.name], questions) for sized in plan.sized
+    _result(sized, runs[sized.model.name], questions, chosen[sized.model.name])
+    for sized in plan.sized
   ]
   many = 's' if len(experiment.seeds) > 1 else ''
   seeds = ', '.join(map(str, experiment.seeds))
@@ -129,6 +162,7 @@ def _result(
   sized: compare_plan.SizedModel,
   runs: Sequence[compare_plan.Run],
   questions: Sequence[comparison.Question],
+  choice: compare_choice.Choice,
 ) -> comparison.ModelResult:
   """The answers of all seeds; curves and loads are of the first."""
   of_seeds = [
@@ -171,6 +205,7 @@ def _result(
     recall=recall,
     loads=loads,
     note=sized.note,
+    tries=choice.tries,
   )
 
 

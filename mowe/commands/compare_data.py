@@ -2,6 +2,10 @@
 
 Each source of data makes, or finds, the same things: a subword vocabulary, and
 token caches called as in `CACHES`. What is there already is not made again.
+
+Validation questions are split once, by a hash of the entity that they are
+about, into two caches: learning rates and checkpoints may be chosen by the
+questions of `qa_choosing`, and `qa_reported` are those that a report is about.
 """
 
 import dataclasses
@@ -20,10 +24,17 @@ from mowe.commands import (
 from mowe.data import generated_world, passages, text_files
 from mowe.words import subwords
 
-# Text to be pretrained on, questions to be finetuned on and to be asked; text
-# that no model was trained on, which may be missing.
-CACHES = ('documents', 'qa_train', 'qa_validation')
+# Text to be pretrained on, questions to be finetuned on, those by which rates
+# and checkpoints are chosen, and those that are reported.
+CHOOSING, REPORTED = 'qa_choosing', 'qa_reported'
+CACHES = ('documents', 'qa_train', CHOOSING, REPORTED)
+# Text that no model was trained on, which may be missing.
 HELD_OUT = 'held_out'
+
+# Files that a source of data has.
+_SOURCES = ('documents', 'qa_train', 'qa_validation')
+# One validation question in so many is for choosing.
+_CHOOSING_PART = 3
 
 # Under which names a folder of one's own may have them.
 _NAMES = {
@@ -144,10 +155,10 @@ class GeneratedWorld:
     """Generates the world, its vocabulary and caches."""
     config = self.config
     paths = generated_world.write_world(config, folder / 'world')
-    files = {name: str(paths[name]) for name in CACHES}
+    files = {name: str(paths[name]) for name in _SOURCES}
     people = {
       record['entity']
-      for name in CACHES
+      for name in _SOURCES
       for record in text_files.read_records(files[name], ())
     }
     subwords.write_atomically(
@@ -198,7 +209,7 @@ class Files:
       name: self.documents
       if name == 'documents' and self.documents
       else _find(self.folder, name)
-      for name in CACHES
+      for name in _SOURCES
     }
     notes = [f'Text and questions of {pathlib.Path(self.folder).name}.']
     if self.held_out is not None:
@@ -281,6 +292,8 @@ def _prepare(
   folder, files, vocabulary, size, notes, cut=passages.Passages()
 ) -> Prepared:
   folder.mkdir(parents=True, exist_ok=True)
+  files = dict(files)
+  files |= _split_questions(files.pop('qa_validation'), folder)
   if vocabulary is None:
     vocabulary = str(folder / 'vocabulary.model')
     sizes = folder / 'vocabulary.json'
@@ -315,6 +328,36 @@ def _prepare(
   )
 
 
+def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:
+  """Files of the questions for choosing and of those that are reported.
+
+  All questions about one entity are in one of them, which depends on nothing
+  but its name: in a larger set of questions it is the same one.
+  """
+  kind = _kind('qa_validation', file)
+  parts: dict[str, list[dict[str, Any]]] = {CHOOSING: [], REPORTED: []}
+  fields = {'questions': ('question', 'answers'), 'claims': ('claim', 'label')}
+  for record in text_files.read_records(file, fields[kind]):
+    about = record.get('entity') or record[fields[kind][0]]
+    digest = hashlib.sha256(str(about).encode('utf-8', 'replace')).digest()
+    number = int.from_bytes(digest[:8], 'big')
+    parts[REPORTED if number % _CHOOSING_PART else CHOOSING].append(record)
+  if not parts[REPORTED]:
+    raise ValueError(
+      'Some of the validation questions must be left to be reported when one '
+      f'in {_CHOOSING_PART} is for choosing, but {file} has '
+      f'{len(parts[CHOOSING])}, all about few entities. Give more questions.'
+    )
+  paths = {}
+  for name, records in parts.items():
+    # Beside one question or two there may be none to choose by.
+    if records:
+      path = folder / f'{kind}_{name.removeprefix("qa_")}.jsonl'
+      _write_lines(path, records)
+      paths[name] = str(path)
+  return paths
+
+
 def _check_size(path: pathlib.Path, size: int) -> None:
   old = json.loads(path.read_text())['size'] if path.exists() else size
   if old != size:
@@ -341,7 +384,7 @@ def _find(folder: str, name: str) -> str:
       if path.is_file():
         return str(path)
   raise FileNotFoundError(
-    f'The data folder must hold {", ".join(CACHES)}, each .jsonl or .jsonl.gz, '
+    f'The data folder must hold {", ".join(_SOURCES)}, each .jsonl or .jsonl.gz, '
     f'but {folder} has no {" or ".join(_NAMES[name])}. Documents have the field '
     'text; questions have question and answers. Text may also lie elsewhere: '
     'compare_data.Files.documents, or --documents of `mowe quickstart`.'
@@ -394,5 +437,6 @@ def _wording(document: dict[str, Any]) -> str:
 
 
 def _write_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  lines = [json.dumps(record, ensure_ascii=False) + '\n' for record in records]
+  # In ASCII: a text may hold half of a surrogate pair, which is no UTF-8.
+  lines = [json.dumps(record) + '\n' for record in records]
   subwords.write_atomically(path, ''.join(lines).encode())

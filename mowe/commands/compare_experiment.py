@@ -64,6 +64,51 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+  """Learning rates that are tried for every model, as many for each.
+
+  Try number i trains a model with the first seed, with `rates[i]` and, if it
+  has word experts, with `row_rates[i]`: so each model has the same number of
+  tries, however many rates it has. The try with the best exact match on
+  `questions` is trained with the other seeds, too, and is reported.
+
+  Attributes:
+    rates: of ordinary parameters, the macro LEARNING_RATE, one for each try.
+    row_rates: of the rows of expert tables, the macro ROW_LEARNING_RATE,
+      likewise.
+    stage: name of the stage of training that has these rates.
+    questions: token caches of the questions by which is chosen. The report
+      does not show them.
+
+  Raises:
+    ValueError: no rates, or not as many of both.
+  """
+
+  rates: tuple[float, ...]
+  row_rates: tuple[float, ...]
+  stage: str
+  questions: tuple[str, ...] = ('qa_choosing',)
+
+  def __post_init__(self):
+    if not self.rates or len(self.rates) != len(self.row_rates):
+      raise ValueError(
+        'Tuning needs one rate and one row rate for each try, but has rates '
+        f'{self.rates} and row_rates {self.row_rates}. Give both as many '
+        'numbers.'
+      )
+    if min(*self.rates, *self.row_rates) <= 0:
+      raise ValueError(
+        'Learning rates must be positive, but Tuning has rates '
+        f'{self.rates} and row_rates {self.row_rates}. Change them.'
+      )
+    if not self.questions:
+      raise ValueError(
+        'Tuning needs questions by which it can choose, but questions is (). '
+        "Name a token cache, such as ('qa_choosing',)."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
   """Models that are compared, all on the same data and questions.
 
@@ -75,7 +120,10 @@ class Experiment:
     output: folder of everything that is made. Experiments on the same data may
       have one output: models that are in both are trained once.
     seeds: of each model, one run with each.
-    questions: token caches of the questions that are asked in the end.
+    questions: token caches of the questions that the report is about. No stage
+      of training may choose its best checkpoint by them.
+    tuning: how the learning rate of each model is chosen; None: all models have
+      the rates of their gin files.
     metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
     num_points: losses on held-out text during a stage of pretraining.
     num_recalled: pretraining examples whose masked spans are to be recalled.
@@ -91,7 +139,8 @@ class Experiment:
   data: compare_data.Data
   output: str
   seeds: tuple[int, ...] = (0,)
-  questions: tuple[str, ...] = ('qa_validation',)
+  questions: tuple[str, ...] = ('qa_reported',)
+  tuning: Tuning | None = None
   metric: Callable[..., dict[str, float]] = text_metrics.squad
   num_points: int = 10
   num_recalled: int = 1024
@@ -113,7 +162,16 @@ class Experiment:
     if not self.questions:
       raise ValueError(
         'An experiment needs questions to ask, but questions is (). Name a '
-        "token cache, such as ('qa_validation',)."
+        "token cache, such as ('qa_reported',)."
+      )
+    both = set(self.questions) & set(
+      self.tuning.questions if self.tuning else ()
+    )
+    if both:
+      raise ValueError(
+        'Questions by which learning rates are chosen must not be reported, '
+        f'but {sorted(both)} are in Experiment.questions and in '
+        'Tuning.questions. Leave them out of one of the two.'
       )
     metric = getattr(self.metric, '__name__', '')
     if not hasattr(text_metrics, metric):
@@ -141,6 +199,13 @@ class Experiment:
       )
     for model in self.models:
       _check(model, names)
+      stages = [stage.name for stage in model.stages]
+      if self.tuning is not None and self.tuning.stage not in stages:
+        raise ValueError(
+          'Tuning.stage must be a stage of every model, but is '
+          f'{self.tuning.stage!r}, and {model.name} has {stages}. Name one of '
+          'these.'
+        )
 
 
 def load(

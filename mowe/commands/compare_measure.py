@@ -6,12 +6,14 @@ A number that cannot be measured is None, never zero.
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import re
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import flax
 import jax
 import numpy as np
 
@@ -26,14 +28,17 @@ from mowe.commands import (
 )
 from mowe.evaluation import evaluate as evaluate_lib
 from mowe.evaluation import text_metrics
+from mowe.layers import router_losses
 from mowe.models import (
   costs,
+  decoding,
   initialization,
   model_config,
   parameters,
 )
 from mowe.training import checkpoints as checkpoints_lib
 from mowe.training import metrics as metrics_lib
+from mowe.training import router_training
 from mowe.training import step as step_lib
 from mowe.words import subwords
 
@@ -74,13 +79,19 @@ def measure(planned: compare_plan.Run) -> dict[str, Any]:
     measured |= _on_text(planned, text_data, loaded)
     del loaded
   config, vocabulary = _config(planned.finetuned)
-  measured |= _costs(planned, config, text_data.task_feature_lengths)
+  measured |= _costs(
+    planned, config, _real_lengths(text_data, config, vocabulary)
+  )
   measured |= _compiled_flops(config, text_data, vocabulary)
   print(
     'FLOPs per token: {flops_formula:,.0f} by formula, '
     '{flops_compiled:,.0f} in the compiled program'.format(**measured)
   )
-  measured['num_questions'] = _ask(planned)
+  dropped = _dropped_in_training(planned)
+  measured['num_questions'], in_generation = _ask(planned)
+  for load in measured['loads']:
+    load['dropped_in_training'] = dropped.get(load['layer'])
+    load['dropped_in_generation'] = in_generation.get(load['layer'])
   return measured
 
 
@@ -102,17 +113,25 @@ def _costs(planned, config, lengths) -> dict[str, Any]:
   folder, step = model_folder.split_checkpoint_path(planned.finetuned)
   with checkpoints_lib.Checkpoints(folder) as checkpoints:
     is_frozen = checkpoints.metadata(step).get('freeze_experts')
-  _, tables = parameters.split_tables(
-    initialization.abstract_variables(config.build())['params']
-  )
-  size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tables))
   return {
     'total_parameters': cost.total_parameters,
     'active_parameters': cost.active_parameters,
-    # Only tables can be frozen.
-    'frozen_parameters': None if is_frozen is None else size * is_frozen,
+    'frozen_parameters': None
+    if is_frozen is None
+    else _num_in_experts(config) * is_frozen,
     'flops_formula': compare_budget.flops_per_token(cost, lengths),
   }
+
+
+def _num_in_experts(config) -> int:
+  """Parameters that `freeze_experts` leaves as they are."""
+  ordinary, tables = parameters.split_tables(
+    initialization.abstract_variables(config.build())['params']
+  )
+  flat = flax.traverse_util.flatten_dict(ordinary)
+  leaves = [leaf for path, leaf in flat.items() if costs.is_expert(path)]
+  leaves += jax.tree.leaves(tables)
+  return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
@@ -141,6 +160,27 @@ def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
 
 
 # Text.
+
+
+def _real_lengths(data, config, vocabulary) -> dict[str, float]:
+  """Mean tokens of an example of the text, padding not counted."""
+  batches = list(
+    itertools.islice(_text_batches(data, config, vocabulary), _COUNTED_BATCHES)
+  )
+  if not batches:
+    return data.task_feature_lengths
+  features = {
+    'inputs': 'encoder_input_tokens',
+    'targets': 'decoder_target_tokens',
+  }
+  return {
+    name: float(
+      sum(np.count_nonzero(batch[feature]) for batch in batches)
+      / sum(len(batch[feature]) for batch in batches)
+    )
+    for name, feature in features.items()
+    if feature in batches[0]
+  }
 
 
 def _text_batches(data, config, vocabulary) -> Iterator[dict[str, Any]]:
@@ -245,17 +285,56 @@ def _router_loads(values) -> Iterator[dict[str, Any]]:
   for name, value in values.items():
     if not (name.startswith('text/') and name.endswith('/load')):
       continue
-    layer = name.removesuffix('/load')
     # text/encoder/layers_1/mlp
-    parts = layer.split('/')[1:]
-    block = int(parts[1].removeprefix('layers_')) + 1
-    kind = '' if parts[-1] == 'mlp' else f', {parts[-1]}'
+    layer = name.removesuffix('/load')
     yield {
-      'layer': f'{parts[0]}, block {block}{kind}',
+      'layer': _layer_name(layer.split('/')[1:]),
       'shares': np.nan_to_num(value).tolist(),
       'skipped': _finite(values.get(f'{layer}/skipped')),
       'dropped': _finite(values.get(f'{layer}/dropped')),
     }
+
+
+def _layer_name(path: Sequence[str]) -> str:
+  """('encoder', 'layers_1', 'mlp') as the report names it."""
+  block = int(path[1].removeprefix('layers_')) + 1
+  kind = '' if path[-1] == 'mlp' else f', {path[-1]}'
+  return f'{path[0]}, block {block}{kind}'
+
+
+def _dropped_in_training(planned) -> dict[str, float]:
+  """Layer -> share of choices that were dropped in all of pretraining."""
+  found: dict[str, list[float]] = {}
+  for stage in planned.stages[:-1]:
+    path = pathlib.Path(stage.folder) / 'train_metrics.jsonl'
+    for line in metrics_lib.read_json_lines(path):
+      for name, value in line.items():
+        if name.endswith('/dropped') and value is not None:
+          layer = _layer_name(name.split('/')[:-1])
+          found.setdefault(layer, []).append(value)
+  return {layer: statistics.mean(values) for layer, values in found.items()}
+
+
+def _dropped_in_generation(generator, cache) -> dict[str, float]:
+  """Layer of the decoder -> share of choices dropped while it answers."""
+  number = min(generator.batch_size, cache.num_examples)
+  longest = max(len(cache.tokens('inputs', i)) for i in range(number))
+  inputs = np.zeros((number, longest), np.int32)
+  for i in range(number):
+    tokens = cache.tokens('inputs', i)
+    inputs[i, : len(tokens)] = tokens
+  counted = decoding.count_routed(
+    generator.model,
+    {'params': generator.params},
+    inputs,
+    generator.max_target_length,
+  )
+  stats = router_training.layer_stats({router_losses.COLLECTION: counted})
+  return {
+    _layer_name(path): float(np.sum(one.dropped) / one.num_choices)
+    for path, one in stats.items()
+    if one.num_choices > 0
+  }
 
 
 # Training.
@@ -314,15 +393,20 @@ def _tokens_per_step(stage) -> float:
 # Questions.
 
 
-def _ask(planned) -> int:
-  """Asks everything; writes a line for each question, and returns how many."""
+def _ask(planned) -> tuple[int, dict[str, float]]:
+  """Asks everything, and writes a line for each question.
+
+  Returns how many there are, and what was dropped meanwhile.
+  """
   loaded = model_folder.load(planned.finetuned)
   data = _data_of(planned.reading[-1])
   generator = data.make_generator(loaded.model, loaded.params)
   metric = getattr(text_metrics, planned.metric)
   lines = []
+  dropped: dict[str, float] = {}
   for task in planned.questions:
     cache = data.open_cache(task, loaded.vocabulary)
+    dropped = dropped or _dropped_in_generation(generator, cache)
     folder = pathlib.Path(planned.folder) / 'answers' / task
     result = evaluate_lib.evaluate_questions(
       generator, cache, loaded.vocabulary, metric=metric, output_dir=folder
@@ -345,7 +429,14 @@ def _ask(planned) -> int:
   subwords.write_atomically(
     pathlib.Path(planned.folder) / QUESTIONS, content.encode('utf-8', 'replace')
   )
-  return len(lines)
+  return len(lines), dropped
+
+
+def read_answers(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines that `measure` wrote for the questions of a run."""
+  # Not splitlines: texts may hold other line ends than this one.
+  text = (folder / QUESTIONS).read_text('utf-8')
+  return [json.loads(line) for line in text.rstrip('\n').split('\n')]
 
 
 def _finite(value: Any) -> float | None:

@@ -1,7 +1,8 @@
 """From an experiment to runs: sizes, gin bindings and folders of each.
 
-A run is one model with one seed. All that its process needs to know is a
-`Run`, which is written to a file; the process parses the gin files itself.
+A run is one model with one seed and one try of its learning rates. All that its
+process needs to know is a `Run`, which is written to a file; the process parses
+the gin files itself.
 """
 
 import dataclasses
@@ -51,18 +52,21 @@ class PlannedStage:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One model with one seed.
+  """One model with one seed and one try.
 
   Attributes:
     name: of the model.
     seed: of parameters, data and dropout.
+    rates: names and values of the learning rates of this try; () if none are
+      tried.
     folder: gets what is measured.
     stages: of training; none if the model is from elsewhere.
     reading: gin files and bindings of each stage, also where the model is from
       elsewhere: they say how text and questions are read.
     pretrained: model folder that losses and recall are measured on, or None.
     finetuned: model folder that is asked.
-    questions: token caches.
+    questions: token caches of all questions that are asked: those that are
+      reported, and those by which rates are chosen.
     metric: name of a function of `text_metrics`.
     has_held_out: whether there is held-out text.
     num_points: losses on held-out text in a stage of pretraining.
@@ -73,6 +77,7 @@ class Run:
 
   name: str
   seed: int
+  rates: tuple[tuple[str, float], ...]
   folder: str
   stages: tuple[PlannedStage, ...]
   reading: tuple[PlannedStage, ...]
@@ -97,6 +102,7 @@ class Run:
       fields[name] = tuple(
         PlannedStage(**_with_tuples(stage)) for stage in fields[name]
       )
+    fields['rates'] = tuple((name, value) for name, value in fields['rates'])
     return cls(**_with_tuples(fields))
 
   def digest(self) -> str:
@@ -130,7 +136,8 @@ class Plan:
 
   Attributes:
     sized: a SizedModel for each model, in their order.
-    runs: of each model, by its name, a run for each seed.
+    tries: of each model, by its name, a run with the first seed for each try;
+      one if no learning rates are tried.
 
   Raises:
     ValueError: a budget that cannot be met, a model from elsewhere with another
@@ -145,15 +152,48 @@ class Plan:
     self._vocabulary = subwords.load_subwords(prepared.vocabulary)
     self._asked: list[str] | None = None
     self.sized = [self._size(model, ()) for model in experiment.models]
-    self.runs = {
+    self.tries = {
       one.model.name: [
-        self._run(one, seed) for seed in self._seeds_of(one.model)
+        self._run(one, experiment.seeds[0], number)
+        for number in range(self._num_tries(one.model))
       ]
       for one in self.sized
     }
-    for of_model in self.runs.values():
+    for of_model in self.tries.values():
       for stage in of_model[0].reading:
         self._check_stage(stage)
+
+  def runs(self, name: str, number: int = 0) -> list[Run]:
+    """The runs of a model with all seeds.
+
+    Args:
+      name: of the model.
+      number: the try whose learning rates they have.
+    """
+    sized = next(one for one in self.sized if one.model.name == name)
+    others = self._seeds_of(sized.model)[1:]
+    return [
+      self.tries[name][number],
+      *(self._run(sized, seed, number) for seed in others),
+    ]
+
+  def num_runs(self, name: str) -> int:
+    """All runs of a model: its tries, and one more for each other seed."""
+    sized = next(one for one in self.sized if one.model.name == name)
+    return len(self.tries[name]) + len(self._seeds_of(sized.model)) - 1
+
+  def _num_tries(self, model: Model) -> int:
+    tuning = self._experiment.tuning
+    return len(tuning.rates) if tuning and model.folder is None else 1
+
+  def _rates(self, model: Model, number: int) -> tuple[tuple[str, float], ...]:
+    tuning = self._experiment.tuning
+    if tuning is None or model.folder is not None:
+      return ()
+    rates = (('LEARNING_RATE', tuning.rates[number]),)
+    if model.words is not None:
+      rates += (('ROW_LEARNING_RATE', tuning.row_rates[number]),)
+    return rates
 
   def _size(self, model: Model, asked: tuple[str, ...]) -> SizedModel:
     if model.name in asked:
@@ -250,11 +290,18 @@ class Plan:
       return seeds
     return seeds[:1]
 
-  def _run(self, sized: SizedModel, seed: int) -> Run:
+  def _run(self, sized: SizedModel, seed: int, number: int) -> Run:
     model, experiment = sized.model, self._experiment
-    output = pathlib.Path(experiment.output) / 'runs'
-    folder = output / f'{compare_experiment.folder_name(model.name)}_seed{seed}'
-    stages = self._stages(sized, seed, folder)
+    rates = self._rates(model, number)
+    name = '_'.join(
+      (
+        compare_experiment.folder_name(model.name),
+        *(f'{_SHORT[macro]}{rate:g}' for macro, rate in rates),
+        f'seed{seed}',
+      )
+    )
+    folder = pathlib.Path(experiment.output) / 'runs' / name
+    stages = self._stages(sized, seed, folder, rates)
     if model.folder is None:
       pretrained, finetuned = (stage.folder for stage in stages[-2:])
     else:
@@ -264,12 +311,13 @@ class Plan:
     return Run(
       name=model.name,
       seed=seed,
+      rates=rates,
       folder=str(folder),
       stages=stages if model.folder is None else (),
       reading=stages,
       pretrained=pretrained,
       finetuned=finetuned,
-      questions=tuple(experiment.questions),
+      questions=self._questions(),
       metric=experiment.metric.__name__,
       has_held_out=self._prepared.has_held_out,
       num_points=experiment.num_points,
@@ -280,13 +328,22 @@ class Plan:
       ),
     )
 
-  def _stages(self, sized, seed, folder) -> tuple[PlannedStage, ...]:
+  def _questions(self) -> tuple[str, ...]:
+    tuning = self._experiment.tuning
+    choosing = tuning.questions if tuning else ()
+    return (*choosing, *self._experiment.questions)
+
+  def _stages(self, sized, seed, folder, rates) -> tuple[PlannedStage, ...]:
     model, planned, before = sized.model, [], None
     is_elsewhere = model.folder is not None
     reader = self._reader(model)
     bindings = self._bindings(reader) if is_elsewhere else sized.bindings
+    tuning = self._experiment.tuning
     for stage in model.stages:
-      own = (*bindings, *stage.bindings, f'RANDOM_SEED = {seed}')
+      tried = ()
+      if tuning and stage.name == tuning.stage:
+        tried = tuple(f'{macro} = {rate!r}' for macro, rate in rates)
+      own = (*bindings, *stage.bindings, *tried, f'RANDOM_SEED = {seed}')
       files = (*reader.gin_files, *stage.gin_files)
       settings = self._settings(files, own, bool(planned)) | {
         'words': model.words and dataclasses.asdict(model.words),
@@ -330,11 +387,12 @@ class Plan:
     if self._asked is None:
       gin_config.parse(stage.gin_files, stage.bindings)
       data = gin_config.call(data_config.DataConfig)
-      names = list(self._experiment.questions)
+      names = list(self._questions())
+      num_asked = len(names)
       if self._prepared.has_held_out:
         names.append(compare_data.HELD_OUT)
       caches = [data.open_cache(name, self._vocabulary) for name in names]
-      for cache in caches[: len(self._experiment.questions)]:
+      for cache in caches[:num_asked]:
         _check_questions(cache, self._vocabulary)
       self._asked = [cache.fingerprint for cache in caches]
     return self._asked
@@ -348,8 +406,20 @@ class Plan:
   def _check_stage(self, stage: PlannedStage) -> None:
     """Makes all parts of a stage, before the stages before it are trained."""
     gin_config.parse(stage.gin_files, stage.bindings)
+    if gin_config.has_macro('EVAL_TASK_NAME'):
+      task = gin_config.made('EVAL_TASK_NAME')
+      if task in self._experiment.questions:
+        raise ValueError(
+          'No stage of training may choose its checkpoint by questions that '
+          f'are reported, but EVAL_TASK_NAME of {stage.name} is {task!r}. Name '
+          f'others, such as {compare_data.CHOOSING!r}.'
+        )
     for name in ('MODEL', 'OPTIMIZER', 'ROW_OPTIMIZER'):
       gin_config.made(name)
+
+
+# Macros of learning rates in the names of folders.
+_SHORT = {'LEARNING_RATE': 'rate', 'ROW_LEARNING_RATE': 'rows'}
 
 
 def _is_path(line: str) -> bool:

@@ -1,7 +1,6 @@
 """What is known of the questions of an experiment, and what was answered."""
 
 import collections
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,18 +21,19 @@ _WORD = re.compile(r'\w+')
 
 
 def questions_of(
-  planned: compare_plan.Run, vocabulary: subwords.Subwords
+  planned: compare_plan.Run,
+  tasks: Sequence[str],
+  vocabulary: subwords.Subwords,
 ) -> list[comparison.Question]:
-  """The questions of an experiment, in the order in which they were asked.
+  """The reported questions, in the order in which they were asked.
 
   Args:
-    planned: any of its runs: all read the same data.
+    planned: any run of the experiment: all read the same data.
+    tasks: names of the token caches of these questions.
     vocabulary: of its caches.
   """
   data = _data_of(planned.reading[-1])
-  caches = {
-    task: data.open_cache(task, vocabulary) for task in planned.questions
-  }
+  caches = {task: data.open_cache(task, vocabulary) for task in tasks}
   records = [
     # Those of seqio tasks have no field for the text that is asked.
     (task, {'question': vocabulary.decode(cache.tokens('inputs', i))} | record)
@@ -67,17 +67,19 @@ def answers_of(
   Raises:
     ValueError: to other questions.
   """
-  path = pathlib.Path(planned.folder) / compare_measure.QUESTIONS
-  # Not splitlines: texts may hold other line ends than this one.
+  folder = pathlib.Path(planned.folder)
+  tasks = {question.task for question in questions}
   lines = [
-    json.loads(line)
-    for line in path.read_text('utf-8').rstrip('\n').split('\n')
+    line
+    for line in compare_measure.read_answers(folder)
+    if line['task'] in tasks
   ]
   found = [tuple(line['answers']) for line in lines]
   if found != [question.answers for question in questions]:
+    path = folder / compare_measure.QUESTIONS
     raise ValueError(
       f'{path} must hold answers to the {len(questions)} questions of this '
-      f'experiment, but holds {len(lines)} others. Remove {path.parent}/'
+      f'experiment, but holds {len(lines)} others. Remove {folder}/'
       f'{compare_measure.RESULTS}, and the model is asked again.'
     )
   return comparison.Answers(

@@ -95,6 +95,11 @@ def macro(name: str) -> Any:
   return gin.query_parameter(f'%{name}')
 
 
+def has_macro(name: str) -> bool:
+  """Whether what was parsed last defines or reads a macro."""
+  return name in _known_macros()
+
+
 def made(name: str) -> Any:
   """What a macro stands for: a reference in it is called."""
   # Copying a reference calls it.

@@ -4,6 +4,7 @@ An experiment of `mowe compare` that needs no gin file of its own: data are
 generated or taken from a folder, and models are those of the options.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -85,7 +86,19 @@ def quickstart(
       budget=compare_budget.EqualParameters('MoWE'),
     )
     models.append(larger)
-  models += [model(f'MoE {kind}', f'moe_{kind}') for kind in with_moe]
+  # Their experts are trained in finetuning, too, as in their papers.
+  trained = [
+    dataclasses.replace(
+      stage, bindings=(*stage.bindings, 'FREEZE_EXPERTS = False')
+    )
+    if stage.name == 'finetuned'
+    else stage
+    for stage in stages
+  ]
+  models += [
+    model(f'MoE {kind}', f'moe_{kind}', stages=tuple(trained))
+    for kind in with_moe
+  ]
   compared = compare.compare(
     compare_experiment.Experiment(
       title=f'T5 and MoWE: {recipe}',

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax
 import jax
 import numpy as np
 
@@ -17,7 +18,12 @@ from mowe.commands import (
   summary,
 )
 from mowe.data import prefetch
-from mowe.models import model_config, model_description
+from mowe.models import (
+  costs,
+  initialization,
+  model_config,
+  model_description,
+)
 from mowe.stores import expert_stores
 from mowe.training import (
   checkpoints as checkpoints_lib,
@@ -93,7 +99,9 @@ def train(
     optimizer: of ordinary parameters.
     row_optimizer: of expert tables; needed if there are any and they train.
     loss: what is minimised.
-    freeze_experts: expert tables get no gradient and have no optimizer state.
+    freeze_experts: the experts of every mixture stay as they are, those in
+      expert tables and all others, and have no optimizer state. Routers are
+      trained.
     initial_checkpoint_path: a model folder or a checkpoint in one.
     num_microbatches: gradient accumulation over parts of a batch.
     store: where word experts lie.
@@ -142,6 +150,8 @@ def train(
     mesh.shape,
     num_microbatches,
   )
+  if freeze_experts and _has_experts_beside_tables(module):
+    optimizer = optimizers.Freeze(optimizer, costs.EXPERTS)
   setup = initial_state.Setup.make(
     module, optimizer, row_optimizer, mesh, seed, data.batch_size
   )
@@ -256,6 +266,11 @@ def train(
     checkpoints.wait()
     _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
+
+
+def _has_experts_beside_tables(module) -> bool:
+  params = initialization.abstract_variables(module)['params']
+  return any(map(costs.is_expert, flax.traverse_util.flatten_dict(params)))
 
 
 def _with_layers(module, **changes):

@@ -62,13 +62,18 @@ class Load:
     layer: its name, such as 'encoder, block 2'.
     shares: of the routed tokens, of each expert.
     skipped: share of the tokens without an expert by design, or None.
-    dropped: share of the choices that found no room, or None.
+    dropped: share of the choices that found no room in an evaluation, or None.
+    dropped_in_training: the same in all of pretraining.
+    dropped_in_generation: the same while questions are answered; None for
+      layers of an encoder.
   """
 
   layer: str
   shares: tuple[float, ...]
   skipped: float | None = None
   dropped: float | None = None
+  dropped_in_training: float | None = None
+  dropped_in_generation: float | None = None
 
   @property
   def max_over_mean(self) -> float:
@@ -79,6 +84,28 @@ class Load:
   def num_unused(self) -> int:
     """Experts that no token had."""
     return sum(share == 0 for share in self.shares)
+
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+  """Learning rates that a model was trained with, to choose between them.
+
+  Attributes:
+    rates: name and value of each.
+    em: exact match on questions that are not reported, 0 to 100.
+    f1: likewise.
+    is_chosen: its model is the one that is reported.
+  """
+
+  rates: tuple[tuple[str, float], ...]
+  em: float
+  f1: float
+  is_chosen: bool = False
+
+  @property
+  def label(self) -> str:
+    """Such as 'LEARNING_RATE 0.003'."""
+    return ', '.join(f'{name} {value:g}' for name, value in self.rates)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,6 +134,7 @@ class ModelResult:
     recall: kind of masked spans -> (right, spans), sums over seeds.
     loads: of each sparse layer, of the first seed.
     note: how the model was sized.
+    tries: of its learning rates; () if none were tried.
 
   Raises:
     ValueError: no answers.
@@ -133,6 +161,7 @@ class ModelResult:
   )
   loads: Sequence[Load] = ()
   note: str = ''
+  tries: Sequence[Try] = ()
 
   def __post_init__(self):
     if not self.answers:
@@ -155,6 +184,25 @@ class ModelResult:
   def f1_scores(self) -> np.ndarray:
     """F1 of each question, <float64>[questions]: means over seeds."""
     return np.mean([one.f1 for one in self.answers], axis=0)
+
+  @property
+  def chosen(self) -> Try | None:
+    """The try that is reported; None if there were none."""
+    return next((one for one in self.tries if one.is_chosen), None)
+
+  def rates_at_edge(self) -> list[str]:
+    """Names of chosen rates that are the least or largest of those tried.
+
+    A better one may lie beyond.
+    """
+    if self.chosen is None:
+      return []
+    found = []
+    for name, value in self.chosen.rates:
+      tried = [dict(one.rates)[name] for one in self.tries]
+      if value in (min(tried), max(tried)):
+        found.append(name)
+    return found
 
   def score(self) -> 'Score':
     """Of all questions."""
@@ -384,13 +432,14 @@ def as_json(
     record = {
       field.name: getattr(result, field.name)
       for field in dataclasses.fields(result)
-      if field.name not in ('answers', 'loads')
+      if field.name not in ('answers', 'loads', 'tries')
     }
     record |= {
       'seeds': result.seeds,
       'em_by_seed': result.em_by_seed(),
       'score': dataclasses.asdict(result.score()),
       'loads': [dataclasses.asdict(load) for load in result.loads],
+      'tries': [dataclasses.asdict(one) for one in result.tries],
       'breakdowns': {
         breakdown.title: {
           group.name: score and dataclasses.asdict(score)

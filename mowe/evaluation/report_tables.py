@@ -68,6 +68,8 @@ class Example:
 def tables(report: 'report_lib.Report') -> list[Table]:
   """All tables, in their order."""
   found = [_answers(report), _costs(report.results)]
+  if any(result.tries for result in report.results):
+    found.append(_tries(report.results))
   if len(report.results) > 1:
     found.append(_paired(report.results))
   if len(report.results) > 2:
@@ -155,6 +157,7 @@ def _costs(results) -> Table:
       'Parameters',
       'Active',
       'Frozen',
+      'Learning rate',
       'FLOPs / token',
       'Compiled',
       'Tokens / s',
@@ -171,6 +174,7 @@ def _costs(results) -> Table:
         _count(result.total_parameters),
         _count(result.active_parameters),
         _count(result.frozen_parameters),
+        _rates(result),
         _count(result.flops_formula),
         least + compiled if compiled != NONE else NONE,
         _count(result.tokens_per_second),
@@ -184,8 +188,10 @@ def _costs(results) -> Table:
   if sizes:
     notes.append(f'{"; ".join(sizes)}.')
   notes += [
-    'Active: parameters that one token meets. Frozen: in finetuning. FLOPs of '
-    'a forward pass: by formula, the products with kernels; compiled, all that '
+    'Active: parameters that one token meets. Frozen: in finetuning. Learning '
+    'rate: of pretraining, and of how many that were tried it is the best; '
+    'with word experts, that of their rows after it. FLOPs of a forward pass: '
+    'by formula, the products with kernels for real tokens; compiled, all that '
     'XLA counts in the program, attention scores and element-wise operations '
     'too (≥: products in loops of that program are counted once).',
     'Tokens / s: of pretraining, compilation and evaluations left out; with '
@@ -200,6 +206,41 @@ def _costs(results) -> Table:
       )
     )
   return Table('Costs', rows, notes)
+
+
+def _rates(result) -> str:
+  if result.chosen is None:
+    return 'not tried'
+  values = ', '.join(f'{value:g}' for _, value in result.chosen.rates)
+  return f'{values} (of {len(result.tries)})'
+
+
+def _tries(results) -> Table:
+  number = max(len(result.tries) for result in results)
+  rows: list[list[Cell]] = [['Model', *(f'Try {i + 1}' for i in range(number))]]
+  for result in results:
+    row: list[Cell] = [result.name]
+    for one in result.tries:
+      rates = ', '.join(f'{value:g}' for _, value in one.rates)
+      mark = ', chosen' if one.is_chosen else ''
+      row.append(f'{rates}: EM {one.em:.1f}, F1 {one.f1:.1f}{mark}')
+    rows.append(row + [NONE] * (number + 1 - len(row)))
+  notes = [
+    'Learning rate of pretraining, with word experts also that of their rows; '
+    'EM and F1 in % on questions for choosing, which no other table shows. '
+    'The best EM is chosen; of equal ones, the best F1.'
+  ]
+  at_edge = [
+    f'{result.name} ({", ".join(names)})'
+    for result in results
+    if (names := result.rates_at_edge())
+  ]
+  if at_edge:
+    notes.append(
+      'Warning: at the edge of what was tried, so that a better rate may lie '
+      f'beyond: {"; ".join(at_edge)}.'
+    )
+  return Table('Tries of the learning rate', rows, notes)
 
 
 def _paired(results) -> Table:
@@ -296,7 +337,9 @@ def _loads(results) -> Table:
       'Busiest / mean',
       'Unused',
       'Skipped',
-      'Dropped',
+      'Dropped in training',
+      'in evaluation',
+      'in generation',
     ]
   ]
   for result in results:
@@ -310,7 +353,9 @@ def _loads(results) -> Table:
           f'{load.max_over_mean:.1f}',
           f'{load.num_unused:,}',
           _percent(load.skipped),
+          _percent(load.dropped_in_training),
           _percent(load.dropped),
+          _percent(load.dropped_in_generation),
         ]
       )
   return Table(
@@ -319,7 +364,8 @@ def _loads(results) -> Table:
     [
       'Tokens of some batches of the pretraining text. Bars: experts by falling '
       'load, heights in logarithms. Skipped: tokens that have no expert by '
-      'design. Dropped: choices without room.'
+      'design. Dropped: choices without room, in all of pretraining, on this '
+      'text, and while questions are answered (layers of decoders).'
     ],
   )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import re
 
 import flax
 import jax
@@ -104,8 +105,11 @@ def _layer_of(config, path):
 
 
 def is_expert(path: tuple[str, ...]) -> bool:
-  """Whether a parameter belongs to the experts of a MoeLayer, or to modules."""
-  return len(path) > 3 and path[-3] == 'expert'
+  """Whether a parameter belongs to the experts of a mixture, or to modules.
+
+  Expert tables are not ordinary parameters; see `parameters.split_tables`.
+  """
+  return bool(re.fullmatch(EXPERTS, '/'.join(path)))
 
 
 def _share_read(path, layer):
@@ -130,6 +134,9 @@ def experts_per_token(layer: moe.MoeLayer) -> fractions.Fraction:
 def _size(leaf) -> int:
   return int(np.prod(leaf.shape))
 
+
+# The whole names of parameters of experts that are not in a table.
+EXPERTS = r'.+/expert/[^/]+/[^/]+'
 
 _STACKS = ('encoder', 'decoder')
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.layers import embedding, self_attention
+from mowe.layers import embedding, router_losses, self_attention
 from mowe.models import (
   decoder_only_config,
   decoder_only_stack,
@@ -167,7 +167,7 @@ class DecoderOnly(nn.Module):
     inputs: jax.Array,
     max_length: int,
     rows_per_example: int,
-  ) -> tuple[decoding.StepFunction, decoding.Cache]:
+  ) -> tuple[decoding.CountedStep, decoding.Cache]:
     """The step function and the cache that `decoding` begins with.
 
     All inputs go through the model at once, aligned at their ends: so the next
@@ -194,11 +194,12 @@ class DecoderOnly(nn.Module):
         routing_ids,
         length,
         method='decode',
-        mutable=['cache'],
+        mutable=['cache', router_losses.COLLECTION],
       )
-      return logits[:, -1], changed['cache']
+      counted = changed.get(router_losses.COLLECTION, {})
+      return logits[:, -1], changed['cache'], counted
 
-    logits, cache = run(cache, tokens, real, routing_ids)
+    logits, cache, counted_of_inputs = run(cache, tokens, real, routing_ids)
     first = {
       'is_first': jnp.ones((), bool),
       'logits': logits,
@@ -209,13 +210,14 @@ class DecoderOnly(nn.Module):
     def later(tokens, state):
       routing_ids, words = router.of_token(tokens, state['words'])
       real = jnp.ones(tokens.shape, bool)
-      logits, cache = run(state['model'], tokens, real, routing_ids)
-      return logits, {
+      logits, cache, counted = run(state['model'], tokens, real, routing_ids)
+      state = {
         'is_first': jnp.zeros((), bool),
         'logits': logits,
         'model': cache,
         'words': words,
       }
+      return logits, state, counted
 
     def step_function(tokens, state):
       # A strategy begins with id 0, which stands before the inputs here.
@@ -224,6 +226,7 @@ class DecoderOnly(nn.Module):
         lambda tokens, state: (
           state['logits'],
           state | {'is_first': jnp.zeros((), bool)},
+          counted_of_inputs,
         ),
         later,
         tokens,

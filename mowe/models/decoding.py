@@ -21,6 +21,9 @@ Cache = Any
 # Last tokens <int32>[rows, 1] and a cache to logits <float>[rows, vocab] and
 # the next cache. Leaves of rank 2 and more have the rows on axis 0.
 StepFunction = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
+# The same with what the routers of this step counted, the collection
+# `router_losses.COLLECTION`. XLA leaves out what nobody asks for.
+CountedStep = Callable[[jax.Array, Cache], tuple[jax.Array, Cache, Any]]
 
 # T5X's score of what is not there: finite, so that sums of it stay numbers.
 _IMPOSSIBLE = -1.0e7
@@ -69,13 +72,14 @@ class Greedy:
   ) -> tuple[jax.Array, jax.Array]:
     """See `Strategy`; the key is not used."""
     del key
-    return _extend(
+    rows = _extend(
       step_function,
       initial_cache,
       batch_size,
       max_length,
       lambda logits, position: _argmax(logits),
     )
+    return rows.tokens, rows.scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +131,8 @@ class Sample:
     def choose(logits, position):
       return self._draw(logits, jax.random.fold_in(key, position))
 
-    return _extend(step_function, initial_cache, batch_size, max_length, choose)
+    rows = _extend(step_function, initial_cache, batch_size, max_length, choose)
+    return rows.tokens, rows.scores
 
   def _draw(self, logits, key):
     logits = logits / self.temperature
@@ -226,12 +231,11 @@ def _extend(step_function, initial_cache, batch_size, max_length, choose):
     last=jnp.zeros((batch_size, 1), jnp.int32),
     cache=initial_cache,
   )
-  rows = jax.lax.while_loop(
+  return jax.lax.while_loop(
     lambda rows: (rows.position < max_length) & ~jnp.all(rows.ended),
     step,
     rows,
   )
-  return rows.tokens, rows.scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,7 +490,46 @@ def generate(
     Tokens <int32>[batch, max_length], EOS and 0 after their end, and scores
     <float32>[batch].
   """
-  step_function, cache = model.start_generation(
+  counted_step, cache = model.start_generation(
     variables, inputs, max_length, strategy.rows_per_example
   )
+  step_function = lambda tokens, cache: counted_step(tokens, cache)[:2]
   return strategy(step_function, cache, inputs.shape[0], max_length, key)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'max_length'))
+def count_routed(
+  model: nn.Module, variables: Any, inputs: jax.Array, max_length: int
+) -> Any:
+  """What the decoder's routers do while the most probable tokens are generated.
+
+  Args:
+    model: of a `model_config.ModelConfig`.
+    variables: a dict with 'params'.
+    inputs: <int32>[batch, inputs], 0 is padding.
+    max_length: most tokens of a sequence, EOS included.
+
+  Returns:
+    The collection `router_losses.COLLECTION`, added up over all steps; {} if
+    the decoder has no router.
+  """
+  counted_step, cache = model.start_generation(variables, inputs, max_length, 1)
+  last = jnp.zeros((inputs.shape[0], 1), jnp.int32)
+  shapes = jax.eval_shape(counted_step, last, cache)[2]
+  none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+  def step_function(tokens, state):
+    logits, cache, counted = counted_step(tokens, state['cache'])
+    return logits, {
+      'cache': cache,
+      'counted': jax.tree.map(jnp.add, state['counted'], counted),
+    }
+
+  rows = _extend(
+    step_function,
+    {'cache': cache, 'counted': none},
+    inputs.shape[0],
+    max_length,
+    lambda logits, position: _argmax(logits),
+  )
+  return rows.cache['counted']

@@ -49,7 +49,7 @@ class ModelConfig(Protocol):
     of_batch(batch, enable_dropout=...): logits <float32>[batch, targets, vocab]
       of a batch of docs/architecture.md, routing ids or plans among it;
     start_generation(variables, inputs, max_length, rows_per_example): the
-      step function and the cache that `models.decoding` begins with.
+      `decoding.CountedStep` and the cache that generation begins with.
   Its parameters stand below the names of its streams.
 
   Attributes:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import embedding
+from mowe.layers import embedding, router_losses
 from mowe.models import decoding, model_config, t5_config, t5_stacks
 
 # `t5.T5Config` in gin files and code: config and model go together.
@@ -268,7 +268,7 @@ class T5(nn.Module):
     inputs: jax.Array,
     max_length: int,
     rows_per_example: int,
-  ) -> tuple[decoding.StepFunction, decoding.Cache]:
+  ) -> tuple[decoding.CountedStep, decoding.Cache]:
     """The step function and the cache that `decoding` begins with.
 
     Args:
@@ -300,9 +300,10 @@ class T5(nn.Module):
         decode=True,
         max_decode_length=max_length,
         method='decode',
-        mutable=['cache'],
+        mutable=['cache', router_losses.COLLECTION],
       )
-      return logits[:, 0], changed['cache']
+      counted = changed.get(router_losses.COLLECTION, {})
+      return logits[:, 0], changed['cache'], counted
 
     return step_function, cache
 

@@ -124,8 +124,10 @@ class Freeze:
 
   def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
     """How many numbers of a parameter are never changed."""
-    is_frozen = re.fullmatch(self.pattern, '/'.join(path))
-    return math.prod(shape) if is_frozen else 0
+    if re.fullmatch(self.pattern, '/'.join(path)):
+      return math.prod(shape)
+    inner = getattr(self.optimizer, 'num_frozen', lambda path, shape: 0)
+    return inner(path, shape)
 
 
 def adamw(

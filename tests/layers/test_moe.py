@@ -421,9 +421,7 @@ def test_bad_settings_are_named():
   tokens = jnp.ones((2, 4, EMBED))
   key = jax.random.key(0)
   with pytest.raises(ValueError, match='Raise min_capacity'):
-    make(dispatch=capacity_dispatch.CapacityDispatch(0.1, 0)).init(
-      key, tokens
-    )
+    make(dispatch=capacity_dispatch.CapacityDispatch(0.1, 0)).init(key, tokens)
   with pytest.raises(ValueError, match='-1 for padding'):
     make(routing=ROUTERS['hash']).init(key, tokens)
   with pytest.raises(ValueError, match='ids of the same tokens'):

@@ -205,9 +205,7 @@ def test_dropless_plan():
 def test_capacity_grows_with_k_but_for_flaxformer():
   ours = capacity_dispatch.CapacityDispatch(min_capacity=1)
   theirs = flaxformer_moe.FlaxformerCapacity(min_capacity=1)
-  capacity = lambda rule, k: rule.capacity(
-    tokens_choose.TokensChoose(k), 64, 8
-  )
+  capacity = lambda rule, k: rule.capacity(tokens_choose.TokensChoose(k), 64, 8)
   assert [capacity(ours, k) for k in (1, 2, 4)] == [10, 20, 40]
   assert [capacity(theirs, k) for k in (1, 2, 4)] == [10, 10, 10]
   # An expert never gets a token twice.
