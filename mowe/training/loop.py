@@ -1,9 +1,12 @@
 """The training loop: steps, actions with a period, and a clean stop."""
 
+import collections
 import contextlib
 import dataclasses
 import math
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +22,12 @@ from mowe.training import train_state
 # makes them wait for the device.
 _AGREE_PERIOD = 10
 
+# Steps that the host may hand to the device beyond the one being done. Without
+# a limit it runs ahead until a log period makes it wait, and a stop, which
+# comes after what was handed over, takes as long as all of that.
+_MOST_AHEAD = 2
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # What the line of progress shows of what there is.
 _SHOWN = {
@@ -51,43 +60,99 @@ class Every:
 
 
 class StopSignal:
-  """Ends the loop after the step that is being done.
+  """Ends the loop after the step that is handed to the device next.
 
-  SIGINT (Ctrl-C) and SIGTERM set it; a second Ctrl-C stops at once. In a run of
-  several processes it is enough that one of them gets the signal: all stop
-  after the same step, within ten.
+  SIGINT (Ctrl-C) and SIGTERM set it, and it says at once after which step the
+  run will stop; a second Ctrl-C stops at once. In a run of several processes it
+  is enough that one of them gets the signal: all stop after the same step,
+  within ten.
+
+  Attributes:
+    requested: a stop was asked for. Code may set it instead of a signal.
   """
 
   def __init__(self):
     self.requested = False
+    self._is_told = False
+    self._is_handled = False
+    self._num_interrupts = 0
+    self._next_step = 0
+    # Its thread may be interrupted by `_catch`, which takes it again.
+    self._lock = threading.RLock()
 
   @contextlib.contextmanager
-  def listening(self) -> Iterator[None]:
-    """Catches the signals as long as the context lasts."""
-    old = {
-      number: signal.signal(number, self._catch)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
+  def listening(self, step: int) -> Iterator[None]:
+    """Catches the signals as long as the context lasts.
+
+    Only the main thread of a process can; in another one, as of a notebook's
+    executor, signals do what they did before.
+
+    Args:
+      step: steps that are done.
+    """
+    self._next_step = step + 1
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+    # Python calls a handler only between two of its own instructions: not
+    # while XLA compiles, or while the host waits for the device. So a thread
+    # reads the numbers of signals, and answers meanwhile.
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+    old = {number: signal.signal(number, self._catch) for number in _SIGNALS}
+    old_descriptor = signal.set_wakeup_fd(
+      writer.fileno(), warn_on_full_buffer=False
+    )
+    watcher.start()
     try:
       yield
     finally:
+      signal.set_wakeup_fd(old_descriptor)
       for number, handler in old.items():
         signal.signal(number, handler)
+      # The end of what it reads ends the thread.
+      writer.close()
+      watcher.join()
+      reader.close()
 
   def is_due(self, step: int) -> bool:
     """Whether to stop after this step; every process must ask."""
-    if jax.process_count() > 1 and step % _AGREE_PERIOD == 0:
+    if jax.process_count() > 1:
+      if step % _AGREE_PERIOD:
+        return False
       asked = multihost_utils.process_allgather(np.array(self.requested))
       self.requested = bool(asked.any())
-    elif jax.process_count() > 1:
-      return False
-    return self.requested
+    with self._lock:
+      self._next_step = step + 1
+      return self.requested
+
+  def _request(self):
+    with self._lock:
+      self.requested = True
+      if self._is_told:
+        return
+      self._is_told = True
+      step = f'after step {self._next_step}'
+    if jax.process_count() > 1:
+      step = 'at the next step at which all processes ask each other'
+    print(f'Stopping {step}, then saving.', flush=True)
+
+  def _watch(self, reader):
+    while number := reader.recv(1):
+      if number[0] == signal.SIGINT:
+        self._num_interrupts += 1
+      if number[0] in _SIGNALS:
+        self._request()
 
   def _catch(self, number, frame):
     del frame
-    if self.requested and number == signal.SIGINT:
+    # Python handles several signals that come while it waits as one.
+    is_second = self._is_handled or self._num_interrupts > 1
+    self._is_handled = True
+    if is_second and number == signal.SIGINT:
       raise KeyboardInterrupt
-    self.requested = True
+    self._request()
 
 
 class DivergedError(FloatingPointError):
@@ -105,6 +170,7 @@ def run(
   progress: progress_lib.Progress,
   log_period: int = 100,
   stop: StopSignal | None = None,
+  most_ahead: int | None = _MOST_AHEAD,
 ) -> train_state.TrainState:
   """Trains until `total_steps` updates are made or a stop is asked for.
 
@@ -119,6 +185,8 @@ def run(
     progress: shows them.
     log_period: steps between two lines of metrics.
     stop: asked after every step.
+    most_ahead: steps that are handed to the device beyond the one being done;
+      None: as many as there are in a log period.
 
   Returns:
     The last state.
@@ -130,7 +198,8 @@ def run(
   stop = stop or StopSignal()
   step = int(state.step)
   pending = []
-  with stop.listening(), progress:
+  in_flight = collections.deque()
+  with stop.listening(step), progress:
     for batch, plan in batches:
       # A stop that came since the last step is seen after this one: leaving
       # here would lose the steps since the last checkpoint.
@@ -140,15 +209,19 @@ def run(
       state, metrics = train_step(state, batch, plan)
       step += 1
       pending.append(metrics)
+      in_flight.append(metrics)
+      if most_ahead is not None and len(in_flight) > most_ahead:
+        jax.block_until_ready(in_flight.popleft())
       is_end, is_stop = step == total_steps, stop.is_due(step)
       is_logged = step % log_period == 0 or is_end or is_stop
       due = [one for one in actions if one.is_due(step, is_end, is_stop)]
       shown = None
       if is_logged or due:
-        # Only here does the host wait for the device. Before every action, so
-        # that no checkpoint is saved of a run that has diverged.
+        # Here the host waits for all steps. Before every action, so that no
+        # checkpoint is saved of a run that has diverged.
         values = _mean_values(pending)
         _check_finite(step, values)
+        in_flight.clear()
       if is_logged:
         pending = []
         for writer in writers:
@@ -179,9 +252,9 @@ def _num_tokens(batch) -> int:
 
 
 def _check_finite(step, values):
-  """The loss is that of the parameters before the step; gradients tell more."""
-  for name in ('loss', 'gradient_norm'):
-    if not math.isfinite(values[name]):
+  """Raises DivergedError; a loss is that of the parameters before its step."""
+  for name in ('loss', 'gradient_norm', 'expert_gradient_bound'):
+    if not math.isfinite(values.get(name, 0)):
       raise DivergedError(
         f'{name} must stay finite, but is {values[name]} after step {step}. '
         'Lower the learning rate or clip gradients; the checkpoints before '

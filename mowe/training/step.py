@@ -113,6 +113,13 @@ def make_train_step(
     metrics |= router_training.metrics(stats)
 
     metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
+    # Also a dependency: the backward pass reads the tables, and would be given
+    # a copy of them if it could end after they change.
+    usable = jnp.isfinite(metrics['gradient_norm'].total)
+    if state.tables:
+      bound = table_updates.gradient_bound(factors)
+      metrics['expert_gradient_bound'] = Mean(bound, jnp.ones(()))
+      usable &= jnp.isfinite(bound)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = router_training.balance(
       optax.apply_updates(state.params, updates),
@@ -120,9 +127,6 @@ def make_train_step(
       stats,
       model.config,
     )
-    # Also a dependency: the backward pass reads the tables, and would be given
-    # a copy of them if it could end after they change.
-    usable = jnp.isfinite(metrics['gradient_norm'].total)
     is_sharded = isinstance(plan, sharded_plan.ShardedPlan)
     updates_of = sharded_updates if is_sharded else table_updates
     new_tables, table_state = {}, {}

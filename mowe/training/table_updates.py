@@ -27,6 +27,31 @@ from mowe.words import plan as plans
 _NO_TOKEN = np.iinfo(np.int32).max
 
 
+def gradient_bound(factors: Any) -> jax.Array:
+  """A bound on the norm of the gradient of every expert, <float32>[].
+
+  Gradients of tables are formed a few experts at a time, when rows are already
+  being written, so their norm cannot be asked for before. The gradient of an
+  expert is a sum of outer products over its tokens; it is at most the sum of
+  the products of their norms, here over all tokens and kernels.
+
+  Args:
+    factors: `grouped.Factors` of all layers, each [..., width] over any axes
+      of tokens.
+
+  Returns:
+    The bound; infinite or NaN where its square, or that of a gradient, is.
+  """
+  norm = lambda rows: jnp.sqrt(jnp.sum(rows.astype(jnp.float32) ** 2, axis=-1))
+  is_factors = lambda node: isinstance(node, grouped.Factors)
+  bound = sum(
+    jnp.sum(norm(one.inputs) * norm(one.cotangents))
+    for one in jax.tree.leaves(factors, is_leaf=is_factors)
+  )
+  # Row optimizers square gradients: their squares must be finite, too.
+  return jnp.sqrt(bound * bound)
+
+
 def update_table(
   row_optimizer: row_optimizers.RowOptimizer,
   table: dict[str, jax.Array],

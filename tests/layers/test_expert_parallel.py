@@ -72,7 +72,7 @@ def make_inputs():
 
 
 def make_parameters(layer):
-  variables = layer.init(jax.random.key(0), *make_inputs())
+  variables = jax.jit(layer.init)(jax.random.key(0), *make_inputs())
   params = flax.core.unfreeze(variables['params'])
   if 'router' in params:
     # Far from even, so that capacities bind and some experts have no token.
