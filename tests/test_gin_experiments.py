@@ -23,6 +23,11 @@ _NAMES = sorted(
 )
 
 
+def _all_runs(plan):
+  """Of each model its runs, by its name, with the first of its tries."""
+  return {name: plan.runs(name) for name in plan.tries}
+
+
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
   folder = tmp_path_factory.mktemp('data')
@@ -72,7 +77,7 @@ def test_its_runs_can_be_made(name, prepared, any_width):
   """All gin files and bindings of all stages, as their runs will read them."""
   experiment = _load(name, 'SEEDS = (0,)')
   plan = compare_plan.Plan(experiment, prepared)
-  for (run,) in plan.runs.values():
+  for (run,) in _all_runs(plan).values():
     assert len(run.stages) >= 2
     assert run.pretrained == run.stages[-2].folder
 
@@ -86,8 +91,9 @@ def test_experiments_of_one_output_share_runs_and_no_report(
     report = (experiment.output, experiment.report)
     assert report not in reports
     reports.add(report)
-    for (run,) in compare_plan.Plan(experiment, prepared).runs.values():
-      assert found.setdefault(run.folder, run.digest()) == run.digest(), name
+    for tries in compare_plan.Plan(experiment, prepared).tries.values():
+      for run in tries:
+        assert found.setdefault(run.folder, run.digest()) == run.digest(), name
   assert len(reports) > len({output for output, _ in reports}) > 1
 
 
@@ -95,7 +101,7 @@ def test_experts_are_frozen_or_trained_after_one_pretraining(
   prepared, any_width
 ):
   plan = compare_plan.Plan(_load('ablation_frozen_experts'), prepared)
-  frozen, trained = plan.runs['MoWE'], plan.runs['MoWE, experts trained']
+  frozen, trained = plan.runs('MoWE'), plan.runs('MoWE, experts trained')
   for one, other in zip(frozen, trained, strict=True):
     assert one.pretrained == other.pretrained
     for run, is_frozen in ((one, True), (other, False)):
@@ -107,7 +113,7 @@ def test_experts_are_frozen_or_trained_after_one_pretraining(
 def test_salient_spans_come_second(prepared, any_width):
   plan = compare_plan.Plan(_load('ablation_salient_spans'), prepared)
   found = []
-  for stage in plan.runs['MoWE, then salient spans'][0].stages:
+  for stage in plan.runs('MoWE, then salient spans')[0].stages:
     gin_config.parse(stage.gin_files, stage.bindings)
     found.append(
       (

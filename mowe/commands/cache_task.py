@@ -12,6 +12,7 @@ from mowe.data import (
   passages,
   text_files,
 )
+from mowe.evaluation import text_metrics
 from mowe.words import subwords as subwords_lib
 
 KINDS = ('text', 'questions', 'claims', lm_cache.KIND)
@@ -41,6 +42,7 @@ def cache_task(
   cut: passages.Passages = passages.Passages(),
   prompt: str = cache_builders.QUESTION_PROMPT,
   answers_field: str = 'answers',
+  metric: str = 'squad',
   overwrite: bool = False,
   num_workers: int | None = None,
   progress: Callable[[int], None] | None = None,
@@ -66,6 +68,9 @@ def cache_task(
     cut: of kind 'text', titles before texts, and how much of each is kept.
     prompt: of kind 'questions', the inputs, with fields in braces.
     answers_field: of kind 'questions', a list of answers or one answer.
+    metric: of kind 'questions', by which answers are scored: 'squad', or
+      'trivia_qa', whose normalisation takes a hyphen for a blank. A seqio task
+      has its own.
     overwrite: replace a cache that was made from other things.
     num_workers: processes that tokenise; None: one, and more for much text.
     progress: called with the number of records done so far.
@@ -90,6 +95,12 @@ def cache_task(
     raise ValueError(
       "title_field and max_paragraphs are for files of kind 'text', but were "
       f'given for {seqio_task or kind!r}. Leave them out.'
+    )
+  text_metrics.of_name(metric)
+  if metric != 'squad' and (seqio_task or kind != 'questions'):
+    raise ValueError(
+      "A metric is for files of kind 'questions', but was given for "
+      f'{seqio_task or kind!r}. Leave it out.'
     )
   subwords = subwords_lib.load_subwords(vocabulary, extra_ids)
   if seqio_task:
@@ -149,6 +160,7 @@ def cache_task(
     subwords,
     prompt=prompt,
     answers_field=answers_field,
+    metric=metric,
     **shared,
   )
 

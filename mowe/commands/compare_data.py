@@ -343,14 +343,10 @@ def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:
     number = int.from_bytes(digest[:8], 'big')
     parts[REPORTED if number % _CHOOSING_PART else CHOOSING].append(record)
   if not parts[REPORTED]:
-    raise ValueError(
-      'Some of the validation questions must be left to be reported when one '
-      f'in {_CHOOSING_PART} is for choosing, but {file} has '
-      f'{len(parts[CHOOSING])}, all about few entities. Give more questions.'
-    )
+    # One question or two: there is nothing to choose by.
+    parts = {CHOOSING: [], REPORTED: parts[CHOOSING]}
   paths = {}
   for name, records in parts.items():
-    # Beside one question or two there may be none to choose by.
     if records:
       path = folder / f'{kind}_{name.removeprefix("qa_")}.jsonl'
       _write_lines(path, records)

@@ -124,7 +124,8 @@ class Experiment:
       of training may choose its best checkpoint by them.
     tuning: how the learning rate of each model is chosen; None: all models have
       the rates of their gin files.
-    metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: that of each
+      cache of questions.
     num_points: losses on held-out text during a stage of pretraining.
     num_recalled: pretraining examples whose masked spans are to be recalled.
     num_bins: quantiles of the entities' frequency.
@@ -141,7 +142,7 @@ class Experiment:
   seeds: tuple[int, ...] = (0,)
   questions: tuple[str, ...] = ('qa_reported',)
   tuning: Tuning | None = None
-  metric: Callable[..., dict[str, float]] = text_metrics.squad
+  metric: Callable[..., dict[str, float]] | None = None
   num_points: int = 10
   num_recalled: int = 1024
   num_bins: int = 4
@@ -174,7 +175,7 @@ class Experiment:
         'Tuning.questions. Leave them out of one of the two.'
       )
     metric = getattr(self.metric, '__name__', '')
-    if not hasattr(text_metrics, metric):
+    if self.metric is not None and metric not in text_metrics.METRICS:
       raise ValueError(
         'metric must be a function of mowe.evaluation.text_metrics, which each '
         f'run finds by its name, but is {self.metric!r}. Take text_metrics.'

@@ -401,7 +401,7 @@ def _ask(planned) -> tuple[int, dict[str, float]]:
   loaded = model_folder.load(planned.finetuned)
   data = _data_of(planned.reading[-1])
   generator = data.make_generator(loaded.model, loaded.params)
-  metric = getattr(text_metrics, planned.metric)
+  metric = planned.metric and text_metrics.of_name(planned.metric)
   lines = []
   dropped: dict[str, float] = {}
   for task in planned.questions:

@@ -67,7 +67,7 @@ class Run:
     finetuned: model folder that is asked.
     questions: token caches of all questions that are asked: those that are
       reported, and those by which rates are chosen.
-    metric: name of a function of `text_metrics`.
+    metric: name in `text_metrics.METRICS`; None: that of each cache.
     has_held_out: whether there is held-out text.
     num_points: losses on held-out text in a stage of pretraining.
     num_recalled: examples whose masked spans are to be recalled.
@@ -84,7 +84,7 @@ class Run:
   pretrained: str | None
   finetuned: str
   questions: tuple[str, ...]
-  metric: str
+  metric: str | None
   has_held_out: bool
   num_points: int
   num_recalled: int
@@ -318,7 +318,7 @@ class Plan:
       pretrained=pretrained,
       finetuned=finetuned,
       questions=self._questions(),
-      metric=experiment.metric.__name__,
+      metric=experiment.metric and experiment.metric.__name__,
       has_held_out=self._prepared.has_held_out,
       num_points=experiment.num_points,
       num_recalled=experiment.num_recalled,

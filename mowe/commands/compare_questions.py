@@ -40,8 +40,14 @@ def questions_of(
     for task, cache in caches.items()
     for i, record in enumerate(cache.records())
   ]
-  normalize = _normalize(planned.metric)
-  seen = _finetuning_answers(data, vocabulary, normalize)
+  normalize = {
+    task: _normalize(planned.metric or cache.metric)
+    for task, cache in caches.items()
+  }
+  seen = {
+    one: _finetuning_answers(data, vocabulary, one)
+    for one in set(normalize.values())
+  }
   entities = {r['entity'] for _, r in records if r.get('entity')}
   counts = _count(_texts(planned, vocabulary), entities)
   return [
@@ -51,9 +57,9 @@ def questions_of(
       task=task,
       relation=record.get('relation'),
       entity_count=counts.get(record.get('entity')),
-      is_answer_seen=None
-      if seen is None
-      else any(normalize(answer) in seen for answer in record['answers']),
+      is_answer_seen=_is_seen(
+        record['answers'], normalize[task], seen[normalize[task]]
+      ),
     )
     for task, record in records
   ]
@@ -109,6 +115,12 @@ def _normalize(metric: str):
   if metric == text_metrics.trivia_qa.__name__:
     return text_metrics.normalize_trivia_qa
   return text_metrics.normalize_squad
+
+
+def _is_seen(answers, normalize, seen) -> bool | None:
+  if seen is None:
+    return None
+  return any(normalize(answer) in seen for answer in answers)
 
 
 def _finetuning_answers(data, vocabulary, normalize) -> set[str] | None:

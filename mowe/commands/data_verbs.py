@@ -113,6 +113,12 @@ def _add_cache_task(verbs):
   )
   parser.add_argument('--prompt', default='question: {question}')
   parser.add_argument('--answers_field', default='answers')
+  parser.add_argument(
+    '--metric',
+    default='squad',
+    choices=('squad', 'trivia_qa'),
+    help='by which answers are scored: trivia_qa takes a hyphen for a blank',
+  )
   parser.add_argument('--overwrite', action='store_true')
   parser.add_argument('--num_workers', type=int)
   parser.add_argument('--extra_ids', type=int, default=100)
@@ -140,6 +146,7 @@ def _cache_task(options, bindings):
       cut=passages.Passages(options.title_field, options.max_paragraphs),
       prompt=options.prompt,
       answers_field=options.answers_field,
+      metric=options.metric,
       overwrite=options.overwrite,
       num_workers=options.num_workers,
       progress=progress,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mowe.commands import data_config, model_folder, show_progress
 from mowe.evaluation import evaluate as evaluate_lib
-from mowe.evaluation import language_modeling, text_metrics
+from mowe.evaluation import language_modeling
 from mowe.models import decoding
 from mowe.stores import expert_stores
 from mowe.words import subwords
@@ -19,7 +19,7 @@ def evaluate(
   data: data_config.DataConfig,
   store: expert_stores.Store | None = None,
   strategy: decoding.Strategy = decoding.Greedy(),
-  metric: Callable[..., dict[str, float]] = text_metrics.squad,
+  metric: Callable[..., dict[str, float]] | None = None,
   reading: language_modeling.ReadingConfig = language_modeling.ReadingConfig(),
 ) -> evaluate_lib.EvaluationResult | language_modeling.TextScore:
   """Answers every question of a token cache and scores the answers.
@@ -33,7 +33,8 @@ def evaluate(
     store: where word experts lie; None: on the device, or on disk if their
       tables are large.
     strategy: how answers are generated.
-    metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: that of the
+      cache of questions.
     reading: how a text is read.
   """
   loaded = model_folder.load(checkpoint_path, store)

@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from mowe.commands import data_config
-from mowe.evaluation import evaluate, language_modeling, text_metrics
+from mowe.evaluation import evaluate, language_modeling
 from mowe.models import model_config, parameters
 from mowe.training import metrics as metrics_lib
 from mowe.training import step as step_lib
@@ -135,12 +135,13 @@ class QuestionEvaluation:
 
   Attributes:
     data: a token cache of questions.
-    metric: `text_metrics.squad` or `text_metrics.trivia_qa`.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: that of the
+      cache of questions.
     name: before the metrics' names.
   """
 
   data: data_config.DataConfig
-  metric: Callable[..., dict[str, float]] = text_metrics.squad
+  metric: Callable[..., dict[str, float]] | None = None
   name: str = 'validation'
 
   def prepare(

@@ -118,6 +118,11 @@ class TokenCache:
     return self.summary['recipe']['vocabulary']
 
   @property
+  def metric(self) -> str:
+    """Name in `text_metrics.METRICS` of the metric of these questions."""
+    return self.summary['recipe'].get('metric', 'squad')
+
+  @property
   def num_examples(self) -> int:
     return self.summary['num_examples']
 

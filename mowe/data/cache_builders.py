@@ -94,6 +94,7 @@ def cache_questions(
   sources: Sequence[Mapping[str, Any]] | None = None,
   prompt: str = QUESTION_PROMPT,
   answers_field: str = 'answers',
+  metric: str = 'squad',
   overwrite: bool = False,
   num_workers: int = 1,
   progress: Progress | None = None,
@@ -106,6 +107,8 @@ def cache_questions(
   Args:
     prompt: the inputs, with the record's fields in braces.
     answers_field: a list of answers, or one answer.
+    metric: name of the metric by which answers are scored, 'squad' or
+      'trivia_qa'; an evaluation takes it from the cache.
   """
   names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name]
   if not names:
@@ -121,6 +124,9 @@ def cache_questions(
     fields=[*names, answers_field],
     prompt=prompt,
   )
+  # Only where it says something, as above.
+  if metric != 'squad':
+    recipe['metric'] = metric
   encode = functools.partial(
     encode_questions,
     subwords=subwords,

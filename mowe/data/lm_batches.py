@@ -61,8 +61,9 @@ class ContiguousBatches:
   """Running text in its order, for models with a memory of earlier batches.
 
   The text is cut into as many parts as a batch has rows. Row r of batch b + 1
-  continues row r of batch b; the token before a row is its first input. When a
-  part has ended, its row begins anew.
+  continues row r of batch b; the token before a row is its first input. When
+  the parts have ended, all rows begin anew, and 'decoder_begins_part'
+  <bool>[batch] is True: the memory of the batch before is of another text.
 
   Args:
     task: the text.
@@ -90,7 +91,9 @@ class ContiguousBatches:
   def __call__(self, step: int) -> batches_lib.Batch:
     place = step % self.steps_per_epoch
     rows = np.arange(self.batch_size) * self.steps_per_epoch + place
-    return self._batch(rows * self._length)
+    batch = rows_of_stream(self.task.stream, rows * self._length, self._length)
+    batch['decoder_begins_part'] = np.full(self.batch_size, place == 0)
+    return batch
 
   def from_step(self, first_step: int = 0) -> Iterator[batches_lib.Batch]:
     """The batches from `first_step` on, without end."""
@@ -107,9 +110,6 @@ class ContiguousBatches:
         'tokens_left_out': len(self.task.stream) - used,
       }
     }
-
-  def _batch(self, starts):
-    return rows_of_stream(self.task.stream, starts, self._length)
 
 
 def rows_of_stream(

@@ -198,6 +198,8 @@ def cache_seqio_task(
     'sources': [{'seqio_task': name, 'split': split, 'seed': seed}],
     'fields': sorted(task.output_features),
   }
+  if 'trivia_qa' in [function.__name__ for function in task.metric_fns]:
+    recipe['metric'] = 'trivia_qa'
   finished = cache_lib.find_finished(path, recipe, overwrite)
   if finished is not None:
     return finished

@@ -15,7 +15,7 @@ from mowe.evaluation import classification_metrics, inference, text_metrics
 from mowe.words import subwords as subwords_lib
 
 # Lists of answers and predictions to 'em' and 'f1', 0 to 100.
-Metric = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
+Metric = text_metrics.Metric
 
 _PREDICTIONS = 'predictions.jsonl'
 _RESULTS = 'results.json'
@@ -62,7 +62,7 @@ def evaluate_questions(
   questions: cache_lib.TokenCache | tasks_lib.TextToTextTask,
   subwords: subwords_lib.Subwords,
   *,
-  metric: Metric = text_metrics.squad,
+  metric: Metric | None = None,
   output_dir: str | os.PathLike | None = None,
   progress: inference.Progress | None = None,
 ) -> EvaluationResult:
@@ -72,7 +72,8 @@ def evaluate_questions(
     generator: of the model asked. Its lengths count, not those of a task.
     questions: a cache of `cache_builders.cache_questions`, or a task over one.
     subwords: the vocabulary of model and cache.
-    metric: `text_metrics.squad`, `text_metrics.trivia_qa`, or one like them.
+    metric: `text_metrics.squad`, `text_metrics.trivia_qa`, or one like them;
+      None: that of the cache.
     output_dir: gets predictions.jsonl, one line a question, and results.json.
     progress: called with the number of questions done so far.
 
@@ -80,6 +81,7 @@ def evaluate_questions(
     ValueError: no questions, records without answers, another vocabulary.
   """
   cache = getattr(questions, 'cache', questions)
+  metric = metric or text_metrics.of_name(cache.metric)
   records = read_records(cache, subwords)
   inputs = [cache.tokens('inputs', index) for index in range(len(records))]
   generations = generator(inputs, progress)

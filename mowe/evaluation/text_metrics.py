@@ -151,3 +151,23 @@ def _check_answers(answers: Sequence[str]) -> None:
       f'{answers!r}. Put a single answer in a list, and leave out questions '
       'without answers.'
     )
+
+
+Metric = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
+
+# What a cache of questions may name as its metric.
+METRICS: dict[str, Metric] = {'squad': squad, 'trivia_qa': trivia_qa}
+
+
+def of_name(name: str) -> Metric:
+  """The metric of a name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if name not in METRICS:
+    raise ValueError(
+      f'The metric of questions must be one of {sorted(METRICS)}, but is '
+      f'{name!r}. Name one of these.'
+    )
+  return METRICS[name]

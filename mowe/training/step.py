@@ -99,7 +99,8 @@ def make_train_step(
       return (grads, counted), (factors, memory)
 
     if model.config.memory_length:
-      batch = batch | {model_config.MEMORY: state.memory}
+      memory = _without_past(state.memory, batch.get('decoder_begins_part'))
+      batch = batch | {model_config.MEMORY: memory}
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     streams = _streams(plan)
     if num_microbatches == 1:
@@ -281,6 +282,18 @@ _CARRIED = (model_config.MEMORY,)
 def _joined(parts):
   """[parts, batch / parts, ...] -> [batch, ...], the inverse of the cut."""
   return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+
+
+def _without_past(memory, begins):
+  """The memory, empty in rows of which the batch says that they begin anew."""
+  if begins is None:
+    return memory
+
+  def cleared(leaf):
+    rows = begins.reshape(-1, *(1,) * (leaf.ndim - 1))
+    return jnp.where(rows, jnp.zeros_like(leaf), leaf)
+
+  return jax.tree.map(cleared, memory)
 
 
 def _streams(plan):

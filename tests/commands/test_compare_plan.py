@@ -16,8 +16,10 @@ from mowe.commands import (
   cache_task,
   compare,
   compare_budget,
+  compare_choice,
   compare_data,
   compare_experiment,
+  compare_measure,
   compare_plan,
   compare_run,
   gin_config,
@@ -27,6 +29,11 @@ from mowe.data import generated_world
 from mowe.evaluation import comparison, report_tables
 from mowe.models import costs
 from mowe.words import subwords
+
+
+def _all_runs(plan):
+  """Of each model its runs, by its name, with the first of its tries."""
+  return {name: plan.runs(name) for name in plan.tries}
 
 
 def _plan(experiment):
@@ -71,7 +78,7 @@ def test_models_are_sized_relative_to_their_base(plan):
 
 
 def test_what_is_solved_is_what_is_run(plan):
-  (stage, _) = plan.runs['larger'][0].stages
+  (stage, _) = plan.runs('larger')[0].stages
   gin_config.parse(stage.gin_files, stage.bindings)
   config = gin_config.made('MODEL')
   assert config.emb_dim == 12 and config.mlp_dim % 2 == 0
@@ -83,7 +90,7 @@ def test_what_is_solved_is_what_is_run(plan):
 def test_models_that_begin_alike_share_pretraining(plan):
   folders = {
     name: [[stage.folder for stage in run.stages] for run in runs]
-    for name, runs in plan.runs.items()
+    for name, runs in _all_runs(plan).items()
   }
   for seed in (0, 1):
     mowe, trained = folders['MoWE'][seed], folders['trained'][seed]
@@ -93,7 +100,7 @@ def test_models_that_begin_alike_share_pretraining(plan):
   ]
   # Of 4 models, 2 seeds and 2 stages, two are shared.
   assert len(set(every)) == 14
-  run = plan.runs['trained'][1]
+  run = plan.runs('trained')[1]
   assert f'INITIAL_CHECKPOINT_PATH = {run.pretrained!r}' in (
     run.stages[1].bindings
   )
@@ -101,10 +108,10 @@ def test_models_that_begin_alike_share_pretraining(plan):
 
 
 def test_digests_tell_runs_apart_and_forget_places(plan, world, tmp_path):
-  digests = {run.digest() for runs in plan.runs.values() for run in runs}
+  digests = {run.digest() for runs in _all_runs(plan).values() for run in runs}
   assert len(digests) == 8
   elsewhere = _plan(experiments.experiment(world, tmp_path, seeds=(3,)))
-  assert elsewhere.runs['MoWE'][0].digest() == (plan.runs['MoWE'][0].digest())
+  assert elsewhere.runs('MoWE')[0].digest() == (plan.runs('MoWE')[0].digest())
 
 
 def test_digests_know_what_is_in_gin_files_and_caches(world, tmp_path):
@@ -120,7 +127,7 @@ def test_digests_know_what_is_in_gin_files_and_caches(world, tmp_path):
     whole = experiments.experiment(world, tmp_path / 'out', (model,))
     data = dataclasses.replace(whole.data, cache_dir=str(cache_dir))
     whole = dataclasses.replace(whole, data=data)
-    return _plan(whole).runs['T5'][0].digest()
+    return _plan(whole).runs('T5')[0].digest()
 
   first = digest(2)
   assert first == digest(3) and first != digest(4)
@@ -167,15 +174,145 @@ def test_questions_that_cannot_be_scored(world, tmp_path, record, message):
 
 def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
   stage = dataclasses.replace(
-    plan.runs['MoWE'][0].stages[0], folder=str(tmp_path)
+    plan.runs('MoWE')[0].stages[0], folder=str(tmp_path)
   )
   (tmp_path / 'compare.json').write_text('{"words": null}')
-  run = dataclasses.replace(plan.runs['MoWE'][0], stages=(stage,))
+  run = dataclasses.replace(plan.runs('MoWE')[0], stages=(stage,))
   # Nothing was trained with them yet.
   compare_run.check_folders(run)
   (tmp_path / 'checkpoint_3').mkdir()
   with pytest.raises(ValueError, match='differs in values.*another OUTPUT'):
     compare_run.check_folders(run)
+
+
+def _tuning(questions=('choosing',), stage='pretrained'):
+  return compare_experiment.Tuning(
+    (1e-3, 3e-3, 1e-2), (2e-3, 6e-3, 2e-2), stage, questions
+  )
+
+
+@pytest.mark.parametrize(
+  ('rates', 'row_rates', 'message'),
+  [
+    ((), (), 'one rate and one row rate for each try'),
+    ((1e-3,), (1e-3, 2e-3), 'both as many numbers'),
+    ((1e-3,), (0.0,), 'must be positive'),
+  ],
+)
+def test_rates_that_cannot_be_tried(rates, row_rates, message):
+  with pytest.raises(ValueError, match=message):
+    compare_experiment.Tuning(rates, row_rates, 'pretrained')
+
+
+def _two_parts_of_questions(world, folder):
+  """Caches of the world, with one of the questions called 'choosing'."""
+  caches = folder / 'cache'
+  shutil.copytree(world.cache_dir, caches)
+  shutil.copytree(caches / 'questions', caches / 'choosing')
+  return compare_data.Caches(
+    str(caches),
+    world.vocabulary_path,
+    documents=(str(world.folder / 'text.jsonl'),),
+  )
+
+
+def test_every_model_has_as_many_tries_of_its_rates(world, tmp_path):
+  data = _two_parts_of_questions(world, tmp_path)
+  plan = _plan(
+    experiments.experiment(
+      world, tmp_path / 'out', data=data, tuning=_tuning(), seeds=(3, 4)
+    )
+  )
+  tries = {
+    name: [dict(run.rates) for run in runs] for name, runs in plan.tries.items()
+  }
+  assert tries['T5'] == [{'LEARNING_RATE': rate} for rate in (1e-3, 3e-3, 1e-2)]
+  assert tries['MoWE'][2] == {'LEARNING_RATE': 1e-2, 'ROW_LEARNING_RATE': 2e-2}
+  # Three tries with the first seed, and the chosen one with the other.
+  assert plan.num_runs('T5') == plan.num_runs('MoWE') == 4
+  first, other = plan.runs('MoWE', 2)
+  assert first is plan.tries['MoWE'][2]
+  assert (first.seed, other.seed) == (3, 4) and first.rates == other.rates
+  assert other.folder.endswith('mowe_rate0.01_rows0.02_seed4')
+  # Pretraining has the rates, finetuning has its own.
+  pretrained, finetuned = other.stages
+  for stage, rate in ((pretrained, 1e-2), (finetuned, 3e-3)):
+    gin_config.parse(stage.gin_files, stage.bindings)
+    assert gin_config.made('LEARNING_RATE') == rate
+  assert first.questions == ('choosing', 'questions')
+  assert compare_plan.Run.from_json(first.to_json()) == first
+  digests = [run.digest() for runs in plan.tries.values() for run in runs]
+  assert len(set(digests)) == 6
+
+
+def test_no_stage_chooses_by_reported_questions(world, tmp_path):
+  stages = (
+    experiments.stages()[0],
+    dataclasses.replace(
+      experiments.stages()[1],
+      gin_files=(
+        experiments.stages()[1].gin_files[0],
+        'gin_configs/runs/finetune_and_evaluate.gin',
+      ),
+      bindings=(
+        *experiments.stages()[1].bindings, "EVAL_TASK_NAME = 'questions'",
+      ),
+    ),
+  )  # fmt: skip
+  model = experiments.dense(stages=stages)
+  with pytest.raises(ValueError, match="'questions'. Name others, such as"):
+    _plan(experiments.experiment(world, tmp_path, (model,)))
+
+
+def test_the_best_try_is_chosen_by_its_own_questions(world, tmp_path):
+  data = _two_parts_of_questions(world, tmp_path)
+  plan = _plan(
+    experiments.experiment(world, tmp_path / 'out', data=data, tuning=_tuning())
+  )
+  # EM and F1 of two questions for choosing; what is reported says otherwise.
+  scores = [((0, 100), (40, 100)), ((100, 0), (100, 60)), ((0, 100), (60, 100))]
+  for run, (em, f1) in zip(plan.tries['T5'], scores, strict=True):
+    folder = pathlib.Path(run.folder)
+    folder.mkdir(parents=True)
+    lines = [{'task': 'choosing', 'em': em[i], 'f1': f1[i]} for i in range(2)]
+    lines.append({'task': 'questions', 'em': 100 - em[0], 'f1': 0})
+    conftest.write_lines(folder / compare_measure.QUESTIONS, lines)
+  choice = compare_choice.choose(plan.tries['T5'], ('choosing',))
+  # All have EM 50; the F1 of the second and the third is 80.
+  assert choice.number == 1
+  assert [one.em for one in choice.tries] == [50] * 3
+  assert [one.f1 for one in choice.tries] == [70, 80, 80]
+  assert [one.is_chosen for one in choice.tries] == [False, True, False]
+
+
+def test_questions_are_split_by_entity(tmp_path):
+  people = [f'Zorblat {i}' for i in range(60)]
+  lines = [
+    {'question': f'{relation} of {name}?', 'answers': ['x'], 'entity': name}
+    for name in people
+    for relation in ('Age', 'Town')
+  ]
+
+  def split(number):
+    file = tmp_path / 'all.jsonl'
+    conftest.write_lines(file, lines[:number])
+    paths = compare_data._split_questions(str(file), tmp_path)
+    return {
+      name: [json.loads(line)['entity'] for line in open(path)]
+      for name, path in paths.items()
+    }
+
+  parts = split(120)
+  choosing, reported = parts['qa_choosing'], parts['qa_reported']
+  assert len(choosing) + len(reported) == 120
+  # Both questions about a person are in one part; about a third is to choose.
+  assert not set(choosing) & set(reported)
+  assert 25 <= len(choosing) <= 55
+  # In a smaller set everyone is where they were.
+  for name, entities in split(40).items():
+    assert set(entities) <= set(parts[name])
+  # One question is reported.
+  assert list(split(1)) == ['qa_reported']
 
 
 @pytest.mark.parametrize(
@@ -187,6 +324,8 @@ def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
     ({'models': [experiments.dense()] * 2}, 'Name each model once'),
     ({'seeds': (1, 1)}, 'different numbers'),
     ({'questions': ()}, 'questions is ()'),
+    ({'tuning': _tuning(('questions',))}, 'must not be reported'),
+    ({'tuning': _tuning(stage='x')}, "is 'x', and T5 has"),
     ({'num_bins': 0}, 'at least 1'),
     ({'metric': max}, 'text_metrics.trivia_qa'),
     ({'models': [experiments.dense(stages=())]}, 'has 0. Set'),
@@ -285,12 +424,12 @@ def test_models_from_elsewhere(world, tmp_path):
   whole = dataclasses.replace(whole, seeds=(0, 1))
   added = compare_experiment.with_folder(whole, f'mine={folder}')
   plan = _plan(added)
-  assert [len(runs) for runs in plan.runs.values()] == [2, 1]
+  assert [len(runs) for runs in _all_runs(plan).values()] == [2, 1]
   # Trained further it is another model.
   manifest.write_text('{"state": "other"}')
   again = _plan(added)
-  assert plan.runs['T5'][1].digest() == again.runs['T5'][1].digest()
-  assert plan.runs['mine'][0].digest() != again.runs['mine'][0].digest()
+  assert plan.runs('T5')[1].digest() == again.runs('T5')[1].digest()
+  assert plan.runs('mine')[0].digest() != again.runs('mine')[0].digest()
   with pytest.raises(ValueError, match='must be NAME=FOLDER'):
     compare_experiment.with_folder(whole, 'folder')
 
@@ -343,7 +482,7 @@ def test_files_of_claims_and_text_elsewhere(tmp_path):
   prepared = data.prepare(tmp_path / 'out')
   assert prepared.documents == (elsewhere,)
   cache = cache_lib.TokenCache.open(
-    pathlib.Path(prepared.cache_dir) / 'qa_validation'
+    pathlib.Path(prepared.cache_dir) / 'qa_reported'
   )
   assert cache.record(0)['question'] == 'Zorblat 1 is no fish.'
   assert cache.record(0)['answers'] == ['supports']
@@ -403,7 +542,7 @@ def test_what_is_measured_is_of_all_seeds(tmp_path, monkeypatch):
     compare.compare_questions, 'answers_of', lambda *_: answers
   )
   sized = types.SimpleNamespace(model=experiments.dense(), note='')
-  result = compare._result(sized, runs, ())
+  result = compare._result(sized, runs, (), compare_choice.Choice(0))
   assert result.recall == {'all spans': (5, 18), 'whole dates': (2, 3)}
   assert result.text_loss == 3.0 and result.curve == [(0, 2.5)]
   # Where one was not measured, there is no mean.

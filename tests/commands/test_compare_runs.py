@@ -187,7 +187,7 @@ def planned(world, tmp_path_factory):
   folder = tmp_path_factory.mktemp('planned')
   experiment = experiments.experiment(world, folder, (experiments.dense(),))
   prepared = experiment.data.prepare(folder / 'data')
-  return compare_plan.Plan(experiment, prepared).runs['T5'][0]
+  return compare_plan.Plan(experiment, prepared).runs('T5')[0]
 
 
 @pytest.fixture
@@ -234,7 +234,9 @@ def test_the_time_of_a_stage_that_was_killed_is_not_known(tmp_path):
 
 
 def test_what_is_known_of_questions(world, planned):
-  questions = compare_questions.questions_of(planned, world.vocabulary)
+  questions = compare_questions.questions_of(
+    planned, planned.questions, world.vocabulary
+  )
   assert [question.answers for question in questions] == [
     tuple(record['answers']) for record in conftest.QUESTIONS
   ]
@@ -255,11 +257,19 @@ def test_entities_are_counted_by_whole_words():
 
 
 def test_answers_to_other_questions_are_refused(world, planned):
-  questions = compare_questions.questions_of(planned, world.vocabulary)
+  questions = compare_questions.questions_of(
+    planned, planned.questions, world.vocabulary
+  )
   folder = pathlib.Path(planned.folder)
   folder.mkdir(parents=True, exist_ok=True)
   lines = [
-    {'answers': list(q.answers), 'prediction': 'x', 'em': 0.0, 'f1': 50.0}
+    {
+      'task': q.task,
+      'answers': list(q.answers),
+      'prediction': 'x',
+      'em': 0.0,
+      'f1': 50.0,
+    }
     for q in questions
   ]
   path = folder / compare_measure.QUESTIONS

@@ -5,7 +5,9 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mowe.commands import cache_task, evaluations, main
@@ -19,8 +21,9 @@ from mowe.layers import (
   self_attention,
   word_experts,
 )
-from mowe.models import decoder_only
-from mowe.training import partitioning
+from mowe.models import decoder_only, initialization, threefry
+from mowe.training import partitioning, train_state
+from mowe.training import step as step_lib
 
 LENGTHS = {'targets': 12}
 
@@ -115,6 +118,46 @@ def test_a_run_that_was_resumed_ends_with_the_same_bits(
   lines = (tmp_path / 'whole' / 'train_metrics.jsonl').read_text().splitlines()
   losses = [json.loads(line)['loss'] for line in lines]
   assert losses[-1] < losses[0]
+
+
+def test_an_epoch_begins_without_a_memory(lm_world):
+  """A batch that begins its parts gives what it gives in a fresh run."""
+  config = memory_parts(lm_world)['model']
+  model = config.build()
+  state = train_state.begin(
+    initialization.initial_parameters(model, threefry.key(0)),
+    {},
+    optimizer=optax.sgd(0.1),
+    row_optimizer=None,
+    make_memory=lambda: config.initial_memory(2),
+  )
+  old = jax.tree.map(jnp.ones_like, state.memory)
+  rng = np.random.default_rng(0)
+  targets = rng.integers(3, config.vocab_size, (2, 6)).astype(np.int32)
+  batch = {
+    'decoder_input_tokens': np.roll(targets, 1, axis=1),
+    'decoder_target_tokens': targets,
+    'decoder_loss_weights': np.ones((2, 6), np.float32),
+  }
+  step = jax.jit(
+    step_lib.make_train_step(
+      model,
+      optimizer=optax.sgd(0.1),
+      row_optimizer=None,
+      loss=step_lib.LossConfig(),
+      seed=0,
+    )
+  )
+
+  def loss(memory, begins):
+    given = batch | {'decoder_begins_part': np.full(2, begins)}
+    _, metrics = step(state.replace(memory=memory), {}, given, None)
+    return float(metrics['loss'].compute())
+
+  fresh = loss(state.memory, True)
+  assert loss(old, True) == fresh
+  assert loss(state.memory, False) == fresh
+  assert loss(old, False) != fresh
 
 
 def test_microbatches_keep_every_row_of_the_memory(lm_world, tmp_path):

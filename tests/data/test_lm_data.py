@@ -158,6 +158,9 @@ def test_rows_continue_those_of_the_batch_before(tmp_path):
   # The token before the second part is known to it.
   assert first['decoder_input_tokens'].tolist() == [[0, 3, 4], [14, 15, 16]]
   assert second['decoder_input_tokens'].tolist() == [[5, 6, 7], [17, 18, 19]]
+  # The parts begin anew in every epoch, and only then.
+  begins = [made(step)['decoder_begins_part'].tolist() for step in range(9)]
+  assert begins == [[place % 4 == 0] * 2 for place in range(9)]
   for name, array in made(4 + 1).items():
     np.testing.assert_array_equal(array, second[name])
   with pytest.raises(ValueError, match='must fill at least one batch'):

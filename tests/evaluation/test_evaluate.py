@@ -152,6 +152,26 @@ def test_a_record_without_question_is_written_as_it_was_asked(tmp_path):
   assert json.loads(line)['question'] == 'ask Who?'
 
 
+def test_the_metric_comes_with_the_cache(tmp_path):
+  record = {'question': 'Who?', 'answers': ['Jean-Luc Picard']}
+  ask = tuple([*BYTES.encode('question: Who?'), BYTES.eos_id])
+  parrot = Parrot({ask: with_eos('Jean Luc Picard')})
+  for metric, em in (('squad', 0), ('trivia_qa', 100)):
+    cache = cache_builders.cache_questions(
+      [record], tmp_path / metric, BYTES, metric=metric
+    )
+    result = evaluate.evaluate_questions(parrot, cache, BYTES)
+    assert (result.metric, result.em) == (metric, em)
+    # What is asked for comes first.
+    result = evaluate.evaluate_questions(
+      parrot, cache, BYTES, metric=text_metrics.squad
+    )
+    assert (result.metric, result.em) == ('squad', 0)
+  # Another metric is another cache.
+  with pytest.raises(ValueError, match='metric'):
+    cache_builders.cache_questions([record], tmp_path / 'trivia_qa', BYTES)
+
+
 def test_caches_that_ask_nothing_are_refused(tmp_path):
   texts = cache_builders.cache_text([{'text': 'a b'}], tmp_path / 't', BYTES)
   with pytest.raises(ValueError, match='1 of 1 in .* have none'):
@@ -161,7 +181,10 @@ def test_caches_that_ask_nothing_are_refused(tmp_path):
       make_parrot(), texts, subwords.ByteVocabulary(extra_ids=5)
     )
   empty = types.SimpleNamespace(
-    path='empty', records=lambda: iter(()), check_vocabulary=lambda _: None
+    path='empty',
+    metric='squad',
+    records=lambda: iter(()),
+    check_vocabulary=lambda _: None,
   )
   with pytest.raises(ValueError, match='at least one question'):
     evaluate.evaluate_questions(make_parrot(), empty, BYTES)

@@ -9,8 +9,15 @@ import optax
 import pytest
 import tiny
 
+from mowe.layers import grouped
 from mowe.models import parameters, t5
-from mowe.training import losses, row_gradients, row_optimizers
+from mowe.training import (
+  loop,
+  losses,
+  row_gradients,
+  row_optimizers,
+  table_updates,
+)
 from mowe.training import step as step_lib
 
 _LOSS = step_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
@@ -170,7 +177,9 @@ def test_frozen_tables_are_read_but_are_not_in_the_state():
   )
   # Freezing is no gradient for tables, and the same gradient for the others.
   tiny.assert_close(new.params, trained.params, 1e-6)
-  assert _values(metrics) == pytest.approx(_values(trained_metrics), rel=1e-6)
+  of_trained = _values(trained_metrics)
+  assert of_trained.pop('expert_gradient_bound') > 0
+  assert _values(metrics) == pytest.approx(of_trained, rel=1e-6)
   # Their values matter: without experts the loss is another one.
   none = jax.tree.map(jnp.zeros_like, frozen)
   _, other = _step(None)(state, none, batch, tiny.make_plan(batch))
@@ -263,6 +272,62 @@ def test_a_batch_of_padding_changes_no_table_and_gives_numbers():
   )
 
 
+@pytest.mark.parametrize('scale', [np.inf, 1e30])
+def test_an_overflow_in_one_expert_alone_is_seen(monkeypatch, scale):
+  """Ordinary gradients and the loss are as always."""
+  product = grouped.expert_product
+
+  @jax.custom_vjp
+  def overflowing(factors):
+    return factors
+
+  # The factors of the first token, so of one expert.
+  overflowing.defvjp(
+    lambda factors: (factors, None),
+    lambda _, found: (jax.tree.map(lambda x: x.at[0].set(scale), found),),
+  )
+  monkeypatch.setattr(
+    grouped,
+    'expert_product',
+    lambda tokens, kernels, plan, factors=None: product(
+      tokens, kernels, plan, factors and overflowing(factors)
+    ),
+  )
+  # Not the cached one: it is to be traced with the other factors.
+  step = tiny.jit(
+    step_lib.make_train_step(
+      _model(),
+      optimizer=_OPTIMIZER,
+      row_optimizer=_ROW_OPTIMIZERS['adafactor'],
+      loss=_LOSS,
+      seed=0,
+    )
+  )
+  batch = tiny.make_batch(0)
+  state = _initial()
+  new, metrics = step(state, {}, batch, tiny.make_plan(batch))
+  # No row is written, also not of other experts.
+  tiny.assert_same_bits(
+    (new.tables, new.table_state), (state.tables, state.table_state)
+  )
+  values = _values(metrics)
+  assert np.isfinite(values['loss']) and np.isfinite(values['gradient_norm'])
+  with pytest.raises(loop.DivergedError, match='expert_gradient_bound must'):
+    loop._check_finite(3, values)
+
+
+def test_the_bound_on_gradients_of_experts_holds():
+  rng = np.random.default_rng(0)
+  factors = grouped.Factors(
+    *(jnp.asarray(rng.normal(size=(7, n)), jnp.float32) for n in (3, 5))
+  )
+  sources = jnp.array([[0, 1, 2, 7, 7], [3, 4, 5, 6, 7]])
+  gradients = grouped.kernel_gradient([factors], sources)
+  norms = np.linalg.norm(np.asarray(gradients).reshape(2, -1), axis=1)
+  bound = table_updates.gradient_bound({'encoder': {'wi': factors}})
+  assert norms.max() < bound < 20 * norms.max()
+
+
 def test_evaluation_is_the_loss_without_dropout():
   batch = tiny.make_batch(0)
   plan = tiny.make_plan(batch)
@@ -271,5 +336,5 @@ def test_evaluation_is_the_loss_without_dropout():
   evaluated = _values(eval_step(state.params, state.tables, batch, plan))
   _, metrics = _step()(state, {}, batch, plan)
   trained = _values(metrics)
-  del trained['gradient_norm']
+  del trained['gradient_norm'], trained['expert_gradient_bound']
   assert evaluated == pytest.approx(trained, rel=1e-5)
