@@ -132,6 +132,41 @@ def test_finetuning_with_frozen_experts(world, straight, tmp_path):
   _assert_same_bits(again, state)
 
 
+def test_experts_of_a_mixture_are_frozen_by_the_same_switch(
+  world, tmp_path, capsys
+):
+  mixture = world.config(
+    sparse=False,
+    sparse_feed_forward=functools.partial(moe.MoeLayer, 4, 3),
+    sparse_encoder_layers=(0,),
+    dropout_rate=0.0,
+  )
+  first = world.train(tmp_path / 'first', 1, model=mixture)
+  params = {}
+  for freeze in (True, False):
+    capsys.readouterr()
+    state = world.train(
+      tmp_path / str(freeze),
+      2,
+      model=mixture,
+      initial_checkpoint_path=str(tmp_path / 'first'),
+      freeze_experts=freeze,
+    )
+    params[freeze] = state.params
+    # The table before the run says how many: four experts of three kernels.
+    (line,) = (
+      line for line in capsys.readouterr().out.splitlines() if '│ all' in line
+    )
+    assert line.split('│')[4].strip() == f'{freeze * 4 * 3 * 12 * 3}'
+  of_layer = lambda params: params['encoder']['layers_0']['mlp']
+  before = of_layer(first.params)
+  _assert_same_bits(of_layer(params[True])['expert'], before['expert'])
+  kernel = lambda layer: layer['router']['router_weights']['w']['kernel']
+  assert np.any(kernel(of_layer(params[True])) != kernel(before))
+  wo = lambda layer: layer['expert']['wo']['kernel']
+  assert np.any(wo(of_layer(params[False])) != wo(before))
+
+
 @pytest.mark.slow
 def test_finetuning_with_trained_experts_from_an_earlier_step(
   world, straight, tmp_path

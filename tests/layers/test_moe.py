@@ -285,6 +285,43 @@ def test_padding_changes_no_real_token(router, dispatch):
 
 @pytest.mark.parametrize(
   ('router', 'dispatch'),
+  [c for c in COMBINATIONS if not ROUTERS[c[0]].looks_ahead],
+)
+def test_causal_in_training(router, dispatch):
+  """Later tokens of all sequences change no earlier output of any."""
+  layer, params, tokens, ids = make_case(8, router, dispatch)
+  outputs, _ = run(layer, params, tokens, ids)
+  rng = np.random.default_rng(8)
+  for first in (2, 4):
+    is_later = np.arange(LENGTH)[None, :] >= first
+    others = rng.normal(size=tokens.shape).astype(np.float32)
+    other_ids = np.where(ids < 0, ids, rng.integers(0, NUM_IDS, ids.shape))
+    changed, _ = run(
+      layer,
+      params,
+      np.where(is_later[:, :, None], others, tokens),
+      np.where(is_later, other_ids, ids).astype(np.int32),
+    )
+    close(changed[:, :first], outputs[:, :first])
+    assert np.any(changed[:, first:5] != outputs[:, first:5])
+
+
+@pytest.mark.parametrize(
+  ('router', 'dispatch'), [('experts', 'dropless'), ('top2', 'tight')]
+)
+def test_a_sequence_is_evaluated_as_if_it_were_alone(router, dispatch):
+  layer, params, tokens, ids = make_case(9, router, dispatch)
+  evaluate = jax.jit(
+    lambda tokens, ids: layer.apply({'params': params}, tokens, ids)
+  )
+  together = evaluate(tokens, ids)
+  for row in (0, 1, 5):
+    one = slice(row, row + 1)
+    close(evaluate(tokens[one], ids[one]), together[one])
+
+
+@pytest.mark.parametrize(
+  ('router', 'dispatch'),
   [c for c in COMBINATIONS if c[0] in ('top1', 'top3_priority', 'experts')],
 )
 def test_renumbering_experts_changes_nothing(router, dispatch):

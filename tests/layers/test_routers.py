@@ -10,6 +10,7 @@ import pytest
 from mowe.layers import (
   capacity_dispatch,
   dropless_dispatch,
+  dropless_exchange,
   experts_choose,
   flaxformer_moe,
   hash_routing,
@@ -200,6 +201,27 @@ def test_dropless_plan():
     plan.slots_of_tokens, [[0, 3], [1, 4], [none] * 2, [2, 5]]
   )
   np.testing.assert_array_equal(plan.group_sizes, [3, 3])
+
+
+def test_a_buffer_between_devices_is_filled_in_order_of_tokens():
+  # One group of four tokens; experts 0 and 1 are on the first device.
+  router = hash_routing.HashRouter(4, table=(3, 2, 0, 2))
+  choices = router(
+    num_experts=4,
+    is_valid=jnp.ones((1, 4), bool),
+    routing_ids=jnp.arange(4)[None],
+  )
+  # An even share of four pairs: two places for each device.
+  exchange = dropless_exchange.DroplessExchange(2, buffer_factor=1.0)
+  plan = exchange.plan(choices, router, num_experts=4)
+  # Tokens 0 and 1 are on the second device before token 3, although expert 2
+  # comes before expert 3 of token 0. In a buffer experts are in their order.
+  np.testing.assert_array_equal(plan.sources, [2, 4, 1, 0])
+  np.testing.assert_array_equal(plan.slots_of_tokens[:, 0], [3, 2, 0, 4])
+  np.testing.assert_array_equal(plan.group_sizes, [1, 0, 1, 1])
+  # Outside of training there is room for all.
+  plan = exchange.without_drops().plan(choices, router, num_experts=4)
+  np.testing.assert_array_equal(plan.group_sizes, [1, 0, 2, 1])
 
 
 def test_capacity_grows_with_k_but_for_flaxformer():

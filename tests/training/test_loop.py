@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +175,69 @@ def test_what_takes_long_is_not_done_at_a_stop():
   evaluated.clear()
   _run(9, actions=[evaluate], on_step=_kill(2))
   assert evaluated == [3]
+
+
+def test_the_step_of_the_stop_is_told_while_the_host_is_busy(capsys):
+  """Python's own handler would come after the sleep, as after compilation."""
+  told_after = []
+
+  def on_step(number):
+    if number != 1:
+      return
+    start = time.monotonic()
+    os.kill(os.getpid(), signal.SIGTERM)
+    # One call that does not return to Python's instructions.
+    time.sleep(0.5)
+    told_after.append(time.monotonic() - start)
+
+  state, _, _, _ = _run(9, on_step=on_step)
+  assert int(state.step) == 2 and told_after
+  assert capsys.readouterr().out == 'Stopping after step 2, then saving.\n'
+
+
+def test_a_loop_in_another_thread_leaves_signals_alone():
+  before = signal.getsignal(signal.SIGTERM)
+  found = []
+  thread = threading.Thread(target=lambda: found.append(_run(3)))
+  thread.start()
+  thread.join()
+  ((state, seen, _, error),) = found
+  assert seen == [0, 1, 2] and error is None and int(state.step) == 3
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_host_is_at_most_two_steps_ahead():
+  """A step is waited for before the third one after it is handed over."""
+  waited = []
+
+  class Loss:
+    def __init__(self, number):
+      self.number = number
+
+    def block_until_ready(self):
+      waited.append(self.number)
+      return self
+
+  given = []
+
+  def train_step(state, batch, plan):
+    del plan
+    given.append((batch['number'], list(waited)))
+    return state, {'loss': Loss(batch['number'])}
+
+  # The end would merge these metrics, which are no numbers.
+  batches = ((_batch(n), None) for n in range(5))
+  loop.run(
+    train_state.TrainState(jnp.int32(0), {}, {}, {}, {}),
+    train_step=train_step,
+    batches=batches,
+    total_steps=100,
+    progress=progress.Progress(100, stream=io.StringIO()),
+    log_period=100,
+  )
+  assert [(n, len(done)) for n, done in given] == [
+    (0, 0), (1, 0), (2, 0), (3, 1), (4, 2),
+  ]  # fmt: skip
 
 
 def test_a_second_ctrl_c_stops_at_once():
