@@ -291,7 +291,8 @@ def test_causal_in_training(router, dispatch):
   """Later tokens of all sequences change no earlier output of any."""
   layer, params, tokens, ids = make_case(8, router, dispatch)
   outputs, _ = run(layer, params, tokens, ids)
-  rng = np.random.default_rng(8)
+  # Not the numbers of the case.
+  rng = np.random.default_rng(80)
   for first in (2, 4):
     is_later = np.arange(LENGTH)[None, :] >= first
     others = rng.normal(size=tokens.shape).astype(np.float32)
