@@ -82,7 +82,9 @@ def compare(
 
 def show(compared: Compared) -> None:
   """Prints the first tables, and where everything is."""
-  for table in compared.tables[:3]:
+  # Answers, costs, tries if there are any, and the tests against the first.
+  has_tries = any(result.tries for result in compared.results)
+  for table in compared.tables[: 3 + has_tries]:
     # One model alone has no third table if its questions have no relations.
     if table.rows:
       print(f'\n{report_tables.markdown_table(table.rows)}')

@@ -31,7 +31,7 @@ class Theme:
     grid: of lines behind.
     page: behind everything.
     models: told apart by colour-blind readers too: Okabe and Ito's, without
-      their yellow and black.
+      their yellow and black, then a grey and a brown.
   """
 
   text: str
@@ -46,14 +46,20 @@ LIGHT = Theme(
   faint='#59636e',
   grid='#e6e9ec',
   page='#ffffff',
-  models=('#0072B2', '#D55E00', '#009E73', '#B8528F', '#2A93C9', '#B97F00'),
+  models=(
+    *('#0072B2', '#D55E00', '#009E73', '#B8528F', '#2A93C9', '#B97F00'),
+    *('#6E7781', '#7A4B2A'),
+  ),
 )
 DARK = Theme(
   text='#e6edf3',
   faint='#9198a1',
   grid='#2a313a',
   page='#0d1117',
-  models=('#56B4E9', '#F0803C', '#2FC69B', '#E08BBE', '#9CCBF0', '#F2B53A'),
+  models=(
+    *('#56B4E9', '#F0803C', '#2FC69B', '#E08BBE', '#9CCBF0', '#F2B53A'),
+    *('#9198A1', '#C89B7B'),
+  ),
 )
 
 Panel = Callable[[mpl_axes.Axes, 'report_lib.Report', Theme], None]
@@ -149,7 +155,7 @@ def _svg(draw: Panel, report, theme: Theme) -> bytes:
 def _style(theme: Theme, index: int) -> dict[str, str]:
   return {
     'color': theme.models[index % len(theme.models)],
-    # Another number of markers than of colours: 42 models before a repeat.
+    # Another number of markers than of colours: 56 models before a repeat.
     'marker': _MARKERS[index % len(_MARKERS)],
   }
 

@@ -227,7 +227,7 @@ def _with_experts(dense, config):
       jitter=_rate(config, 'router_jitter_noise', 0.01),
       use_bias=config.get('router_bias', False) is True,
     ),
-    dispatch=capacity_dispatch.CapacityDispatch(
+    dispatch=capacity_dispatch.SequenceCapacity(
       _NO_SHARE, min_capacity=_size(config, 'expert_capacity')
     ),
     groups=token_groups.SequenceGroups(),
@@ -271,7 +271,7 @@ def _describe_experts(config):
   is_ours = (
     isinstance(layer, moe.MoeLayer)
     and isinstance(layer.routing, tokens_choose.TokensChoose)
-    and isinstance(layer.dispatch, capacity_dispatch.CapacityDispatch)
+    and isinstance(layer.dispatch, capacity_dispatch.SequenceCapacity)
   )
   if not is_ours:
     raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from mowe.layers import (
   routing,
   slots,
   sorted_experts,
+  token_groups,
 )
 
 
@@ -46,8 +48,9 @@ class CapacityDispatch(dispatch.Dispatch):
         'an even share; DroplessDispatch has no capacity.'
       )
 
-  def check(self, router: routing.Router) -> None:
+  def check(self, router: routing.Router, groups: Any) -> None:
     """Raises ValueError if slots would be fewer than a router always fills."""
+    del groups
     if not router.each_token_chooses and self.factor < 1:
       raise ValueError(
         'With ExpertsChoose every expert fills its share, so a capacity factor '
@@ -140,6 +143,29 @@ class CapacityDispatch(dispatch.Dispatch):
   def across(self, num_shards: int) -> 'CapacityExchange':
     """The same with experts on several devices."""
     return CapacityExchange(self, num_shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceCapacity(CapacityDispatch):
+  """The same, but the capacity holds outside of training, too.
+
+  For SequenceGroups alone: what is dropped depends on the sequence itself then,
+  and on no neighbour in the batch. So are Switch checkpoints of Hugging Face.
+  """
+
+  def check(self, router: routing.Router, groups: Any) -> None:
+    """Raises ValueError if a group may have more than one sequence."""
+    super().check(router, groups)
+    if not isinstance(groups, token_groups.SequenceGroups):
+      raise ValueError(
+        'A capacity that holds in evaluation must be that of one sequence, or '
+        f'answers would depend on each other, but groups is {groups}. Use '
+        'SequenceGroups, or CapacityDispatch.'
+      )
+
+  def without_drops(self) -> 'SequenceCapacity':
+    """This one: it drops by design."""
+    return self
 
 
 @dataclasses.dataclass(frozen=True)

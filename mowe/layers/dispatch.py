@@ -38,7 +38,10 @@ class Dispatch(abc.ABC):
 
   @abc.abstractmethod
   def without_drops(self) -> 'Dispatch':
-    """The dispatch that takes this one's place outside of training."""
+    """The dispatch that takes this one's place outside of training.
+
+    Nothing that it drops may depend on another row of the batch.
+    """
 
   def compute_tokens(
     self,

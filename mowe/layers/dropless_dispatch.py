@@ -1,6 +1,7 @@
 """Every choice is computed: pairs are sorted by expert."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,8 @@ class DroplessDispatch(dispatch.Dispatch):
         'an even share; leave it out to drop nothing.'
       )
 
-  def check(self, router: routing.Router) -> None:
-    """Accepts any router."""
+  def check(self, router: routing.Router, groups: Any) -> None:
+    """Accepts any router and any groups."""
 
   def plan(
     self,

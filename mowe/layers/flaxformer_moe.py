@@ -22,7 +22,7 @@ class FlaxformerCapacity(capacity_dispatch.CapacityDispatch):
   ExpertsChoose the same factor.
   """
 
-  def check(self, router) -> None:
+  def check(self, router, groups) -> None:
     """Accepts any router, as flaxformer does."""
 
   def capacity(self, router, group_size, num_experts) -> int:

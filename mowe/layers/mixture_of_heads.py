@@ -133,7 +133,7 @@ class MixtureOfAttentionHeads(attention.MultiHeadAttention):
         'number of modules; MoLM has 16.'
       )
     self.routing.check(self.num_experts)
-    self.dispatch.check(self.routing)
+    self.dispatch.check(self.routing, self.groups)
     if self.identity_memory and self.num_heads != 1:
       raise ValueError(
         'With identity_memory the tokens are keys and values as they are, so '

@@ -140,7 +140,7 @@ class MoeLayer(nn.Module):
         'feed-forward with a gate.'
       )
     self.routing.check(self.num_experts)
-    self.dispatch.check(self.routing)
+    self.dispatch.check(self.routing, self.groups)
     super().__post_init__()
 
   # Without a routing vocabulary, ids of tokens will do: learned routers look

@@ -274,7 +274,7 @@ def _layer(**changes):
       'MoeLayer with TokensChoose with DroplessDispatch. Save',
     ),
     (
-      lambda: _layer(dispatch=capacity_dispatch.CapacityDispatch()),
+      lambda: _layer(dispatch=capacity_dispatch.SequenceCapacity()),
       "'factor': 1.25",
     ),
     (

@@ -450,6 +450,8 @@ def test_bad_settings_are_named():
   make = lambda **fields: moe.MoeLayer(NUM_EXPERTS, EXPERT_DIM, **fields)
   with pytest.raises(ValueError, match='Lower k of TokensChoose'):
     make(routing=tokens_choose.TokensChoose(5))
+  with pytest.raises(ValueError, match='Use SequenceGroups, or Capacity'):
+    make(dispatch=capacity_dispatch.SequenceCapacity())
   with pytest.raises(ValueError, match='factor of ExpertsChoose'):
     make(routing=ROUTERS['experts'], dispatch=DISPATCHES['tight'])
   with pytest.raises(ValueError, match='or raise k'):

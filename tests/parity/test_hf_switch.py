@@ -125,7 +125,7 @@ def test_the_config_says_which_blocks_are_sparse(folder, loaded):
     layers = getattr(config, f'sparse_{stack}_layers')
     assert len(layers) == described[f'num_sparse_{stack}_layers']
   layer, _ = config.make_sparse_layers()
-  room = layer.dispatch.capacity(layer.routing, 10**6, layer.num_experts, 1e-9)
+  room = layer.dispatch.capacity(layer.routing, 10**6, layer.num_experts)
   assert room == described['expert_capacity']
 
 
