@@ -516,6 +516,9 @@ def count_routed(
   counted_step, cache = model.start_generation(variables, inputs, max_length, 1)
   last = jnp.zeros((inputs.shape[0], 1), jnp.int32)
   shapes = jax.eval_shape(counted_step, last, cache)[2]
+  if not jax.tree.leaves(shapes):
+    # Nothing to count: XLA compiles nothing of the above.
+    return {}
   none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   def step_function(tokens, state):
