@@ -362,6 +362,8 @@ def _complete(file):
   """The file, and before it those that its header asks for."""
   text = (_ROOT / file).read_text()
   parts = [file]
+  if file.endswith('trained_experts.gin'):
+    parts.insert(0, 'gin_configs/runs/finetune.gin')
   if 'runs/' in file:
     parts.insert(0, 'gin_configs/optimizers/adamw.gin')
   if 'gin_configs/models/' not in text:
