@@ -165,12 +165,11 @@ def test_equals_one_device(router, dispatch, mesh):
   # A dropless row meets the same kernels in the same order of sums, unless
   # hidden units are split. So do the rows of one expert, unless it is on
   # several devices, by `data`. Logits of a learned router do not: XLA's matrix
-  # product on CPU has another order for another number of tokens.
+  # product on CPU has another order for another number of tokens. So it has for
+  # the last rows of a tile, which are other ones where `data` cuts the tokens.
   exact = COUNTS
-  if (router, dispatch) == ('hash', 'dropless') and mesh != '2x2x2':
-    exact += '|outputs|gradients/1'
-    if mesh == '8':
-      exact += '|gradients/0/expert/.*'
+  if (router, dispatch, mesh) == ('hash', 'dropless', '8'):
+    exact += '|outputs|gradients/1|gradients/0/expert/.*'
   check_equal(jax.device_get(actual), expected, exact)
   if dispatch == 'capacity' and router != 'experts':
     assert np.sum(expected['stats'].dropped) > 0
@@ -196,7 +195,8 @@ def test_collectives(dispatch, mesh):
   step, arguments = on_mesh(layer, MESHES[mesh])
 
   def forward(params, tokens, ids):
-    return layer.apply({'params': params}, tokens, ids)
+    # As in training: outside of it capacities give way.
+    return layer.apply({'params': params}, tokens, ids, deterministic=False)
 
   forward = jax.jit(
     partitioning.on_mesh(forward, partitioning.make_mesh(**MESHES[mesh]))

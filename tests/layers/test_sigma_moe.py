@@ -71,7 +71,9 @@ def excluded_of(layer, params, key):
     layer.apply(
       {'params': params}, tokens, deterministic=False, rngs={'dropout': key}
     )
-  return found[0].reshape(BATCH, LENGTH, NUM_EXPERTS) if found else None
+  return (
+    np.asarray(layer.groups.merge(found[0], BATCH, LENGTH)) if found else None
+  )
 
 
 def oracle(layer, params, tokens, ids, excluded):
@@ -213,11 +215,11 @@ def test_a_token_without_experts_is_skipped_and_counted():
     excluded=excluded,
     training=True,
   )
-  # First choices of the three tokens, then the second ones; 3 is none.
-  np.testing.assert_array_equal(choices.experts, [[3, 1, 2, 3, 3, 1]])
-  weights = [0, 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-3))]
+  # Both choices of each of the three tokens; 3 is none.
+  np.testing.assert_array_equal(choices.experts, [[3, 3, 1, 3, 2, 1]])
+  second, third = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-3))
   np.testing.assert_allclose(
-    choices.weights, [[*weights, 0, 0, weights[1]]], rtol=1e-6
+    choices.weights, [[0, 0, second, 0, third, second]], rtol=1e-6
   )
 
 
