@@ -225,7 +225,7 @@ def test_noise_is_that_of_one_device(dispatch):
   alone = jax.jit(functools.partial(value_and_gradients, layer, key))
   expected = alone(params, *make_inputs())
   check_equal(step(*arguments), expected)
-  quiet = on_one_device(make_layer(router, dispatch))
+  quiet = on_one_device(make_layer(tokens_choose.TokensChoose(2), dispatch))
   assert np.any(quiet['outputs'] != expected['outputs'])
 
 
