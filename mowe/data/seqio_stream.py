@@ -198,7 +198,9 @@ def cache_seqio_task(
     'sources': [{'seqio_task': name, 'split': split, 'seed': seed}],
     'fields': sorted(task.output_features),
   }
-  if 'trivia_qa' in [function.__name__ for function in task.metric_fns]:
+  # Metrics of other tasks may be objects without a name.
+  names = [getattr(one, '__name__', '') for one in task.metric_fns]
+  if 'trivia_qa' in names:
     recipe['metric'] = 'trivia_qa'
   finished = cache_lib.find_finished(path, recipe, overwrite)
   if finished is not None:

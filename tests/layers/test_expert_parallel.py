@@ -318,10 +318,12 @@ def test_what_does_not_divide_is_named():
 
 
 def test_groups_come_in_multiples():
-  groups = token_groups.TokenGroups(size=7, multiple=4)
-  # 3 x 10 tokens need five groups of at most 7; eight have 4, two filled up.
-  array = np.arange(1, 31).reshape(3, 10)
+  groups = token_groups.TokenGroups(size=11, multiple=4)
+  # Six sequences of 5 tokens need three groups of at most two; the fourth one
+  # is filled up.
+  array = np.arange(1, 31).reshape(6, 5)
   split = groups.split(jnp.asarray(array), 0)
-  assert split.shape == (8, 4)
-  np.testing.assert_array_equal(split[7], [29, 30, 0, 0])
-  np.testing.assert_array_equal(groups.merge(split, 3, 10), array)
+  assert split.shape == (4, 10)
+  np.testing.assert_array_equal(split[2][:4], [21, 26, 22, 27])
+  np.testing.assert_array_equal(split[3], 0)
+  np.testing.assert_array_equal(groups.merge(split, 6, 5), array)
