@@ -480,7 +480,7 @@ def test_parts_that_do_not_fit_are_refused(changes, text):
     ({'identity_memory': True, 'num_heads': 1}, 'model, 10, but is 4'),
     (
       {'routing': tokens_choose.TokensChoose(batch_prioritized=True)},
-      'must not be routed by later tokens',
+      'must not depend on later tokens',
     ),
     ({'num_experts': 1}, 'k must be at most the number of experts, 1'),
   ],
