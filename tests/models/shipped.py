@@ -66,8 +66,10 @@ def _draw(rng, path, leaf):
   name = jax.tree_util.keystr(path, simple=True, separator='/')
   if name.endswith('scale'):
     return jnp.ones(leaf.shape)
-  # Logits of routers far apart: many tokens want the same expert.
-  size = 3.0 if 'router_weights' in name else 1.0
+  # Logits of routers far apart: many tokens want the same expert. Not their
+  # hidden units, which would also make each rounding error 50 times as large.
+  is_last = 'router_weights' in name and 'hidden' not in name
+  size = 3.0 if is_last else 1.0
   rows = leaf.shape[-2] if len(leaf.shape) > 1 else 100
   return jnp.asarray(size * rng.normal(size=leaf.shape) / rows**0.5, leaf.dtype)
 

@@ -175,19 +175,22 @@ class Weighing(inner_attention.StickBreaking):
 
 def choices(options, router_logits, shape, keep=None):
   """top_idx, top_gates and probs of tokens [batch, length]."""
-  is_valid = jnp.ones((1, shape[0] * shape[1]), bool)
+  is_valid = jnp.ones(shape, bool)
   if options.get('keep_mask') == 'skip':
-    is_valid = keep.reshape(1, -1) > 0
+    is_valid = keep > 0
+  # One group, as the layers of the cases have.
+  groups = token_groups.TokenGroups(shape[0] * shape[1])
+  is_valid = groups.split(is_valid, False)
   router, _ = parts(options)
   found = router(
     router_logits, num_experts=options['num_modules'], is_valid=is_valid
   )
-  own = lambda x: x[0][found.pairs[0]].reshape(*shape, -1)
-  probs = jnp.where(is_valid[0, :, None], found.probs[0], 0)
+  merge = lambda array: groups.merge(array, *shape)
+  own = lambda pairs: merge(pairs[0][found.pairs])
   return {
     'top_idx': own(found.experts),
     'top_gates': own(found.weights),
-    'probs': probs.reshape(*shape, -1),
+    'probs': merge(jnp.where(is_valid[..., None], found.probs, 0)),
   }
 
 
