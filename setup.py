@@ -72,7 +72,7 @@ setuptools.setup(
       'safetensors',
     ],
   },
-  entry_points={'console_scripts': ['mowe = mowe.commands.main:main']},
+  entry_points={'console_scripts': ['mowe = mowe.cli.main:main']},
   classifiers=[
     'Programming Language :: Python :: 3.11',
     'Programming Language :: Python :: 3.12',

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.models import t5
-from mowe.training import optimizers, step, train_state
+from mowe.models.t5 import t5
+from mowe.training import train_state, training_step
+from mowe.training.optimization import optimizers
 
 _LEARNING_RATE = 1e-3
 _Z_LOSS = 1e-4
@@ -124,11 +125,11 @@ def our_step(arguments, batch):
     model, key, optimizer=optimizer, row_optimizer=None
   )
   state = jax.jit(create)(jax.random.key(0))
-  function = step.make_train_step(
+  function = training_step.make_train_step(
     model,
     optimizer=optimizer,
     row_optimizer=None,
-    loss=step.LossConfig(z_loss=_Z_LOSS),
+    loss=training_step.LossConfig(z_loss=_Z_LOSS),
     seed=0,
   )
   others = ({}, batch, None)

@@ -25,7 +25,7 @@ import optax
 
 from benchmarks import dense_step, mowe_step
 from mowe.models import parameters
-from mowe.training import step, train_state
+from mowe.training import train_state, training_step
 
 _LEARNING_RATE = 1e-3
 
@@ -84,11 +84,11 @@ def make_dense_twin(
       row_optimizer=None,
     )
 
-  function = step.make_train_step(
+  function = training_step.make_train_step(
     model,
     optimizer=optimizer,
     row_optimizer=None,
-    loss=step.LossConfig(),
+    loss=training_step.LossConfig(),
     seed=0,
   )
   made = jax.tree.map(jnp.asarray, mowe_step.make_plans(arguments, num_experts))

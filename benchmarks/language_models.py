@@ -20,14 +20,15 @@ import numpy as np
 from benchmarks import dense_step
 from mowe.commands import gin_config
 from mowe.models import costs, initialization
-from mowe.training import optimizers, router_training, step, train_state
+from mowe.training import router_training, train_state, training_step
+from mowe.training.optimization import optimizers
 
 
 def make_step(file: str, batch_size: int, length: int) -> tuple:
   """Returns (compiled step, state, further arguments) of a file's model."""
   gin_config.parse([file], ["VOCABULARY_PATH = 'bytes'"])
   config = copy.deepcopy(gin_config.macro('MODEL'))
-  loss = gin_config.call(step.LossConfig)
+  loss = gin_config.call(training_step.LossConfig)
   if gin_config.configures(router_training.RouterLossConfig):
     router = gin_config.call(router_training.RouterLossConfig)
     loss = dataclasses.replace(loss, router=router)
@@ -44,7 +45,7 @@ def make_step(file: str, batch_size: int, length: int) -> tuple:
     row_optimizer=None,
     make_memory=memory if config.memory_length else None,
   )
-  function = step.make_train_step(
+  function = training_step.make_train_step(
     model, optimizer=optimizer, row_optimizer=None, loss=loss, seed=0
   )
   rng = np.random.default_rng(0)

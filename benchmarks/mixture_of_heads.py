@@ -13,8 +13,9 @@ import argparse
 import statistics
 
 from benchmarks import dense_step, stick_breaking
-from mowe.layers import mixture_of_heads, tokens_choose
-from mowe.layers import stick_breaking as layers
+from mowe.layers.attention import stick_breaking as layers
+from mowe.layers.mixtures import mixture_of_heads
+from mowe.layers.routers import tokens_choose
 
 
 def parse() -> argparse.Namespace:

@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import dense_step, kept_memory
-from mowe.layers import feed_forward, moe, sorted_experts, tokens_choose
+from mowe.layers import feed_forward
+from mowe.layers.dispatch import sorted_experts
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import tokens_choose
 
 
 def make_step(name: str, layer, tokens: jax.Array) -> tuple:

@@ -30,9 +30,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from benchmarks import dense_step, kept_memory
-from mowe.layers import moe, tokens_choose
-from mowe.models import parameters, t5
-from mowe.training import optimizers, partitioning, step, train_state
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import tokens_choose
+from mowe.models import parameters
+from mowe.models.t5 import t5
+from mowe.training import partitioning, train_state, training_step
+from mowe.training.optimization import optimizers
 
 _LEARNING_RATE = 1e-3
 _CHOICES = {'switch': 1, 'top2': 2}
@@ -116,11 +119,11 @@ def make_step(
       model, key, optimizer=optimizer, row_optimizer=None
     )
   )(jax.random.key(0))
-  function = step.make_train_step(
+  function = training_step.make_train_step(
     model,
     optimizer=optimizer,
     row_optimizer=None,
-    loss=step.LossConfig(),
+    loss=training_step.LossConfig(),
     seed=0,
   )
   others = ({}, batch, None)

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import dense_step
-from mowe.layers import feed_forward, word_experts
-from mowe.models import t5
-from mowe.training import optimizers, row_optimizers, step, train_state
-from mowe.words import plan as plans
+from mowe.layers import feed_forward
+from mowe.layers.memory import word_experts
+from mowe.models.t5 import t5
+from mowe.training import train_state, training_step
+from mowe.training.optimization import optimizers, row_optimizers
+from mowe.words import batch_plans
 
 _LEARNING_RATE = 1e-3
 _NUM_WORDS = 1_000_000
@@ -81,11 +83,11 @@ def make_steps(
   create = lambda key: train_state.create(
     model, key, optimizer=optimizer, row_optimizer=row_optimizer
   )
-  function = step.make_train_step(
+  function = training_step.make_train_step(
     model,
     optimizer=optimizer,
     row_optimizer=row_optimizer,
-    loss=step.LossConfig(),
+    loss=training_step.LossConfig(),
     seed=0,
   )
   return create, function
@@ -93,7 +95,7 @@ def make_steps(
 
 def make_plans(
   arguments: argparse.Namespace, num_experts: int
-) -> list[plans.ExpertPlan]:
+) -> list[batch_plans.ExpertPlan]:
   """Plans of several batches in the sizes of the first profile."""
   rng = np.random.default_rng(0)
   words = WordIds(num_experts, arguments.num_skipped)
@@ -106,8 +108,8 @@ def make_plans(
     }
 
   trial = [draw() for _ in range(16)]
-  ladder = plans.profile_ladder(trial, num_experts)
-  planner = plans.Planner(ladder, num_experts)
+  ladder = batch_plans.profile_ladder(trial, num_experts)
+  planner = batch_plans.Planner(ladder, num_experts)
   made = [planner(draw()) for _ in range(_NUM_BATCHES)]
   size = lambda made: [a.shape for a in jax.tree.leaves(made)]
   return [one for one in made if size(one) == size(made[0])]

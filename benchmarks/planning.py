@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from benchmarks import mowe_step
-from mowe.words import plan as plans
+from mowe.words import batch_plans
 
 _NUM_TRIALS = 16
 
@@ -34,12 +34,12 @@ def rate(arguments: argparse.Namespace, num_experts: int) -> float:
       for name, length in lengths.items()
     }
 
-  ladder = plans.profile_ladder(
+  ladder = batch_plans.profile_ladder(
     [draw() for _ in range(_NUM_TRIALS)],
     num_experts,
     num_microbatches=arguments.num_microbatches,
   )
-  planner = plans.Planner(
+  planner = batch_plans.Planner(
     ladder, num_experts, num_microbatches=arguments.num_microbatches
   )
   planner(draw())

@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import kept_memory
-from mowe.layers import feed_forward, sigma_moe, tokens_choose
+from mowe.layers import feed_forward
+from mowe.layers.mixtures import sigma_moe
+from mowe.layers.routers import tokens_choose
 
 _LEARNING_RATE = 1e-3
 

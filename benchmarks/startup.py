@@ -140,7 +140,7 @@ def prepare(folder: pathlib.Path) -> None:
   }
   (folder / 't5x.gin').write_text(_T5X_GIN.format(**values))
   (folder / 'ours.gin').write_text(_OUR_GIN.format(**values))
-  mowe = [sys.executable, '-m', 'mowe.commands.main', 'cache-task']
+  mowe = [sys.executable, '-m', 'mowe.cli.main', 'cache-task']
   subprocess.run(
     [*mowe, str(folder / 'startup'), str(questions), '--kind=questions']
     + ['--vocabulary=bytes', '--prompt={question}'],
@@ -149,7 +149,7 @@ def prepare(folder: pathlib.Path) -> None:
 
 
 def our_command(model_dir: str) -> list[str]:
-  return [sys.executable, '-m', 'mowe.commands.main', 'train'] + [
+  return [sys.executable, '-m', 'mowe.cli.main', 'train'] + [
     '--gin_file=ours.gin',
     f'--gin.MODEL_DIR={model_dir!r}',
   ]

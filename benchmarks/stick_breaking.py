@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import dense_step
-from mowe.layers import self_attention, stick_breaking
+from mowe.layers.attention import self_attention, stick_breaking
 
 
 def make_step(layer, arguments: argparse.Namespace):

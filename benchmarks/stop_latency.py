@@ -22,8 +22,9 @@ import jax
 import numpy as np
 
 from benchmarks import dense_step
-from mowe.models import t5
-from mowe.training import loop, optimizers, progress, step, train_state
+from mowe.models.t5 import t5
+from mowe.training import loop, progress_lines, train_state, training_step
+from mowe.training.optimization import optimizers
 
 _MOST_AHEAD = 2
 
@@ -48,11 +49,11 @@ class _Trainer:
     batch = dense_step.make_batch(arguments.batch_size, 64, 32, 1024)
     self._batch = {name: np.asarray(value) for name, value in batch.items()}
     self._optimizer = optimizers.AdamW(1e-3).build()
-    train_step = step.make_train_step(
+    train_step = training_step.make_train_step(
       self._model,
       optimizer=self._optimizer,
       row_optimizer=None,
-      loss=step.LossConfig(),
+      loss=training_step.LossConfig(),
       seed=0,
     )
     self._step = jax.jit(
@@ -75,7 +76,7 @@ class _Trainer:
         train_step=self._one_step,
         batches=itertools.repeat((self._batch, None)),
         total_steps=total_steps,
-        progress=progress.Progress(total_steps, stream=nowhere),
+        progress=progress_lines.Progress(total_steps, stream=nowhere),
         # The only other time at which the host waits.
         log_period=total_steps,
         most_ahead=most_ahead,

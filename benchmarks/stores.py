@@ -25,17 +25,12 @@ import jax
 import numpy as np
 
 from benchmarks import dense_step, mowe_step
-from mowe.commands import initial_state
-from mowe.models import t5
+from mowe.model_folders import initial_state
+from mowe.models.t5 import t5
 from mowe.stores import expert_stores
-from mowe.training import (
-  checkpoints,
-  optimizers,
-  partitioning,
-  row_optimizers,
-  step,
-)
-from mowe.words import plan as plans
+from mowe.training import checkpointing, partitioning, training_step
+from mowe.training.optimization import optimizers, row_optimizers
+from mowe.words import batch_plans
 
 _LEARNING_RATE = 1e-3
 
@@ -104,11 +99,11 @@ class Run:
       batch_size=arguments.batch_size,
     )
     self._words = Words(arguments)
-    ladder = plans.profile_ladder(
+    ladder = batch_plans.profile_ladder(
       [self._words() for _ in range(16)], arguments.num_experts
     )
-    self._planner = plans.Planner(ladder, arguments.num_experts)
-    self._checkpoints = checkpoints.Checkpoints(folder, keep_last=1)
+    self._planner = batch_plans.Planner(ladder, arguments.num_experts)
+    self._checkpoints = checkpointing.Checkpoints(folder, keep_last=1)
     start = time.perf_counter()
     self.state, self.experts = setup.start(
       self._checkpoints, {}, None, store, ladder[0].updates.num_experts
@@ -126,20 +121,22 @@ class Run:
         num_slots=self.experts.num_slots
       )
       model = t5.T5(changed)
-    function = step.make_train_step(
+    function = training_step.make_train_step(
       model,
       optimizer=setup.optimizer,
       row_optimizer=row_optimizer,
-      loss=step.LossConfig(),
+      loss=training_step.LossConfig(),
       seed=0,
     )
     self._function = setup.jit(function)
-    self._planned: collections.deque[plans.ExpertPlan] = collections.deque()
+    self._planned: collections.deque[batch_plans.ExpertPlan] = (
+      collections.deque()
+    )
     self._fed = self.experts.feed(self._batches())
     self.seconds: list[float] = []
     self.moves: list[dict[str, float]] = []
 
-  def _batches(self) -> Iterator[tuple[dict[str, Any], plans.ExpertPlan]]:
+  def _batches(self) -> Iterator[tuple[dict[str, Any], batch_plans.ExpertPlan]]:
     while True:
       yield self._batch, self._planned.popleft()
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from mowe.commands import main
+from mowe.cli import main
 
 if __name__ == '__main__':
   sys.exit(main.main(['convert', *sys.argv[1:]]))

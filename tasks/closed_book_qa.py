@@ -29,7 +29,8 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mowe.data import claims, seqio_stream, text_files
+from mowe.data import seqio_stream
+from mowe.data.text import claims, text_files
 
 from . import fever, text_to_text
 

@@ -2,7 +2,7 @@
 
 Over local text or JSON-lines files (`register_text_task`) and over TFDS
 (`register_tfds_tasks`: C4, and Wikipedia sentences with tagged entities). The
-noise is that of `mowe.data.span_corruption`, so that a stream and a token cache
+noise is that of `mowe.data.text.span_corruption`, so that a stream and a token cache
 give the same kind of examples. Importing this module registers nothing and
 reads no file: the T5 vocabulary is not part of mowe and is given by path.
 """
@@ -14,14 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mowe.data import (
-  cache_builders,
-  salient_spans,
-  seqio_stream,
-  span_corruption,
-  text_files,
-)
-from mowe.words import subwords as subwords_lib
+from mowe.data import seqio_stream
+from mowe.data.caches import cache_builders
+from mowe.data.text import salient_spans, span_corruption, text_files
+from mowe.words import subword_vocabularies
 
 tf, seqio = seqio_stream.import_seqio()
 
@@ -29,7 +25,7 @@ OBJECTIVES = ('span_corruption', 'salient_spans', 'language_model')
 _TEXTS_PER_STREAM = 128  # Texts joined before they are cut, as in T5.
 
 Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
-Vocabulary = str | os.PathLike | subwords_lib.Subwords
+Vocabulary = str | os.PathLike | subword_vocabularies.Subwords
 
 
 def register_text_task(
@@ -129,7 +125,7 @@ def _register(
       'Choose one of these.'
     )
   if isinstance(vocabulary, str | os.PathLike):
-    vocabulary = subwords_lib.load_subwords(vocabulary)
+    vocabulary = subword_vocabularies.load_subwords(vocabulary)
   salient = objective == 'salient_spans'
   names = ('inputs', 'targets')
   noise = functools.partial(
@@ -185,7 +181,7 @@ def _tagged_spans(example):
 
 
 def _encode(
-  dataset: Any, subwords: subwords_lib.Subwords, with_spans: bool
+  dataset: Any, subwords: subword_vocabularies.Subwords, with_spans: bool
 ) -> Any:
   """Texts to 'targets' without EOS and, if wanted, 'spans' in tokens."""
 
@@ -221,7 +217,7 @@ def _encode(
 def _corrupt_spans(
   dataset: Any,
   sequence_length: Mapping[str, int],
-  subwords: subwords_lib.Subwords,
+  subwords: subword_vocabularies.Subwords,
   noise_density: float,
 ) -> Any:
   """Joins texts, EOS between, cuts them to fill the lengths, masks spans."""
@@ -247,14 +243,16 @@ def _corrupt_spans(
 def _cut_rows(
   dataset: Any,
   sequence_length: Mapping[str, int],
-  subwords: subwords_lib.Subwords,
+  subwords: subword_vocabularies.Subwords,
 ) -> Any:
   """Joins texts, EOS between, and cuts them to fill the targets."""
   chunks = _chunks(dataset, sequence_length['targets'], subwords)
   return chunks.map(lambda tokens: {'targets': tokens})
 
 
-def _chunks(dataset: Any, length: int, subwords: subwords_lib.Subwords) -> Any:
+def _chunks(
+  dataset: Any, length: int, subwords: subword_vocabularies.Subwords
+) -> Any:
   """Pieces of `length` tokens of texts that are joined, an EOS after each."""
 
   def with_eos(example):
@@ -271,7 +269,7 @@ def _chunks(dataset: Any, length: int, subwords: subwords_lib.Subwords) -> Any:
 def _mask_salient(
   dataset: Any,
   sequence_length: Mapping[str, int],
-  subwords: subwords_lib.Subwords,
+  subwords: subword_vocabularies.Subwords,
   noise_density: float,
 ) -> Any:
   """Masks salient spans; texts without one that fits are left out."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from mowe.data import seqio_stream
 from mowe.evaluation import classification_metrics
-from mowe.words import subwords as subwords_lib
+from mowe.words import subword_vocabularies
 
 tf, seqio = seqio_stream.import_seqio()
 
-Vocabulary = str | os.PathLike | subwords_lib.Subwords
+Vocabulary = str | os.PathLike | subword_vocabularies.Subwords
 
 
 def register(
@@ -41,7 +41,7 @@ def register(
     ValueError: the name is in use.
   """
   if isinstance(vocabulary, str | os.PathLike):
-    vocabulary = subwords_lib.load_subwords(vocabulary)
+    vocabulary = subword_vocabularies.load_subwords(vocabulary)
   features = {
     feature: seqio.Feature(
       seqio_stream.seqio_vocabulary(vocabulary), add_eos=True

@@ -4,14 +4,9 @@ import pathlib
 
 import pytest
 
-from mowe.commands import (
-  compare_budget,
-  compare_data,
-  compare_experiment,
-  compare_plan,
-  gin_config,
-)
-from mowe.data import generated_world
+from mowe.commands import gin_config
+from mowe.comparison import budgets, experiment_data, experiments, planned_runs
+from mowe.data.text import generated_world
 from mowe.models import costs, model_config
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,7 +26,7 @@ def _all_runs(plan):
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
   folder = tmp_path_factory.mktemp('data')
-  world = compare_data.GeneratedWorld(
+  world = experiment_data.GeneratedWorld(
     generated_world.WorldConfig(num_people=30, num_extra_mentions=9),
     vocabulary_size=250,
   )
@@ -40,7 +35,7 @@ def prepared(tmp_path_factory):
 
 def _load(name, *bindings):
   more = ["DATA_DIR = '/data'"] if name.startswith('wiki') else []
-  return compare_experiment.load(
+  return experiments.load(
     [f'gin_configs/experiments/{name}.gin'], [*more, *bindings]
   )
 
@@ -64,9 +59,9 @@ def any_width(monkeypatch):
     costs, 'model_costs', lambda config: costs.ModelCosts(9, 0, 0, 7, 5)
   )
   monkeypatch.setattr(
-    compare_budget,
+    budgets,
     'solve',
-    lambda cost_of, target, *, granule, **_: compare_budget.Solution(
+    lambda cost_of, target, *, granule, **_: budgets.Solution(
       24 * granule, cost_of(24 * granule), target
     ),
   )
@@ -76,7 +71,7 @@ def any_width(monkeypatch):
 def test_its_runs_can_be_made(name, prepared, any_width):
   """All gin files and bindings of all stages, as their runs will read them."""
   experiment = _load(name, 'SEEDS = (0,)')
-  plan = compare_plan.Plan(experiment, prepared)
+  plan = planned_runs.Plan(experiment, prepared)
   for (run,) in _all_runs(plan).values():
     assert len(run.stages) >= 2
     assert run.pretrained == run.stages[-2].folder
@@ -91,7 +86,7 @@ def test_experiments_of_one_output_share_runs_and_no_report(
     report = (experiment.output, experiment.report)
     assert report not in reports
     reports.add(report)
-    for tries in compare_plan.Plan(experiment, prepared).tries.values():
+    for tries in planned_runs.Plan(experiment, prepared).tries.values():
       for run in tries:
         assert found.setdefault(run.folder, run.digest()) == run.digest(), name
   assert len(reports) > len({output for output, _ in reports}) > 1
@@ -100,7 +95,7 @@ def test_experiments_of_one_output_share_runs_and_no_report(
 def test_experts_are_frozen_or_trained_after_one_pretraining(
   prepared, any_width
 ):
-  plan = compare_plan.Plan(_load('ablation_frozen_experts'), prepared)
+  plan = planned_runs.Plan(_load('ablation_frozen_experts'), prepared)
   frozen, trained = plan.runs('MoWE'), plan.runs('MoWE, experts trained')
   for one, other in zip(frozen, trained, strict=True):
     assert one.pretrained == other.pretrained
@@ -111,7 +106,7 @@ def test_experts_are_frozen_or_trained_after_one_pretraining(
 
 
 def test_salient_spans_come_second(prepared, any_width):
-  plan = compare_plan.Plan(_load('ablation_salient_spans'), prepared)
+  plan = planned_runs.Plan(_load('ablation_salient_spans'), prepared)
   found = []
   for stage in plan.runs('MoWE, then salient spans')[0].stages:
     gin_config.parse(stage.gin_files, stage.bindings)

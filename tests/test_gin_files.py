@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 
 from mowe.commands import data_config, gin_config
-from mowe.data import cache_builders, token_counts
-from mowe.layers import experts_choose, tokens_choose
-from mowe.models import costs, decoder_only, parameters, saved_config, t5
+from mowe.data.caches import cache_builders, token_counts
+from mowe.layers.routers import experts_choose, tokens_choose
+from mowe.models import costs, parameters
+from mowe.models.decoder_only import decoder_only
+from mowe.models.families import saved_config
+from mowe.models.t5 import t5
 from mowe.training import partitioning
-from mowe.words import build, subwords
+from mowe.words import subword_vocabularies, vocabulary_builder
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _GOLDEN = _ROOT / 'tests' / 'golden'
@@ -50,9 +53,9 @@ _MILLION = 2**20
 
 
 def _write_routing(path, num_experts):
-  routing, _ = build.build_routing_vocabulary(
+  routing, _ = vocabulary_builder.build_routing_vocabulary(
     ['a few words and a few more'],
-    subwords.ByteVocabulary(),
+    subword_vocabularies.ByteVocabulary(),
     num_words=5,
     num_experts=num_experts,
     num_skipped=1,
@@ -297,7 +300,7 @@ def test_only_encoders_prioritize(routing_paths):
 
 def test_balanced_hash_gives_all_experts_as_many_tokens(tmp_path):
   texts = [{'text': 'the words of a text, and the letters of the words'}]
-  vocabulary = subwords.ByteVocabulary()
+  vocabulary = subword_vocabularies.ByteVocabulary()
   cache_builders.cache_text(texts, tmp_path / 'text', vocabulary)
   gin_config.parse(
     ['gin_configs/models/moe_hash_tiny.gin']

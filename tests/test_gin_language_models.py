@@ -8,7 +8,7 @@ import pytest
 
 from mowe.commands import gin_config
 from mowe.models import costs, initialization
-from mowe.training import router_training, step
+from mowe.training import router_training, training_step
 
 # Parameters of one feed-forward, and of the model in millions.
 _DENSE = {
@@ -40,7 +40,7 @@ def _router_loss(needed, *files):
     [f'gin_configs/{file}.gin' for file in files],
     [*(f"{name} = 'bytes'" for name in names), 'TRAIN_STEPS = 1'],
   )
-  return gin_config.call(step.LossConfig).router
+  return gin_config.call(training_step.LossConfig).router
 
 
 def _count(tree):
@@ -149,7 +149,7 @@ def test_regularisers_are_those_of_the_code_of_the_paper(
   assert routing.exclusion_rate == excluded
   loss = _router_loss('VOCABULARY_PATH', f'models/xl_sigma_moe_{name}', *_RUN)
   assert (loss.entropy, loss.load_balance) == (entropy, 0)
-  assert gin_config.call(step.LossConfig).z_loss == 0
+  assert gin_config.call(training_step.LossConfig).z_loss == 0
 
 
 @pytest.mark.parametrize('name', [*_SIZES, 'tiny'])

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from mowe.commands import model_folder
 from mowe.evaluation import inference
+from mowe.model_folders import model_folder
 from mowe.models import decoding
 from mowe.stores import expert_stores
 from mowe.words import routing_vocabulary

@@ -5,8 +5,13 @@ import os
 from collections.abc import Iterator, Sequence
 
 from mowe.commands import show_progress
-from mowe.data import text_files
-from mowe.words import build, placement, routing_vocabulary, subwords
+from mowe.data.text import text_files
+from mowe.words import (
+  placement,
+  routing_vocabulary,
+  subword_vocabularies,
+  vocabulary_builder,
+)
 
 # Texts that travel to a worker process together.
 _TEXTS_AT_ONCE = 2000
@@ -47,7 +52,7 @@ def build_routing_vocabulary(
     extra_ids: sentinels of the vocabulary.
   """
   placement.check_num_blocks(num_experts, num_blocks)
-  loaded = subwords.load_subwords(vocabulary, extra_ids)
+  loaded = subword_vocabularies.load_subwords(vocabulary, extra_ids)
   names = None
   if names_files:
     names = [
@@ -59,7 +64,7 @@ def build_routing_vocabulary(
     num_workers = (os.cpu_count() or 1) if size > 2**25 else 0
   texts = (record[field] for record in text_files.read_records(files, (field,)))
   with show_progress.counting('texts') as progress:
-    built, report = build.build_routing_vocabulary(
+    built, report = vocabulary_builder.build_routing_vocabulary(
       _groups(texts),
       loaded,
       num_words=num_words,

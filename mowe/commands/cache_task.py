@@ -4,16 +4,10 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 
-from mowe.data import cache as cache_lib
-from mowe.data import (
-  cache_builders,
-  claims,
-  lm_cache,
-  passages,
-  text_files,
-)
+from mowe.data.caches import cache_builders, lm_cache, token_cache
+from mowe.data.text import claims, passages, text_files
 from mowe.evaluation import text_metrics
-from mowe.words import subwords as subwords_lib
+from mowe.words import subword_vocabularies
 
 KINDS = ('text', 'questions', 'claims', lm_cache.KIND)
 TASK_MODULES = (
@@ -46,7 +40,7 @@ def cache_task(
   overwrite: bool = False,
   num_workers: int | None = None,
   progress: Callable[[int], None] | None = None,
-) -> cache_lib.TokenCache:
+) -> token_cache.TokenCache:
   """Builds a token cache from `files` or from `seqio_task`, one of the two.
 
   Args:
@@ -102,7 +96,7 @@ def cache_task(
       "A metric is for files of kind 'questions', but was given for "
       f'{seqio_task or kind!r}. Leave it out.'
     )
-  subwords = subwords_lib.load_subwords(vocabulary, extra_ids)
+  subwords = subword_vocabularies.load_subwords(vocabulary, extra_ids)
   if seqio_task:
     # Only here: TensorFlow takes seconds to load.
     from mowe.data import seqio_stream

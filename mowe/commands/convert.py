@@ -17,21 +17,18 @@ import numpy as np
 import rich.console
 import rich.table
 
-from mowe.commands import model_folder, model_weights
 from mowe.interop import (
   huggingface,
   mowe_safetensors,
   new_folder,
   safetensors_folder,
-  t5x_checkpoint,
-  t5x_legacy,
-  t5x_orbax,
-  t5x_tree,
   weights,
 )
-from mowe.models import t5
+from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_orbax, t5x_tree
+from mowe.model_folders import model_folder, model_weights
+from mowe.models.t5 import t5
 from mowe.training import manifests
-from mowe.words import subwords
+from mowe.words import subword_vocabularies
 
 # So that names of parameters are not cut off where the output is a file.
 _WIDTH = 110
@@ -205,7 +202,7 @@ def _with_vocabulary(given, path, extra_ids) -> weights.Weights:
   own = given.vocabulary
   if extra_ids is None:
     extra_ids = _EXTRA_IDS if own is None else own.extra_ids
-  loaded = subwords.load_subwords(path, extra_ids)
+  loaded = subword_vocabularies.load_subwords(path, extra_ids)
   if own is not None and (loaded.sha256, loaded.size) != (
     own.sha256,
     own.size,
@@ -338,7 +335,7 @@ def _opened_huggingface(
   spiece = pathlib.Path(path) / _SPIECE
   vocabulary = None
   if spiece.is_file():
-    vocabulary = subwords.load_subwords(spiece, extra_ids)
+    vocabulary = subword_vocabularies.load_subwords(spiece, extra_ids)
   flat = flax.traverse_util.flatten_dict(params)
   yield weights.Weights(config, flat, vocabulary=vocabulary)
 
@@ -352,7 +349,9 @@ def _save_huggingface(folder, given):
   dtypes = {np.dtype(array.dtype) for array in given.params.values()}
 
   def copy_vocabulary(partial):
-    if isinstance(given.vocabulary, subwords.SentencePieceVocabulary):
+    if isinstance(
+      given.vocabulary, subword_vocabularies.SentencePieceVocabulary
+    ):
       shutil.copyfile(given.vocabulary.path, partial / _SPIECE)
 
   huggingface.save(

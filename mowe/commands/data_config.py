@@ -7,10 +7,8 @@ from typing import Any
 
 from flax import linen as nn
 
-from mowe.data import batches as batches_lib
-from mowe.data import cache as cache_lib
-from mowe.data import lm_batches
-from mowe.data import tasks as tasks_lib
+from mowe.data import batch_source, lm_batches, text_tasks
+from mowe.data.caches import token_cache
 from mowe.evaluation import inference
 from mowe.models import model_config
 
@@ -48,7 +46,7 @@ class DataConfig:
   batch_size: int
   cache_dir: str | None = None
   use_cached_tasks: bool = True
-  objective: Callable[..., tasks_lib.Task] = tasks_lib.SpanCorruptionTask
+  objective: Callable[..., text_tasks.Task] = text_tasks.SpanCorruptionTask
   pack: bool = False
   split: str = 'train'
   seed: int = 0
@@ -89,7 +87,7 @@ class DataConfig:
     if contiguous:
       self._check_contiguous(pairs, is_one_stack)
       return lm_batches.ContiguousBatches(contiguous[0], self.batch_size)
-    return batches_lib.Batches(
+    return batch_source.Batches(
       pairs,
       self.batch_size,
       self.task_feature_lengths,
@@ -107,7 +105,7 @@ class DataConfig:
         'Set OBJECTIVE = @lm_tasks.LanguageModelTask for text in any order.'
       )
 
-  def open_cache(self, name: str, vocabulary: Any) -> cache_lib.TokenCache:
+  def open_cache(self, name: str, vocabulary: Any) -> token_cache.TokenCache:
     """The token cache of one task."""
     path = pathlib.Path(self.cache_dir or '.') / name
     if not path.is_dir():
@@ -121,7 +119,7 @@ class DataConfig:
         f'{folder} are {found}. Build it with `mowe cache-task`, or set '
         'USE_CACHED_TASKS = False to stream it with seqio.'
       )
-    return cache_lib.TokenCache.open(path, vocabulary)
+    return token_cache.TokenCache.open(path, vocabulary)
 
   def make_generator(
     self, model: nn.Module, params: Any, **options: Any
@@ -159,10 +157,10 @@ class DataConfig:
       return {self.mixture_or_task_name: 1.0}
     return dict(self.mixture_or_task_name)
 
-  def _task(self, cache: cache_lib.TokenCache, name: str) -> tasks_lib.Task:
+  def _task(self, cache: token_cache.TokenCache, name: str) -> text_tasks.Task:
     make = self.objective
     if cache.kind in _TEXT_TO_TEXT:
-      make = tasks_lib.TextToTextTask
+      make = text_tasks.TextToTextTask
     return make(cache, self.task_feature_lengths, name=name)
 
 
@@ -175,7 +173,7 @@ def _check_memory(model: model_config.ModelConfig, is_contiguous: bool) -> None:
     )
 
 
-def _settings(task: tasks_lib.Task) -> dict[str, Any]:
+def _settings(task: text_tasks.Task) -> dict[str, Any]:
   """Class and numbers of a task, such as its noise density."""
   return {'class': type(task).__name__} | {
     field.name: getattr(task, field.name)

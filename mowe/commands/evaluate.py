@@ -4,12 +4,12 @@ import json
 import pathlib
 from collections.abc import Callable
 
-from mowe.commands import data_config, model_folder, show_progress
-from mowe.evaluation import evaluate as evaluate_lib
-from mowe.evaluation import language_modeling
+from mowe.commands import data_config, show_progress
+from mowe.evaluation import language_modeling, task_evaluation
+from mowe.model_folders import model_folder
 from mowe.models import decoding
 from mowe.stores import expert_stores
-from mowe.words import subwords
+from mowe.words import subword_vocabularies
 
 
 def evaluate(
@@ -21,7 +21,7 @@ def evaluate(
   strategy: decoding.Strategy = decoding.Greedy(),
   metric: Callable[..., dict[str, float]] | None = None,
   reading: language_modeling.ReadingConfig = language_modeling.ReadingConfig(),
-) -> evaluate_lib.EvaluationResult | language_modeling.TextScore:
+) -> task_evaluation.EvaluationResult | language_modeling.TextScore:
   """Answers every question of a token cache and scores the answers.
 
   A cache of text has no questions: a decoder-only model predicts its tokens.
@@ -45,7 +45,7 @@ def evaluate(
     loaded.model, loaded.params, strategy=strategy
   )
   with show_progress.counting('questions') as progress:
-    result = evaluate_lib.evaluate_questions(
+    result = task_evaluation.evaluate_questions(
       generator,
       cache,
       loaded.vocabulary,
@@ -84,7 +84,9 @@ def _score_text(loaded, cache, data, reading, folder):
       progress=progress,
     )
   content = json.dumps(language_modeling.as_json(score), indent=2) + '\n'
-  subwords.write_atomically(folder / 'results.json', content.encode())
+  subword_vocabularies.write_atomically(
+    folder / 'results.json', content.encode()
+  )
   print(
     f'{data.mixture_or_task_name}: {language_modeling.describe(score)}  '
     f'step {loaded.step}'

@@ -9,10 +9,9 @@ import jax
 from flax import linen as nn
 
 from mowe.commands import data_config
-from mowe.evaluation import evaluate, language_modeling
+from mowe.evaluation import language_modeling, task_evaluation
 from mowe.models import model_config, parameters
-from mowe.training import metrics as metrics_lib
-from mowe.training import step as step_lib
+from mowe.training import train_metrics, training_step
 from mowe.words import batch_router
 
 # (params, tables) -> numbers by name.
@@ -65,7 +64,7 @@ class LossEvaluation:
   name: str = 'validation'
 
   def prepare(
-    self, model: nn.Module, vocabulary: Any, loss: step_lib.LossConfig
+    self, model: nn.Module, vocabulary: Any, loss: training_step.LossConfig
   ) -> Evaluation:
     """Makes the batches once, and what plans them for the current mesh."""
     batches = list(
@@ -77,14 +76,14 @@ class LossEvaluation:
     router = make_router(
       model.config, batches, jax.sharding.get_abstract_mesh().shape
     )
-    eval_step = jax.jit(step_lib.make_eval_step(model, loss))
+    eval_step = jax.jit(training_step.make_eval_step(model, loss))
 
     def evaluation(params, tables):
-      totals: dict[str, metrics_lib.Mean] = {}
+      totals: dict[str, train_metrics.Mean] = {}
       for batch in batches:
         metrics = eval_step(params, tables, *router(batch))
-        totals = metrics_lib.merge(totals, jax.device_get(metrics))
-      values = metrics_lib.compute(totals)
+        totals = train_metrics.merge(totals, jax.device_get(metrics))
+      values = train_metrics.compute(totals)
       return {f'{self.name}/{key}': value for key, value in values.items()}
 
     return evaluation
@@ -105,7 +104,7 @@ class TextEvaluation:
   name: str = 'validation'
 
   def prepare(
-    self, model: nn.Module, vocabulary: Any, loss: step_lib.LossConfig
+    self, model: nn.Module, vocabulary: Any, loss: training_step.LossConfig
   ) -> Evaluation:
     """Opens the text once."""
     del loss
@@ -145,7 +144,7 @@ class QuestionEvaluation:
   name: str = 'validation'
 
   def prepare(
-    self, model: nn.Module, vocabulary: Any, loss: step_lib.LossConfig
+    self, model: nn.Module, vocabulary: Any, loss: training_step.LossConfig
   ) -> Evaluation:
     """Opens the questions once."""
     del loss
@@ -155,7 +154,7 @@ class QuestionEvaluation:
       generator = self.data.make_generator(
         model, parameters.merge_tables(params, tables)
       )
-      result = evaluate.evaluate_questions(
+      result = task_evaluation.evaluate_questions(
         generator,
         cache,
         vocabulary,

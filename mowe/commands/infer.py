@@ -3,10 +3,11 @@
 import json
 import pathlib
 
-from mowe.commands import data_config, model_folder
+from mowe.commands import data_config
+from mowe.model_folders import model_folder
 from mowe.models import decoding
 from mowe.stores import expert_stores
-from mowe.training import progress as progress_lib
+from mowe.training import progress_lines
 
 # Examples written together: what a stopped run has to do again at most.
 _BATCHES_AT_ONCE = 8
@@ -48,7 +49,7 @@ def infer(
   if first:
     print(f'{path} has {first:,} predictions; continuing behind them.')
   group = data.batch_size * _BATCHES_AT_ONCE
-  shown = progress_lib.Progress(cache.num_examples, first, log_period=group)
+  shown = progress_lines.Progress(cache.num_examples, first, log_period=group)
   decode = loaded.vocabulary.decode
   with path.open('a', encoding='utf-8') as file, shown:
     for start in range(first, cache.num_examples, group):

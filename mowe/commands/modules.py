@@ -9,18 +9,12 @@ import numpy as np
 import rich.console
 import rich.table
 
-from mowe.commands import (
-  data_config,
-  evaluations,
-  model_folder,
-  modules_folder,
-  show_progress,
-)
+from mowe.commands import data_config, evaluations, show_progress
 from mowe.data import lm_batches
 from mowe.evaluation import module_usage
-from mowe.models import modules as modules_lib
-from mowe.models import modules_added, modules_pruned
-from mowe.words import subwords
+from mowe.model_folders import model_folder, modules_folder
+from mowe.models.surgery import module_surgery, modules_added, modules_pruned
+from mowe.words import subword_vocabularies
 
 GATES = {
   'keep': modules_pruned.KeepGates(),
@@ -62,7 +56,7 @@ def add(
   opened = modules_folder.open_source(source)
   numbers = {'mlp': mlp, 'attention': attention}
   config, edits = modules_added.add(opened.config, numbers, k=k, seed=seed)
-  layers = modules_lib.module_layers(config)
+  layers = module_surgery.module_layers(config)
   _check_parts(layers, expert_parts)
   rule = {
     'operation': 'add',
@@ -111,7 +105,7 @@ def prune(
     )
   opened = modules_folder.open_source(source)
   measured = module_usage.read(pathlib.Path(usage))
-  layers = modules_lib.module_layers(opened.config)
+  layers = module_surgery.module_layers(opened.config)
   if not layers:
     # Which says what is missing.
     modules_pruned.prune(opened.config, {}, GATES[gates])
@@ -126,7 +120,7 @@ def prune(
         one, counts, threshold, expert_parts
       )
   config, edits = modules_pruned.prune(opened.config, kept, GATES[gates])
-  smaller = modules_lib.module_layers(config)
+  smaller = module_surgery.module_layers(config)
   _check_parts(smaller, expert_parts)
   rule = {
     'operation': 'prune',
@@ -166,7 +160,7 @@ def usage(
   from mowe.evaluation import module_usage_figure
 
   opened = modules_folder.open_source(checkpoint_path)
-  if not modules_lib.module_layers(opened.config):
+  if not module_surgery.module_layers(opened.config):
     raise ValueError(
       'The model must have layers of modules, but has none. Take a model that '
       'was trained with MoeLayer or with attention modules.'
@@ -175,7 +169,7 @@ def usage(
   batches = itertools.islice(_batches(data, loaded), num_batches)
   with show_progress.counting('rows') as progress:
     layers = module_usage.count(loaded.model, loaded.params, batches, progress)
-  places = [one.place for one in modules_lib.module_layers(opened.config)]
+  places = [one.place for one in module_surgery.module_layers(opened.config)]
   measured = module_usage.Usage(
     {place: layers[place] for place in places},
     str(data.mixture_or_task_name),
@@ -184,7 +178,9 @@ def usage(
   folder = pathlib.Path(output_dir)
   folder.mkdir(parents=True, exist_ok=True)
   content = json.dumps(module_usage.to_json(measured), indent=2) + '\n'
-  subwords.write_atomically(folder / module_usage.FILE_NAME, content.encode())
+  subword_vocabularies.write_atomically(
+    folder / module_usage.FILE_NAME, content.encode()
+  )
   module_usage_figure.draw(measured, folder / _PICTURE)
   _print(_usage_table(measured))
   print(f'{folder / module_usage.FILE_NAME}, {folder / _PICTURE}')
@@ -240,7 +236,7 @@ def _show(opened, target, layers, reason):
   table.add_column('now', justify='right')
   before = {
     one.place: one.num_modules
-    for one in modules_lib.module_layers(opened.config)
+    for one in module_surgery.module_layers(opened.config)
   }
   for one in layers:
     table.add_row(one.place, f'{before[one.place]}', f'{one.num_modules}')

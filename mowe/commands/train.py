@@ -10,35 +10,23 @@ import flax
 import jax
 import numpy as np
 
-from mowe.commands import (
-  data_config,
-  evaluations,
-  initial_state,
-  model_folder,
-  summary,
-)
+from mowe.commands import data_config, evaluations, summary
 from mowe.data import prefetch
-from mowe.models import (
-  costs,
-  initialization,
-  model_config,
-  model_description,
-)
+from mowe.model_folders import initial_state, model_folder
+from mowe.models import costs, initialization, model_config
+from mowe.models.families import model_description
 from mowe.stores import expert_stores
 from mowe.training import (
-  checkpoints as checkpoints_lib,
-)
-from mowe.training import (
+  checkpointing,
   loop,
-  metrics,
-  optimizers,
   partitioning,
-  progress,
-  row_optimizers,
+  progress_lines,
+  train_metrics,
   train_state,
+  training_step,
 )
-from mowe.training import step as step_lib
-from mowe.words import subwords
+from mowe.training.optimization import optimizers, row_optimizers
+from mowe.words import subword_vocabularies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +50,13 @@ class SaveConfig:
 def train(
   *,
   model: model_config.ModelConfig,
-  vocabulary: subwords.Subwords,
+  vocabulary: subword_vocabularies.Subwords,
   data: data_config.DataConfig,
   model_dir: str,
   total_steps: int,
   optimizer: optimizers.Optimizer,
   row_optimizer: row_optimizers.RowOptimizer | None = None,
-  loss: step_lib.LossConfig = step_lib.LossConfig(),
+  loss: training_step.LossConfig = training_step.LossConfig(),
   freeze_experts: bool = False,
   initial_checkpoint_path: str | None = None,
   num_microbatches: int = 1,
@@ -172,7 +160,7 @@ def train(
     'num_microbatches': num_microbatches,
   }
   with (
-    checkpoints_lib.Checkpoints(
+    checkpointing.Checkpoints(
       folder, save.keep_last, save.best_metric, save.best_mode
     ) as checkpoints,
     contextlib.ExitStack() as closing,
@@ -229,7 +217,7 @@ def train(
         transform=router,
       )
     )
-    train_step = step_lib.make_train_step(
+    train_step = training_step.make_train_step(
       _with_layers(module, num_slots=experts.num_slots),
       optimizer=setup.optimizer,
       row_optimizer=row_optimizer,
@@ -259,7 +247,7 @@ def train(
         loop.Every(save_period, save_checkpoint),
       ],
       writers=writers['train'],
-      progress=progress.Progress(total_steps, first_step, log_period),
+      progress=progress_lines.Progress(total_steps, first_step, log_period),
       log_period=log_period,
       stop=stop,
     )
@@ -287,9 +275,9 @@ def _open_writers(folder, first_step, tensorboard, closing):
     return writers
   for name, opened in writers.items():
     path = folder / f'{name}_metrics.jsonl'
-    opened.append(metrics.JsonLinesWriter(path, first_step))
+    opened.append(train_metrics.JsonLinesWriter(path, first_step))
   if tensorboard:
-    board = metrics.TensorBoardWriter(folder / 'tensorboard', first_step)
+    board = train_metrics.TensorBoardWriter(folder / 'tensorboard', first_step)
     for opened in writers.values():
       opened.append(board)
   for writer in {id(w): w for ws in writers.values() for w in ws}.values():
@@ -309,7 +297,7 @@ class _Evaluations:
   def __call__(self, step: int, state: train_state.TrainState) -> None:
     if not self._prepared:
       return
-    values: dict[str, metrics.Value] = {}
+    values: dict[str, train_metrics.Value] = {}
     tables = self._experts.tables(state)
     for evaluation in self._prepared:
       values |= evaluation(state.params, tables)

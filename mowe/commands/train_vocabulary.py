@@ -4,8 +4,8 @@ import itertools
 import os
 from collections.abc import Sequence
 
-from mowe.data import text_files
-from mowe.words import subwords, word_vocabulary
+from mowe.data.text import text_files
+from mowe.words import subword_vocabularies, word_vocabulary
 
 _NUM_PIECES = 32_000
 
@@ -18,7 +18,7 @@ def train_vocabulary(
   field: str = 'text',
   questions: Sequence[str] = (),
   words: bool = False,
-) -> subwords.Subwords:
+) -> subword_vocabularies.Subwords:
   """Trains SentencePiece on texts, and on questions if they are given.
 
   Args:
@@ -40,4 +40,6 @@ def train_vocabulary(
     texts = itertools.chain(texts, (one['question'] for one in records))
   if words:
     return word_vocabulary.build_word_vocabulary(texts, output, size)
-  return subwords.train_sentencepiece(texts, output, size or _NUM_PIECES)
+  return subword_vocabularies.train_sentencepiece(
+    texts, output, size or _NUM_PIECES
+  )

@@ -5,15 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mowe.data import batches as batches_lib
-from mowe.data import lm_tasks
+from mowe.data import batch_source, lm_tasks
 
 
 def make_batch(
-  rows: Sequence[Sequence[batches_lib.Example]],
+  rows: Sequence[Sequence[batch_source.Example]],
   feature_lengths: Mapping[str, int],
   segments: bool = False,
-) -> batches_lib.Batch:
+) -> batch_source.Batch:
   """Pads rows of examples into one batch; see `batches.make_batch`.
 
   The targets of an example stand after its inputs, if it has some. A row is as
@@ -88,14 +87,14 @@ class ContiguousBatches:
         'Give more text, or smaller batches.'
       )
 
-  def __call__(self, step: int) -> batches_lib.Batch:
+  def __call__(self, step: int) -> batch_source.Batch:
     place = step % self.steps_per_epoch
     rows = np.arange(self.batch_size) * self.steps_per_epoch + place
     batch = rows_of_stream(self.task.stream, rows * self._length, self._length)
     batch['decoder_begins_part'] = np.full(self.batch_size, place == 0)
     return batch
 
-  def from_step(self, first_step: int = 0) -> Iterator[batches_lib.Batch]:
+  def from_step(self, first_step: int = 0) -> Iterator[batch_source.Batch]:
     """The batches from `first_step` on, without end."""
     while True:
       yield self(first_step)
@@ -114,7 +113,7 @@ class ContiguousBatches:
 
 def rows_of_stream(
   stream: np.ndarray, starts: np.ndarray, length: int
-) -> batches_lib.Batch:
+) -> batch_source.Batch:
   """Rows of running text, each after the token before it.
 
   Args:
@@ -137,7 +136,7 @@ def rows_of_stream(
 
 def segments(
   stream: np.ndarray, batch_size: int, length: int
-) -> Iterator[batches_lib.Batch]:
+) -> Iterator[batch_source.Batch]:
   """Every token once, in order: rows that continue each other.
 
   As ContiguousBatches, with nothing left out: the last rows are padded.
@@ -151,7 +150,7 @@ def segments(
 
 def sliding_windows(
   stream: np.ndarray, batch_size: int, length: int, stride: int
-) -> Iterator[batches_lib.Batch]:
+) -> Iterator[batch_source.Batch]:
   """Every token once, each but the first ones after enough others.
 
   A window is a row of its own and begins with id 0. It moves by `stride`

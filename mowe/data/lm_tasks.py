@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mowe.data import cache as cache_lib
-from mowe.data import lm_cache
+from mowe.data.caches import lm_cache, token_cache
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class LanguageModelTask:
     ValueError: another kind of cache, no length, or no text.
   """
 
-  cache: cache_lib.TokenCache
+  cache: token_cache.TokenCache
   feature_lengths: Mapping[str, int]
   name: str = 'language_model'
 
@@ -99,7 +98,7 @@ class SeparateTexts:
     ValueError: another kind of cache, no length, or no text.
   """
 
-  cache: cache_lib.TokenCache
+  cache: token_cache.TokenCache
   feature_lengths: Mapping[str, int]
   name: str = 'separate_texts'
 
@@ -149,7 +148,7 @@ class SeparateTexts:
 
 
 def _check(
-  cache: cache_lib.TokenCache, feature_lengths: Mapping[str, int]
+  cache: token_cache.TokenCache, feature_lengths: Mapping[str, int]
 ) -> None:
   if cache.kind not in _KINDS:
     raise ValueError(

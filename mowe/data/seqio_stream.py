@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mowe.data import cache as cache_lib
-from mowe.data import cache_builders
-from mowe.words import subwords as subwords_lib
+from mowe.data.caches import cache_builders, token_cache
+from mowe.words import subword_vocabularies
 
 Batch = dict[str, np.ndarray]
 
@@ -45,12 +44,12 @@ def import_seqio() -> tuple[types.ModuleType, types.ModuleType]:
   return tf, seqio
 
 
-def seqio_vocabulary(subwords: subwords_lib.Subwords) -> Any:
+def seqio_vocabulary(subwords: subword_vocabularies.Subwords) -> Any:
   """The seqio vocabulary with the same ids as ours."""
   _, seqio = import_seqio()
-  if isinstance(subwords, subwords_lib.ByteVocabulary):
+  if isinstance(subwords, subword_vocabularies.ByteVocabulary):
     return seqio.ByteVocabulary(extra_ids=subwords.extra_ids)
-  if not isinstance(subwords, subwords_lib.SentencePieceVocabulary):
+  if not isinstance(subwords, subword_vocabularies.SentencePieceVocabulary):
     raise ValueError(
       'A seqio task needs a SentencePiece or byte vocabulary, but got a '
       f'{type(subwords).__name__}. Cache the text with `mowe cache-task` '
@@ -154,13 +153,13 @@ class SeqioBatches:
 def cache_seqio_task(
   name: str,
   path: str | os.PathLike,
-  subwords: subwords_lib.Subwords,
+  subwords: subword_vocabularies.Subwords,
   *,
   split: str = 'train',
   seed: int = 0,
   overwrite: bool = False,
   progress: cache_builders.Progress | None = None,
-) -> cache_lib.TokenCache:
+) -> token_cache.TokenCache:
   """Writes the token cache of a seqio task.
 
   What is cached are the features at the task's CacheDatasetPlaceholder, before
@@ -192,9 +191,9 @@ def cache_seqio_task(
     )
   _check_same_vocabulary(task, subwords)
   recipe = {
-    'format_version': cache_lib.FORMAT_VERSION,
+    'format_version': token_cache.FORMAT_VERSION,
     'kind': 'seqio',
-    'vocabulary': cache_lib.describe_vocabulary(subwords),
+    'vocabulary': token_cache.describe_vocabulary(subwords),
     'sources': [{'seqio_task': name, 'split': split, 'seed': seed}],
     'fields': sorted(task.output_features),
   }
@@ -202,11 +201,11 @@ def cache_seqio_task(
   names = [getattr(one, '__name__', '') for one in task.metric_fns]
   if 'trivia_qa' in names:
     recipe['metric'] = 'trivia_qa'
-  finished = cache_lib.find_finished(path, recipe, overwrite)
+  finished = token_cache.find_finished(path, recipe, overwrite)
   if finished is not None:
     return finished
   done = 0
-  with cache_lib.build_cache(path, recipe) as writer:
+  with token_cache.build_cache(path, recipe) as writer:
     names = None
     for group in _groups(_precache_examples(task, split, seed)):
       names = names or _cached_features(task, group[0])
@@ -221,7 +220,7 @@ def cache_seqio_task(
       done += len(group)
       if progress is not None:
         progress(done)
-  return cache_lib.TokenCache.open(path)
+  return token_cache.TokenCache.open(path)
 
 
 def _find(name: str, split: str) -> Any:
@@ -252,7 +251,9 @@ def _as_batch(batch: Mapping[str, np.ndarray]) -> Batch:
   }
 
 
-def _check_same_vocabulary(task: Any, subwords: subwords_lib.Subwords) -> None:
+def _check_same_vocabulary(
+  task: Any, subwords: subword_vocabularies.Subwords
+) -> None:
   tf, _ = import_seqio()
   for feature in task.output_features.values():
     vocabulary = feature.vocabulary
@@ -260,7 +261,7 @@ def _check_same_vocabulary(task: Any, subwords: subwords_lib.Subwords) -> None:
     # The file and not sp_model: seqio adds the sentinels to what it loads.
     model = path and tf.io.gfile.GFile(path, 'rb').read()
     same = vocabulary.vocab_size == subwords.size and (
-      model is None or cache_lib.digest_of(model) == subwords.sha256
+      model is None or token_cache.digest_of(model) == subwords.sha256
     )
     if not same:
       raise ValueError(
@@ -303,7 +304,9 @@ def _cached_features(task: Any, example: Mapping[str, Any]) -> list[str]:
 
 
 def _split_example(
-  names: list[str], example: Mapping[str, Any], subwords: subwords_lib.Subwords
+  names: list[str],
+  example: Mapping[str, Any],
+  subwords: subword_vocabularies.Subwords,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Features with EOS, and the other fields as JSON can hold them."""
   features = {}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.data import cache as cache_lib
 from mowe.data import lm_batches
+from mowe.data.caches import token_cache
 from mowe.evaluation import inference
 from mowe.models import model_config
 
@@ -76,7 +76,7 @@ class ReadingConfig:
 def score_text(
   model: nn.Module,
   params: Any,
-  cache: cache_lib.TokenCache,
+  cache: token_cache.TokenCache,
   *,
   batch_size: int,
   length: int,

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from mowe.evaluation import inference
-from mowe.layers import router_losses
+from mowe.layers.routers import router_losses
 from mowe.models import model_config
 
 FILE_NAME = 'usage.json'

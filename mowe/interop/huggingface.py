@@ -24,7 +24,8 @@ import ml_dtypes
 import numpy as np
 
 from mowe.interop import huggingface_config, rules, safetensors_folder
-from mowe.models import parameters, t5
+from mowe.models import parameters
+from mowe.models.t5 import t5
 
 Rule = rules.Rule
 

@@ -15,13 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mowe.interop import rules
-from mowe.layers import (
-  capacity_dispatch,
-  moe,
-  token_groups,
-  tokens_choose,
-)
-from mowe.models import saved_config, t5
+from mowe.layers.dispatch import capacity_dispatch, token_groups
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import tokens_choose
+from mowe.models.families import saved_config
+from mowe.models.t5 import t5
 
 T5 = 't5'
 MT5 = 'mt5'

@@ -14,7 +14,7 @@ import os
 import pathlib
 
 from mowe.interop import safetensors_folder, weights
-from mowe.models import model_description
+from mowe.models.families import model_description
 
 MODEL_TYPE = 'mowe'
 

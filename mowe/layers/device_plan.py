@@ -1,4 +1,4 @@
-"""The plan of a batch on the device: the same arrays as `words/plan.py` makes.
+"""The plan of a batch on the device: the same arrays as `words/batch_plans.py` makes.
 
 For steps whose routing ids the host never sees. The sizes are static, so that
 the caller has to look whether the batch did fit them.
@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.words import plan as plans
+from mowe.words import batch_plans
 
 
 def make_plan(
   batch: dict[str, jax.Array],
-  profile: plans.CapacityProfile,
+  profile: batch_plans.CapacityProfile,
   num_experts: int,
   *,
   num_microbatches: int = 1,
-) -> tuple[plans.ExpertPlan, jax.Array]:
+) -> tuple[batch_plans.ExpertPlan, jax.Array]:
   """Twin of `plan.make_plan`.
 
   Args:
@@ -46,15 +46,15 @@ def make_plan(
   updates, fits = place_tokens(
     jnp.concatenate(tokens), profile.updates, num_experts
   )
-  plan = plans.ExpertPlan(
+  plan = batch_plans.ExpertPlan(
     streams.get('encoder'), streams.get('decoder'), updates.classes
   )
   return plan, jnp.stack([fits, *all_fit]).all()
 
 
 def place_tokens(
-  routing_ids: jax.Array, sizes: plans.ClassSizes, num_experts: int
-) -> tuple[plans.StreamPlan, jax.Array]:
+  routing_ids: jax.Array, sizes: batch_plans.ClassSizes, num_experts: int
+) -> tuple[batch_plans.StreamPlan, jax.Array]:
   """Twin of `plan.place_tokens`: StreamPlan, and whether it fits <bool>[]."""
   flat = routing_ids.reshape(-1)
   every = jnp.arange(flat.size, dtype=jnp.int32)
@@ -85,7 +85,7 @@ def place_tokens(
   slots = jnp.zeros_like(token).at[token].set(taken, unique_indices=True)
   sources = jnp.full(sizes.num_slots, flat.size, jnp.int32)
   sources = sources.at[taken].set(token, mode='drop')
-  classes = plans.SizeClasses(
+  classes = batch_plans.SizeClasses(
     tuple(_cut(experts, [count for _, count in sizes.classes])),
     tuple(
       part.reshape(-1, room)
@@ -96,7 +96,7 @@ def place_tokens(
       )
     ),
   )
-  return plans.StreamPlan(classes, slots.reshape(routing_ids.shape)), fits
+  return batch_plans.StreamPlan(classes, slots.reshape(routing_ids.shape)), fits
 
 
 def _room_for(counts, sizes):

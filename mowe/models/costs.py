@@ -8,7 +8,7 @@ import flax
 import jax
 import numpy as np
 
-from mowe.layers import moe
+from mowe.layers.mixtures import moe
 from mowe.models import model_config, parameters
 
 

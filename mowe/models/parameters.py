@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import grouped
+from mowe.layers.memory import grouped
 
 # Module name of every expert table: `experts/wi_0`, `.../mlp/experts/wo`.
 _TABLE = 'experts'

@@ -28,8 +28,8 @@ from mowe.stores import (
   slot_rows,
   slot_schedule,
 )
-from mowe.training import metrics, train_state
-from mowe.words import plan as plans
+from mowe.training import train_metrics, train_state
+from mowe.words import batch_plans
 
 
 class Backing(Protocol):
@@ -73,8 +73,8 @@ class _Fed(NamedTuple):
     gone: done when what goes is in the backing.
   """
 
-  plan: plans.ExpertPlan
-  experts: plans.ExpertPlan
+  plan: batch_plans.ExpertPlan
+  experts: batch_plans.ExpertPlan
   used: np.ndarray
   move: slot_schedule.Move
   coming: concurrent.futures.Future
@@ -121,7 +121,7 @@ class CachedExperts:
     self._writing = background.threads(1, 'experts_out')
     self._frozen: parameters.Tables = {}
     self._counts = expert_metrics.ExpertCounts(backing.seen, is_trained)
-    self._moved: dict[str, metrics.Mean] = {}
+    self._moved: dict[str, train_metrics.Mean] = {}
 
   def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
     """See `Experts.start`."""
@@ -138,7 +138,7 @@ class CachedExperts:
     return {}, {}
 
   def feed(
-    self, batches: Iterable[tuple[Any, plans.ExpertPlan]]
+    self, batches: Iterable[tuple[Any, batch_plans.ExpertPlan]]
   ) -> Iterator[tuple[Any, _Fed]]:
     """See `Experts.feed`: one batch is scheduled ahead of the one given."""
     waiting = collections.deque()
@@ -150,7 +150,7 @@ class CachedExperts:
 
   def ready(
     self, state: train_state.TrainState, fed: _Fed
-  ) -> tuple[train_state.TrainState, parameters.Tables, plans.ExpertPlan]:
+  ) -> tuple[train_state.TrainState, parameters.Tables, batch_plans.ExpertPlan]:
     """See `Experts.ready`."""
     self._raise_errors()
     arrays = self._arrays(state)
@@ -180,7 +180,7 @@ class CachedExperts:
     self._frozen = arrays[0]
     return state, self._frozen, fed.plan
 
-  def metrics(self) -> dict[str, metrics.Mean]:
+  def metrics(self) -> dict[str, train_metrics.Mean]:
     """See `Experts.metrics`."""
     return self._counts.metrics() | self._moved
 
@@ -221,7 +221,7 @@ class CachedExperts:
       return state.tables, state.table_state
     return self._frozen, {}
 
-  def _decide(self, plan: plans.ExpertPlan) -> _Fed:
+  def _decide(self, plan: batch_plans.ExpertPlan) -> _Fed:
     """Schedules a batch, and starts to read what comes."""
     present = plan.present_experts(self._backing.num_experts)
     move = self._schedule.take(present)
@@ -285,11 +285,11 @@ class CachedExperts:
     moved = (len(fed.move.slots) + num_out) * self._backing.dtype.itemsize
     found = len(fed.used) - len(fed.move.slots)
     self._moved = {
-      'experts/hit_rate': metrics.Mean(
+      'experts/hit_rate': train_metrics.Mean(
         np.float32(found), np.float32(len(fed.used))
       ),
-      'experts/moved_mb': metrics.Mean(np.float32(moved / 1e6), one),
-      'experts/wait_ms': metrics.Mean(np.float32(1e3 * waited), one),
+      'experts/moved_mb': train_metrics.Mean(np.float32(moved / 1e6), one),
+      'experts/wait_ms': train_metrics.Mean(np.float32(1e3 * waited), one),
     }
 
 

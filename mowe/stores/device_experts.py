@@ -15,12 +15,8 @@ from mowe.stores import (
   row_file,
   slot_rows,
 )
-from mowe.training import (
-  metrics,
-  partitioning,
-  train_state,
-)
-from mowe.words import plan as plans
+from mowe.training import partitioning, train_metrics, train_state
+from mowe.words import batch_plans
 
 
 class DeviceExperts:
@@ -64,21 +60,21 @@ class DeviceExperts:
     return {}, {}
 
   def feed(
-    self, batches: Iterable[tuple[Any, plans.ExpertPlan]]
-  ) -> Iterator[tuple[Any, plans.ExpertPlan]]:
+    self, batches: Iterable[tuple[Any, batch_plans.ExpertPlan]]
+  ) -> Iterator[tuple[Any, batch_plans.ExpertPlan]]:
     """See `Experts.feed`."""
     return iter(batches)
 
   def ready(
-    self, state: train_state.TrainState, fed: plans.ExpertPlan
-  ) -> tuple[train_state.TrainState, parameters.Tables, plans.ExpertPlan]:
+    self, state: train_state.TrainState, fed: batch_plans.ExpertPlan
+  ) -> tuple[train_state.TrainState, parameters.Tables, batch_plans.ExpertPlan]:
     """See `Experts.ready`."""
     present = self._counts.count(fed)
     if self._is_trained:
       self._is_changed[present] = True
     return state, self._frozen, fed
 
-  def metrics(self) -> dict[str, metrics.Mean]:
+  def metrics(self) -> dict[str, train_metrics.Mean]:
     """See `Experts.metrics`."""
     return self._counts.metrics()
 

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from mowe.training.metrics import Mean
-from mowe.words import plan as plans
-from mowe.words import sharded_plan
+from mowe.training.train_metrics import Mean
+from mowe.words import batch_plans, sharded_plan
 
 
 class ExpertCounts:
@@ -22,7 +21,7 @@ class ExpertCounts:
     self._latest: dict[str, Mean] = {}
 
   def count(
-    self, plan: plans.ExpertPlan | sharded_plan.ShardedPlan
+    self, plan: batch_plans.ExpertPlan | sharded_plan.ShardedPlan
   ) -> np.ndarray:
     """Counts a step; returns the experts of its batch, ascending."""
     present = plan.present_experts(len(self._seen))

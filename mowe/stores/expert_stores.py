@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 
-from mowe.layers import host_rows
+from mowe.layers.memory import host_rows
 from mowe.models import parameters
 from mowe.stores import (
   backings,
@@ -24,7 +24,7 @@ from mowe.stores import (
   kernel_cache,
   row_file,
 )
-from mowe.training import metrics, train_state
+from mowe.training import train_metrics, train_state
 
 # Tables of more bytes are not loaded as a whole, unless one asks for it.
 _LARGE = 2**32
@@ -63,7 +63,7 @@ class Experts(Protocol):
       numbers of their rows.
     """
 
-  def metrics(self) -> dict[str, metrics.Mean]:
+  def metrics(self) -> dict[str, train_metrics.Mean]:
     """Numbers of the last step, to be added to those of the step itself."""
 
   def tables(self, state: train_state.TrainState) -> parameters.Tables:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mowe.models import parameters
 from mowe.stores import expert_sources
-from mowe.training import metrics, train_state
+from mowe.training import train_metrics, train_state
 
 
 class NoExperts:
@@ -34,7 +34,7 @@ class NoExperts:
     """See `Experts.ready`."""
     return state, {}, fed
 
-  def metrics(self) -> dict[str, metrics.Mean]:
+  def metrics(self) -> dict[str, train_metrics.Mean]:
     """See `Experts.metrics`."""
     return {}
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mowe.words import plan as plans
+from mowe.words import batch_plans
 
 
 class Move(NamedTuple):
@@ -66,7 +66,7 @@ class SlotSchedule:
     self._last_use[order] = self._now
     return Move(order, entering, leaving)
 
-  def in_slots(self, plan: plans.ExpertPlan) -> plans.ExpertPlan:
+  def in_slots(self, plan: batch_plans.ExpertPlan) -> batch_plans.ExpertPlan:
     """The plan with slots in the place of experts.
 
     Numbers of unused places stay beyond all slots, each of its own.
@@ -88,7 +88,7 @@ class SlotSchedule:
         return None
       return stream._replace(classes=renumber_classes(stream.classes))
 
-    return plans.ExpertPlan(
+    return batch_plans.ExpertPlan(
       renumber_stream(plan.encoder),
       renumber_stream(plan.decoder),
       renumber_classes(plan.updates),

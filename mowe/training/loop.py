@@ -14,9 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mowe.training import metrics as metrics_lib
-from mowe.training import progress as progress_lib
-from mowe.training import train_state
+from mowe.training import progress_lines, train_metrics, train_state
 
 # Steps between two times at which the processes of a run ask each other: it
 # makes them wait for the device.
@@ -166,8 +164,8 @@ def run(
   batches: Iterable[tuple[dict[str, np.ndarray], Any]],
   total_steps: int,
   actions: Sequence[Every] = (),
-  writers: Sequence[metrics_lib.Writer] = (),
-  progress: progress_lib.Progress,
+  writers: Sequence[train_metrics.Writer] = (),
+  progress: progress_lines.Progress,
   log_period: int = 100,
   stop: StopSignal | None = None,
   most_ahead: int | None = _MOST_AHEAD,
@@ -239,11 +237,11 @@ def run(
   return state
 
 
-def _mean_values(pending) -> dict[str, metrics_lib.Value]:
-  totals: dict[str, metrics_lib.Mean] = {}
+def _mean_values(pending) -> dict[str, train_metrics.Value]:
+  totals: dict[str, train_metrics.Mean] = {}
   for metrics in jax.device_get(pending):
-    totals = metrics_lib.merge(totals, metrics)
-  return metrics_lib.compute(totals)
+    totals = train_metrics.merge(totals, metrics)
+  return train_metrics.compute(totals)
 
 
 def _num_tokens(batch) -> int:

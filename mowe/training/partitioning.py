@@ -192,7 +192,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   """The function with the mesh as jax's current one, where it is traced or run.
 
   Layers with experts then exchange tokens along its axis `expert`; see
-  `mowe.layers.expert_parallel`.
+  `mowe.layers.dispatch.expert_parallel`.
   """
 
   def traced(*arguments):

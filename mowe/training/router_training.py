@@ -11,9 +11,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from mowe.layers import router_losses, routing
+from mowe.layers.routers import router_losses, routing
 from mowe.models import model_config
-from mowe.training.metrics import Mean
+from mowe.training.train_metrics import Mean
 
 # Path of a layer -> its stats.
 LayerStats = dict[tuple[str, ...], router_losses.RouterStats]

@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from mowe.models import initialization, parameters
-from mowe.training import row_optimizers
+from mowe.training.optimization import row_optimizers
 
 
 @flax.struct.dataclass

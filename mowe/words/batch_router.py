@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import plan as plans
-from mowe.words import sharded_plan
+from mowe.words import batch_plans, sharded_plan
 
 Batch = dict[str, np.ndarray]
 
@@ -64,7 +63,7 @@ class BatchRouter:
     self._routing = routing
     self._streams = streams
     self.seen_loads = np.zeros(routing.num_experts, np.int64)
-    make_ladder, make_plan = plans.profile_ladder, plans.make_plan
+    make_ladder, make_plan = batch_plans.profile_ladder, batch_plans.make_plan
     if devices[1] > 1:
       make_ladder, make_plan = (
         functools.partial(function, devices=devices)
@@ -77,7 +76,7 @@ class BatchRouter:
     )
     # Of an ordinary batch, with some slack.
     self.experts_at_once = ladder[0].updates.num_experts
-    self.planner = plans.Planner(
+    self.planner = batch_plans.Planner(
       ladder,
       routing.num_experts,
       num_microbatches=num_microbatches,
@@ -86,7 +85,7 @@ class BatchRouter:
 
   def __call__(
     self, batch: Batch
-  ) -> tuple[Batch, plans.ExpertPlan | sharded_plan.ShardedPlan]:
+  ) -> tuple[Batch, batch_plans.ExpertPlan | sharded_plan.ShardedPlan]:
     batch = add_routing_ids(batch, self._routing)
     return batch, self.planner(self._ids(batch))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import lookup, subwords
+from mowe.words import lookup, subword_vocabularies
 
 Array = lookup.Array
 Assign = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
@@ -236,7 +236,7 @@ class RoutingVocabulary:
     """Returns the state before the first token, <uint32>[batch, 2]."""
     return np.zeros((batch, 2), np.uint32)
 
-  def check_subwords(self, vocabulary: subwords.Subwords) -> None:
+  def check_subwords(self, vocabulary: subword_vocabularies.Subwords) -> None:
     """Raises ValueError unless it was built for this subword vocabulary."""
     expected = (self.subwords_sha256, self.subwords_size)
     found = (vocabulary.sha256, vocabulary.size)
@@ -295,7 +295,7 @@ class RoutingVocabulary:
     )
 
   def explain(
-    self, text: str, vocabulary: subwords.Subwords
+    self, text: str, vocabulary: subword_vocabularies.Subwords
   ) -> list[ExplainedPiece]:
     """Returns how each piece of a text is routed in the encoder."""
     self.check_subwords(vocabulary)
@@ -328,9 +328,9 @@ class RoutingVocabulary:
   def _reason(self, piece: int, word_id: int, has_expert: bool) -> str:
     if word_id == self.num_words:
       return 'special'
-    if piece == subwords.UNK_ID:
+    if piece == subword_vocabularies.UNK_ID:
       reason = 'unknown piece'
-    elif self.piece_kinds[piece] == subwords.ALONE:
+    elif self.piece_kinds[piece] == subword_vocabularies.ALONE:
       reason = 'punctuation'
     elif self.is_piece[word_id]:
       reason = 'backed off to the piece'
@@ -352,7 +352,7 @@ class RoutingVocabulary:
     arrays = {name: getattr(self, name) for name in _ARRAYS}
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, header=header_utf8, **arrays)
-    subwords.write_atomically(path, content.getbuffer())
+    subword_vocabularies.write_atomically(path, content.getbuffer())
 
 
 def assign_experts(

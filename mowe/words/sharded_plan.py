@@ -4,7 +4,7 @@ Devices stand in rows and columns, [data, expert]. Device (i, j) has the tokens
 of its part of the batch, rows of `data` first, and the experts of block j. It
 sends every token to the device (i, owner) that has the expert, in a buffer of
 static capacity for each owner, and gets the result back. What is received is
-planned as if it were a batch of its own (`words/plan.py`), with experts counted
+planned as if it were a batch of its own (`words/batch_plans.py`), with experts counted
 from the first of the block.
 
 Received rows are in the order of their senders, so that an expert sees its
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mowe.words import plan as plans
+from mowe.words import batch_plans
 
 # Mesh axes of the leading axes of a plan's arrays.
 DEVICE_AXES = ('data', 'expert')
@@ -40,7 +40,7 @@ class ShardedStreamPlan(NamedTuple):
 
   sent: np.ndarray
   places: np.ndarray
-  received: plans.StreamPlan
+  received: batch_plans.StreamPlan
 
 
 class ShardedPlan(NamedTuple):
@@ -57,7 +57,7 @@ class ShardedPlan(NamedTuple):
 
   encoder: ShardedStreamPlan | None
   decoder: ShardedStreamPlan | None
-  updates: plans.SizeClasses
+  updates: batch_plans.SizeClasses
 
   def present_experts(self, num_experts: int) -> np.ndarray:
     """Experts of the batch, <int32>[n], ascending, counted over all blocks."""
@@ -69,7 +69,7 @@ class ShardedPlan(NamedTuple):
   def num_tokens(self) -> int:
     """Tokens that have an expert."""
     return sum(
-      plans.count_tokens(stream.received)
+      batch_plans.count_tokens(stream.received)
       for stream in (self.encoder, self.decoder)
       if stream is not None
     )
@@ -85,7 +85,7 @@ class StreamProfile:
   """
 
   capacity: int
-  classes: plans.ClassSizes
+  classes: batch_plans.ClassSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ShardedProfile:
   """
 
   streams: tuple[tuple[str, StreamProfile], ...]
-  updates: plans.ClassSizes
+  updates: batch_plans.ClassSizes
 
 
 def check_num_experts(num_experts: int, num_blocks: int) -> None:
@@ -129,7 +129,7 @@ def profile_ladder(
       'A capacity profile needs at least one trial batch with routing ids, '
       'but there was none. Give batches with encoder_routing_ids.'
     )
-  ladder = [need.profile(factor) for factor in plans.PROFILE_FACTORS]
+  ladder = [need.profile(factor) for factor in batch_plans.PROFILE_FACTORS]
   return (*ladder, need.largest())
 
 
@@ -151,7 +151,7 @@ def make_plan(
   streams, came = {}, []
   for name, sizes in profile.streams:
     parts = []
-    for ids in plans.microbatches(batch[name], num_microbatches):
+    for ids in batch_plans.microbatches(batch[name], num_microbatches):
       sending = _send(ids, sizes.capacity, num_experts, devices)
       if sending is None:
         return None
@@ -166,7 +166,9 @@ def make_plan(
   of_owners = np.concatenate(
     [ids.swapaxes(0, 1).reshape(devices[1], -1) for ids in came], axis=1
   )
-  updates = [plans.place_tokens(ids, profile.updates, own) for ids in of_owners]
+  updates = [
+    batch_plans.place_tokens(ids, profile.updates, own) for ids in of_owners
+  ]
   if any(one is None for one in updates):
     return None
   return ShardedPlan(
@@ -192,7 +194,7 @@ class _Need:
     self.num_local[name] = num_tokens
 
   def see_experts(self, name: str, ids: np.ndarray) -> None:
-    counts = plans.count_classes(ids, self.num_experts)
+    counts = batch_plans.count_classes(ids, self.num_experts)
     self.counts[name] = np.maximum(self.counts.get(name, 0), counts)
     self.num_tokens[name] = ids.size
 
@@ -201,7 +203,7 @@ class _Need:
       lambda name: min(
         self.num_local[name], max(1, math.ceil(factor * self.capacities[name]))
       ),
-      lambda name: plans.scaled_sizes(
+      lambda name: batch_plans.scaled_sizes(
         self.counts[name], factor, self.num_experts, self.num_tokens[name]
       ),
     )
@@ -209,7 +211,9 @@ class _Need:
   def largest(self) -> ShardedProfile:
     return self._profile(
       lambda name: self.num_local[name],
-      lambda name: plans.largest_sizes(self.num_tokens[name], self.num_experts),
+      lambda name: batch_plans.largest_sizes(
+        self.num_tokens[name], self.num_experts
+      ),
     )
 
   def _profile(self, capacity, sizes):
@@ -225,9 +229,9 @@ class _Need:
 def _see(need, batch, devices, num_microbatches):
   """Takes note of what one trial batch needs."""
   num_owners = devices[1]
-  names = tuple(name for name in plans.STREAMS if name in batch)
+  names = tuple(name for name in batch_plans.STREAMS if name in batch)
   for name in names:
-    for part in plans.microbatches(batch[name], num_microbatches):
+    for part in batch_plans.microbatches(batch[name], num_microbatches):
       ids = _split(part, devices)
       owners = _owners(ids, need.num_experts, num_owners)
       counts = [(owners == owner).sum(axis=-1) for owner in range(num_owners)]
@@ -305,7 +309,7 @@ def _by_device(received, sizes, num_experts):
   """StreamPlan of the rows that every device receives, or None."""
   rows = []
   for row in received:
-    parts = [plans.place_tokens(ids, sizes, num_experts) for ids in row]
+    parts = [batch_plans.place_tokens(ids, sizes, num_experts) for ids in row]
     if any(part is None for part in parts):
       return None
     rows.append(_stack(parts))

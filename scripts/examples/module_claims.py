@@ -26,7 +26,7 @@ import shlex
 import subprocess
 import sys
 
-from mowe.data import generated_world
+from mowe.data.text import generated_world
 
 _DOMAINS = ('a', 'b')
 _FRACTIONS = (0.75, 0.5, 0.25)
@@ -98,7 +98,7 @@ class Steps:
     command = ['mowe', *map(str, arguments)]
     print('$', shlex.join(command), flush=True)
     subprocess.run(
-      [sys.executable, '-m', 'mowe.commands.main', *command[1:]], check=True
+      [sys.executable, '-m', 'mowe.cli.main', *command[1:]], check=True
     )
 
   def _prepare(self):
@@ -278,7 +278,7 @@ def _costs(folder):
 
   `benchmarks.language_models` measures its speed.
   """
-  from mowe.commands import model_folder
+  from mowe.model_folders import model_folder
   from mowe.models import costs
 
   config, _ = model_folder.load_config(folder)

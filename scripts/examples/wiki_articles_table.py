@@ -11,7 +11,7 @@ import math
 import pathlib
 import statistics
 
-from mowe.commands import model_folder
+from mowe.model_folders import model_folder
 from mowe.models import costs
 
 _PARTS = ('validation', 'test')

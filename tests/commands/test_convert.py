@@ -6,23 +6,21 @@ import json
 import re
 import shutil
 
-import conftest
 import flax
 import ml_dtypes
 import numpy as np
 import pytest
+import small_runs
 
-from mowe.commands import convert, main, model_folder
-from mowe.interop import (
-  huggingface,
-  mowe_safetensors,
-  t5x_checkpoint,
-  t5x_legacy,
-  t5x_tree,
-  weights,
-)
-from mowe.layers import moe, tokens_choose, word_experts
-from mowe.training import optimizers
+from mowe.cli import main
+from mowe.commands import convert
+from mowe.interop import huggingface, mowe_safetensors, weights
+from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_tree
+from mowe.layers.memory import word_experts
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import tokens_choose
+from mowe.model_folders import model_folder
+from mowe.training.optimization import optimizers
 
 
 def _params(config, seed=0):
@@ -57,7 +55,7 @@ def _model(world, kind):
   dtype, share = kind
   layer = functools.partial(
     word_experts.MoweLayer,
-    conftest.NUM_EXPERTS,
+    small_runs.NUM_EXPERTS,
     4,
     table_dtype=dtype,
     share_experts=share,

@@ -3,7 +3,7 @@
 import pytest
 
 from mowe.commands import gin_config, train
-from mowe.models import t5
+from mowe.models.t5 import t5
 
 _MODEL = 'gin_configs/models/t5_tiny.gin'
 _RUN = 'gin_configs/examples/text_pretrain_t5.gin'
@@ -19,7 +19,7 @@ def test_later_bindings_win():
   assert gin_config.call(t5.T5Config).vocab_size == 500
   gin_config.parse(
     [_MODEL],
-    ["VOCABULARY_PATH = 'bytes'", 'mowe.models.t5.T5Config.mlp_dim = 77'],
+    ["VOCABULARY_PATH = 'bytes'", 'mowe.models.t5.t5.T5Config.mlp_dim = 77'],
   )
   config = gin_config.call(t5.T5Config)
   # Nothing is left of what was parsed before.

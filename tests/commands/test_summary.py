@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from mowe.commands import summary
-from mowe.layers import added_modules, moe, tokens_choose
-from mowe.models import parameters, t5
-from mowe.training import modules_training, optimizers
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import added_modules, tokens_choose
+from mowe.models import parameters
+from mowe.models.t5 import t5
+from mowe.training.optimization import modules_training, optimizers
 
 
 def _rows(capsys, config, freeze_experts, optimizer=None):

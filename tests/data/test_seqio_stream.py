@@ -11,10 +11,13 @@ seqio = pytest.importorskip('seqio')
 
 import tensorflow as tf  # noqa: E402
 
-from mowe.data import batches, seqio_stream  # noqa: E402
-from mowe.words import subwords as subwords_lib  # noqa: E402
+from mowe.data import (  # noqa: E402
+  batch_source,
+  seqio_stream,  # noqa: E402
+)
+from mowe.words import subword_vocabularies  # noqa: E402
 
-_BYTES = subwords_lib.ByteVocabulary()
+_BYTES = subword_vocabularies.ByteVocabulary()
 _LENGTHS = {'inputs': 10, 'targets': 7}
 _EXAMPLES = [([7, 8, 5], [3, 9]), ([8, 4, 9, 3], [4]), ([6], [5, 5])]
 
@@ -58,7 +61,7 @@ def test_a_stream_and_our_batches_agree(pack):
   )
   batch = next(stream.from_step(0))
   rows = _rows([0, 1]) if pack else _rows([0])
-  expected = batches.make_batch(rows, _LENGTHS, segments=pack)
+  expected = batch_source.make_batch(rows, _LENGTHS, segments=pack)
   assert batch.keys() == expected.keys()
   for key in batch:
     np.testing.assert_array_equal(batch[key], expected[key], err_msg=key)
@@ -99,7 +102,7 @@ def test_a_sentencepiece_file_is_known_by_its_digest(tmp_path):
   texts = ['the cat sat on the mat', 'a dog ate the cat', 'dogs and mats']
   # Of the same size: only the digest tells them apart.
   ours, other = (
-    subwords_lib.train_sentencepiece(
+    subword_vocabularies.train_sentencepiece(
       texts, tmp_path / f'{kind}.model', 20, model_type=kind
     )
     for kind in ('unigram', 'bpe')
@@ -139,7 +142,7 @@ def test_errors_say_what_to_do(tmp_path):
     seqio_stream.cache_seqio_task('number_mixture', tmp_path / 'c', _BYTES)
   with pytest.raises(ValueError, match="that of the task 'numbers'"):
     seqio_stream.cache_seqio_task(
-      'numbers', tmp_path / 'c', subwords_lib.ByteVocabulary(3)
+      'numbers', tmp_path / 'c', subword_vocabularies.ByteVocabulary(3)
     )
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mowe.evaluation import classification_metrics as metrics
+from mowe.evaluation import classification_metrics
 
 
 def _records(answers):
@@ -13,7 +13,7 @@ def _records(answers):
 
 
 def _scores(task, answers, predictions):
-  return metrics.of_task(task)(_records(answers), predictions)
+  return classification_metrics.of_task(task)(_records(answers), predictions)
 
 
 def test_accuracy_of_labels():
@@ -126,7 +126,9 @@ def test_multirc_groups_the_answers_of_a_question():
     one(4, 0, 'False'),
   ]
   predictions = ['True', 'False', 'True', 'False', 'maybe']
-  scores = metrics.of_task('super_glue_multirc_v102')(records, predictions)
+  scores = classification_metrics.of_task('super_glue_multirc_v102')(
+    records, predictions
+  )
   # tp 2, fn 1, and 'maybe' is a false positive.
   assert scores == {
     'f1': pytest.approx(100 * 4 / 6),
@@ -134,7 +136,7 @@ def test_multirc_groups_the_answers_of_a_question():
   }
   # Only neighbours or not: the order does not matter.
   order = [3, 0, 4, 2, 1]
-  assert scores == metrics.multirc(
+  assert scores == classification_metrics.multirc(
     [records[i] for i in order], [predictions[i] for i in order]
   )
 
@@ -149,7 +151,7 @@ def test_record_takes_the_best_answer_and_counts_a_query_once():
     one(0, 1, 'Bo Li'),
     one(1, 0, 'Oslo'),
   ]
-  scores = metrics.of_task('super_glue_record_v102')(
+  scores = classification_metrics.of_task('super_glue_record_v102')(
     records, ['york', 'not asked', 'Li', 'Oslo']
   )
   # EM 1, 0, 1; F1 1, 2/3, 1.
@@ -169,12 +171,12 @@ def test_record_takes_the_best_answer_and_counts_a_query_once():
     ('fuzzy grey bunny', 'bunny', 1),
     ("Bob's hat", 'Bob', 0),
     ("Bob's hat", "Bob's hat", 1),
-    ('', 'cat', metrics.INVALID),
-    ('a this', 'cat', metrics.INVALID),
+    ('', 'cat', classification_metrics.INVALID),
+    ('a this', 'cat', classification_metrics.INVALID),
   ],
 )
 def test_what_a_text_means(prediction, referent, expected):
-  assert metrics.means(prediction, referent) == expected
+  assert classification_metrics.means(prediction, referent) == expected
 
 
 def test_wsc_asks_whether_the_pronoun_means_the_noun():
@@ -183,7 +185,7 @@ def test_wsc_asks_whether_the_pronoun_means_the_noun():
   ]
   predictions = ['dog', 'cat', 'cat', 'a dog', '']
   # Right are the first and the third; nothing is not "no".
-  scores = metrics.of_task('super_glue_wsc_v102_simple_eval')(
+  scores = classification_metrics.of_task('super_glue_wsc_v102_simple_eval')(
     records, predictions
   )
   assert scores == {'accuracy': pytest.approx(40.0)}
@@ -206,7 +208,7 @@ def test_scores_are_plain_numbers():
 
 def test_other_tasks_have_no_metrics():
   for name in ('glue_ax_v002', 'super_glue_axb_v102', 'trivia_qa_open', ''):
-    assert metrics.of_task(name) is None
+    assert classification_metrics.of_task(name) is None
 
 
 def test_what_cannot_be_scored_is_refused():
@@ -226,9 +228,11 @@ def test_correlations_are_those_of_numpy(seed):
   rng = np.random.default_rng(seed)
   targets, predictions = rng.integers(0, 4, (2, 19)).astype(float)
   expected = np.corrcoef(targets, predictions)[0, 1]
-  assert metrics.pearson(targets, predictions) == pytest.approx(expected)
+  assert classification_metrics.pearson(targets, predictions) == pytest.approx(
+    expected
+  )
   # For two classes Matthews' correlation is Pearson's.
   targets, predictions = targets % 2, predictions % 2
-  assert metrics.matthews_correlation(targets, predictions) == pytest.approx(
-    metrics.pearson(targets, predictions)
-  )
+  assert classification_metrics.matthews_correlation(
+    targets, predictions
+  ) == pytest.approx(classification_metrics.pearson(targets, predictions))

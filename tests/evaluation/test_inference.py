@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mowe.evaluation import inference
-from mowe.models import decoding, t5
-from mowe.words import subwords
+from mowe.models import decoding
+from mowe.models.t5 import t5
+from mowe.words import subword_vocabularies
 
 VOCAB, TARGETS = 19, 5
 
@@ -130,7 +131,7 @@ def test_no_inputs_give_no_outputs():
 
 def test_texts_in_texts_out():
   # Bytes 3.. of a vocabulary that the model has only the beginning of.
-  vocabulary = subwords.ByteVocabulary(extra_ids=0)
+  vocabulary = subword_vocabularies.ByteVocabulary(extra_ids=0)
   texts = ['\x01\x02', '\x05', '\x07\x08\x09']
   generator = make_generator()
   outputs = inference.generate_texts(generator, texts, vocabulary)

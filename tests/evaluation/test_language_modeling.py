@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mowe.data import lm_batches, lm_cache
+from mowe.data import lm_batches
+from mowe.data.caches import lm_cache
 from mowe.evaluation import language_modeling
-from mowe.layers import relative_attention
-from mowe.models import decoder_only, initialization
-from mowe.words import subwords
+from mowe.layers.attention import relative_attention
+from mowe.models import initialization
+from mowe.models.decoder_only import decoder_only
+from mowe.words import subword_vocabularies
 
-BYTES = subwords.ByteVocabulary(extra_ids=0)
+BYTES = subword_vocabularies.ByteVocabulary(extra_ids=0)
 TEXT = 'a b\n\nabc d\n'
 
 

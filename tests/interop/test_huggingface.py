@@ -12,7 +12,9 @@ import pytest
 from safetensors import numpy as safetensors
 
 from mowe.interop import huggingface, huggingface_config, safetensors_format
-from mowe.models import parameters, saved_config, t5
+from mowe.models import parameters
+from mowe.models.families import saved_config
+from mowe.models.t5 import t5
 
 _NAMES = ('t5', 'switch')
 _EMBEDDING = ('token_embedder', 'embedding')

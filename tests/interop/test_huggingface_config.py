@@ -7,8 +7,12 @@ import json
 import pytest
 
 from mowe.interop import huggingface_config
-from mowe.layers import capacity_dispatch, moe, tokens_choose, word_experts
-from mowe.models import saved_config, t5
+from mowe.layers.dispatch import capacity_dispatch
+from mowe.layers.memory import word_experts
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import tokens_choose
+from mowe.models.families import saved_config
+from mowe.models.t5 import t5
 
 _T5 = {
   'model_type': 't5',

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mowe.interop import huggingface, safetensors_format
-from mowe.models import t5
+from mowe.models.t5 import t5
 
 _SCALED = ('t5_10', 'switch_tied')
 _TIED = (*_SCALED, 't5_11_tied', 'mt5_tied')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mowe.layers import device_plan
-from mowe.words import plan as plans
+from mowe.words import batch_plans
 
 # (experts, microbatches, lengths of the streams), every batch of 6 rows.
 CASES = [
@@ -38,7 +38,7 @@ def test_equals_the_plan_of_the_host(case):
   num_experts, num_microbatches, lengths = case
   rng = np.random.default_rng(num_experts)
   trial = draw(rng, num_experts, lengths)
-  ladder = plans.profile_ladder(
+  ladder = batch_plans.profile_ladder(
     [trial], num_experts, num_microbatches=num_microbatches
   )
   settings = {
@@ -52,7 +52,7 @@ def test_equals_the_plan_of_the_host(case):
     )
     for batch in [trial] + [draw(rng, num_experts, lengths) for _ in range(12)]:
       actual, fits = on_device(batch)
-      expected = plans.make_plan(batch, profile, **settings)
+      expected = batch_plans.make_plan(batch, profile, **settings)
       assert fits == (expected is not None)
       fitted.append(bool(fits))
       if expected is not None:
@@ -63,7 +63,7 @@ def test_equals_the_plan_of_the_host(case):
 
 
 def test_what_does_not_fit_says_so():
-  sizes = plans.ClassSizes(((1, 1), (2, 1)))
+  sizes = batch_plans.ClassSizes(((1, 1), (2, 1)))
   for ids, expected in [
     ([0, 1], True),  # The second moves up to the class of two tokens.
     ([1, 1, 0], True),

@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mowe.layers import (
-  experts_choose,
-  hash_routing,
-  moe,
-  product_keys,
-  token_groups,
-  tokens_choose,
-  word_experts,
-)
-from mowe.models import costs, parameters, t5
+from mowe.layers.dispatch import token_groups
+from mowe.layers.memory import product_keys, word_experts
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import experts_choose, hash_routing, tokens_choose
+from mowe.models import costs, parameters
+from mowe.models.t5 import t5
 
 _V, _D, _H, _K, _F = 11, 6, 2, 5, 7
 _E, _X = 13, 3  # Experts, and hidden units of one.

@@ -10,18 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import (
-  inner_attention,
-  mixture_of_heads,
-  moe,
-  tokens_choose,
-  word_experts,
-)
-from mowe.models import decoding, t5
-from mowe.words import build, subwords
+from mowe.layers.attention import inner_attention
+from mowe.layers.memory import word_experts
+from mowe.layers.mixtures import mixture_of_heads, moe
+from mowe.layers.routers import tokens_choose
+from mowe.models import decoding
+from mowe.models.t5 import t5
+from mowe.words import subword_vocabularies, vocabulary_builder
 
 BATCH, INPUTS, TARGETS = 2, 9, 6
-BYTES = subwords.ByteVocabulary(extra_ids=5)
+BYTES = subword_vocabularies.ByteVocabulary(extra_ids=5)
 TEXTS = ['the dog and the fox', 'zorblat met the fox', 'a zorblat sang'] * 3
 
 
@@ -34,7 +32,7 @@ def make_model(kind):
   """
   parts = {}
   if kind == 'mowe':
-    routing, _ = build.build_routing_vocabulary(
+    routing, _ = vocabulary_builder.build_routing_vocabulary(
       TEXTS, BYTES, num_words=12, num_experts=7, num_skipped=2
     )
     parts = {

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mowe.layers import parameter, word_experts
-from mowe.models import initialization, parameters, t5, threefry
+from mowe.layers import parameter
+from mowe.layers.memory import word_experts
+from mowe.models import initialization, parameters, threefry
+from mowe.models.t5 import t5
 from mowe.training import partitioning
 
 _EXPERTS = 12

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mowe.interop import huggingface, rules
-from mowe.layers import router_losses, routing
-from mowe.models import t5
+from mowe.layers.routers import router_losses, routing
+from mowe.models.t5 import t5
 
 
 def pytest_generate_tests(metafunc):

@@ -14,15 +14,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mowe.layers import (
-  centered_norm,
-  mixture_of_heads,
-  moe,
-  routing,
-  self_attention,
-  stick_breaking,
-)
-from mowe.models import decoder_only, decoder_only_stack
+from mowe.layers import centered_norm
+from mowe.layers.attention import self_attention, stick_breaking
+from mowe.layers.mixtures import mixture_of_heads, moe
+from mowe.layers.routers import routing
+from mowe.models.decoder_only import decoder_only, decoder_only_stack
 
 _KINDS = {
   'test_attention': 'stick_breaking',

@@ -6,20 +6,16 @@ options of a case come from the JSON file alone.
 
 import dataclasses
 
+import flaxformer_moe
 import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers import (
-  capacity_dispatch,
-  experts_choose,
-  flaxformer_moe,
-  moe,
-  router_losses,
-  tokens_choose,
-)
+from mowe.layers.dispatch import capacity_dispatch
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import experts_choose, router_losses, tokens_choose
 
 _ACTIVATIONS = {'gelu_tanh': 'gelu', 'relu': 'relu', 'linear': 'linear'}
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mowe.layers import product_keys
+from mowe.layers.memory import product_keys
 
 
 def pytest_generate_tests(metafunc):

@@ -7,17 +7,16 @@ options of a case come from the JSON file alone.
 import golden_cases
 import jax
 import jax.numpy as jnp
+import paper_sinkhorn
 import pytest
 from flax import linen as nn
 
-from mowe.layers import (
-  initial_experts,
-  paper_sinkhorn,
+from mowe.layers.dispatch import token_groups
+from mowe.layers.mixtures import initial_experts, sigma_moe
+from mowe.layers.routers import (
   router_losses,
   routing,
-  sigma_moe,
   sinkhorn_choose,
-  token_groups,
   tokens_choose,
 )
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mowe.layers import word_experts
-from mowe.models import t5, threefry
+from mowe.layers.memory import word_experts
+from mowe.models import threefry
+from mowe.models.t5 import t5
 from mowe.stores import (
   expert_records,
   expert_sources,
@@ -15,13 +16,8 @@ from mowe.stores import (
   row_file,
   row_index,
 )
-from mowe.training import (
-  manifests,
-  optimizers,
-  partitioning,
-  row_optimizers,
-  step,
-)
+from mowe.training import manifests, partitioning, training_step
+from mowe.training.optimization import optimizers, row_optimizers
 from tests.training import tiny
 
 _STEPS = 6
@@ -56,11 +52,11 @@ def _step(table_dtype, num_slots, is_trained):
   config = _config(table_dtype)
   if num_slots is not None:
     config = config.with_layer_changes(num_slots=num_slots)
-  function = step.make_train_step(
+  function = training_step.make_train_step(
     t5.T5(config),
     optimizer=_OPTIMIZER,
     row_optimizer=_ROW_OPTIMIZER if is_trained else None,
-    loss=step.LossConfig(),
+    loss=training_step.LossConfig(),
     seed=0,
   )
   return tiny.jit(function, donate_argnums=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mowe.stores import slot_schedule
-from mowe.words import plan as plans
+from mowe.words import batch_plans
 
 _EXPERTS, _SLOTS = 40, 13
 
@@ -63,8 +63,8 @@ def test_a_plan_in_slots_is_the_same_plan():
     'encoder': rng.integers(-1, _EXPERTS + 1, (3, 5), np.int32),
     'decoder': rng.integers(-1, _EXPERTS + 1, (3, 4), np.int32),
   }
-  profile = plans.profile_ladder([ids], _EXPERTS)[0]
-  plan = plans.make_plan(ids, profile, _EXPERTS)
+  profile = batch_plans.profile_ladder([ids], _EXPERTS)[0]
+  plan = batch_plans.make_plan(ids, profile, _EXPERTS)
   schedule = slot_schedule.SlotSchedule(_EXPERTS, 30)
   present = np.unique(np.concatenate([i.reshape(-1) for i in ids.values()]))
   present = present[(present >= 0) & (present < _EXPERTS)]

@@ -8,10 +8,10 @@ tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
 from mowe.data import seqio_stream  # noqa: E402
-from mowe.words import subwords as subwords_lib  # noqa: E402
+from mowe.words import subword_vocabularies  # noqa: E402
 from tasks import closed_book_qa  # noqa: E402
 
-_BYTES = subwords_lib.ByteVocabulary()
+_BYTES = subword_vocabularies.ByteVocabulary()
 _LENGTHS = {'inputs': 64, 'targets': 32}
 
 

@@ -8,11 +8,12 @@ import pytest
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-from mowe.data import claims, seqio_stream  # noqa: E402
-from mowe.words import subwords as subwords_lib  # noqa: E402
+from mowe.data import seqio_stream  # noqa: E402
+from mowe.data.text import claims  # noqa: E402
+from mowe.words import subword_vocabularies  # noqa: E402
 from tasks import closed_book_qa, fever  # noqa: E402
 
-_BYTES = subwords_lib.ByteVocabulary()
+_BYTES = subword_vocabularies.ByteVocabulary()
 _LENGTHS = {'inputs': 64, 'targets': 32}
 # Lines of the form that is downloaded.
 _FILES = {

@@ -8,10 +8,10 @@ seqio = pytest.importorskip('seqio')
 
 from mowe.data import seqio_stream  # noqa: E402
 from mowe.evaluation import classification_metrics  # noqa: E402
-from mowe.words import subwords as subwords_lib  # noqa: E402
+from mowe.words import subword_vocabularies  # noqa: E402
 from tasks import glue  # noqa: E402
 
-_BYTES = subwords_lib.ByteVocabulary()
+_BYTES = subword_vocabularies.ByteVocabulary()
 _TWO = ['sentence1', 'sentence2']
 # Fields of TFDS, and the inputs of the texts 'A b.' and 'C?' in their order.
 _TEXTS = {

@@ -8,11 +8,12 @@ import pytest
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-from mowe.data import seqio_stream, span_corruption  # noqa: E402
-from mowe.words import subwords as subwords_lib  # noqa: E402
+from mowe.data import seqio_stream  # noqa: E402
+from mowe.data.text import span_corruption  # noqa: E402
+from mowe.words import subword_vocabularies  # noqa: E402
 from tasks import pretraining  # noqa: E402
 
-_BYTES = subwords_lib.ByteVocabulary()
+_BYTES = subword_vocabularies.ByteVocabulary()
 _SENTINEL = _BYTES.sentinel_id(0)
 _LENGTHS = {'inputs': 40, 'targets': 24}
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.training import loop, progress, train_state
-from mowe.training.metrics import Mean
+from mowe.training import loop, progress_lines, train_state
+from mowe.training.train_metrics import Mean
 
 
 def _batch(number):
@@ -75,7 +75,9 @@ def _run(
       total_steps=total_steps,
       actions=actions,
       writers=[writer],
-      progress=progress.Progress(total_steps, first_step, log_period, stream),
+      progress=progress_lines.Progress(
+        total_steps, first_step, log_period, stream
+      ),
       log_period=log_period,
       stop=stop,
     )
@@ -232,7 +234,7 @@ def test_the_host_is_at_most_two_steps_ahead():
     train_step=train_step,
     batches=batches,
     total_steps=100,
-    progress=progress.Progress(100, stream=io.StringIO()),
+    progress=progress_lines.Progress(100, stream=io.StringIO()),
     log_period=100,
   )
   assert [(n, len(done)) for n, done in given] == [

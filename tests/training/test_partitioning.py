@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
+import tiny_training
 from jax.sharding import PartitionSpec as P
 
-from mowe.models import parameters, t5
-from mowe.training import optimizers, partitioning, row_optimizers, train_state
-from mowe.training import step as step_lib
+from mowe.models import parameters
+from mowe.models.t5 import t5
+from mowe.training import partitioning, train_state, training_step
+from mowe.training.optimization import optimizers, row_optimizers
 
 _STEPS = 3
 _MESHES = {
@@ -39,7 +40,7 @@ def _axes(model):
 
 def _train(sparse, mesh_sizes=None):
   """Three steps; returns the state, its initial shardings, and the traces."""
-  model = t5.T5(tiny.make_config(sparse=sparse, dropout_rate=0.2))
+  model = t5.T5(tiny_training.make_config(sparse=sparse, dropout_rate=0.2))
   row_optimizer = _row_optimizer(sparse)
   optimizer = _OPTIMIZER.build(None)
   create = functools.partial(
@@ -48,11 +49,11 @@ def _train(sparse, mesh_sizes=None):
     optimizer=optimizer,
     row_optimizer=row_optimizer,
   )
-  train_step = step_lib.make_train_step(
+  train_step = training_step.make_train_step(
     model,
     optimizer=optimizer,
     row_optimizer=row_optimizer,
-    loss=step_lib.LossConfig(),
+    loss=training_step.LossConfig(),
     seed=0,
   )
   num_traces = 0
@@ -68,11 +69,13 @@ def _train(sparse, mesh_sizes=None):
   shardings = partitioning.state_shardings(
     jax.eval_shape(create, key), _axes(model), mesh
   )
-  state = tiny.jit(create, out_shardings=shardings)(key)
-  step = tiny.jit(counted, donate_argnums=0, out_shardings=(shardings, None))
+  state = tiny_training.jit(create, out_shardings=shardings)(key)
+  step = tiny_training.jit(
+    counted, donate_argnums=0, out_shardings=(shardings, None)
+  )
   for number in range(_STEPS):
-    batch = tiny.make_batch(number)
-    plan = tiny.make_plan(batch) if sparse else None
+    batch = tiny_training.make_batch(number)
+    plan = tiny_training.make_plan(batch) if sparse else None
     state, metrics = step(
       state,
       {},
@@ -94,7 +97,7 @@ def _on_one_device(sparse):
 def test_training_equals_one_device(name, sparse):
   state, metrics, shardings, num_traces = _train(sparse, _MESHES[name])
   expected, expected_metrics = _on_one_device(sparse)
-  tiny.assert_close(state, expected, 1e-4)
+  tiny_training.assert_close(state, expected, 1e-4)
   assert {k: m.compute() for k, m in metrics.items()} == pytest.approx(
     {k: m.compute() for k, m in expected_metrics.items()}, rel=1e-4
   )
@@ -108,7 +111,7 @@ def test_training_equals_one_device(name, sparse):
 
 
 def _specs(mesh_sizes, sparse=True):
-  model = t5.T5(tiny.make_config(sparse=sparse))
+  model = t5.T5(tiny_training.make_config(sparse=sparse))
   mesh = partitioning.make_mesh(**mesh_sizes)
   state = jax.eval_shape(
     functools.partial(
@@ -165,9 +168,12 @@ def test_dense_feed_forwards_are_split_by_model():
 
 def test_a_layers_own_table_is_split_by_expert():
   layer = functools.partial(
-    tiny.word_experts.MoweLayer, tiny.EXPERTS, 4, share_experts=False
+    tiny_training.word_experts.MoweLayer,
+    tiny_training.EXPERTS,
+    4,
+    share_experts=False,
   )
-  model = t5.T5(tiny.make_config(sparse_feed_forward=layer))
+  model = t5.T5(tiny_training.make_config(sparse_feed_forward=layer))
   mesh = partitioning.make_mesh(data=4, expert=2)
   state = jax.eval_shape(
     functools.partial(

@@ -8,19 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+import tiny_training
 
-from mowe.layers import (
-  capacity_dispatch,
-  experts_choose,
-  moe,
-  routing,
-  token_groups,
-  tokens_choose,
-)
-from mowe.models import t5
-from mowe.training import loop, router_training
-from mowe.training import step as step_lib
+from mowe.layers.dispatch import capacity_dispatch, token_groups
+from mowe.layers.mixtures import moe
+from mowe.layers.routers import experts_choose, routing, tokens_choose
+from mowe.models.t5 import t5
+from mowe.training import loop, router_training, training_step
 
 _NUM_EXPERTS = 4
 _OPTIMIZER = optax.sgd(0.5)
@@ -30,7 +24,7 @@ _LAYER = ('encoder', 'layers_0', 'mlp')
 def _model(router=None, **fields):
   fields = {
     # Rows are groups: cutting the batch changes no group.
-    'groups': token_groups.TokenGroups(tiny.INPUTS)
+    'groups': token_groups.TokenGroups(tiny_training.INPUTS)
   } | fields
   layer = functools.partial(
     moe.MoeLayer,
@@ -43,10 +37,10 @@ def _model(router=None, **fields):
     moe.MoeLayer,
     _NUM_EXPERTS,
     8,
-    groups=token_groups.TokenGroups(tiny.TARGETS),
+    groups=token_groups.TokenGroups(tiny_training.TARGETS),
   )
   return t5.T5(
-    tiny.make_config(
+    tiny_training.make_config(
       sparse=False,
       sparse_feed_forward=layer,
       sparse_decoder_feed_forward=decoder,
@@ -57,23 +51,23 @@ def _model(router=None, **fields):
 
 
 def _batch(seed=0):
-  batch = tiny.make_batch(seed)
+  batch = tiny_training.make_batch(seed)
   return {k: v for k, v in batch.items() if not k.endswith('_routing_ids')}
 
 
 def _run(model, batch, config=None, num_microbatches=1, state=None):
-  step = step_lib.make_train_step(
+  step = training_step.make_train_step(
     model,
     optimizer=_OPTIMIZER,
     row_optimizer=None,
-    loss=step_lib.LossConfig(
+    loss=training_step.LossConfig(
       router=config or router_training.RouterLossConfig()
     ),
     seed=0,
     num_microbatches=num_microbatches,
   )
-  state = state or tiny.make_state(model, _OPTIMIZER, None)
-  new, metrics = tiny.jit(step)(state, {}, batch, None)
+  state = state or tiny_training.make_state(model, _OPTIMIZER, None)
+  new, metrics = tiny_training.jit(step)(state, {}, batch, None)
   return (
     state,
     new,
@@ -94,8 +88,8 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
   state, new, metrics = _run(model, batch, config)
 
   def loss(params):
-    total, _, stats, _ = step_lib._summed_loss(
-      model, step_lib.LossConfig(), params, {}, {}, batch, {}, None
+    total, _, stats, _ = training_step._summed_loss(
+      model, training_step.LossConfig(), params, {}, {}, batch, {}, None
     )
     total /= batch['decoder_loss_weights'].sum()
     assert sorted(stats) == [('decoder', *_LAYER[1:]), _LAYER]
@@ -114,9 +108,11 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
       total -= 0.015625 * information
     return total
 
-  grads = tiny.jit(jax.grad(loss))(state.params)
-  updates, _ = tiny.jit(_OPTIMIZER.update)(grads, state.opt_state, state.params)
-  tiny.assert_close(
+  grads = tiny_training.jit(jax.grad(loss))(state.params)
+  updates, _ = tiny_training.jit(_OPTIMIZER.update)(
+    grads, state.opt_state, state.params
+  )
+  tiny_training.assert_close(
     new.params, optax.apply_updates(state.params, updates), 1e-5
   )
   # Padding of encoder and decoder was not routed.
@@ -137,7 +133,7 @@ def test_microbatches_change_nothing(number):
   config = router_training.RouterLossConfig(0.5, 0.25)
   _, whole, metrics = _run(model, batch, config)
   _, parts, other = _run(model, batch, config, number)
-  tiny.assert_close(parts.params, whole.params, 1e-5)
+  tiny_training.assert_close(parts.params, whole.params, 1e-5)
   for name, value in metrics.items():
     # Two metrics are differences of larger terms, whose rounding they have:
     # mutual information of two entropies, importance of a mean square and one.
@@ -182,7 +178,7 @@ def test_dropped_tokens_are_counted():
 
 def test_a_decoder_refuses_a_router_that_looks_ahead():
   with pytest.raises(ValueError, match='sparse_decoder_feed_forward'):
-    tiny.make_config(
+    tiny_training.make_config(
       sparse=False,
       sparse_feed_forward=functools.partial(
         moe.MoeLayer,

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
+import tiny_training
 
-from mowe.models import parameters, t5
-from mowe.training import row_optimizers, train_state
+from mowe.models import parameters
+from mowe.models.t5 import t5
+from mowe.training import train_state
+from mowe.training.optimization import row_optimizers
 
 
 @functools.cache
 def _model():
-  return t5.T5(tiny.make_config())
+  return t5.T5(tiny_training.make_config())
 
 
 def _create(rows, key=0):
@@ -35,12 +37,12 @@ def test_tables_are_apart_from_params():
   state = _shapes(row_optimizers.RowAdafactor(0.1))
   assert set(state.params) == {'token_embedder', 'encoder', 'decoder'}
   assert {name: x.shape for name, x in state.tables['experts'].items()} == {
-    'wi_0': (tiny.EXPERTS, 24, 4),
-    'wi_1': (tiny.EXPERTS, 24, 4),
-    'wo': (tiny.EXPERTS, 4, 24),
+    'wi_0': (tiny_training.EXPERTS, 24, 4),
+    'wi_1': (tiny_training.EXPERTS, 24, 4),
+    'wo': (tiny_training.EXPERTS, 4, 24),
   }
   for leaf in jax.tree.leaves(state.table_state):
-    assert leaf.shape[0] == tiny.EXPERTS
+    assert leaf.shape[0] == tiny_training.EXPERTS
   assert state.step.shape == () and state.step.dtype == jnp.int32
   # The optimizer of params knows nothing of tables.
   names = str(jax.tree_util.tree_structure(state.opt_state))
@@ -55,7 +57,7 @@ def test_frozen_tables_have_no_state():
 
 
 def test_equal_keys_give_equal_states():
-  create = tiny.jit(
+  create = tiny_training.jit(
     lambda key: train_state.create(
       _model(),
       key,
@@ -64,7 +66,7 @@ def test_equal_keys_give_equal_states():
     )
   )
   one, again = create(jax.random.key(1)), create(jax.random.key(1))
-  tiny.assert_same_bits(one, again)
+  tiny_training.assert_same_bits(one, again)
   other = create(jax.random.key(2))
   assert not np.array_equal(
     one.tables['experts']['wo'], other.tables['experts']['wo']

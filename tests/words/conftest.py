@@ -2,7 +2,7 @@
 
 import pytest
 
-from mowe.words import build, subwords
+from mowe.words import subword_vocabularies, vocabulary_builder
 
 # Names with many pieces, punctuation, accents, capitals.
 TEXTS = [
@@ -24,23 +24,25 @@ def texts():
 @pytest.fixture(scope='session')
 def model_path(tmp_path_factory):
   path = tmp_path_factory.mktemp('subwords') / 'tiny.model'
-  subwords.train_sentencepiece(TEXTS, path, 90)
+  subword_vocabularies.train_sentencepiece(TEXTS, path, 90)
   return path
 
 
 @pytest.fixture(scope='session')
 def tiny(model_path):
-  return subwords.load_subwords(model_path, extra_ids=10)
+  return subword_vocabularies.load_subwords(model_path, extra_ids=10)
 
 
 @pytest.fixture(scope='session')
 def t5_vocabulary(shared_data):
-  return subwords.load_subwords(shared_data / 't5_vocab' / 'spiece.model')
+  return subword_vocabularies.load_subwords(
+    shared_data / 't5_vocab' / 'spiece.model'
+  )
 
 
 @pytest.fixture(scope='session')
 def routing(tiny):
-  vocabulary, _ = build.build_routing_vocabulary(
+  vocabulary, _ = vocabulary_builder.build_routing_vocabulary(
     TEXTS, tiny, num_words=20, num_experts=7, num_skipped=3
   )
   return vocabulary

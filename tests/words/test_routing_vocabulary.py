@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.words import build, routing_vocabulary, subwords
+from mowe.words import (
+  routing_vocabulary,
+  subword_vocabularies,
+  vocabulary_builder,
+)
 
 
 def test_round_trip(routing, tmp_path):
@@ -80,13 +84,13 @@ def test_other_files(tmp_path):
 def test_other_subwords_and_experts_are_refused(routing, tiny, model_path):
   routing.check_subwords(tiny)
   routing.check_num_experts(7)
-  other = subwords.ByteVocabulary()
+  other = subword_vocabularies.ByteVocabulary()
   with pytest.raises(ValueError) as error:
     routing.check_subwords(other)
   assert tiny.sha256 in str(error.value)
   assert other.sha256 in str(error.value)
   assert 'build the routing vocabulary again' in str(error.value)
-  fewer = subwords.load_subwords(model_path, extra_ids=9)
+  fewer = subword_vocabularies.load_subwords(model_path, extra_ids=9)
   with pytest.raises(ValueError, match='100 ids, .* with 99 ids is in use'):
     routing.check_subwords(fewer)
   with pytest.raises(ValueError, match=r'7, but has 8.*with_experts\(8\)'):
@@ -203,8 +207,8 @@ def test_explain(routing, tiny):
 
 
 def test_bytes_work_the_same(texts):
-  vocabulary = subwords.ByteVocabulary(extra_ids=10)
-  routing, _ = build.build_routing_vocabulary(
+  vocabulary = subword_vocabularies.ByteVocabulary(extra_ids=10)
+  routing, _ = vocabulary_builder.build_routing_vocabulary(
     texts, vocabulary, num_words=50, num_experts=7
   )
   rows = routing.explain('the café', vocabulary)

@@ -5,8 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from mowe.words import plan as plans
-from mowe.words import sharded_plan
+from mowe.words import batch_plans, sharded_plan
 
 EXPERTS = 24
 SHAPES = {'encoder': (16, 5), 'decoder': (16, 3)}
@@ -29,7 +28,7 @@ def make_ids(seed, rows=16, names=('encoder', 'decoder')):
 
 
 def make_planner(trials, devices, num_microbatches=1):
-  return plans.Planner(
+  return batch_plans.Planner(
     sharded_plan.profile_ladder(
       trials, EXPERTS, devices=devices, num_microbatches=num_microbatches
     ),
@@ -107,7 +106,7 @@ def test_no_token_is_lost(devices, seed, num_microbatches):
   for name in SHAPES:
     stream = getattr(plan, name)
     for part, ids in enumerate(
-      plans.microbatches(batch[name], num_microbatches)
+      batch_plans.microbatches(batch[name], num_microbatches)
     ):
       of_part = stream if num_microbatches == 1 else on(stream, part)
       tokens = check_stream(of_part, ids, devices)
@@ -118,7 +117,7 @@ def test_no_token_is_lost(devices, seed, num_microbatches):
     [
       part.reshape(-1)
       for name in SHAPES
-      for part in plans.microbatches(batch[name], num_microbatches)
+      for part in batch_plans.microbatches(batch[name], num_microbatches)
     ]
   )
   own, updated = EXPERTS // devices[1], set()

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mowe.data import lm_cache
-from mowe.words import subwords, word_vocabulary
+from mowe.data.caches import lm_cache
+from mowe.words import subword_vocabularies, word_vocabulary
 
 TEXTS = [' the dog <unk> \n', 'the fox , the dog', 'a <unk>']
 
@@ -40,7 +40,7 @@ def test_words_keep_their_places(vocabulary):
 
 
 def test_a_file_is_found_to_hold_words(vocabulary):
-  again = subwords.load_subwords(vocabulary.path, extra_ids=2)
+  again = subword_vocabularies.load_subwords(vocabulary.path, extra_ids=2)
   assert isinstance(again, word_vocabulary.WordVocabulary)
   assert (again.size, again.sha256) == (vocabulary.size, vocabulary.sha256)
   same = pickle.loads(pickle.dumps(again))
@@ -54,7 +54,11 @@ def test_a_smaller_one_has_the_most_frequent(tmp_path):
 
 
 def test_kinds(vocabulary):
-  special, alone, starts = subwords.SPECIAL, subwords.ALONE, subwords.STARTS
+  special, alone, starts = (
+    subword_vocabularies.SPECIAL,
+    subword_vocabularies.ALONE,
+    subword_vocabularies.STARTS,
+  )
   np.testing.assert_array_equal(
     vocabulary.piece_kinds(),
     [special, special, alone, *[starts] * 5, special, special],

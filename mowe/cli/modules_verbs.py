@@ -1,0 +1,79 @@
+"""`mowe modules`: options of its actions, and what they call."""
+
+from mowe.cli import gin_arguments
+
+
+def add_to(verbs) -> None:
+  """Adds the verb `modules` to the subparsers of `mowe`."""
+  parser = verbs.add_parser('modules', help='add, prune or measure modules')
+  actions = parser.add_subparsers(dest='action', required=True)
+  add = actions.add_parser('add', help='a model with more modules')
+  prune = actions.add_parser('prune', help='a model without the least used')
+  for action in (add, prune):
+    action.add_argument('source', help='a model folder, or a checkpoint in it')
+    action.add_argument('target', help='the model folder to write')
+    action.add_argument(
+      '--expert_parts',
+      type=int,
+      default=1,
+      help='parts of the mesh axis expert that modules will lie on',
+    )
+  add.add_argument('--mlp', type=int, default=0, help='new ones in each layer')
+  add.add_argument('--attention', type=int, default=0, help='likewise')
+  add.add_argument('--k', type=int, default=1, help='new ones of a token')
+  add.add_argument('--seed', type=int, default=0)
+  add.set_defaults(run=_modules_add)
+  prune.add_argument(
+    '--usage', required=True, help='usage.json of `mowe modules usage`'
+  )
+  prune.add_argument('--fraction', type=float, help='of modules that are left')
+  prune.add_argument(
+    '--threshold', type=float, help='least use, relative to the mean'
+  )
+  prune.add_argument(
+    '--gates',
+    choices=('keep', 'renormalise'),
+    default='keep',
+    help='whether gates stay, or grow by what removed modules had',
+  )
+  prune.set_defaults(run=_modules_prune)
+  usage = actions.add_parser('usage', help='which modules a task uses')
+  gin_arguments.add_to(usage)
+  usage.set_defaults(run=_modules_usage)
+
+
+def _modules_add(options, bindings):
+  del bindings
+  from mowe.commands import modules
+
+  modules.add(
+    options.source,
+    options.target,
+    mlp=options.mlp,
+    attention=options.attention,
+    k=options.k,
+    seed=options.seed,
+    expert_parts=options.expert_parts,
+  )
+
+
+def _modules_prune(options, bindings):
+  del bindings
+  from mowe.commands import modules
+
+  modules.prune(
+    options.source,
+    options.target,
+    usage=options.usage,
+    fraction=options.fraction,
+    threshold=options.threshold,
+    gates=options.gates,
+    expert_parts=options.expert_parts,
+  )
+
+
+def _modules_usage(options, bindings):
+  gin_config = gin_arguments.parse(options, bindings)
+  from mowe.commands import modules
+
+  gin_config.call(modules.usage)

@@ -1,0 +1,245 @@
+"""`mowe compare`: models of one experiment, from text to a report.
+
+Data are prepared, models are sized, and each run (a model with a seed) is
+trained and measured in a process of its own. What is finished is not done
+again, so that a stopped comparison goes on where it was.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from mowe.comparison import (
+  experiments,
+  measurements,
+  planned_runs,
+  question_files,
+  rate_choice,
+  run_process,
+  single_run,
+)
+from mowe.comparison.report import (
+  answer_comparison,
+  report_contents,
+  report_tables,
+)
+from mowe.model_folders import model_folder
+from mowe.words import subword_vocabularies
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """What a comparison made.
+
+  Attributes:
+    results: of each model.
+    questions: that were asked.
+    tables: of the report.
+    page: path of the report's index.html.
+  """
+
+  results: list[answer_comparison.ModelResult]
+  questions: list[answer_comparison.Question]
+  tables: list[report_tables.Table]
+  page: pathlib.Path
+
+
+def compare(
+  experiment: experiments.Experiment, *, dry_run: bool = False
+) -> Compared | None:
+  """Does all runs of an experiment that are not done, and writes the report.
+
+  Args:
+    experiment: what is compared.
+    dry_run: prepare data, size the models, say what would be run, and stop.
+
+  Returns:
+    What was found; None after a dry run.
+
+  Raises:
+    ValueError: settings that cannot work, before anything is trained; or a run
+      that failed.
+    KeyboardInterrupt: a signal came. The same call continues.
+  """
+  folder = pathlib.Path(experiment.output)
+  folder.mkdir(parents=True, exist_ok=True)
+  with run_process.only_one(folder) as lock:
+    prepared = experiment.data.prepare(folder / 'data')
+    plan = planned_runs.Plan(experiment, prepared)
+    for tries in plan.tries.values():
+      for run in tries:
+        single_run.check_folders(run)
+    _say(plan)
+    if dry_run:
+      return None
+    chosen = {}
+    with run_process.Runner(lock) as runner:
+      for name, tries in plan.tries.items():
+        _do(runner, tries)
+        chosen[name] = _choose(experiment, tries)
+      # The other seeds come last: one run of every model is worth more.
+      for name, choice in chosen.items():
+        _do(runner, plan.runs(name, choice.number))
+    return _report(experiment, prepared, plan, chosen)
+
+
+def show(compared: Compared) -> None:
+  """Prints the first tables, and where everything is."""
+  # Answers, costs, tries if there are any, and the tests against the first.
+  has_tries = any(result.tries for result in compared.results)
+  for table in compared.tables[: 3 + has_tries]:
+    # One model alone has no third table if its questions have no relations.
+    if table.rows:
+      print(f'\n{report_tables.markdown_table(table.rows)}')
+  print(f'\nTables, figures and page: {compared.page}')
+
+
+def _do(runner: run_process.Runner, runs: Sequence[planned_runs.Run]) -> None:
+  for run in runs:
+    if not single_run.is_finished(run):
+      runner.do(run)
+
+
+def _choose(experiment, tries) -> rate_choice.Choice:
+  tuning = experiment.tuning
+  choice = rate_choice.choose(tries, tuning.questions if tuning else ())
+  for one in choice.tries:
+    print(
+      f'{tries[0].name}, {one.label}: EM {one.em:.1f}  F1 {one.f1:.1f} on the '
+      f'questions for choosing{", chosen" if one.is_chosen else ""}',
+      flush=True,
+    )
+  return choice
+
+
+def _say(plan: planned_runs.Plan) -> None:
+  print('\nModels:')
+  for sized in plan.sized:
+    name, cost = sized.model.name, sized.cost
+    note = sized.note and f'; {sized.note}'
+    tries = plan.tries[name]
+    # Which other runs there are is known when all tries are done.
+    done = sum(map(single_run.is_finished, tries))
+    tried = f' {len(tries)} learning rates,' if len(tries) > 1 else ''
+    print(
+      f'  {name}: {cost.total_parameters:,} parameters, '
+      f'{cost.active_parameters:,} per token{note};{tried} {done} of '
+      f'{plan.num_runs(name)} runs finished',
+      flush=True,
+    )
+
+
+def _report(experiment, prepared, plan, chosen) -> Compared:
+  vocabulary = subword_vocabularies.load_subwords(prepared.vocabulary)
+  runs = {
+    name: plan.runs(name, choice.number) for name, choice in chosen.items()
+  }
+  first = next(iter(runs.values()))[0]
+  questions = question_files.questions_of(
+    first, experiment.questions, vocabulary
+  )
+  results = [
+    _result(sized, runs[sized.model.name], questions, chosen[sized.model.name])
+    for sized in plan.sized
+  ]
+  many = 's' if len(experiment.seeds) > 1 else ''
+  seeds = ', '.join(map(str, experiment.seeds))
+  made = report_contents.Report(
+    title=experiment.title,
+    results=results,
+    questions=questions,
+    notes=(
+      *prepared.notes,
+      f'{len(questions):,} questions; seed{many} {seeds}.',
+    ),
+    word_experts=_word_experts(runs, results, questions, vocabulary),
+    num_bins=experiment.num_bins,
+  )
+  page = report_contents.write_report(
+    made, pathlib.Path(experiment.output) / experiment.report
+  )
+  return Compared(results, questions, report_tables.tables(made), page)
+
+
+def _result(
+  sized: planned_runs.SizedModel,
+  runs: Sequence[planned_runs.Run],
+  questions: Sequence[answer_comparison.Question],
+  choice: rate_choice.Choice,
+) -> answer_comparison.ModelResult:
+  """The answers of all seeds; curves and loads are of the first."""
+  of_seeds = [
+    json.loads(
+      (pathlib.Path(run.folder) / measurements.RESULTS).read_text('utf-8')
+    )
+    for run in runs
+  ]
+  measured = of_seeds[0]
+  # Seeds mask other spans: one may have met none of a rare kind.
+  recall = {
+    kind: tuple(
+      sum(one['recall'].get(kind, {}).get(name, 0) for one in of_seeds)
+      for name in ('right', 'spans')
+    )
+    for kind in dict.fromkeys(k for one in of_seeds for k in one['recall'])
+  }
+  loads = [
+    answer_comparison.Load(**(load | {'shares': tuple(load['shares'])}))
+    for load in measured['loads']
+  ]
+  mean = lambda name: _mean([one[name] for one in of_seeds])
+  return answer_comparison.ModelResult(
+    name=sized.model.name,
+    total_parameters=measured['total_parameters'],
+    active_parameters=measured['active_parameters'],
+    frozen_parameters=measured['frozen_parameters'],
+    flops_formula=measured['flops_formula'],
+    flops_compiled=measured['flops_compiled'],
+    is_flops_least=measured['flops_has_loops'],
+    answers=[question_files.answers_of(run, questions) for run in runs],
+    tokens_per_second=mean('tokens_per_second'),
+    peak_memory=measured['peak_memory'],
+    memory_of=measured['memory_of'],
+    held_out_loss=mean('held_out_loss'),
+    text_loss=mean('text_loss'),
+    seconds=mean('seconds'),
+    curve=[tuple(point) for point in measured['curve']],
+    held_out_curve=[tuple(point) for point in measured['held_out_curve']],
+    recall=recall,
+    loads=loads,
+    note=sized.note,
+    tries=choice.tries,
+  )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  """None where one of them was not measured."""
+  return None if None in values else sum(values) / len(values)
+
+
+def _word_experts(
+  runs, results, questions, vocabulary
+) -> dict[int, Mapping[str, report_contents.WordExperts]]:
+  """The experts of the words of those questions that the report shows."""
+  shown = answer_comparison.differing_questions(results)
+  experts: dict[int, dict[str, report_contents.WordExperts]] = {
+    i: {} for i in shown
+  }
+  for name, of_model in runs.items():
+    folder, _ = model_folder.split_checkpoint_path(of_model[0].finetuned)
+    routing = model_folder.load_config(folder)[0].routing
+    if routing is None:
+      continue
+    for index in shown:
+      rows = routing.explain(questions[index].text, vocabulary)
+      # All pieces of a known word are one entry; others are their own.
+      words = dict.fromkeys(
+        (routing.word(row.word_id), row.expert)
+        for row in rows
+        if row.word_id is not None
+      )
+      experts[index][name] = [
+        (word.strip('▁'), expert) for word, expert in words
+      ]
+  return experts

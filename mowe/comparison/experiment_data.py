@@ -1,0 +1,438 @@
+"""The data of an experiment: text, questions, vocabularies and token caches.
+
+Each source of data makes, or finds, the same things: a subword vocabulary, and
+token caches called as in `CACHES`. What is there already is not made again.
+
+Validation questions are split once, by a hash of the entity that they are
+about, into two caches: learning rates and checkpoints may be chosen by the
+questions of `qa_choosing`, and `qa_reported` are those that a report is about.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from mowe.commands import build_routing_vocabulary, cache_task, train_vocabulary
+from mowe.data.text import generated_world, passages, text_files
+from mowe.words import subword_vocabularies
+
+# Text to be pretrained on, questions to be finetuned on, those by which rates
+# and checkpoints are chosen, and those that are reported.
+CHOOSING, REPORTED = 'qa_choosing', 'qa_reported'
+CACHES = ('documents', 'qa_train', CHOOSING, REPORTED)
+# Text that no model was trained on, which may be missing.
+HELD_OUT = 'held_out'
+
+# Files that a source of data has.
+_SOURCES = ('documents', 'qa_train', 'qa_validation')
+# One validation question in so many is for choosing.
+_CHOOSING_PART = 3
+
+# Under which names a folder of one's own may have them.
+_NAMES = {
+  'documents': ('documents', 'paragraphs', 'evidence'),
+  'qa_train': ('qa_train', 'claims_train'),
+  'qa_validation': ('qa_validation', 'claims_validation'),
+}
+
+# Enough for a loss with three digits.
+_MOST_HELD_OUT = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """A routing vocabulary, as `mowe build-routing-vocabulary` makes it.
+
+  Attributes:
+    num_experts: number of experts.
+    num_words: the most frequent words that are kept; 0: words have the experts
+      of their pieces, as in a hash layer.
+    num_skipped: the most frequent entries, which have no expert.
+    names_files: only words of these names are kept. '{data}' is the folder of
+      the experiment's data: a generated world has names.txt there.
+    balanced: experts by expected load.
+  """
+
+  num_experts: int
+  num_words: int = 1_000_000
+  num_skipped: int = 16
+  names_files: tuple[str, ...] = ()
+  balanced: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Data that is ready.
+
+  Attributes:
+    vocabulary: path of the subword vocabulary, or 'bytes'.
+    cache_dir: folder of the token caches.
+    documents: files of the text that words are counted in.
+    folder: gets routing vocabularies.
+    has_held_out: whether there is a cache HELD_OUT.
+    notes: what the report says of the data.
+  """
+
+  vocabulary: str
+  cache_dir: str
+  documents: tuple[str, ...]
+  folder: pathlib.Path
+  has_held_out: bool
+  notes: tuple[str, ...] = ()
+
+  def vocab_size(self) -> int:
+    """Rows of an embedding for it, a multiple of 128."""
+    return (
+      -(-subword_vocabularies.load_subwords(self.vocabulary).size // 128) * 128
+    )
+
+  def routing_vocabulary(self, words: Words) -> str:
+    """Path of a routing vocabulary; built where it is not there yet."""
+    settings = json.dumps(
+      [dataclasses.asdict(words), self.documents, self.vocabulary]
+    )
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    path = self.folder / f'words_{words.num_experts}_{digest}.npz'
+    if path.exists():
+      return str(path)
+    if not self.documents:
+      raise ValueError(
+        'Words must be counted in some text to give them experts, but '
+        'documents is (). Set compare_data.Caches.documents.'
+      )
+    options = dataclasses.asdict(words) | {
+      'names_files': tuple(
+        name.replace('{data}', str(self.folder)) for name in words.names_files
+      )
+    }
+    shown = options | {'names': options['names_files']}
+    del shown['names_files'], shown['balanced']
+    flags = ['--balanced'] if words.balanced else []
+    say(
+      'build-routing-vocabulary',
+      path,
+      *self.documents,
+      *flags,
+      vocabulary=self.vocabulary,
+      **{name: value for name, value in shown.items() if value != ()},
+    )
+    build_routing_vocabulary.build_routing_vocabulary(
+      str(path), self.documents, self.vocabulary, **options
+    )
+    return str(path)
+
+
+class Data(Protocol):
+  """Where the data of an experiment comes from."""
+
+  def prepare(self, folder: pathlib.Path) -> Prepared:
+    """Makes what is not in the folder yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedWorld:
+  """Invented people and facts about them.
+
+  Held-out text are the facts in a wording that pretraining never has.
+
+  Attributes:
+    config: size and seed.
+    vocabulary: SentencePiece model, or 'bytes'; None trains one on the text.
+    vocabulary_size: pieces of a vocabulary that is trained.
+  """
+
+  config: generated_world.WorldConfig = generated_world.WorldConfig()
+  vocabulary: str | None = None
+  vocabulary_size: int = 1000
+
+  def prepare(self, folder: pathlib.Path) -> Prepared:
+    """Generates the world, its vocabulary and caches."""
+    config = self.config
+    paths = generated_world.write_world(config, folder / 'world')
+    files = {name: str(paths[name]) for name in _SOURCES}
+    people = {
+      record['entity']
+      for name in _SOURCES
+      for record in text_files.read_records(files[name], ())
+    }
+    subword_vocabularies.write_atomically(
+      folder / 'names.txt', ('\n'.join(sorted(people)) + '\n').encode()
+    )
+    held_out = folder / 'world' / 'held_out.jsonl'
+    records = _other_wordings(config)[:_MOST_HELD_OUT]
+    note = (
+      f'Generated world: {config.num_people:,} people, '
+      f'{len(config.relations)} facts of each.'
+    )
+    if records:
+      _write_lines(held_out, records)
+      files[HELD_OUT] = str(held_out)
+      note += ' Held-out text: the same facts, worded as in no training text.'
+    return _prepare(
+      folder, files, self.vocabulary, self.vocabulary_size, (note,)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Files of one's own.
+
+  Attributes:
+    folder: holds documents (or paragraphs, or evidence), qa_train and
+      qa_validation, each .jsonl or .jsonl.gz, with the fields text, or question
+      and answers (and relation and entity for the breakdowns of the report);
+      or claims_train and claims_validation, with claim and label as FEVER's.
+    vocabulary: SentencePiece model, or 'bytes'; None trains one on the text.
+    vocabulary_size: pieces of a vocabulary that is trained.
+    held_out: a file of documents to measure the loss of pretraining on; those
+      that are in the pretraining text are left out. None: it is not measured.
+    documents: a file of text elsewhere, for a folder without; None: it has one.
+    cut: titles before texts, and how much of each text is read.
+  """
+
+  folder: str
+  vocabulary: str | None = None
+  vocabulary_size: int = 16_000
+  held_out: str | None = None
+  documents: str | None = None
+  cut: passages.Passages = passages.Passages()
+
+  def prepare(self, folder: pathlib.Path) -> Prepared:
+    """Makes vocabulary and caches."""
+    files = {
+      name: self.documents
+      if name == 'documents' and self.documents
+      else _find(self.folder, name)
+      for name in _SOURCES
+    }
+    notes = [f'Text and questions of {pathlib.Path(self.folder).name}.']
+    if self.held_out is not None:
+      held_out = folder / 'held_out.jsonl'
+      records = list(
+        _not_in(self.held_out, files['documents'], self.cut.title_field)
+      )
+      if not records:
+        raise ValueError(
+          'Held-out text must be other than the text of pretraining, but '
+          f'{self.held_out} has no document that {files["documents"]} has not. '
+          'Give another file, or None.'
+        )
+      _write_lines(held_out, records)
+      files[HELD_OUT] = str(held_out)
+      notes.append(f'Held-out text: {len(records):,} other documents.')
+    if self.cut.max_paragraphs:
+      notes.append(
+        f'Of each text the first {self.cut.max_paragraphs} paragraphs.'
+        if self.cut.max_paragraphs > 1
+        else 'Of each text the first paragraph.'
+      )
+    if self.cut.title_field:
+      notes.append('Each text follows its title.')
+    return _prepare(
+      folder, files, self.vocabulary, self.vocabulary_size, notes, self.cut
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Caches:
+  """Token caches that are there already, such as those of seqio tasks.
+
+  Attributes:
+    cache_dir: their folder; stages and questions name those in it. One called
+      'held_out' is the held-out text.
+    vocabulary: of the caches.
+    documents: text files in which words are counted for routing vocabularies.
+  """
+
+  cache_dir: str
+  vocabulary: str
+  documents: tuple[str, ...] = ()
+
+  def prepare(self, folder: pathlib.Path) -> Prepared:
+    """Looks at what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    caches = pathlib.Path(self.cache_dir)
+    return Prepared(
+      vocabulary=self.vocabulary,
+      cache_dir=self.cache_dir,
+      documents=self.documents,
+      folder=folder,
+      has_held_out=(caches / HELD_OUT).is_dir(),
+      notes=(f'Token caches of {caches.name}.',),
+    )
+
+
+def say(verb: str, *arguments: Any, **options: Any) -> None:
+  """Prints a command that does what is being done."""
+  words = ['mowe', verb, *map(str, arguments)]
+  for name, value in options.items():
+    values = value if isinstance(value, tuple) else (value,)
+    words += [f'--{name}', *map(str, values)]
+  print_command(words)
+
+
+def print_command(words: Sequence[str]) -> None:
+  """Prints a command as it can be typed; texts of gin have quotes in them."""
+  print('$', *map(_quoted, words), flush=True)
+
+
+def _quoted(word: str) -> str:
+  if "'" in word and not set('"$`\\!') & set(word):
+    return f'"{word}"'
+  return shlex.quote(word)
+
+
+def _prepare(
+  folder, files, vocabulary, size, notes, cut=passages.Passages()
+) -> Prepared:
+  folder.mkdir(parents=True, exist_ok=True)
+  files = dict(files)
+  files |= _split_questions(files.pop('qa_validation'), folder)
+  if vocabulary is None:
+    vocabulary = str(folder / 'vocabulary.model')
+    sizes = folder / 'vocabulary.json'
+    if pathlib.Path(vocabulary).exists():
+      _check_size(sizes, size)
+    else:
+      subword_vocabularies.write_atomically(
+        sizes, json.dumps({'size': size}).encode()
+      )
+      # Claims are worded as the text they are about.
+      asked = _kind('qa_train', files['qa_train']) == 'questions'
+      options = {'size': size}
+      if asked:
+        options['questions'] = (files['qa_train'],)
+      say('train-vocabulary', vocabulary, files['documents'], **options)
+      train_vocabulary.train_vocabulary(
+        vocabulary, [files['documents']], **options
+      )
+  for name, file in files.items():
+    cache = folder / 'cache' / name
+    kind = _kind(name, file)
+    options = {'kind': kind, 'vocabulary': vocabulary}
+    given = passages.Passages() if name.startswith('qa_') else cut
+    said = {name: value for name, value in vars(given).items() if value}
+    say('cache-task', cache, file, **options, **said)
+    cache_task.cache_task(cache, files=[file], cut=given, **options)
+  return Prepared(
+    vocabulary=vocabulary,
+    cache_dir=str(folder / 'cache'),
+    documents=(files['documents'],),
+    folder=folder,
+    has_held_out=HELD_OUT in files,
+    notes=tuple(notes),
+  )
+
+
+def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:
+  """Files of the questions for choosing and of those that are reported.
+
+  All questions about one entity are in one of them, which depends on nothing
+  but its name: in a larger set of questions it is the same one.
+  """
+  kind = _kind('qa_validation', file)
+  parts: dict[str, list[dict[str, Any]]] = {CHOOSING: [], REPORTED: []}
+  fields = {'questions': ('question', 'answers'), 'claims': ('claim', 'label')}
+  for record in text_files.read_records(file, fields[kind]):
+    about = record.get('entity') or record[fields[kind][0]]
+    digest = hashlib.sha256(str(about).encode('utf-8', 'replace')).digest()
+    number = int.from_bytes(digest[:8], 'big')
+    parts[REPORTED if number % _CHOOSING_PART else CHOOSING].append(record)
+  if not parts[REPORTED]:
+    # One question or two: there is nothing to choose by.
+    parts = {CHOOSING: [], REPORTED: parts[CHOOSING]}
+  paths = {}
+  for name, records in parts.items():
+    if records:
+      path = folder / f'{kind}_{name.removeprefix("qa_")}.jsonl'
+      _write_lines(path, records)
+      paths[name] = str(path)
+  return paths
+
+
+def _check_size(path: pathlib.Path, size: int) -> None:
+  old = json.loads(path.read_text())['size'] if path.exists() else size
+  if old != size:
+    raise ValueError(
+      f'The vocabulary of an output must be that of its experiment, but the '
+      f'one in {path.parent} was trained for {old:,} pieces and {size:,} are '
+      'asked for. Restore vocabulary_size, or give another OUTPUT.'
+    )
+
+
+def _kind(name: str, file: str) -> str:
+  """Of `mowe cache-task`."""
+  if not name.startswith('qa_'):
+    return 'text'
+  return (
+    'claims' if pathlib.Path(file).name.startswith('claims') else 'questions'
+  )
+
+
+def _find(folder: str, name: str) -> str:
+  for own in _NAMES[name]:
+    for ending in ('.jsonl', '.jsonl.gz'):
+      path = pathlib.Path(folder) / (own + ending)
+      if path.is_file():
+        return str(path)
+  raise FileNotFoundError(
+    f'The data folder must hold {", ".join(_SOURCES)}, each .jsonl or .jsonl.gz, '
+    f'but {folder} has no {" or ".join(_NAMES[name])}. Documents have the field '
+    'text; questions have question and answers. Text may also lie elsewhere: '
+    'compare_data.Files.documents, or --documents of `mowe quickstart`.'
+  )
+
+
+def _not_in(
+  file: str, documents: str, title_field: str | None
+) -> Iterator[dict[str, Any]]:
+  """The first documents of a file that another one does not have."""
+  seen = {record['text'] for record in text_files.read_records(documents)}
+  number = 0
+  fields = tuple(filter(None, ('text', title_field)))
+  for record in text_files.read_records(file, fields):
+    if record['text'] not in seen and number < _MOST_HELD_OUT:
+      number += 1
+      yield {name: record[name] for name in fields}
+
+
+def _other_wordings(
+  config: generated_world.WorldConfig,
+) -> list[dict[str, Any]]:
+  """Documents about the same facts in wordings that the world has not.
+
+  With another number of templates people and facts stay as they are.
+  """
+  if config.num_templates == 4:
+    return []
+  known = {
+    _wording(document)
+    for document in generated_world.make_world(config).documents
+    if len(document['relations']) == 1
+  }
+  other = dataclasses.replace(
+    config, num_templates=4, num_extra_mentions=0, opening_rate=0
+  )
+  return [
+    document
+    for document in generated_world.make_world(other).documents
+    if _wording(document) not in known
+  ]
+
+
+def _wording(document: dict[str, Any]) -> str:
+  ((start, end),) = document['spans']
+  text = document['text']
+  # 'a' or 'an' follows from the value.
+  before = text[:start].removesuffix(' an ').removesuffix(' a ')
+  return f'{before}*{text[end:]}'.replace(document['entity'], '{n}')
+
+
+def _write_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+  # In ASCII: a text may hold half of a surrogate pair, which is no UTF-8.
+  lines = [json.dumps(record) + '\n' for record in records]
+  subword_vocabularies.write_atomically(path, ''.join(lines).encode())

@@ -1,0 +1,474 @@
+"""From an experiment to runs: sizes, gin bindings and folders of each.
+
+A run is one model with one seed and one try of its learning rates. All that its
+process needs to know is a `Run`, which is written to a file; the process parses
+the gin files itself.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from mowe.commands import data_config, gin_config
+from mowe.comparison import budgets, experiment_data, experiments
+from mowe.data.caches import token_cache
+from mowe.evaluation import task_evaluation
+from mowe.model_folders import model_folder
+from mowe.models import costs
+from mowe.training import checkpointing, manifests
+from mowe.words import subword_vocabularies
+
+Model = experiments.Model
+Experiment = experiments.Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStage:
+  """One run of `mowe train`.
+
+  Attributes:
+    name: of the stage.
+    folder: MODEL_DIR.
+    gin_files: in order.
+    bindings: in order, all macros among them.
+    settings: what makes it this run and no other: all values of gin but paths,
+      and the fingerprints of its data.
+  """
+
+  name: str
+  folder: str
+  gin_files: tuple[str, ...]
+  bindings: tuple[str, ...]
+  settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One model with one seed and one try.
+
+  Attributes:
+    name: of the model.
+    seed: of parameters, data and dropout.
+    rates: names and values of the learning rates of this try; () if none are
+      tried.
+    folder: gets what is measured.
+    stages: of training; none if the model is from elsewhere.
+    reading: gin files and bindings of each stage, also where the model is from
+      elsewhere: they say how text and questions are read.
+    pretrained: model folder that losses and recall are measured on, or None.
+    finetuned: model folder that is asked.
+    questions: token caches of all questions that are asked: those that are
+      reported, and those by which rates are chosen.
+    metric: name in `text_metrics.METRICS`; None: that of each cache.
+    has_held_out: whether there is held-out text.
+    num_points: losses on held-out text in a stage of pretraining.
+    num_recalled: examples whose masked spans are to be recalled.
+    fingerprints: of the questions, of held-out text, and of the checkpoints of
+      a model from elsewhere.
+  """
+
+  name: str
+  seed: int
+  rates: tuple[tuple[str, float], ...]
+  folder: str
+  stages: tuple[PlannedStage, ...]
+  reading: tuple[PlannedStage, ...]
+  pretrained: str | None
+  finetuned: str
+  questions: tuple[str, ...]
+  metric: str | None
+  has_held_out: bool
+  num_points: int
+  num_recalled: int
+  fingerprints: tuple[str, ...]
+
+  def to_json(self) -> str:
+    """The whole run as text."""
+    return json.dumps(dataclasses.asdict(self), indent=2) + '\n'
+
+  @classmethod
+  def from_json(cls, text: str) -> 'Run':
+    """The run that `to_json` wrote."""
+    fields = json.loads(text)
+    for name in ('stages', 'reading'):
+      fields[name] = tuple(
+        PlannedStage(**_with_tuples(stage)) for stage in fields[name]
+      )
+    fields['rates'] = tuple((name, value) for name, value in fields['rates'])
+    return cls(**_with_tuples(fields))
+
+  def digest(self) -> str:
+    """Of all that its measurements depend on; no paths."""
+    fields = dataclasses.asdict(self)
+    settings = [stage.settings for stage in self.stages or self.reading]
+    names = ('seed', 'questions', 'metric', 'num_recalled', 'fingerprints')
+    text = json.dumps([settings, {name: fields[name] for name in names}])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedModel:
+  """A model with the width that was found for it.
+
+  Attributes:
+    model: as the experiment has it.
+    bindings: of gin, its width among them.
+    cost: of it.
+    note: what was chosen, and how far it is from the target; '' for nothing.
+  """
+
+  model: Model
+  bindings: tuple[str, ...]
+  cost: costs.ModelCosts
+  note: str
+
+
+class Plan:
+  """Sizes and runs of an experiment.
+
+  Attributes:
+    sized: a SizedModel for each model, in their order.
+    tries: of each model, by its name, a run with the first seed for each try;
+      one if no learning rates are tried.
+
+  Raises:
+    ValueError: a budget that cannot be met, a model from elsewhere with another
+      vocabulary or without a checkpoint. Nothing has been trained then.
+  """
+
+  def __init__(
+    self, experiment: Experiment, prepared: experiment_data.Prepared
+  ):
+    self._experiment = experiment
+    self._prepared = prepared
+    self._sized: dict[str, SizedModel] = {}
+    self._folders: dict[str, str] = {}
+    self._vocabulary = subword_vocabularies.load_subwords(prepared.vocabulary)
+    self._asked: list[str] | None = None
+    self.sized = [self._size(model, ()) for model in experiment.models]
+    self.tries = {
+      one.model.name: [
+        self._run(one, experiment.seeds[0], number)
+        for number in range(self._num_tries(one.model))
+      ]
+      for one in self.sized
+    }
+    for of_model in self.tries.values():
+      for stage in of_model[0].reading:
+        self._check_stage(stage)
+
+  def runs(self, name: str, number: int = 0) -> list[Run]:
+    """The runs of a model with all seeds.
+
+    Args:
+      name: of the model.
+      number: the try whose learning rates they have.
+    """
+    sized = next(one for one in self.sized if one.model.name == name)
+    others = self._seeds_of(sized.model)[1:]
+    return [
+      self.tries[name][number],
+      *(self._run(sized, seed, number) for seed in others),
+    ]
+
+  def num_runs(self, name: str) -> int:
+    """All runs of a model: its tries, and one more for each other seed."""
+    sized = next(one for one in self.sized if one.model.name == name)
+    return len(self.tries[name]) + len(self._seeds_of(sized.model)) - 1
+
+  def _num_tries(self, model: Model) -> int:
+    tuning = self._experiment.tuning
+    return len(tuning.rates) if tuning and model.folder is None else 1
+
+  def _rates(self, model: Model, number: int) -> tuple[tuple[str, float], ...]:
+    tuning = self._experiment.tuning
+    if tuning is None or model.folder is not None:
+      return ()
+    rates = (('LEARNING_RATE', tuning.rates[number]),)
+    if model.words is not None:
+      rates += (('ROW_LEARNING_RATE', tuning.row_rates[number]),)
+    return rates
+
+  def _size(self, model: Model, asked: tuple[str, ...]) -> SizedModel:
+    if model.name in asked:
+      raise ValueError(
+        'Budgets must lead to a model with a size of its own, but go round: '
+        f'{" -> ".join((*asked, model.name))}. Give one of them no budget.'
+      )
+    if model.name not in self._sized:
+      self._sized[model.name] = self._sized_anew(model, (*asked, model.name))
+    return self._sized[model.name]
+
+  def _sized_anew(self, model, asked) -> SizedModel:
+    if model.folder is not None:
+      return SizedModel(model, (), self._cost_of_folder(model), 'not made here')
+    bindings = self._bindings(model)
+    budget = model.budget
+    if budget is None or budget.base == model.name:
+      return SizedModel(model, bindings, self._cost(model, bindings), '')
+    others = {other.name: other for other in self._experiment.models}
+    base = self._size(others[budget.base], asked)
+    lengths = self._lengths(model, bindings)
+    with_width = lambda width: (*bindings, f'{model.width} = {width}')
+    found = budgets.solve(
+      lambda width: budget.cost(self._cost(model, with_width(width)), lengths),
+      budget.cost(base.cost, lengths),
+      granule=model.granule,
+      tolerance=budget.tolerance,
+      name=model.name,
+      unit=budget.unit,
+    )
+    return SizedModel(
+      model,
+      with_width(found.width),
+      self._cost(model, with_width(found.width)),
+      f'{model.width.rpartition(".")[2]} = {found.width} for the '
+      f'{budget.unit} of {budget.base} ({found.error:+.2%})',
+    )
+
+  def _bindings(self, model: Model) -> tuple[str, ...]:
+    prepared = self._prepared
+    macros: dict[str, Any] = {
+      'VOCABULARY_PATH': prepared.vocabulary,
+      'VOCAB_SIZE': prepared.vocab_size(),
+      'CACHE_DIR': prepared.cache_dir,
+    }
+    if model.words is not None:
+      macros['ROUTING_VOCABULARY'] = prepared.routing_vocabulary(model.words)
+      macros['NUM_EXPERTS'] = model.words.num_experts
+    written = (f'{name} = {value!r}' for name, value in macros.items())
+    return (*written, *model.bindings)
+
+  def _parse(self, model, bindings, stage=0) -> None:
+    """Reads the gin files of a stage as its run will."""
+    stage = model.stages[stage]
+    gin_config.parse(
+      (*model.gin_files, *stage.gin_files),
+      (*bindings, *stage.bindings, "MODEL_DIR = ''"),
+    )
+
+  def _cost(self, model, bindings) -> costs.ModelCosts:
+    self._parse(model, bindings)
+    return costs.model_costs(gin_config.made('MODEL'))
+
+  def _lengths(self, model, bindings) -> dict[str, int]:
+    self._parse(model, bindings)
+    return gin_config.made('TASK_FEATURE_LENGTHS')
+
+  def _cost_of_folder(self, model: Model) -> costs.ModelCosts:
+    wanted, found = self._vocabulary, None
+    for seed in self._seeds_of(model):
+      for place in (model.folder, model.pretrained_folder):
+        if place is None:
+          continue
+        path = place.format(seed=seed)
+        folder, step = model_folder.split_checkpoint_path(path)
+        config, vocabulary = model_folder.load_config(folder)
+        if vocabulary.sha256 != wanted.sha256:
+          raise ValueError(
+            'Models that are compared must have the same subword vocabulary, '
+            f'but that of {model.name} in {path} has sha256 '
+            f'{vocabulary.sha256} and that of the experiment '
+            f'{wanted.sha256}. Leave the model out, or give the data of the '
+            'experiment its vocabulary.'
+          )
+        with checkpointing.Checkpoints(folder) as checkpoints:
+          checkpoints.finished(step)
+        found = found or config
+    return costs.model_costs(found)
+
+  def _seeds_of(self, model: Model) -> tuple[int, ...]:
+    """A model from elsewhere that is one folder was trained once."""
+    seeds = self._experiment.seeds
+    if model.folder is None or '{seed}' in model.folder:
+      return seeds
+    return seeds[:1]
+
+  def _run(self, sized: SizedModel, seed: int, number: int) -> Run:
+    model, experiment = sized.model, self._experiment
+    rates = self._rates(model, number)
+    name = '_'.join(
+      (
+        experiments.folder_name(model.name),
+        *(f'{_SHORT[macro]}{rate:g}' for macro, rate in rates),
+        f'seed{seed}',
+      )
+    )
+    folder = pathlib.Path(experiment.output) / 'runs' / name
+    stages = self._stages(sized, seed, folder, rates)
+    if model.folder is None:
+      pretrained, finetuned = (stage.folder for stage in stages[-2:])
+    else:
+      finetuned = model.folder.format(seed=seed)
+      pretrained = model.pretrained_folder
+      pretrained = pretrained and pretrained.format(seed=seed)
+    return Run(
+      name=model.name,
+      seed=seed,
+      rates=rates,
+      folder=str(folder),
+      stages=stages if model.folder is None else (),
+      reading=stages,
+      pretrained=pretrained,
+      finetuned=finetuned,
+      questions=self._questions(),
+      metric=experiment.metric and experiment.metric.__name__,
+      has_held_out=self._prepared.has_held_out,
+      num_points=experiment.num_points,
+      num_recalled=experiment.num_recalled,
+      fingerprints=(
+        *self._fingerprints(stages[-1]),
+        *(() if model.folder is None else _manifests(pretrained, finetuned)),
+      ),
+    )
+
+  def _questions(self) -> tuple[str, ...]:
+    tuning = self._experiment.tuning
+    choosing = tuning.questions if tuning else ()
+    return (*choosing, *self._experiment.questions)
+
+  def _stages(self, sized, seed, folder, rates) -> tuple[PlannedStage, ...]:
+    model, planned, before = sized.model, [], None
+    is_elsewhere = model.folder is not None
+    reader = self._reader(model)
+    bindings = self._bindings(reader) if is_elsewhere else sized.bindings
+    tuning = self._experiment.tuning
+    for stage in model.stages:
+      tried = ()
+      if tuning and stage.name == tuning.stage:
+        tried = tuple(f'{macro} = {rate!r}' for macro, rate in rates)
+      own = (*bindings, *stage.bindings, *tried, f'RANDOM_SEED = {seed}')
+      files = (*reader.gin_files, *stage.gin_files)
+      settings = self._settings(files, own, bool(planned)) | {
+        'words': model.words and dataclasses.asdict(model.words),
+        'num_points': self._experiment.num_points,
+        'before': before and before.settings,
+      }
+      settings = json.loads(json.dumps(settings))
+      place = str(folder / stage.name)
+      if not is_elsewhere:
+        # Models that begin alike share the runs of the first of them.
+        place = self._folders.setdefault(json.dumps(settings), place)
+      paths = [f'MODEL_DIR = {place!r}']
+      if before is not None:
+        paths.append(f'INITIAL_CHECKPOINT_PATH = {before.folder!r}')
+      before = PlannedStage(stage.name, place, files, (*own, *paths), settings)
+      planned.append(before)
+    return tuple(planned)
+
+  def _settings(self, files, bindings, is_later) -> dict[str, Any]:
+    """All values that gin gives a stage, but paths, and what its data are."""
+    paths = ["MODEL_DIR = ''"]
+    if is_later:
+      paths.append("INITIAL_CHECKPOINT_PATH = ''")
+    gin_config.parse(files, (*bindings, *paths))
+    data = gin_config.call(data_config.DataConfig)
+    names = data.mixture_or_task_name
+    names = [names] if isinstance(names, str) else list(names)
+    if data.use_cached_tasks:
+      names = [
+        data.open_cache(name, self._vocabulary).fingerprint for name in names
+      ]
+    return {
+      'values': [
+        line for line in gin_config.given_values() if not _is_path(line)
+      ],
+      'data': names,
+    }
+
+  def _fingerprints(self, stage: PlannedStage) -> list[str]:
+    """Of the questions, which can be asked, and of held-out text."""
+    if self._asked is None:
+      gin_config.parse(stage.gin_files, stage.bindings)
+      data = gin_config.call(data_config.DataConfig)
+      names = list(self._questions())
+      num_asked = len(names)
+      if self._prepared.has_held_out:
+        names.append(experiment_data.HELD_OUT)
+      caches = [data.open_cache(name, self._vocabulary) for name in names]
+      for cache in caches[:num_asked]:
+        _check_questions(cache, self._vocabulary)
+      self._asked = [cache.fingerprint for cache in caches]
+    return self._asked
+
+  def _reader(self, model: Model) -> Model:
+    """The model whose gin files say how data are read for it."""
+    if model.folder is None or model.gin_files:
+      return model
+    return next(one for one in self._experiment.models if one.gin_files)
+
+  def _check_stage(self, stage: PlannedStage) -> None:
+    """Makes all parts of a stage, before the stages before it are trained."""
+    gin_config.parse(stage.gin_files, stage.bindings)
+    if gin_config.has_macro('EVAL_TASK_NAME'):
+      task = gin_config.made('EVAL_TASK_NAME')
+      if task in self._experiment.questions:
+        raise ValueError(
+          'No stage of training may choose its checkpoint by questions that '
+          f'are reported, but EVAL_TASK_NAME of {stage.name} is {task!r}. Name '
+          f'others, such as {experiment_data.CHOOSING!r}.'
+        )
+    for name in ('MODEL', 'OPTIMIZER', 'ROW_OPTIMIZER'):
+      gin_config.made(name)
+
+
+# Macros of learning rates in the names of folders.
+_SHORT = {'LEARNING_RATE': 'rate', 'ROW_LEARNING_RATE': 'rows'}
+
+
+def _is_path(line: str) -> bool:
+  name = line.partition(' = ')[0]
+  return name in (
+    'VOCABULARY_PATH',
+    'CACHE_DIR',
+    'ROUTING_VOCABULARY',
+    'MODEL_DIR',
+    'INITIAL_CHECKPOINT_PATH',
+  )
+
+
+def _check_questions(
+  cache: token_cache.TokenCache, vocabulary: subword_vocabularies.Subwords
+) -> None:
+  """Raises ValueError for what cannot be asked or shown, before training."""
+  if 'inputs' not in cache.features:
+    raise ValueError(
+      'The questions of an experiment must be a token cache of questions, '
+      f'but {cache.path} is of kind {cache.kind!r}. Build it with '
+      '`mowe cache-task --kind questions`.'
+    )
+  records = task_evaluation.read_records(cache, vocabulary)
+  if not task_evaluation.are_public(records):
+    raise ValueError(
+      'The answers to the questions of an experiment must be public, but '
+      f"{cache.path} has '<unk>' in their place. Take the validation split."
+    )
+  for number, record in enumerate(records):
+    for name in ('relation', 'entity'):
+      if not isinstance(record.get(name), str | None):
+        raise ValueError(
+          f"The field '{name}' of a question must be a text, but that of "
+          f'number {number} in {cache.path} is {record[name]!r}. Correct the '
+          'file, and build the cache again.'
+        )
+
+
+def _manifests(*paths: str | None) -> list[str]:
+  """Digests of all files of checkpoints."""
+  found = []
+  for path in filter(None, paths):
+    folder, step = model_folder.split_checkpoint_path(path)
+    with checkpointing.Checkpoints(folder) as checkpoints:
+      manifest = checkpoints.finished(step) / manifests.FILE_NAME
+    found.append(hashlib.sha256(manifest.read_bytes()).hexdigest())
+  return found
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+  """JSON has lists only."""
+  return {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in fields.items()
+  }

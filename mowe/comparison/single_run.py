@@ -1,0 +1,284 @@
+"""One run of an experiment: a process that trains, measures, and ends.
+
+`python -m mowe.comparison.single_run RUN.json` does what is not done yet. A
+signal ends it after the step that is being done, as `mowe train`; so does the
+end of the process that started it, whose pipe is its standard input.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from mowe.commands import data_config, evaluations, gin_config, train
+from mowe.comparison import (
+  experiment_data,
+  measurements,
+  peak_memory,
+  planned_runs,
+)
+from mowe.words import subword_vocabularies
+
+# What a process says of itself by its exit status.
+STOPPED = 75
+
+_DONE = 'finished.json'
+_SETTINGS = 'compare.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+  """Times training between evaluations, theirs not counted.
+
+  Attributes:
+    others: what is evaluated meanwhile.
+  """
+
+  others: Sequence[Any] = ()
+
+  def prepare(
+    self, model: Any, vocabulary: Any, loss: Any
+  ) -> evaluations.Evaluation:
+    """Prepares all evaluations."""
+    prepared = [one.prepare(model, vocabulary, loss) for one in self.others]
+    # The first stretch has compilation in it, and is no measurement.
+    last: list[float] = []
+
+    def evaluation(params, tables):
+      now = time.monotonic()
+      values = {measurements.SECONDS: now - last.pop()} if last else {}
+      for one in prepared:
+        found = one(params, tables)
+        # The rest is measured in the end.
+        values |= {k: v for k, v in found.items() if k.endswith('/loss')}
+      last.append(time.monotonic())
+      return values
+
+    return evaluation
+
+
+def run(planned: planned_runs.Run) -> None:
+  """Trains what is not trained yet, and measures.
+
+  Raises:
+    ValueError: a folder holds a run with other settings.
+  """
+  folder = pathlib.Path(planned.folder)
+  if is_finished(planned):
+    return
+  with _each_program_once(folder / 'compiled'):
+    _train_and_measure(planned, folder / measurements.RESULTS)
+
+
+def _train_and_measure(planned, results):
+  for number, stage in enumerate(planned.stages):
+    is_last = number == len(planned.stages) - 1
+    if not _is_done(stage):
+      print(f'\n{planned.name}, seed {planned.seed}, {stage.name}:')
+      _train(planned, stage, is_pretraining=not is_last)
+  print(f'\n{planned.name}, seed {planned.seed}, measuring:', flush=True)
+  measured = measurements.measure(planned)
+  content = json.dumps(
+    {'digest': planned.digest(), **measured, **_of_stages(planned)}, indent=2
+  )
+  # Last: where results are, everything else is complete.
+  subword_vocabularies.write_atomically(results, content.encode())
+
+
+def is_finished(planned: planned_runs.Run) -> bool:
+  """Whether a run has been trained and measured as it is planned."""
+  results = pathlib.Path(planned.folder) / measurements.RESULTS
+  if not results.is_file():
+    return False
+  return json.loads(results.read_text('utf-8'))['digest'] == planned.digest()
+
+
+def check_folders(planned: planned_runs.Run) -> None:
+  """Raises ValueError if a folder holds a run with other settings."""
+  for stage in planned.stages:
+    _check_settings(stage)
+
+
+def _train(planned, stage, is_pretraining):
+  _check_settings(stage)
+  folder = pathlib.Path(stage.folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  settings = json.dumps(stage.settings, indent=2) + '\n'
+  subword_vocabularies.write_atomically(folder / _SETTINGS, settings.encode())
+  words = [f'--gin_file={file}' for file in stage.gin_files]
+  words += [f'--gin.{one.replace(" = ", "=", 1)}' for one in stage.bindings]
+  experiment_data.print_command(['mowe', 'train', *words])
+  gin_config.parse(stage.gin_files, stage.bindings)
+  total = gin_config.made('TRAIN_STEPS')
+  changes = {}
+  if is_pretraining:
+    changes = {
+      'eval_configs': (Clock(_held_out(planned)),),
+      'eval_period': max(1, total // planned.num_points),
+    }
+  clock = folder / 'seconds.txt'
+  seconds = _seconds_before(clock)
+  # Absent while the stage runs: after a kill the time is not known.
+  clock.unlink(missing_ok=True)
+  start = time.monotonic()
+  try:
+    gin_config.call(
+      train.train, config_text=gin_config.operative_config, **changes
+    )
+  finally:
+    if seconds is not None:
+      seconds += time.monotonic() - start
+      subword_vocabularies.write_atomically(clock, f'{seconds:.1f}'.encode())
+  memory = peak_memory.peak()
+  content = json.dumps(
+    {
+      'step': total,
+      'seconds': seconds,
+      'peak_memory': memory.bytes,
+      'memory_of': memory.place,
+    }
+  )
+  subword_vocabularies.write_atomically(folder / _DONE, content.encode())
+
+
+def _seconds_before(clock: pathlib.Path) -> float | None:
+  """Of the parts of a stage that are done; None: one of them was killed."""
+  if clock.exists():
+    return float(clock.read_text())
+  return None if any(clock.parent.glob('checkpoint_*')) else 0.0
+
+
+def _held_out(planned) -> tuple[evaluations.LossEvaluation, ...]:
+  if not planned.has_held_out:
+    return ()
+  data = gin_config.call(
+    data_config.DataConfig, mixture_or_task_name=experiment_data.HELD_OUT
+  )
+  return (evaluations.LossEvaluation(data, name=experiment_data.HELD_OUT),)
+
+
+def _check_settings(stage: planned_runs.PlannedStage) -> None:
+  path = pathlib.Path(stage.folder) / _SETTINGS
+  # Before the first checkpoint there is nothing to be continued.
+  if not path.is_file() or not any(path.parent.glob('checkpoint_*')):
+    return
+  old = json.loads(path.read_text('utf-8'))
+  if old == stage.settings:
+    return
+  names = [
+    name for name in stage.settings if old.get(name) != stage.settings[name]
+  ]
+  then, now = (
+    '; '.join(_without(one, other, names))
+    for one, other in ((old, stage.settings), (stage.settings, old))
+  )
+  raise ValueError(
+    f'{stage.folder} must hold the run of this experiment to be continued, but '
+    f'differs in {", ".join(names)}: {then} then, {now} now. Restore the '
+    'settings, remove that folder, or give another OUTPUT.'
+  )
+
+
+def _without(settings, others, names) -> Iterator[str]:
+  """What of some settings is not in others."""
+  for name in names:
+    value, other = settings.get(name), others.get(name)
+    if isinstance(value, list) and isinstance(other, list):
+      yield from (line for line in value if line not in other)
+    else:
+      yield str(value)
+
+
+def _is_done(stage: planned_runs.PlannedStage) -> bool:
+  _check_settings(stage)
+  return (pathlib.Path(stage.folder) / _DONE).is_file()
+
+
+def _of_stages(planned) -> dict[str, Any]:
+  """Seconds of all stages, and the memory of pretraining."""
+  done = [
+    json.loads((pathlib.Path(stage.folder) / _DONE).read_text('utf-8'))
+    for stage in planned.stages
+  ]
+  if not done:
+    return {'seconds': None, 'peak_memory': None, 'memory_of': None}
+  seconds = [stage['seconds'] for stage in done]
+  return {
+    'seconds': None if None in seconds else sum(seconds),
+    'peak_memory': done[0]['peak_memory'],
+    'memory_of': done[0]['memory_of'],
+  }
+
+
+@contextlib.contextmanager
+def _each_program_once(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps compiled programs in a folder, which is removed in the end.
+
+  The losses of training and of measuring are one program, as are all answers:
+  compiling them again would take longer than all questions of a small model.
+  """
+  # What a killed process left may have been compiled for another machine.
+  shutil.rmtree(folder, ignore_errors=True)
+  if jax.config.jax_compilation_cache_dir is not None:
+    yield
+    return
+  settings = {
+    'jax_compilation_cache_dir': str(folder),
+    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+  }
+  old = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    for name, value in old.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stop_with(parent: int, stop: Callable[[], None]) -> None:
+  """Stops when the other end of a pipe is closed, as by a kill."""
+
+  def wait():
+    # Not through sys.stdin, whose lock this thread would hold at the end.
+    while os.read(parent, 1024):
+      pass
+    stop()
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def main(path: str) -> int:
+  """Does the run of a file; returns the exit status."""
+  planned = planned_runs.Run.from_json(pathlib.Path(path).read_text('utf-8'))
+  _stop_with(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  try:
+    run(planned)
+  except KeyboardInterrupt as error:
+    print(f'mowe: {error or "stopped."}', file=sys.stderr)
+    return STOPPED
+  except (ValueError, OSError, FloatingPointError) as error:
+    if os.environ.get('MOWE_TRACE'):
+      raise
+    print(f'mowe: {error}', file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1]))

@@ -1,0 +1,244 @@
+"""Batches as a pure function of (seed, step), packed or not."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mowe.data import packing, sampling, text_tasks
+
+Batch = dict[str, np.ndarray]
+Example = tuple[np.ndarray, np.ndarray]
+
+
+class Batches:
+  """Training batches of a task or a mixture of tasks, without end.
+
+  Every example of a task comes once per epoch of that task, in an order drawn
+  anew each epoch. `batches(step)` depends on nothing but the arguments here and
+  the step, so resuming needs only the step.
+
+  With packing, examples of one task share rows: the grouping is made once, the
+  rows are shuffled each epoch. Rates are of examples in both cases; with
+  packing they hold on average.
+
+  Args:
+    tasks: one task, or pairs (task, rate). Rates need not sum to one.
+    batch_size: rows of a batch.
+    feature_lengths: tokens of 'inputs' and 'targets' in a row, EOS included.
+    seed: from 0.
+    pack: several examples in a row, with segment ids and positions.
+    of_rows: makes a batch; None: `make_batch`. For a model with one stack it
+      is `lm_batches.make_batch`.
+
+  Call: step from 0, to the batch of docs/architecture.md.
+
+  Raises:
+    ValueError: no task, a batch size below 1, a rate that is not positive, or
+      a task whose examples are longer than the feature lengths.
+  """
+
+  def __init__(
+    self,
+    tasks: text_tasks.Task | Sequence[tuple[text_tasks.Task, float]],
+    batch_size: int,
+    feature_lengths: Mapping[str, int],
+    seed: int = 0,
+    pack: bool = False,
+    of_rows: Callable[..., Batch] | None = None,
+  ):
+    pairs = [(tasks, 1.0)] if hasattr(tasks, 'example') else list(tasks)
+    if not pairs or batch_size < 1 or seed < 0:
+      raise ValueError(
+        'Batches need at least one task, a batch_size of at least 1 and a '
+        f'seed of at least 0, but got {len(pairs)} tasks, batch_size '
+        f'{batch_size} and seed {seed}. Change what is out of range.'
+      )
+    self.tasks = tuple(task for task, _ in pairs)
+    self.batch_size = batch_size
+    self.feature_lengths = {'inputs': 0, **feature_lengths}
+    self.pack = pack
+    self._make_batch = of_rows or make_batch
+    self._seed = seed
+    for task in self.tasks:
+      _check_fit(task, self.feature_lengths)
+    self._rows = [self._pack(number) for number in range(len(pairs))]
+    # A row of a task holds several of its examples: dealing rows out at
+    # rate / (examples per row) deals examples out at the rate.
+    rates = [
+      rate * _num_rows(rows, task) / task.num_examples
+      for (task, rate), rows in zip(pairs, self._rows, strict=True)
+    ]
+    self._mixture = sampling.Mixture(rates, seed)
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Steps after which as many rows were seen as all tasks have."""
+    rows = sum(map(_num_rows, self._rows, self.tasks))
+    return math.ceil(rows / self.batch_size)
+
+  def __call__(self, step: int) -> Batch:
+    first = step * self.batch_size
+    numbers = np.arange(first, first + self.batch_size)
+    tasks, ranks = self._mixture.locate(numbers)
+    rows: list[list[Example]] = [[] for _ in numbers]
+    for task in np.unique(tasks).tolist():
+      here = np.flatnonzero(tasks == task)
+      made = self._task_rows(task, ranks[here])
+      for place, row in zip(here.tolist(), made, strict=True):
+        rows[place] = row
+    return self._make_batch(rows, self.feature_lengths, segments=self.pack)
+
+  def from_step(self, first_step: int = 0) -> Iterator[Batch]:
+    """The batches from `first_step` on, without end."""
+    while True:
+      yield self(first_step)
+      first_step += 1
+
+  def eval_batches(self) -> Iterator[Batch]:
+    """Every example once, task after task, in order, one to a row.
+
+    Never packed, so that row r of batch b is example b * batch_size + r. The
+    last batch is filled up with rows of padding, whose loss weights are zero.
+    Random tasks draw the same noise each time.
+    """
+    rows = []
+    for number, task in enumerate(self.tasks):
+      for index in range(task.num_examples):
+        rows.append([task.example(index, self._rng(number, 0, index))])
+        if len(rows) == self.batch_size:
+          yield self._make_batch(rows, self.feature_lengths)
+          rows = []
+    if rows:
+      rows += [[]] * (self.batch_size - len(rows))
+      yield self._make_batch(rows, self.feature_lengths)
+
+  def num_eval_examples(self) -> int:
+    """Real rows of all `eval_batches` together."""
+    return sum(task.num_examples for task in self.tasks)
+
+  def report(self) -> dict[str, dict[str, int]]:
+    """What each task trimmed or left out, and its rows, by its name."""
+    return {
+      task.name: {**task.report(), 'rows': _num_rows(rows, task)}
+      for task, rows in zip(self.tasks, self._rows, strict=True)
+    }
+
+  def _task_rows(
+    self, number: int, ranks: np.ndarray
+  ) -> Iterator[list[Example]]:
+    """The rows of one task, `ranks` counting on over its epochs."""
+    task, packed = self.tasks[number], self._rows[number]
+    num_rows = _num_rows(packed, task)
+    epochs, places = ranks // num_rows, ranks % num_rows
+    rows = np.empty_like(ranks)
+    for epoch in np.unique(epochs).tolist():
+      here = epochs == epoch
+      key = (self._seed, number, epoch)
+      rows[here] = sampling.permute(places[here], num_rows, key)
+    for row, epoch in zip(rows.tolist(), epochs.tolist(), strict=True):
+      indices = [row] if packed is None else packed.examples(row).tolist()
+      yield [
+        task.example(index, self._rng(number, epoch, index))
+        for index in indices
+      ]
+
+  def _rng(self, number: int, epoch: int, index: int) -> np.random.Generator:
+    return np.random.default_rng([self._seed, number, epoch, index])
+
+  def _pack(self, number: int) -> packing.PackedRows | None:
+    if not self.pack:
+      return None
+    lengths = self.feature_lengths
+    return packing.pack_rows(
+      self.tasks[number].length_bounds(),
+      lengths['inputs'],
+      lengths['targets'],
+      self._seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+  """Tokens, segments and positions of one side of a batch."""
+
+  tokens: np.ndarray
+  segments: np.ndarray
+  positions: np.ndarray
+
+  @classmethod
+  def fill(cls, rows: Sequence[Sequence[np.ndarray]], length: int) -> '_Side':
+    tokens, segments, positions = np.zeros((3, len(rows), length), np.int32)
+    for row, sequences in enumerate(rows):
+      start = 0
+      for segment, sequence in enumerate(sequences, start=1):
+        end = start + len(sequence)
+        tokens[row, start:end] = sequence
+        segments[row, start:end] = segment
+        positions[row, start:end] = np.arange(len(sequence))
+        start = end
+    return cls(tokens, segments, positions)
+
+
+def make_batch(
+  rows: Sequence[Sequence[Example]],
+  feature_lengths: Mapping[str, int],
+  segments: bool = False,
+) -> Batch:
+  """Pads rows of examples into one batch.
+
+  Args:
+    rows: of each row its examples; [] is a row of padding. Their tokens must
+      fit the feature lengths.
+    feature_lengths: tokens of 'inputs' and 'targets'.
+    segments: add segment ids (from 1) and positions.
+  """
+  inputs = [[example[0] for example in row] for row in rows]
+  targets = [[example[1] for example in row] for row in rows]
+  encoder = _Side.fill(inputs, feature_lengths['inputs'])
+  decoder = _Side.fill(targets, feature_lengths['targets'])
+  shifted = np.zeros_like(decoder.tokens)
+  shifted[:, 1:] = decoder.tokens[:, :-1]
+  if segments:
+    # Each segment begins with 0 instead of the EOS before it. As in seqio, the
+    # EOS of an unpacked row stands in its first place of padding.
+    ends = decoder.segments[:, 1:] != decoder.segments[:, :-1]
+    shifted[:, 1:][ends] = 0
+  batch = {
+    'encoder_input_tokens': encoder.tokens,
+    'decoder_input_tokens': shifted,
+    'decoder_target_tokens': decoder.tokens,
+    'decoder_loss_weights': (decoder.segments > 0).astype(np.float32),
+  }
+  if segments:
+    batch |= {
+      'encoder_segment_ids': encoder.segments,
+      'encoder_positions': encoder.positions,
+      'decoder_segment_ids': decoder.segments,
+      'decoder_positions': decoder.positions,
+    }
+  return batch
+
+
+def _num_rows(packed: packing.PackedRows | None, task: text_tasks.Task) -> int:
+  return task.num_examples if packed is None else packed.num_rows
+
+
+def _check_fit(
+  task: text_tasks.Task, feature_lengths: Mapping[str, int]
+) -> None:
+  if not task.num_examples:
+    raise ValueError(
+      f'A task must have at least one example, but {task.name} has none '
+      f'({task.report()}). Give it other data or longer feature lengths.'
+    )
+  longest = task.length_bounds().max(axis=0).tolist()
+  limits = [feature_lengths.get(name, 0) for name in ('inputs', 'targets')]
+  if longest[0] > limits[0] or longest[1] > limits[1]:
+    raise ValueError(
+      'Every example must fit the feature lengths, inputs '
+      f'{limits[0]} and targets {limits[1]}, but those of {task.name} reach '
+      f'{longest[0]} and {longest[1]}. Make the task with the same '
+      'feature_lengths as the batches.'
+    )

@@ -1,0 +1,329 @@
+"""Asking a model: answers to questions, and spans it was shown before."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mowe.data import text_tasks
+from mowe.data.caches import token_cache
+from mowe.evaluation import classification_metrics, inference, text_metrics
+from mowe.words import subword_vocabularies
+
+# Lists of answers and predictions to 'em' and 'f1', 0 to 100.
+Metric = text_metrics.Metric
+
+_PREDICTIONS = 'predictions.jsonl'
+_RESULTS = 'results.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class RelationResult:
+  """Scores of the questions about one relation, 0 to 100; None: not known."""
+
+  em: float | None
+  f1: float | None
+  num_questions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+  """Scores of all questions.
+
+  Attributes:
+    em: exact match, 0 to 100; None where answers are not public, as those of
+      GLUE's test splits.
+    f1: F1 of words, 0 to 100, or None.
+    num_questions: questions asked; all of them count.
+    num_trimmed: questions that were too long for the model and lost their end.
+    num_unfinished: predictions cut off before EOS.
+    metric: name of the metric.
+    per_relation: of the records with a 'relation', by its name.
+    scores: a cache of a task of GLUE or SuperGLUE has the metrics of that task,
+      by name (`classification_metrics`).
+  """
+
+  em: float | None
+  f1: float | None
+  num_questions: int
+  num_trimmed: int
+  num_unfinished: int
+  metric: str
+  per_relation: dict[str, RelationResult]
+  scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def evaluate_questions(
+  generator: inference.Generator,
+  questions: token_cache.TokenCache | text_tasks.TextToTextTask,
+  subwords: subword_vocabularies.Subwords,
+  *,
+  metric: Metric | None = None,
+  output_dir: str | os.PathLike | None = None,
+  progress: inference.Progress | None = None,
+) -> EvaluationResult:
+  """Asks every question once and compares with all its accepted answers.
+
+  Args:
+    generator: of the model asked. Its lengths count, not those of a task.
+    questions: a cache of `cache_builders.cache_questions`, or a task over one.
+    subwords: the vocabulary of model and cache.
+    metric: `text_metrics.squad`, `text_metrics.trivia_qa`, or one like them;
+      None: that of the cache.
+    output_dir: gets predictions.jsonl, one line a question, and results.json.
+    progress: called with the number of questions done so far.
+
+  Raises:
+    ValueError: no questions, records without answers, another vocabulary.
+  """
+  cache = getattr(questions, 'cache', questions)
+  metric = metric or text_metrics.of_name(cache.metric)
+  records = read_records(cache, subwords)
+  inputs = [cache.tokens('inputs', index) for index in range(len(records))]
+  generations = generator(inputs, progress)
+  predictions = [subwords.decode(tokens) for tokens in generations.tokens]
+  total = _score(metric, records, predictions)
+  result = EvaluationResult(
+    em=total.em,
+    f1=total.f1,
+    num_questions=len(records),
+    num_trimmed=generations.num_trimmed,
+    num_unfinished=generations.num_unfinished,
+    metric=getattr(metric, '__name__', str(metric)),
+    per_relation=_score_relations(metric, records, predictions),
+    scores=_score_task(cache, records, predictions),
+  )
+  if output_dir is not None:
+    lines = [
+      _prediction_line(metric, record, prediction, score, tokens, subwords)
+      for record, prediction, score, tokens in zip(
+        records, predictions, generations.scores.tolist(), inputs, strict=True
+      )
+    ]
+    folder = pathlib.Path(output_dir)
+    _write_text(folder / _PREDICTIONS, ''.join(lines))
+    summary = json.dumps(
+      dataclasses.asdict(result), indent=2, ensure_ascii=False
+    )
+    # Last: where results are, the predictions are complete.
+    _write_text(folder / _RESULTS, summary + '\n')
+  return result
+
+
+def read_records(
+  cache: token_cache.TokenCache, subwords: subword_vocabularies.Subwords
+) -> list[dict[str, Any]]:
+  """The records of questions, each with 'answers'.
+
+  Raises:
+    ValueError: no questions, records without answers, another vocabulary.
+  """
+  cache.check_vocabulary(subwords)
+  records = list(cache.records())
+  if not records:
+    raise ValueError(
+      f'An evaluation needs at least one question, but {cache.path} has none. '
+      'Build the cache from a file with questions.'
+    )
+  without = [i for i, record in enumerate(records) if not record.get('answers')]
+  if without:
+    raise ValueError(
+      "Every record must have a list 'answers', but "
+      f'{len(without)} of {len(records)} in {cache.path} have none (the first '
+      f'is number {without[0]}). Build the cache with cache_questions from '
+      'questions with answers.'
+    )
+  return records
+
+
+def are_public(records: Sequence[dict[str, Any]]) -> bool:
+  """Whether the right answers are known; those of test splits often are not."""
+  unknown = [classification_metrics.UNKNOWN]
+  return all(list(record['answers']) != unknown for record in records)
+
+
+def _score(metric, records, predictions) -> RelationResult:
+  if not are_public(records):
+    return RelationResult(None, None, len(records))
+  scores = metric([record['answers'] for record in records], predictions)
+  return RelationResult(scores['em'], scores['f1'], len(records))
+
+
+def _score_relations(metric, records, predictions):
+  """Results by relation, in the order of their names."""
+  groups: dict[str, list[int]] = {}
+  for index, record in enumerate(records):
+    if 'relation' in record:
+      groups.setdefault(str(record['relation']), []).append(index)
+  return {
+    name: _score(
+      metric, [records[i] for i in group], [predictions[i] for i in group]
+    )
+    for name, group in sorted(groups.items())
+  }
+
+
+def _score_task(cache, records, predictions) -> dict[str, float]:
+  """What the seqio task of a cache measures, if its answers are public."""
+  (source, *_) = cache.summary['recipe']['sources']
+  metric = classification_metrics.of_task(source.get('seqio_task', ''))
+  if metric is None or not are_public(records):
+    return {}
+  return metric(records, predictions)
+
+
+def _prediction_line(metric, record, prediction, score, tokens, subwords):
+  scores = _score(metric, [record], [prediction])
+  line = {
+    # With a prompt of its own a record may have other fields.
+    'question': record.get('question', subwords.decode(tokens)),
+    'prediction': prediction,
+    'answers': record['answers'],
+    **({'relation': record['relation']} if 'relation' in record else {}),
+    'em': scores.em,
+    'f1': scores.f1,
+    'score': score,
+  }
+  return json.dumps(line, ensure_ascii=False) + '\n'
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  # A prediction may hold a lone surrogate, which is no UTF-8.
+  subword_vocabularies.write_atomically(path, text.encode('utf-8', 'replace'))
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanRecall:
+  """How many masked spans were generated exactly.
+
+  Attributes:
+    recall: num_right / num_spans, from 0 to 1.
+    num_right: spans generated token for token.
+    num_spans: spans that count.
+    num_examples: examples that were looked at.
+  """
+
+  recall: float
+  num_right: int
+  num_spans: int
+  num_examples: int
+
+
+class NoSpanError(ValueError):
+  """Nothing was masked, or nothing that counts."""
+
+
+def span_recall(
+  generator: inference.Generator,
+  batches: Iterable[dict[str, np.ndarray]],
+  subwords: subword_vocabularies.Subwords,
+  *,
+  counts: Callable[[str], bool] | None = None,
+  progress: inference.Progress | None = None,
+) -> SpanRecall:
+  """Recall of masked spans, generated freely rather than with the targets.
+
+  A span is right if the generated tokens after its sentinel, up to the next
+  sentinel or EOS, are those of the target. The generator should be greedy.
+
+  Args:
+    generator: of the model asked.
+    batches: of salient or random span corruption, not packed, such as
+      `Batches.eval_batches()`. Rows of padding are left out.
+    subwords: the vocabulary of model and batches.
+    counts: tells by its text whether a span counts, such as only whole dates;
+      None: all do.
+    progress: called with the number of examples done so far.
+
+  Raises:
+    NoSpanError: no span counts.
+    ValueError: packed batches, or targets that are longer than the generator's.
+  """
+  inputs, targets = _read_examples(batches)
+  longest = max(map(len, targets), default=0)
+  if longest > generator.max_target_length:
+    raise ValueError(
+      'The generator must be able to reach the end of every target, but they '
+      f'have up to {longest} tokens and max_target_length is '
+      f'{generator.max_target_length}. Make it larger.'
+    )
+  sentinels = range(subwords.size - subwords.extra_ids, subwords.size)
+  wanted = [split_spans(tokens, sentinels) for tokens in targets]
+  if counts is not None:
+    wanted = [
+      {
+        mark: span
+        for mark, span in spans.items()
+        if counts(_text(span, subwords))
+      }
+      for spans in wanted
+    ]
+  num_spans = sum(map(len, wanted))
+  if not num_spans:
+    raise NoSpanError(
+      f'At least one masked span must count, but of {len(targets)} examples '
+      'none has one. Give batches of span corruption, and check `counts`.'
+    )
+  num_right = 0
+  for spans, tokens in zip(
+    wanted, generator(inputs, progress).tokens, strict=True
+  ):
+    generated = split_spans(tokens, sentinels)
+    num_right += sum(
+      generated.get(mark) == span for mark, span in spans.items()
+    )
+  return SpanRecall(num_right / num_spans, num_right, num_spans, len(targets))
+
+
+def split_spans(
+  tokens: np.ndarray, sentinels: range
+) -> dict[int, tuple[int, ...]]:
+  """The tokens after each sentinel, up to the next sentinel or EOS.
+
+  Args:
+    tokens: <int32>[length], targets or what was generated for them.
+    sentinels: the ids of all sentinels.
+
+  Returns:
+    Sentinel -> tokens. A sentinel that comes twice counts the first time;
+    tokens before any sentinel are left out.
+  """
+  spans: dict[int, list[int]] = {}
+  current: list[int] = []
+  for token in tokens.tolist():
+    if token == subword_vocabularies.EOS_ID:
+      break
+    if token in sentinels:
+      current = []
+      spans.setdefault(token, current)
+    elif token != subword_vocabularies.PAD_ID:
+      current.append(token)
+  return {mark: tuple(span) for mark, span in spans.items()}
+
+
+def _read_examples(batches):
+  """Inputs and targets of all real rows, without padding."""
+  inputs, targets = [], []
+  for batch in batches:
+    if 'encoder_segment_ids' in batch:
+      raise ValueError(
+        'The batches of span_recall must have one example in a row, but they '
+        'are packed. Use Batches.eval_batches().'
+      )
+    for source, target in zip(
+      batch['encoder_input_tokens'],
+      batch['decoder_target_tokens'],
+      strict=True,
+    ):
+      if target.any():
+        inputs.append(source[source != subword_vocabularies.PAD_ID])
+        targets.append(target[target != subword_vocabularies.PAD_ID])
+  return inputs, targets
+
+
+def _text(span, subwords):
+  return subwords.decode(span).strip()

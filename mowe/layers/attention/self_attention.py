@@ -1,0 +1,200 @@
+"""Self-attention of a decoder: several ways to know positions, one call.
+
+All of them know only the distance of a query and a key. So positions may count
+from any place: rows may be packed, padded on the left, or continue others.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers.attention import multi_head, relative_position
+
+
+class Positions(NamedTuple):
+  """Where queries and keys stand, counted from one common place.
+
+  Attributes:
+    queries: <int32>[query], of jax, or of numpy where they are known.
+    keys: <int32>[key], likewise.
+  """
+
+  queries: Any
+  keys: Any
+
+
+class SelfAttention(multi_head.MultiHeadAttention):
+  """Self-attention without positions; those below add them.
+
+  The attributes are those of MultiHeadAttention.
+
+  Call: queries <float>[batch, query, embed], memory <float>[batch, key, embed]
+    (the same tokens, perhaps with earlier ones before them), positions, mask
+    <bool>[batch, 1, query, key], to <dtype>[batch, query, embed]. With
+    `decode=True` the memory is the queries; their keys and values are appended
+    to the `cache`, of which `positions.keys` and `mask` then tell.
+  """
+
+  # Whether a query can be nearer to the start than its key.
+  looks_back_only = False
+
+  def make_shared(self) -> dict[str, nn.Module]:
+    """Modules that all blocks share, by name."""
+    return {}
+
+  def with_shared(self, shared: dict[str, nn.Module]) -> 'SelfAttention':
+    """This layer with those modules."""
+    del shared
+    return self
+
+  def __call__(
+    self,
+    queries: jax.Array,
+    memory: jax.Array,
+    *,
+    positions: Positions,
+    mask: jax.Array,
+    decode: bool = False,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    keys, values = self.project_memory(memory)
+    # Of keys that are not in the cache yet.
+    new = positions.queries if decode else positions.keys
+    projected, keys, bias = self._place(
+      self._split_heads(self.query(queries)),
+      keys,
+      new,
+      positions,
+      queries.shape[-1],
+    )
+    if decode:
+      keys, values = self._append(keys, values)
+    attended = self._attend(
+      projected,
+      keys,
+      values,
+      positions=positions,
+      bias=bias,
+      mask=mask,
+      deterministic=deterministic,
+    )
+    # [batch, query, heads, kv] -> [batch, query, joined_kv]
+    attended = attended.reshape(*attended.shape[:2], -1)
+    return self._out(attended, queries.shape[-1])
+
+  def _attend(
+    self, queries, keys, values, *, positions, bias, mask, deterministic
+  ):
+    """Values for each query, [batch, query, heads, kv]."""
+    del positions
+    return multi_head.dot_product_attention(
+      queries,
+      keys,
+      values,
+      bias=bias,
+      mask=mask,
+      dropout=lambda weights: self.weights_dropout(
+        weights, deterministic=deterministic
+      ),
+    )
+
+  def _place(self, queries, keys, key_positions, positions, embed_dim):
+    """Queries, keys and a bias [1 or batch, heads, query, key] or None."""
+    del key_positions, positions, embed_dim
+    return queries, keys, None
+
+  def _append(self, keys, values):
+    """All keys and values of the cache, these among them."""
+    if not self.has_variable('cache', 'cached_key'):
+      # The pass that gives the cache its size writes nothing.
+      self.put_variable('cache', 'cached_key', jnp.zeros_like(keys))
+      self.put_variable('cache', 'cached_value', jnp.zeros_like(values))
+      self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
+      return keys, values
+    index = self.get_variable('cache', 'cache_index')
+
+    def append(name, new):
+      cached = jax.lax.dynamic_update_slice(
+        self.get_variable('cache', name), new, (0, index, 0, 0)
+      )
+      self.put_variable('cache', name, cached)
+      return cached
+
+    self.put_variable('cache', 'cache_index', index + keys.shape[1])
+    return append('cached_key', keys), append('cached_value', values)
+
+
+class T5Attention(SelfAttention):
+  """Self-attention with T5's bias for the distance, shared by all blocks.
+
+  Attributes:
+    relpos_bias: the shared RelativePositionBias; given by the stack.
+  """
+
+  relpos_bias: nn.Module | None = None
+
+  def make_shared(self) -> dict[str, nn.Module]:
+    return {
+      'relpos_bias': relative_position.RelativePositionBias(
+        self.num_heads, bidirectional=False, dtype=self.dtype, parent=None
+      )
+    }
+
+  def with_shared(self, shared: dict[str, nn.Module]) -> 'T5Attention':
+    return self.clone(parent=None, relpos_bias=shared['relpos_bias'])
+
+  def _place(self, queries, keys, key_positions, positions, embed_dim):
+    del key_positions, embed_dim
+    return queries, keys, self.relpos_bias(*positions)
+
+
+class RotaryAttention(SelfAttention):
+  """Self-attention with rotary positions.
+
+  Source: RoFormer, arXiv 2104.09864; the first half of a head is rotated
+  against the second, as in GPT-NeoX and LLaMA.
+
+  Attributes:
+    max_wavelength: of the slowest rotation, in tokens, divided by 2 pi.
+  """
+
+  max_wavelength: float = 10_000.0
+
+  def _place(self, queries, keys, key_positions, positions, embed_dim):
+    del embed_dim
+    turn = lambda vectors, places: rotate(vectors, places, self.max_wavelength)
+    return turn(queries, positions.queries), turn(keys, key_positions), None
+
+
+def rotate(
+  vectors: jax.Array, positions: jax.Array, max_wavelength: float = 10_000.0
+) -> jax.Array:
+  """Turns each pair of numbers by an angle proportional to the position.
+
+  Pair i of a head of size d is (x[i], x[i + d/2]); it turns by
+  position * max_wavelength^(-2i/d).
+
+  Args:
+    vectors: <float>[batch, length, heads, kv].
+    positions: <int32>[length].
+    max_wavelength: see RotaryAttention.
+
+  Raises:
+    ValueError: the size of a head is odd.
+  """
+  size = vectors.shape[-1]
+  if size % 2:
+    raise ValueError(
+      'Rotary positions need a head_dim that is even, as they turn pairs of '
+      f'numbers, but it is {size}. Make it {size + 1}.'
+    )
+  frequencies = max_wavelength ** (-jnp.arange(0, size, 2) / size)
+  # float32: in bfloat16 positions beyond 256 could not be told apart.
+  angles = positions[:, None].astype(jnp.float32) * frequencies[None, :]
+  # [length, kv / 2] -> [1, length, 1, kv / 2]
+  sin, cos = jnp.sin(angles)[None, :, None], jnp.cos(angles)[None, :, None]
+  first, second = jnp.split(vectors.astype(jnp.float32), 2, axis=-1)
+  turned = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(turned, axis=-1).astype(vectors.dtype)

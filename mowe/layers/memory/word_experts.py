@@ -1,0 +1,307 @@
+"""MoWE: a feed-forward in which each word owns, or shares, a small expert."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import feed_forward, parameter
+from mowe.layers.memory import (
+  bfloat16_bits,
+  expert_tiles,
+  grouped,
+  host_rows,
+  word_exchange,
+)
+from mowe.words import batch_plans, sharded_plan
+
+# An expert starts as a small correction of the residual stream: with T5's own
+# initialiser thousands of unread experts add noise that training has to undo.
+_WO_SCALE = 0.1
+
+_TABLE_DTYPES = ('float32', 'bfloat16')
+
+# Collection in which a train step gives each product its `grouped.Factors`.
+FACTORS = 'kernel_gradient_factors'
+
+
+@functools.cache
+def _expert_init(scale: float, as_bits: bool) -> parameter.Initializer:
+  draw = parameter.variance_scaling(
+    scale**2,
+    'fan_in',
+    'truncated_normal',
+    in_axis=-2,
+    out_axis=-1,
+    batch_axis=(0,),
+  )
+  if not as_bits:
+    return draw
+
+  def draw_bits(key, shape, dtype):
+    del dtype
+    return bfloat16_bits.nearest(draw(key, shape, jnp.float32))
+
+  return draw_bits
+
+
+class ExpertTable(nn.Module):
+  """Kernels of all experts, one row each.
+
+  Attributes:
+    num_experts: rows of the full table.
+    embed_dim: width of the model.
+    expert_dim: hidden units of one expert.
+    activations: as in the dense feed-forward: gated with two names.
+    dtype: float32; or bfloat16, kept as bits <uint16> (see `bfloat16_bits`).
+    rows_from: gives rows on the host; the table is no parameter then.
+
+  Call: a dict of <dtype>[rows, embed, expert_dim] (`wi_0`, `wi_1`, or `wi`)
+    and <dtype>[rows, expert_dim, embed] (`wo`).
+  """
+
+  num_experts: int
+  embed_dim: int
+  expert_dim: int
+  activations: tuple[str, ...] = ('gelu', 'linear')
+  dtype: Any = jnp.float32
+  rows_from: host_rows.RowsFrom | None = None
+
+  @nn.compact
+  def __call__(self) -> dict[str, jax.Array]:
+    return {
+      name: parameter.declare(
+        self,
+        name,
+        _expert_init(_WO_SCALE if name == 'wo' else 1.0, self._is_bits()),
+        (self.num_experts, *shape),
+        axes=('expert', 'expert_mlp', 'embed')
+        if name == 'wo'
+        else ('expert', 'embed', 'expert_mlp'),
+        dtype=self._stored_dtype(),
+      )
+      for name, shape in self._shapes()
+    }
+
+  def reader(self) -> expert_tiles.TableRows | host_rows.HostRows:
+    """Reads the kernels of some experts."""
+    if self.rows_from is None:
+      return expert_tiles.TableRows(self())
+    return host_rows.HostRows(
+      self.rows_from, '/'.join(self.path), self._shapes(), self._stored_dtype()
+    )
+
+  def _shapes(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Kernel name and (in, out) of one expert."""
+    names = feed_forward.kernel_names(self.activations)
+    outwards = (self.embed_dim, self.expert_dim)
+    return (*((name, outwards) for name in names), ('wo', outwards[::-1]))
+
+  def _is_bits(self) -> bool:
+    return jnp.dtype(self.dtype) == jnp.bfloat16
+
+  def _stored_dtype(self) -> Any:
+    return bfloat16_bits.DTYPE if self._is_bits() else self.dtype
+
+
+class MoweLayer(nn.Module):
+  """Feed-forward in which the routing id of a token names its one expert.
+
+  Source: MoWE, arXiv 2311.10768, section 2. No router, no auxiliary loss, no
+  bias. A token without an expert gets zero: only the residual remains.
+
+  Attributes:
+    num_experts: rows of the expert table; as in the RoutingVocabulary.
+    expert_dim: hidden units of one expert.
+    activations: as in the dense feed-forward.
+    share_experts: one table for all layers of the model (the paper's way)
+      instead of one for each.
+    table_dtype: of the table: 'float32'; or 'bfloat16', half as large, trained
+      with stochastic rounding.
+    dropout_rate: dropout of the hidden units.
+    dtype: dtype of the computation.
+    table: the shared ExpertTable; given by the stack.
+    num_slots: rows of the table where it holds the experts of some batches at a
+      time; None: all. Given by a run, as is `rows_from`.
+    rows_from: gives rows of the table where it is not on the device at all.
+
+  Call: tokens <float>[batch, length, embed] and routing_ids, either
+    <int32>[batch, length] or the plan of these tokens (a StreamPlan, or for
+    experts on several devices a ShardedStreamPlan), to <dtype>[batch, length,
+    embed].
+
+  Raises:
+    ValueError: `routing_ids` is missing or has another leading shape.
+  """
+
+  num_experts: int
+  expert_dim: int
+  activations: tuple[str, ...] = ('gelu', 'linear')
+  share_experts: bool = True
+  table_dtype: str = 'float32'
+  dropout_rate: float = 0.0
+  dtype: Any = jnp.float32
+  table: ExpertTable | None = None
+  num_slots: int | None = None
+  rows_from: host_rows.RowsFrom | None = None
+
+  def __post_init__(self):
+    if self.table_dtype not in _TABLE_DTYPES:
+      raise ValueError(
+        f'table_dtype must be one of {_TABLE_DTYPES}, but is '
+        f"{self.table_dtype!r}. Take 'bfloat16' for half the memory."
+      )
+    super().__post_init__()
+
+  def make_shared(self, embed_dim: int) -> dict[str, nn.Module]:
+    """Modules that the stack owns once and hands to all layers, by name."""
+    if not self.share_experts:
+      return {}
+    return {'experts': self._make_table(embed_dim, parent=None)}
+
+  def with_shared(self, shared: dict[str, nn.Module]) -> 'MoweLayer':
+    """This layer, not yet bound, reading the stack's shared modules."""
+    return self.clone(table=shared.get('experts'), parent=None)
+
+  def check_mesh(
+    self, mesh_shape: Mapping[str, int], batch: int, length: int
+  ) -> None:
+    """Raises ValueError if the experts cannot be split over a mesh."""
+    del batch, length
+    sharded_plan.check_num_experts(self.num_experts, mesh_shape['expert'])
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    routing_ids: jax.Array
+    | batch_plans.StreamPlan
+    | sharded_plan.ShardedStreamPlan
+    | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    _check_routing_ids(tokens, routing_ids)
+    table = self.table
+    if table is None:
+      table = self._make_table(tokens.shape[-1], name='experts')
+    dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
+    if isinstance(routing_ids, sharded_plan.ShardedStreamPlan):
+      return self._exchanged(
+        tokens.astype(self.dtype), routing_ids, table, dropout
+      )
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(self.dtype)
+    if isinstance(routing_ids, batch_plans.StreamPlan):
+      outputs = self._planned(flat, routing_ids, table, dropout)
+    else:
+      outputs = self._unplanned(flat, routing_ids.reshape(-1), table, dropout)
+    return outputs.reshape(tokens.shape)
+
+  def _make_table(self, embed_dim, **place):
+    return ExpertTable(
+      self.num_slots or self.num_experts,
+      embed_dim,
+      self.expert_dim,
+      self.activations,
+      self.table_dtype,
+      self.rows_from,
+      **place,
+    )
+
+  def _planned(self, tokens, plan, table, dropout):
+    """One batched product for each size class of the plan."""
+    kernels = table()
+    factors = self._all_factors(kernels, tokens.shape[:1])
+    return self._feed_forward(tokens, plan, kernels, factors, dropout)
+
+  def _exchanged(self, tokens, plan, table, dropout):
+    """As `_planned`, each token on the device that has its expert."""
+    kernels = table()
+    *devices, num_owners, capacity = plan.sent.shape
+    factors = self._all_factors(kernels, (*devices, num_owners * capacity))
+    keep = None
+    if dropout.rate and not dropout.deterministic:
+      # What it would draw on one device.
+      units = (tokens.shape[0] * tokens.shape[1], self.expert_dim)
+      keep = dropout(jnp.ones(units, self.dtype)) != 0
+      keep = keep.reshape(*tokens.shape[:2], -1)
+
+    def experts(rows, plan, *, kernels, factors, keep):
+      def drop(hidden):
+        if keep is None:
+          return hidden
+        # As in nn.Dropout, to the last bit.
+        return jnp.where(keep, hidden / (1.0 - dropout.rate), 0)
+
+      return self._feed_forward(rows, plan, kernels, factors, drop)
+
+    return word_exchange.on_owners(
+      experts, tokens, plan, kernels=kernels, factors=factors, keep=keep
+    )
+
+  def _feed_forward(self, tokens, plan, kernels, factors, dropout):
+    def product(name, tokens):
+      return grouped.expert_product(tokens, kernels[name], plan, factors[name])
+
+    names = feed_forward.kernel_names(self.activations)
+    projections = [product(name, tokens) for name in names]
+    hidden = dropout(feed_forward.activate(projections, self.activations))
+    return product('wo', hidden)
+
+  def _all_factors(self, kernels, leading):
+    return {
+      name: self._factors(name, kernel.shape[-2:], leading)
+      for name, kernel in kernels.items()
+    }
+
+  def _factors(self, name, widths, leading):
+    """Zeros whose gradient are the factors of the kernels' gradient."""
+    if self.is_mutable_collection(FACTORS):
+      zeros = lambda width: jnp.zeros((*leading, width), self.dtype)
+      return self.variable(
+        FACTORS, name, lambda: grouped.Factors(*map(zeros, widths))
+      ).value
+    if self.has_variable(FACTORS, name):
+      return self.get_variable(FACTORS, name)
+    return None
+
+  def _unplanned(self, tokens, experts, table, dropout):
+    """Cuts tokens into tiles on the device: evaluations and decoding."""
+    keep = None
+    if self.dropout_rate and not dropout.deterministic:
+      # Drawn for all tokens in their order, as with a plan.
+      keep = dropout(jnp.ones((tokens.shape[0], self.expert_dim), self.dtype))
+    return expert_tiles.feed_forward_by_tiles(
+      tokens,
+      experts,
+      table.reader(),
+      keep,
+      self.num_experts,
+      self.activations,
+    )
+
+
+def _check_routing_ids(tokens, routing_ids):
+  if routing_ids is None:
+    raise ValueError(
+      'MoweLayer needs the routing ids of its tokens, but got None. Set '
+      'T5Config.routing to a RoutingVocabulary, or give '
+      'encoder_routing_ids and decoder_routing_ids with the batch.'
+    )
+  if isinstance(routing_ids, sharded_plan.ShardedStreamPlan):
+    # Compared with the mesh, in word_exchange.
+    return
+  ids = (
+    routing_ids.slots
+    if isinstance(routing_ids, batch_plans.StreamPlan)
+    else routing_ids
+  )
+  if ids.shape != tokens.shape[:2]:
+    raise ValueError(
+      'routing_ids must have the [batch, length] shape of tokens, '
+      f'{tokens.shape[:2]}, but has {ids.shape}. Encode the same batch with '
+      'RoutingVocabulary.encoder_ids or decoder_ids.'
+    )

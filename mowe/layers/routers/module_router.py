@@ -1,0 +1,131 @@
+"""Routers of ModuleFormer: logits with a hidden layer, or from centroids.
+
+Parts of MoeLayer (`logits`, `losses`); the choice itself is TokensChoose, with
+softmax weights of all experts that are not renormalised.
+
+Source: ModuleFormer, arXiv 2306.04640, and its code.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+from mowe.layers import parameter
+from mowe.layers.routers import router_losses, routing
+
+_init = parameter.normal(0.02)
+
+
+class MlpRouterWeights(routing.RouterWeights):
+  """Logits gelu(x W1 + b1) W2, with the exact GELU.
+
+  Attributes:
+    hidden_dim: hidden units.
+  """
+
+  hidden_dim: int = 256
+
+  def project(self, tokens: jax.Array) -> jax.Array:
+    """See `RouterWeights`."""
+    hidden = routing.Projection(self.hidden_dim, True, _init, name='hidden')(
+      tokens
+    )
+    return routing.Projection(
+      self.num_experts,
+      self.use_bias,
+      self.kernel_init,
+      name='w',
+    )(jax.nn.gelu(hidden, approximate=False))
+
+
+class CentroidRouterWeights(routing.RouterWeights):
+  """Logits are cosines of a projection with centroids, times a learned scale.
+
+  Attributes:
+    hidden_dim: width of the projection and of the centroids.
+  """
+
+  hidden_dim: int = 256
+
+  def project(self, tokens: jax.Array) -> jax.Array:
+    """See `RouterWeights`."""
+    projected = routing.Projection(
+      self.hidden_dim, False, _init, name='hidden'
+    )(tokens)
+    centroids = partitioning.param_with_axes(
+      'centroids',
+      nn.initializers.normal(1.0),
+      (self.num_experts, self.hidden_dim),
+      jnp.float32,
+      axes=('unmodeled', 'embed'),
+    )
+    log_scale = partitioning.param_with_axes(
+      'log_scale', nn.initializers.zeros, (1,), jnp.float32, axes=('unmodeled',)
+    )
+    cosines = jnp.einsum(
+      'gth,eh->gte',
+      _unit(projected),
+      _unit(centroids),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    return cosines * jnp.exp(log_scale)[None, None, :]
+
+
+def _unit(vectors):
+  """Vectors of length one; zeros stay zeros, and have a gradient."""
+  squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
+  return vectors * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpLogits:
+  """Logits with a hidden layer, ModuleFormer's default.
+
+  Attributes:
+    hidden_dim: hidden units.
+  """
+
+  hidden_dim: int = 256
+
+  def build(self, *arguments: Any, **named: Any) -> nn.Module:
+    """The MlpRouterWeights."""
+    return MlpRouterWeights(*arguments, hidden_dim=self.hidden_dim, **named)
+
+
+@dataclasses.dataclass(frozen=True)
+class CentroidLogits:
+  """Logits from centroids, ModuleFormer's `gmm`.
+
+  Attributes:
+    hidden_dim: width of the centroids.
+  """
+
+  hidden_dim: int = 256
+
+  def build(self, *arguments: Any, **named: Any) -> nn.Module:
+    """The CentroidRouterWeights."""
+    return CentroidRouterWeights(
+      *arguments, hidden_dim=self.hidden_dim, **named
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedMeans(router_losses.RouterLosses):
+  """Losses that divide by all tokens, padding included.
+
+  Padding counts as a token without probabilities and, in the z-loss, with equal
+  logits: what the reference does with its `skip_mask`, for comparison.
+  """
+
+  def sums(self, logits, probs, num_chosen, is_valid) -> dict[str, jax.Array]:
+    """See `RouterLosses`."""
+    ours = super().sums(logits, probs, num_chosen, is_valid)
+    logits = logits * is_valid[:, :, None]
+    return ours | {
+      'z_loss': jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2),
+      'num_loss_tokens': jnp.asarray(is_valid.size, jnp.float32),
+    }

@@ -1,0 +1,211 @@
+"""The weights of a model folder, to be converted, and a folder of weights."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from mowe.interop import new_folder, weights
+from mowe.interop.t5x import orbax_arrays, t5x_tree
+from mowe.model_folders import model_folder
+from mowe.models import initialization, parameters
+from mowe.models.families import model_description
+from mowe.stores import expert_records, expert_sources, row_file, row_index
+from mowe.training import checkpointing, manifests, train_state
+from mowe.training.optimization import adafactor_transform
+
+Path = weights.Path
+
+_STATE = 'state'
+_BITS = np.dtype(np.uint16)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
+  """The model of a folder, or of one checkpoint in it.
+
+  Arrays are read when they are used, and as long as the context is open. Of
+  optimizers the state of Adafactor is there if it is that of all parameters.
+
+  Raises:
+    FileNotFoundError: no model or no checkpoint there.
+    DamagedCheckpointError: files are not what was written.
+    ValueError: parameters that are not those of the model.
+  """
+  folder, step = model_folder.split_checkpoint_path(os.fspath(path))
+  config, vocabulary = model_folder.load_config(folder)
+  with checkpointing.Checkpoints(folder) as checkpoints:
+    checkpoint = checkpoints.finished(step)
+  manifests.verify(checkpoint)
+  arrays = orbax_arrays.read(checkpoint / _STATE)
+  params = {
+    name[1:]: array for name, array in arrays.items() if name[0] == 'params'
+  }
+  moments = _find_moments(arrays, params)
+  has_state = any(name[0] == 'opt_state' for name in arrays)
+  with contextlib.ExitStack() as closing:
+    if row_index.exists(checkpoint):
+      source = expert_sources.SavedExperts(checkpoint, kernels_only=True)
+      closing.callback(source.close)
+      params |= _tables(source)
+      # Their rows have another optimizer.
+      moments = None
+    yield weights.Weights(
+      config,
+      weights.for_model(params, config, str(folder / 'model.json')),
+      weights.check_step(arrays[('step',)][...], str(checkpoint)),
+      moments,
+      vocabulary,
+      has_other_state=moments is None and has_state,
+    )
+
+
+def save(folder: str | os.PathLike, given: weights.Weights) -> None:
+  """Writes a model folder with one checkpoint, complete or not at all.
+
+  It can be asked, evaluated and finetuned.
+
+  Raises:
+    FileExistsError: the folder is there.
+    ValueError: no vocabulary.
+  """
+  vocabulary = weights.needs_vocabulary(given)
+  abstract = initialization.abstract_variables(given.config.build())['params']
+  _, tables = parameters.split_tables(flax.core.unfreeze(abstract))
+  ordinary, _ = parameters.split_tables(
+    flax.traverse_util.unflatten_dict(dict(given.params))
+  )
+  state = train_state.TrainState(
+    step=np.asarray(given.step, np.int32),
+    params=jax.tree.map(_whole, ordinary, is_leaf=_is_array),
+    # Tables have another optimizer, and so their model has no such state.
+    opt_state={} if tables else _adafactor_state(given),
+    tables={},
+    table_state={},
+  )
+  with new_folder.new_folder(folder) as partial:
+    model_folder.create(partial, given.config, vocabulary)
+    with checkpointing.Checkpoints(partial) as checkpoints:
+      checkpoints.save(
+        given.step,
+        state,
+        metadata={
+          'model': model_description.describe(given.config, vocabulary),
+        },
+        attach=lambda path: _write_tables(path, tables, given.params),
+      )
+
+
+class SavedTable:
+  """A kernel of word experts in the file of a model folder.
+
+  See `weights.Array`.
+  """
+
+  def __init__(self, source: expert_sources.SavedExperts, field: str):
+    self._source = source
+    self._field = field
+    self._stored = source.read.dtype[field]
+    self.shape = (len(source.index.places), *self._stored.shape)
+    is_bits = self._stored.base == _BITS
+    self.dtype = weights.BFLOAT16 if is_bits else self._stored.base
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    """See `weights.Array`."""
+    if rows is ...:
+      rows = slice(None)
+    first, end, _ = rows.indices(self.shape[0])
+    found = np.empty((end - first, *self.shape[1:]), self._stored.base)
+    dtype = self._source.read.dtype
+    for start, number in expert_sources.chunks(first, end, dtype):
+      records = self._source.records(start, number, dtype)
+      at = start - first
+      found[at : at + number] = records[self._field]
+    return found.view(self.dtype)
+
+
+def _tables(source) -> dict[Path, SavedTable]:
+  return {
+    tuple(field.split('/')[1:]): SavedTable(source, field)
+    for field in source.read.dtype.names
+  }
+
+
+def _write_tables(checkpoint, tables, params):
+  """Writes word experts beside a checkpoint, a few at a time."""
+  if not tables:
+    return
+  dtype = expert_records.record_dtype(tables, {})
+  num_experts = jax.tree.leaves(tables)[0].shape[0]
+  rows = row_file.RowFile(
+    row_file.LockedFile(checkpoint.parent),
+    row_index.RowIndex.empty(dtype, num_experts),
+  )
+  with contextlib.closing(rows):
+    rows.check_room()
+    for first, number in expert_sources.chunks(0, num_experts, dtype):
+      where = slice(first, first + number)
+      kernels = {
+        table: {
+          kernel: _bits(params[(*table.split('/'), kernel)][where])
+          for kernel in kernels
+        }
+        for table, kernels in tables.items()
+      }
+      records = expert_records.from_arrays(dtype, kernels, {})
+      rows.write(np.arange(first, first + number), records)
+    rows.save(checkpoint)
+
+
+def _bits(rows):
+  rows = np.asarray(rows)
+  return rows.view(_BITS) if rows.dtype == weights.BFLOAT16 else rows
+
+
+def _is_array(leaf):
+  return not isinstance(leaf, dict)
+
+
+def _whole(array):
+  return np.asarray(array[...])
+
+
+def _find_moments(arrays, params) -> dict[str, dict[Path, Any]] | None:
+  """The one state of Adafactor that is of all parameters, if there is one."""
+  first = t5x_tree.MOMENTS[0]
+  places = {
+    path[: path.index(first)]
+    for path in arrays
+    if path[0] == 'opt_state' and first in path
+  }
+  if len(places) != 1:
+    return None
+  place = places.pop()
+  wanted = {
+    (*place, name, *path) for name in t5x_tree.MOMENTS for path in params
+  }
+  if not wanted <= set(arrays):
+    return None
+  return {
+    name: {path: arrays[*place, name, *path] for path in params}
+    for name in t5x_tree.MOMENTS
+  }
+
+
+def _adafactor_state(given):
+  """What `optimizers.Adafactor` goes on with; {} if it is not known."""
+  if given.moments is None:
+    return {}
+  trees = {
+    name: flax.traverse_util.unflatten_dict(
+      {path: _whole(array) for path, array in arrays.items()}
+    )
+    for name, arrays in given.moments.items()
+  }
+  return adafactor_transform.AdafactorState(
+    np.asarray(given.step, np.int32), **trees
+  )

@@ -1,0 +1,224 @@
+"""Sizes and parts of a decoder-only model, checked when put together."""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import feed_forward, layer_norm
+from mowe.layers.attention import self_attention
+from mowe.models import model_config
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderOnlyConfig:
+  """Sizes and parts of a language model with one stack.
+
+  Attributes:
+    vocab_size: rows of the embedding; at least the subword vocabulary's size.
+    emb_dim: width of the model.
+    num_heads: attention heads.
+    head_dim: size of one head.
+    mlp_dim: hidden units of a dense feed-forward.
+    num_layers: blocks.
+    mlp_activations: ('gelu', 'linear') for a gated one, ('relu',) for a plain.
+    logits_via_embedding: logits from the embedding, not their own kernel.
+    logits_bias: their own kernel has a bias.
+    dropout_rate: dropout everywhere.
+    dtype: dtype of activations; parameters are float32. Not float16.
+    remat: recompute blocks in the backward pass instead of keeping them.
+    attention: makes the self-attention of a block: one of `self_attention`, or
+      `relative_attention.RelativeAttention`, or
+      `mixture_of_heads.MixtureOfSelfAttentionHeads`.
+    norm: makes a layer norm.
+    prefix_lm: inputs, where examples have them, see each other in both
+      directions; targets see what is before them.
+    memory_length: tokens before a batch, of the same rows, that it attends to
+      as in Transformer-XL. Training and evaluation carry them on.
+    embedding_stddev: of a fresh embedding.
+    sparse_feed_forward: makes the layer (or its class) of the blocks below.
+    sparse_decoder_layers: blocks, from 0, whose feed-forward is sparse.
+    routing: gives routing ids where the batch has none. Without it, layers
+      that can be routed by token get the ids of the tokens, -1 for padding.
+    block_layers: layers of single blocks that differ from the others; see
+      `model_config.ModelConfig`.
+
+  Raises:
+    ValueError: sizes or parts that cannot work together.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  num_layers: int
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  logits_via_embedding: bool = False
+  logits_bias: bool = False
+  dropout_rate: float = 0.1
+  dtype: Any = jnp.float32
+  remat: bool = False
+  attention: model_config.Factory = self_attention.T5Attention
+  norm: model_config.Factory = layer_norm.LayerNorm
+  prefix_lm: bool = False
+  memory_length: int = 0
+  embedding_stddev: float = 1.0
+  sparse_feed_forward: model_config.Factory | None = None
+  sparse_decoder_layers: tuple[int, ...] = ()
+  routing: model_config.Routing | None = None
+  block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
+
+  # Inputs have no stack of their own.
+  streams = ('decoder',)
+  layer_fields = types.MappingProxyType(
+    {
+      ('decoder', 'self_attention'): 'attention',
+      ('decoder', 'mlp'): 'sparse_feed_forward',
+    }
+  )
+
+  def __post_init__(self):
+    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
+    feed_forward.check_activations(self.mlp_activations)
+    model_config.check_dtype(self.dtype)
+    model_config.check_blocks(
+      'decoder', self.sparse_decoder_layers, self.num_layers
+    )
+    model_config.check_block_layers(self, {'decoder': self.num_layers})
+    if bool(self.sparse_decoder_layers) != (
+      self.sparse_feed_forward is not None
+    ):
+      raise ValueError(
+        'sparse_feed_forward and sparse_decoder_layers must be given together, '
+        f'but are {self.sparse_feed_forward} and {self.sparse_decoder_layers}. '
+        'Set both or neither.'
+      )
+    if self.logits_bias and self.logits_via_embedding:
+      raise ValueError(
+        'A bias of logits belongs to a kernel of their own, but '
+        'logits_via_embedding is True. Leave one of the two out.'
+      )
+    if self.sparse_feed_forward is not None:
+      model_config.check_layers(self)
+    model_config.check_attentions(self)
+    self._check_memory()
+
+  def _check_memory(self):
+    if self.memory_length < 0:
+      raise ValueError(
+        f'memory_length must not be negative, but is {self.memory_length}. '
+        'It is a number of tokens; 0 is no memory.'
+      )
+    one_way = getattr(self.make_attention(), 'looks_back_only', False)
+    if self.prefix_lm and (one_way or self.memory_length):
+      raise ValueError(
+        'With prefix_lm tokens of the inputs look ahead within one example, '
+        'but the attention has keys for what is behind only, or there is a '
+        f'memory (memory_length is {self.memory_length}). Use T5Attention or '
+        'RotaryAttention and memory_length 0, or leave prefix_lm out.'
+      )
+
+  def build(self) -> nn.Module:
+    """The model of these sizes."""
+    from mowe.models.decoder_only import decoder_only
+
+    return decoder_only.DecoderOnly(self)
+
+  def of_block(self, stream: str, number: int) -> 'DecoderOnlyConfig':
+    """The config whose layers are those of one block."""
+    return model_config.of_block(self, stream, number)
+
+  def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
+    """The blocks whose feed-forward is sparse."""
+    return {'decoder': self.sparse_decoder_layers}
+
+  def sparse_layers(self) -> dict[str, nn.Module]:
+    """A sparse layer; {} if there is none."""
+    if self.sparse_feed_forward is None:
+      return {}
+    layer = self.sparse_feed_forward(
+      dropout_rate=self.dropout_rate, dtype=self.dtype, parent=None
+    )
+    return {'decoder': layer}
+
+  def attentions(self) -> dict[str, nn.Module]:
+    """The attention of every block, by its name there."""
+    return {'self_attention': self.make_attention()}
+
+  def parts(self) -> dict[str, nn.Module]:
+    """A layer of each field that makes some."""
+    parts = {'attention': self.make_attention(), 'norm': self.make_norm()}
+    if self.sparse_feed_forward is not None:
+      parts['sparse_feed_forward'] = self.sparse_layers()['decoder']
+    return parts
+
+  def with_layer_changes(self, **changes: Any) -> 'DecoderOnlyConfig':
+    """This config with other fields in its sparse layers that have them."""
+    return dataclasses.replace(
+      self,
+      sparse_feed_forward=model_config.changed_factory(
+        self.sparse_feed_forward, changes
+      ),
+      block_layers=model_config.changed_block_layers(self, changes),
+    )
+
+  def check_mesh(
+    self,
+    mesh_shape: Mapping[str, int],
+    batch_size: int,
+    lengths: Mapping[str, int],
+  ) -> None:
+    """See `model_config.check_mesh`; inputs and targets are in one row."""
+    model_config.check_mesh(
+      self,
+      mesh_shape,
+      batch_size,
+      {'decoder': lengths.get('inputs', 0) + lengths['targets']},
+    )
+
+  def initial_memory(self, batch_size: int) -> dict[str, Any]:
+    """The collection MEMORY before the first batch: no token in it is real."""
+    shape = (batch_size, self.memory_length, self.emb_dim)
+    blocks = {
+      f'layers_{i}': {'tokens': jnp.zeros(shape, self.dtype)}
+      for i in range(self.num_layers)
+    }
+    return {'decoder': {'real': jnp.zeros(shape[:2], bool), **blocks}}
+
+  def make_attention(self) -> nn.Module:
+    """The self-attention of a block."""
+    return self.attention(
+      num_heads=self.num_heads,
+      head_dim=self.head_dim,
+      dropout_rate=self.dropout_rate,
+      dtype=self.dtype,
+      parent=None,
+    )
+
+  def make_norm(self) -> nn.Module:
+    """A layer norm."""
+    return self.norm(dtype=self.dtype, parent=None)
+
+  def make_feed_forward(
+    self, number: int, shared: dict[str, nn.Module]
+  ) -> nn.Module:
+    """The feed-forward of a block, with shared modules that it uses."""
+    if number not in self.sparse_decoder_layers:
+      return feed_forward.DenseFeedForward(
+        self.mlp_dim,
+        self.mlp_activations,
+        self.dropout_rate,
+        self.dtype,
+        parent=None,
+      )
+    return model_config.with_shared(self.sparse_layers()['decoder'], shared)
+
+  def make_shared(self) -> dict[str, nn.Module]:
+    """Modules shared by all sparse layers, such as a table of experts."""
+    return model_config.shared_modules(
+      self.sparse_layers().values(), self.emb_dim
+    )

@@ -1,0 +1,139 @@
+"""Blocks of a decoder-only model, from embedded to normed tokens."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import linear, parameter
+from mowe.models import model_config
+from mowe.models.decoder_only import decoder_only_config
+
+# What a batch leaves to the next: of each block its inputs.
+MEMORY = model_config.MEMORY
+
+
+class Block(nn.Module):
+  """Self-attention and feed-forward, each with a norm and a residual.
+
+  Attributes:
+    config: of the model.
+    number: of this block, from 0.
+    shared: modules shared by feed-forwards.
+    attention_shared: modules shared by attentions.
+  """
+
+  config: decoder_only_config.DecoderOnlyConfig
+  number: int
+  shared: dict[str, nn.Module]
+  attention_shared: dict[str, nn.Module]
+
+  def setup(self):
+    config = self.config
+    self.pre_self_attention_layer_norm = config.make_norm()
+    self.self_attention = config.make_attention().with_shared(
+      self.attention_shared
+    )
+    self.pre_mlp_layer_norm = config.make_norm()
+    self.mlp = config.make_feed_forward(self.number, self.shared)
+    self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+  def __call__(
+    self, tokens, positions, mask, routing_ids, decode, deterministic
+  ):
+    normed = self.pre_self_attention_layer_norm(tokens)
+    attended = self.self_attention(
+      normed,
+      self._with_memory(tokens, normed),
+      positions=positions,
+      mask=mask,
+      decode=decode,
+      deterministic=deterministic,
+    )
+    tokens = tokens + self.dropout(attended, deterministic=deterministic)
+    outputs = self.mlp(
+      self.pre_mlp_layer_norm(tokens), routing_ids, deterministic=deterministic
+    )
+    return tokens + self.dropout(outputs, deterministic=deterministic)
+
+  def _with_memory(self, tokens, normed):
+    """Normed tokens after those of the memory, which gets these tokens."""
+    if not self.has_variable(MEMORY, 'tokens'):
+      return normed
+    # Inputs of the block, before its norm: the norm and the kernels are those
+    # of now, and have gradients.
+    old = jax.lax.stop_gradient(self.get_variable(MEMORY, 'tokens'))
+    if self.is_mutable_collection(MEMORY):
+      both = jnp.concatenate([old, tokens], axis=1)
+      self.put_variable(MEMORY, 'tokens', both[:, -old.shape[1] :])
+    return jnp.concatenate(
+      [self.pre_self_attention_layer_norm(old), normed], axis=1
+    )
+
+
+class Decoder(nn.Module):
+  """All blocks, from embedded to normed tokens, and the kernel of logits."""
+
+  config: decoder_only_config.DecoderOnlyConfig
+  shared: dict[str, nn.Module]
+
+  def setup(self):
+    config = self.config
+    block = nn.remat(Block, static_argnums=(5, 6)) if config.remat else Block
+    attention_shared = {}
+    for name, module in config.make_attention().make_shared().items():
+      setattr(self, name, module)
+      attention_shared[name] = getattr(self, name)
+    self.layers = [
+      block(
+        config.of_block('decoder', number),
+        number,
+        self.shared,
+        attention_shared,
+      )
+      for number in range(config.num_layers)
+    ]
+    self.decoder_norm = config.make_norm()
+    self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+    if not config.logits_via_embedding:
+      # float32: a loss from bfloat16 logits is noisy.
+      self.logits_dense = linear.Dense(
+        config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32
+      )
+    if config.logits_bias:
+      self.logits_bias = parameter.declare(
+        self,
+        'logits_bias',
+        nn.initializers.zeros,
+        (config.vocab_size,),
+        axes=('vocab',),
+      )
+
+  def __call__(
+    self, tokens, positions, mask, routing_ids, decode, deterministic
+  ):
+    tokens = self.dropout(tokens, deterministic=deterministic)
+    for layer in self.layers:
+      tokens = layer(
+        tokens, positions, mask, routing_ids, decode, deterministic
+      )
+    tokens = self.decoder_norm(tokens)
+    return self.dropout(tokens, deterministic=deterministic)
+
+  def logits(self, tokens):
+    logits = self.logits_dense(tokens)
+    if self.config.logits_bias:
+      logits += self.logits_bias[None, None]
+    return logits
+
+  def remembered(self, real):
+    """Which tokens of the memory are real, <bool>[batch, memory], or None.
+
+    The memory then counts these as well.
+    """
+    if not self.has_variable(MEMORY, 'real'):
+      return None
+    old = self.get_variable(MEMORY, 'real')
+    if self.is_mutable_collection(MEMORY):
+      both = jnp.concatenate([old, real], axis=1)
+      self.put_variable(MEMORY, 'real', both[:, -old.shape[1] :])
+    return old

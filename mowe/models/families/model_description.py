@@ -1,0 +1,150 @@
+"""What a folder says of the model whose weights are in it, and its vocabularies.
+
+  vocabulary.model        SentencePiece model, a copy (unless bytes are read)
+  routing_vocabulary.npz  a copy, for models with word experts
+
+Beside them a JSON file holds the description: the config, and the digests of
+the vocabularies, which are compared when they are loaded.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from mowe.models import model_config
+from mowe.models.families import saved_config
+from mowe.words import routing_vocabulary, subword_vocabularies
+
+_FORMAT = 'mowe model'
+_VERSION = 1
+_SUBWORDS = 'vocabulary.model'
+_ROUTING = 'routing_vocabulary.npz'
+
+_SIZES = (
+  'vocab_size',
+  'emb_dim',
+  'num_heads',
+  'head_dim',
+  'mlp_dim',
+  'num_layers',
+  'num_encoder_layers',
+  'num_decoder_layers',
+)
+# Above those of every model.
+_LARGEST = 2**24
+
+
+def describe(
+  config: model_config.ModelConfig, vocabulary: subword_vocabularies.Subwords
+) -> dict[str, Any]:
+  """The description, as a tree of JSON values."""
+  is_bytes = isinstance(vocabulary, subword_vocabularies.ByteVocabulary)
+  return {
+    'format': _FORMAT,
+    'version': _VERSION,
+    'config': saved_config.to_json(config),
+    'subwords': {
+      'file': 'bytes' if is_bytes else _SUBWORDS,
+      'extra_ids': vocabulary.extra_ids,
+      'sha256': vocabulary.sha256,
+    },
+    'routing': None
+    if config.routing is None
+    else {'file': _ROUTING, 'sha256': config.routing.sha256},
+  }
+
+
+def write_vocabularies(
+  folder: pathlib.Path,
+  config: model_config.ModelConfig,
+  vocabulary: subword_vocabularies.Subwords,
+) -> None:
+  """Writes the files that a description names."""
+  if not isinstance(vocabulary, subword_vocabularies.ByteVocabulary):
+    shutil.copyfile(vocabulary.path, folder / _SUBWORDS)
+  if config.routing is not None:
+    config.routing.save(folder / _ROUTING)
+
+
+def read(file: pathlib.Path) -> dict[str, Any]:
+  """What a file holds that was written with a description.
+
+  Raises:
+    ValueError: it is not a JSON object.
+  """
+  try:
+    described = json.loads(file.read_text('utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f'{file} must be JSON, but is not: {error}. Restore the file.'
+    ) from None
+  if not isinstance(described, dict):
+    raise ValueError(
+      f'{file} must be a JSON object, but is a {type(described).__name__}. '
+      'Restore the file.'
+    )
+  return described
+
+
+def load(
+  file: pathlib.Path, described: dict[str, Any], **changes: Any
+) -> tuple[model_config.ModelConfig, subword_vocabularies.Subwords]:
+  """Config and subword vocabulary of a description.
+
+  Args:
+    file: that holds it, with the vocabularies beside it.
+    described: what it holds.
+    **changes: fields of the config to replace.
+
+  Raises:
+    ValueError: another version, or a vocabulary that is not the one it names.
+  """
+  if described.get('version') != _VERSION:
+    raise ValueError(
+      f'{file} must have version {_VERSION}, but has '
+      f'{described.get("version")}. Use the version of mowe that wrote it.'
+    )
+  try:
+    return _load(file, described, changes)
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{file} must describe a model of mowe, but reading it failed: '
+      f'{type(error).__name__}: {error}. Restore the file.'
+    ) from error
+
+
+def _load(file, described, changes):
+  _check_sizes(file, described['config'])
+  saved = described['subwords']
+  name = saved['file']
+  vocabulary = subword_vocabularies.load_subwords(
+    name if name == 'bytes' else file.parent / _SUBWORDS, saved['extra_ids']
+  )
+  _check_digest(file, 'the subword vocabulary', saved, vocabulary)
+  routing = None
+  if described['routing'] is not None:
+    routing = routing_vocabulary.load(file.parent / _ROUTING)
+    _check_digest(file, 'the routing vocabulary', described['routing'], routing)
+  config = saved_config.from_json(described['config'], routing, **changes)
+  return config, vocabulary
+
+
+def _check_sizes(file, config):
+  """Raises unless the sizes are numbers, before anything is made of them."""
+  for name in _SIZES:
+    size = config.get(name, 1)
+    if type(size) is not int or not 1 <= size <= _LARGEST:
+      raise ValueError(
+        f'{name} of {file} must be a number from 1 to {_LARGEST}, but is '
+        f'{size!r}. Restore the file.'
+      )
+
+
+def _check_digest(file, what, saved, loaded):
+  if saved['sha256'] != loaded.sha256:
+    raise ValueError(
+      f'{file} must name {what} beside it, sha256 {saved["sha256"]}, but '
+      f'that file has {loaded.sha256}. Restore the file that the model was '
+      'trained with.'
+    )

@@ -1,0 +1,267 @@
+"""A model's config as JSON, so that a folder of weights says what it holds.
+
+Reading one can make nothing but the classes of `mowe.layers`: a file that came
+with downloaded weights is data, never code.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mowe.models import model_config
+from mowe.models.decoder_only import decoder_only
+from mowe.models.t5 import t5
+
+# What the stack or a run gives to a layer, or what Linen adds: no part of its config.
+_GIVEN = {
+  'parent',
+  'name',
+  'dtype',
+  'dropout_rate',
+  'table',
+  'num_slots',
+  'rows_from',
+}
+
+# What the stack gives besides to the part that a field makes.
+_OF_HEADS = {'num_heads', 'head_dim', 'relpos_bias'}
+_GIVEN_TO = {
+  'attention': _OF_HEADS,
+  'encoder_attention': _OF_HEADS,
+  'decoder_attention': _OF_HEADS,
+}
+
+# Name in a file of each kind of config; a file without one holds a T5Config.
+_FAMILY = 'family'
+_FAMILIES = {'decoder_only': decoder_only.DecoderOnlyConfig}
+
+_BLOCK_LAYERS = 'block_layers'
+
+# Longer tuples of integers, such as the table of a HashRouter, become bytes.
+_LONG = 64
+_INTEGER_TYPES = ('uint8', 'uint16', 'int64')
+
+
+def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
+  """The config as a tree of JSON values; the routing is saved on its own.
+
+  Raises:
+    ValueError: a layer holds a class or a value that could not be read again.
+  """
+  tree: dict[str, Any] = {}
+  for family, cls in _FAMILIES.items():
+    if isinstance(config, cls):
+      tree[_FAMILY] = family
+  parts = config.parts()
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name == 'routing':
+      continue
+    if field.name == _BLOCK_LAYERS:
+      # Absent without any, as in files from before there were such.
+      if value:
+        tree[field.name] = _block_layers_to_json(config)
+      continue
+    if field.name == 'dtype':
+      value = jnp.dtype(value).name
+    if field.name in parts:
+      value = _layer_to_json(field.name, parts[field.name])
+    tree[field.name] = value
+  return json.loads(json.dumps(tree))
+
+
+def from_json(
+  tree: dict[str, Any],
+  routing: model_config.Routing | None = None,
+  **changes: Any,
+) -> model_config.ModelConfig:
+  """Inverse of `to_json`.
+
+  Args:
+    tree: what `to_json` gave.
+    routing: the model's routing vocabulary, if it has one.
+    **changes: fields to replace, such as `dropout_rate=0.0`.
+
+  Raises:
+    ValueError: the tree names a field or a class that this package lacks.
+  """
+  tree = dict(tree)
+  family = tree.pop(_FAMILY, None)
+  cls = t5.T5Config if family is None else _FAMILIES.get(family)
+  if cls is None:
+    raise ValueError(
+      f'The family of a saved model must be one of {sorted(_FAMILIES)}, but is '
+      f'{family!r}. It was written by another version: use that one.'
+    )
+  known = {field.name for field in dataclasses.fields(cls)}
+  _check_names('A model config', tree, known)
+  values = {}
+  for name, value in tree.items():
+    if name == _BLOCK_LAYERS:
+      values[name] = tuple(
+        (place, _factory_from_json(layer)) for place, layer in value.items()
+      )
+    elif isinstance(value, dict):
+      values[name] = _factory_from_json(value)
+    else:
+      values[name] = _tuples(value)
+  return cls(**(values | {'routing': routing} | changes))
+
+
+def _block_layers_to_json(config):
+  layers = {}
+  for place, _ in config.block_layers:
+    stream, block, name = place.split('/')
+    number = int(block.removeprefix('layers_'))
+    field = config.layer_fields[stream, name]
+    layer = config.of_block(stream, number).parts()[field]
+    layers[place] = _layer_to_json(field, layer)
+  return layers
+
+
+def _layer_to_json(field, layer):
+  given = _GIVEN | _GIVEN_TO.get(field, set())
+  return _part_to_json(layer, leave_out=given)
+
+
+def _factory_from_json(tree):
+  what = 'A saved layer'
+  cls, fields = _part_from_json(tree, what)
+  if not issubclass(cls, nn.Module):
+    raise ValueError(_not_a_class(what, tree))
+  # A class that is as it is made is itself: configs are compared.
+  return functools.partial(cls, **fields) if fields else cls
+
+
+def _part_to_json(part, leave_out=frozenset()) -> dict[str, Any]:
+  """A layer, or what it is put together of: its class and its fields."""
+  # gin's subclasses bear the names of what they stand for.
+  cls = type(part)
+  name = f'{cls.__module__}.{cls.__qualname__}'
+  if not _class_of(name):
+    raise ValueError(
+      'A model can only be saved with classes of mowe.layers, or it could not '
+      f'be read again, but it has a {name}. Move the class there.'
+    )
+  fields = {
+    field.name: _value_to_json(
+      getattr(part, field.name), f'{name}.{field.name}'
+    )
+    for field in dataclasses.fields(part)
+    if field.name not in leave_out
+  }
+  return {'class': name, 'fields': fields}
+
+
+def _value_to_json(value, name):
+  if value is None or isinstance(value, bool | int | float | str):
+    return value
+  if isinstance(value, tuple | list):
+    if len(value) > _LONG and all(type(x) is int for x in value):
+      return _integers_to_json(value)
+    return [_value_to_json(x, name) for x in value]
+  if dataclasses.is_dataclass(value) and not isinstance(
+    value, type | nn.Module
+  ):
+    return _part_to_json(value)
+  raise ValueError(
+    f'{name} must be a number, a text, a tuple or a class of mowe.layers to be '
+    f'saved, but is a {type(value).__name__}. Make an array a tuple with '
+    'tuple(array.tolist()).'
+  )
+
+
+def _part_from_json(tree, what) -> tuple[type, dict[str, Any]]:
+  """The class that a tree names, and the values of its fields."""
+  cls = None
+  if set(tree) == {'class', 'fields'} and isinstance(tree['class'], str):
+    cls = _class_of(tree['class'])
+  if cls is None:
+    raise ValueError(_not_a_class(what, tree))
+  known = {field.name for field in dataclasses.fields(cls)}
+  _check_names(tree['class'], tree['fields'], known)
+  values = {
+    key: _value_from_json(value) for key, value in tree['fields'].items()
+  }
+  return cls, values
+
+
+def _value_from_json(value):
+  if isinstance(value, list):
+    return tuple(map(_value_from_json, value))
+  if isinstance(value, dict):
+    if 'integers' in value:
+      return _integers_from_json(value)
+    what = 'A part of a saved feed-forward'
+    cls, fields = _part_from_json(value, what)
+    if issubclass(cls, nn.Module):
+      raise ValueError(_not_a_class(what, value))
+    return cls(**fields)
+  return value
+
+
+def _class_of(name):
+  """The layer or frozen class of this name, None if there is none."""
+  module, _, short = name.rpartition('.')
+  found = None
+  if module.startswith('mowe.layers.'):
+    with contextlib.suppress(ImportError):
+      found = getattr(importlib.import_module(module), short, None)
+  is_ours = isinstance(found, type) and found.__module__ == module
+  return found if is_ours and dataclasses.is_dataclass(found) else None
+
+
+def _not_a_class(what, tree):
+  return (
+    f'{what} must be a class in mowe.layers with its fields, but is '
+    f'{tree.get("class", tree)!r}. Make the config in code instead of loading '
+    'it.'
+  )
+
+
+def _check_names(what, found, known):
+  unknown = sorted(set(found) - known)
+  if unknown:
+    raise ValueError(
+      f'{what} may only have the fields {sorted(known)}, but has {unknown}. It '
+      'was written by another version: use that one.'
+    )
+
+
+def _integers_to_json(values):
+  # The smallest type that holds them all.
+  kind = next(
+    kind
+    for kind in _INTEGER_TYPES
+    if np.iinfo(kind).min <= min(values) <= max(values) <= np.iinfo(kind).max
+  )
+  array = np.asarray(values, np.dtype(kind).newbyteorder('<'))
+  return {
+    'integers': base64.b64encode(array.tobytes()).decode(),
+    'dtype': kind,
+  }
+
+
+def _integers_from_json(tree):
+  kind = tree.get('dtype')
+  if kind not in _INTEGER_TYPES:
+    raise ValueError(
+      f'Saved integers must have one of the types {_INTEGER_TYPES}, but have '
+      f'{kind!r}. The file was changed: restore it.'
+    )
+  content = base64.b64decode(tree['integers'], validate=True)
+  return tuple(
+    np.frombuffer(content, np.dtype(kind).newbyteorder('<')).tolist()
+  )
+
+
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,252 @@
+"""A model with fewer modules: which are left, and how gates go on."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mowe.layers.routers import added_modules, pruned_modules, tokens_choose
+from mowe.models import model_config
+from mowe.models.surgery import module_surgery, modules_edits
+
+# Place of a layer -> numbers of the modules that are left, in order.
+Kept = Mapping[str, tuple[int, ...]]
+
+
+class Gates(Protocol):
+  """What becomes of the gates of the modules that are left."""
+
+  def fields(
+    self, one: module_surgery.ModuleLayer, kept: tuple[int, ...]
+  ) -> Any:
+    """Fields of the smaller layer."""
+
+  def takes_columns(self, one: module_surgery.ModuleLayer) -> bool:
+    """Whether columns of removed modules go as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Renormalise:
+  """The softmax of the router is over the modules that are left.
+
+  Gates grow by what removed modules had: by 1 / (1 - their probability).
+  """
+
+  def fields(
+    self, one: module_surgery.ModuleLayer, kept: tuple[int, ...]
+  ) -> dict[str, Any]:
+    """See `Gates`."""
+    return {
+      'num_experts': len(kept),
+      'routing': _smaller(one.layer.routing, kept),
+      'losses': module_surgery.plain_losses(one.layer.losses),
+    }
+
+  def takes_columns(self, one: module_surgery.ModuleLayer) -> bool:
+    """See `Gates`."""
+    del one
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepGates:
+  """Gates stay what they were: removed modules are masked after the softmax.
+
+  The router keeps their columns. A token that never chose a removed module has
+  the same outputs.
+  """
+
+  def fields(
+    self, one: module_surgery.ModuleLayer, kept: tuple[int, ...]
+  ) -> dict[str, Any]:
+    """See `Gates`."""
+    if self.takes_columns(one):
+      return Renormalise().fields(one, kept)
+    layer = one.layer
+    router, logits = layer.routing, layer.logits
+    losses = module_surgery.plain_losses(layer.losses)
+    columns, num_columns = kept, one.num_columns
+    if isinstance(router, pruned_modules.KeptChoose):
+      columns = tuple(router.kept[number] for number in kept)
+      router, logits, losses = router.router, logits.logits, losses.losses
+    return {
+      'num_experts': len(kept),
+      'routing': pruned_modules.KeptChoose(router, columns, num_columns),
+      'logits': pruned_modules.KeptLogits(logits, num_columns - len(kept)),
+      'losses': pruned_modules.KeptLosses(losses, columns, num_columns),
+    }
+
+  def takes_columns(self, one: module_surgery.ModuleLayer) -> bool:
+    """True where gates do not depend on other modules than the chosen."""
+    router = one.layer.routing
+    return isinstance(router, tokens_choose.TokensChoose) and (
+      router.sigmoid or router.renormalize
+    )
+
+
+def prune(
+  config: model_config.ModelConfig, kept: Kept, gates: Gates
+) -> tuple[model_config.ModelConfig, modules_edits.Edits]:
+  """Removes modules.
+
+  Args:
+    config: of the model.
+    kept: of every layer that changes the modules that are left.
+    gates: Renormalise or KeepGates.
+
+  Returns:
+    The config of the smaller model, and how its parameters come about.
+
+  Raises:
+    ValueError: no such layer or module, a layer that would have fewer modules
+      than a token meets, or one that cannot be pruned in this way.
+  """
+  layers = {one.place: one for one in module_surgery.module_layers(config)}
+  if not layers:
+    raise ValueError(
+      'The model must have layers of modules (a router, and parameters with '
+      'the axis `expert`), but has none. There is nothing to prune.'
+    )
+  _check_places(layers, kept)
+  changes, edits = {}, {}
+  for place, numbers in kept.items():
+    one = layers[place]
+    check_kept(one, numbers)
+    changes[place] = gates.fields(one, numbers)
+    taken = dict(one.slabs)
+    taken |= {
+      path: axis
+      for path, axis in one.columns.items()
+      if gates.takes_columns(one) or path[-1] == 'selection_bias'
+    }
+    for path, axis in taken.items():
+      edits[path] = modules_edits.Take(axis, numbers)
+  return module_surgery.with_layers(config, changes), edits
+
+
+def check_kept(one: module_surgery.ModuleLayer, kept: tuple[int, ...]) -> None:
+  """Raises ValueError unless a layer can do with these modules."""
+  module_surgery.check_router(one)
+  in_order = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+  if kept and not (0 <= kept[0] and kept[-1] < one.num_modules and in_order):
+    raise ValueError(
+      f'Modules of {one.place} must be numbers from 0 to '
+      f'{one.num_modules - 1} in their order, but are {kept}. Name each one '
+      'that is left once.'
+    )
+  for numbers, k in module_surgery.fewest(one.layer.routing, one.num_modules):
+    left = sum(number in numbers for number in kept)
+    if left < k:
+      which = f'modules {numbers[0]} to {numbers[-1]} of {one.place}'
+      raise ValueError(
+        f'Each token meets {k} of {which}, so at least {k} must be left, but '
+        f'{left} would be. Keep more: a larger fraction, or a lower threshold.'
+      )
+
+
+def most_used(
+  one: module_surgery.ModuleLayer, counts: Sequence[int], fraction: float
+) -> tuple[int, ...]:
+  """The modules of a layer that were chosen most often.
+
+  Of equal ones the first. Where tokens meet modules of two kinds, each kind has
+  at least as many as a token meets.
+
+  Args:
+    one: the layer.
+    counts: how often each of its modules was chosen.
+    fraction: of the modules that are left; their number is rounded.
+
+  Raises:
+    ValueError: too few would be left.
+  """
+  if not 0 < fraction <= 1:
+    raise ValueError(
+      'The fraction of modules that are left must be above 0 and at most 1, '
+      f'but is {fraction}. A layer without modules gives nothing: to remove '
+      'a layer is another thing.'
+    )
+  number = math.floor(fraction * one.num_modules + 0.5)
+  needed = sum(
+    k for _, k in module_surgery.fewest(one.layer.routing, one.num_modules)
+  )
+  if number < needed:
+    raise ValueError(
+      f'Each token meets {needed} modules of {one.place}, so at least {needed} '
+      f'must be left, but {fraction:g} of {one.num_modules} are {number}. Take '
+      'a larger fraction.'
+    )
+  return _best(one, counts, number)
+
+
+def above_threshold(
+  one: module_surgery.ModuleLayer,
+  counts: Sequence[int],
+  threshold: float,
+  multiple: int = 1,
+) -> tuple[int, ...]:
+  """The modules that were chosen often enough, and at least those needed.
+
+  Args:
+    one: the layer.
+    counts: how often each of its modules was chosen.
+    threshold: least count, relative to the mean of the layer's modules.
+    multiple: the number that is left is rounded up to one of it.
+  """
+  if threshold < 0:
+    raise ValueError(
+      f'The threshold must not be negative, but is {threshold}. 1 is the mean '
+      'count of the modules of a layer.'
+    )
+  least = threshold * np.mean(counts)
+  number = sum(count >= least for count in counts)
+  for _, k in module_surgery.fewest(one.layer.routing, one.num_modules):
+    number = max(number, k)
+  number = min(-(-number // multiple) * multiple, one.num_modules)
+  needed = sum(
+    k for _, k in module_surgery.fewest(one.layer.routing, one.num_modules)
+  )
+  return _best(one, counts, max(number, needed))
+
+
+def _best(one, counts, number):
+  """So many modules by count, each range of `fewest` with its own."""
+  if len(counts) != one.num_modules:
+    raise ValueError(
+      f'There must be a count for each of the {one.num_modules} modules of '
+      f'{one.place}, but there are {len(counts)}. Measure this very model: '
+      '`mowe modules usage`.'
+    )
+  order = sorted(range(one.num_modules), key=lambda m: (-counts[m], m))
+  kept = []
+  for numbers, k in module_surgery.fewest(one.layer.routing, one.num_modules):
+    kept += [m for m in order if m in numbers][:k]
+  kept += [m for m in order if m not in kept][: number - len(kept)]
+  return tuple(sorted(kept))
+
+
+def _smaller(router, kept):
+  """The router of the modules that are left."""
+  if isinstance(router, added_modules.AddedChoose):
+    old = tuple(m for m in kept if m < router.num_old)
+    return dataclasses.replace(
+      router, router=_smaller(router.router, old), num_old=len(old)
+    )
+  if isinstance(router, pruned_modules.KeptChoose):
+    raise ValueError(
+      'A layer whose gates were kept when it was pruned can only be pruned so '
+      'again, but gates were to be renormalised. Leave --gates out, or prune '
+      'the model from which it came.'
+    )
+  return router
+
+
+def _check_places(layers, kept):
+  unknown = sorted(set(kept) - set(layers))
+  if unknown:
+    raise ValueError(
+      f'Layers of modules are {sorted(layers)}, but {unknown} were to be '
+      'pruned. Measure this very model: `mowe modules usage`.'
+    )

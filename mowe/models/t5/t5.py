@@ -1,0 +1,366 @@
+"""T5 encoder-decoder, 1.0 and 1.1, with any feed-forward in any block.
+
+Parameter names, shapes and logical axes of the dense parts are those of
+T5X's minimal network, so its checkpoints fit without renaming.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import embedding
+from mowe.layers.routers import router_losses
+from mowe.models import decoding, model_config
+from mowe.models.t5 import t5_config, t5_stacks
+
+# `t5.T5Config` in gin files and code: config and model go together.
+Routing = t5_config.Routing
+T5Config = t5_config.T5Config
+default_dtype = t5_config.default_dtype
+
+
+class T5(nn.Module):
+  """T5 encoder-decoder.
+
+  Source: arXiv 1910.10683 (1.0), arXiv 2002.05202 and T5's release notes (1.1).
+  The calls are those of T5X's minimal network. Token ids may arrive as floats
+  (t5x does so at initialisation) and are cast first.
+
+  Call: see `__call__`, `encode`, `decode`.
+  """
+
+  config: T5Config
+
+  def setup(self):
+    config = self.config
+    self.token_embedder = embedding.Embedding(
+      config.vocab_size, config.emb_dim, config.dtype
+    )
+    shared = {}
+    for name, module in config.make_shared().items():
+      # Assigning gives the module its place in the tree: `experts/...`.
+      setattr(self, name, module)
+      shared[name] = getattr(self, name)
+    self.encoder = t5_stacks.Encoder(config, shared)
+    self.decoder = t5_stacks.Decoder(config, shared)
+
+  def __call__(
+    self,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    encoder_positions: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    *,
+    encoder_routing_ids: Any = None,
+    decoder_routing_ids: Any = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+  ) -> jax.Array:
+    """Logits <float32>[batch, targets, vocab] with teacher forcing.
+
+    Args:
+      encoder_input_tokens: <int32>[batch, inputs], 0 is padding.
+      decoder_input_tokens: <int32>[batch, targets], shifted targets.
+      decoder_target_tokens: <int32>[batch, targets].
+      encoder_segment_ids: <int32>[batch, inputs] of packed examples, or None.
+      decoder_segment_ids: <int32>[batch, targets] of packed examples, or None.
+      encoder_positions: taken for T5X's sake; relative positions need none.
+      decoder_positions: likewise.
+      encoder_routing_ids: <int32>[batch, inputs], or a StreamPlan; by default
+        made from the tokens by the config's routing.
+      decoder_routing_ids: likewise for the decoder's input tokens.
+      enable_dropout: draws from the `dropout` stream.
+      decode: prepares the cache for step-by-step decoding.
+    """
+    del encoder_positions, decoder_positions
+    embedded, decoder_embedded = self.token_embedder.both(
+      encoder_input_tokens.astype(jnp.int32),
+      decoder_input_tokens.astype(jnp.int32),
+    )
+    encoded = self._encode(
+      embedded,
+      encoder_input_tokens,
+      encoder_segment_ids,
+      encoder_routing_ids=encoder_routing_ids,
+      enable_dropout=enable_dropout,
+    )
+    return self._decode(
+      decoder_embedded,
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_routing_ids=decoder_routing_ids,
+      enable_dropout=enable_dropout,
+      decode=decode,
+      max_decode_length=None,
+    )
+
+  def of_batch(
+    self, batch: Mapping[str, Any], *, enable_dropout: bool = True
+  ) -> jax.Array:
+    """Logits <float32>[batch, targets, vocab] of a batch by T5X's keys.
+
+    Args:
+      batch: as in docs/architecture.md; routing ids may be StreamPlans.
+      enable_dropout: draws from the `dropout` stream.
+    """
+    return self(
+      **{name: batch[name] for name in _FEATURES if name in batch},
+      enable_dropout=enable_dropout,
+    )
+
+  def encode(
+    self,
+    encoder_input_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    *,
+    encoder_routing_ids: Any = None,
+    enable_dropout: bool = True,
+  ) -> jax.Array:
+    """Encoder outputs <dtype>[batch, inputs, embed]."""
+    return self._encode(
+      self.token_embedder(encoder_input_tokens.astype(jnp.int32)),
+      encoder_input_tokens,
+      encoder_segment_ids,
+      encoder_routing_ids=encoder_routing_ids,
+      enable_dropout=enable_dropout,
+    )
+
+  def _encode(
+    self,
+    embedded,
+    encoder_input_tokens,
+    encoder_segment_ids,
+    *,
+    encoder_routing_ids,
+    enable_dropout,
+  ):
+    ids = encoder_input_tokens.astype(jnp.int32)
+    real = ids > 0
+    mask = real[:, None, :, None] & real[:, None, None, :]
+    mask = _same_segment(mask, encoder_segment_ids, encoder_segment_ids)
+    if encoder_routing_ids is None and self.config.sparse_encoder_layers:
+      encoder_routing_ids = self._routing_ids(
+        'encoder_ids', ids, real, encoder_segment_ids
+      )
+    return self.encoder(
+      embedded,
+      mask,
+      encoder_routing_ids,
+      not enable_dropout,
+    )
+
+  def decode(
+    self,
+    encoded: jax.Array,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    *,
+    decoder_routing_ids: Any = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> jax.Array:
+    """Logits <float32>[batch, targets, vocab] given the encoder's outputs.
+
+    With `decode=True` and a cache, the inputs are one token [batch, 1], and
+    the targets are not looked at.
+    """
+    del decoder_positions
+    return self._decode(
+      self.token_embedder(decoder_input_tokens.astype(jnp.int32)),
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_routing_ids=decoder_routing_ids,
+      enable_dropout=enable_dropout,
+      decode=decode,
+      max_decode_length=max_decode_length,
+    )
+
+  def _decode(
+    self,
+    embedded,
+    encoded,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    encoder_segment_ids,
+    decoder_segment_ids,
+    *,
+    decoder_routing_ids,
+    enable_dropout,
+    decode,
+    max_decode_length,
+  ):
+    inputs = decoder_input_tokens.astype(jnp.int32)
+    memory = encoder_input_tokens.astype(jnp.int32) > 0
+    if decode:
+      real, mask = jnp.ones(inputs.shape, bool), None
+    else:
+      real = decoder_target_tokens > 0
+      length = inputs.shape[1]
+      causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+      mask = causal & real[:, None, :, None] & real[:, None, None, :]
+      mask = _same_segment(mask, decoder_segment_ids, decoder_segment_ids)
+    cross_mask = real[:, None, :, None] & memory[:, None, None, :]
+    cross_mask = _same_segment(
+      cross_mask, decoder_segment_ids, encoder_segment_ids
+    )
+    if decoder_routing_ids is None and self.config.sparse_decoder_layers:
+      decoder_routing_ids = self._decoder_routing_ids(
+        inputs, real, decoder_segment_ids, decode
+      )
+    tokens = self.decoder(
+      embedded,
+      encoded,
+      mask,
+      cross_mask,
+      decoder_routing_ids,
+      decode=decode,
+      max_decode_length=max_decode_length,
+      deterministic=not enable_dropout,
+    )
+    if self.config.logits_via_embedding:
+      return self.token_embedder.attend(tokens)
+    return self.decoder.logits(tokens)
+
+  def remember(self, encoded: jax.Array) -> None:
+    """Puts the decoder's keys and values of `encoded` in `encoder_memory`."""
+    self.decoder.remember(encoded)
+
+  def _routing_ids(self, method, ids, real, segment_ids):
+    return model_config.routing_ids(self.config, method, ids, real, segment_ids)
+
+  def _decoder_routing_ids(self, inputs, real, segment_ids, decode):
+    if not decode or self.config.routing is None:
+      return self._routing_ids('decoder_ids', inputs, real, segment_ids)
+    if not self.has_variable('cache', 'word_so_far'):
+      ids = self._routing_ids('decoder_ids', inputs, real, segment_ids)
+      # Rank 2: T5X's beam search leaves leaves of rank 1 alone.
+      state = self.config.routing.initial_state(inputs.shape[0])
+      self.put_variable('cache', 'word_so_far', jnp.asarray(state))
+      return ids
+    state = self.get_variable('cache', 'word_so_far')
+    ids, state = self.config.routing.decoder_step(inputs, state)
+    self.put_variable('cache', 'word_so_far', state)
+    return ids
+
+  @nn.nowrap
+  def start_generation(
+    self,
+    variables: Any,
+    inputs: jax.Array,
+    max_length: int,
+    rows_per_example: int,
+  ) -> tuple[decoding.CountedStep, decoding.Cache]:
+    """The step function and the cache that `decoding` begins with.
+
+    Args:
+      variables: a dict with 'params'.
+      inputs: <int32>[batch, inputs], 0 is padding.
+      max_length: most tokens of a sequence.
+      rows_per_example: rows of the step function; the cache has one.
+    """
+    apply = functools.partial(self.apply, enable_dropout=False)
+    encoded = apply(variables, inputs, method='encode')
+    cache = initial_cache(self, variables, encoded, inputs, max_length)
+    # The keys and values of the encoder's outputs, computed once.
+    _, memory = self.apply(
+      variables, encoded, method='remember', mutable=['encoder_memory']
+    )
+    encoded, inputs, memory = decoding.expand_rows(
+      (encoded, inputs, memory), rows_per_example
+    )
+    # Or XLA moves their transposition into the loop, to be made at each step.
+    memory = jax.lax.optimization_barrier(memory)
+
+    def step_function(tokens, cache):
+      logits, changed = apply(
+        {**variables, **memory, 'cache': cache},
+        encoded,
+        inputs,
+        tokens,
+        tokens,
+        decode=True,
+        max_decode_length=max_length,
+        method='decode',
+        mutable=['cache', router_losses.COLLECTION],
+      )
+      counted = changed.get(router_losses.COLLECTION, {})
+      return logits[:, 0], changed['cache'], counted
+
+    return step_function, cache
+
+
+# What of a batch `T5.__call__` takes.
+_FEATURES = (
+  'encoder_input_tokens',
+  'decoder_input_tokens',
+  'decoder_target_tokens',
+  'encoder_segment_ids',
+  'decoder_segment_ids',
+  'encoder_routing_ids',
+  'decoder_routing_ids',
+)
+
+
+def _same_segment(mask, query_segments, key_segments):
+  """Lets a query see only keys of its own packed segment."""
+  if query_segments is None or key_segments is None:
+    return mask
+  same = query_segments[:, None, :, None] == key_segments[:, None, None, :]
+  return mask & same
+
+
+def initial_cache(
+  model: nn.Module,
+  variables: Any,
+  encoded: jax.Array,
+  encoder_input_tokens: jax.Array,
+  max_length: int,
+) -> decoding.Cache:
+  """The model's cache before the first token: zeros, computed by no pass.
+
+  Args:
+    model: with the calls of `mowe.models.t5.t5.T5`.
+    variables: a dict with 'params'.
+    encoded: <dtype>[batch, inputs, embed], the encoder's outputs.
+    encoder_input_tokens: <int32>[batch, inputs].
+    max_length: steps for which the cache has room.
+  """
+  targets = jnp.ones((encoded.shape[0], max_length), jnp.int32)
+
+  def first_pass(variables, encoded, inputs):
+    _, changed = model.apply(
+      variables,
+      encoded,
+      inputs,
+      targets,
+      targets,
+      enable_dropout=False,
+      decode=True,
+      method='decode',
+      mutable=['cache'],
+    )
+    return changed['cache']
+
+  shapes = jax.eval_shape(first_pass, variables, encoded, encoder_input_tokens)
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

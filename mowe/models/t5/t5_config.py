@@ -1,0 +1,238 @@
+"""Sizes and parts of a T5, checked when they are put together."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import feed_forward
+from mowe.layers.attention import multi_head
+from mowe.models import model_config
+
+Routing = model_config.Routing
+default_dtype = model_config.default_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """Sizes and parts of a T5.
+
+  Attributes:
+    vocab_size: rows of the embedding; at least the subword vocabulary's size.
+    emb_dim: width of the model.
+    num_heads: attention heads.
+    head_dim: size of one head.
+    mlp_dim: hidden units of a dense feed-forward.
+    num_encoder_layers: encoder blocks.
+    num_decoder_layers: decoder blocks.
+    mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
+    logits_via_embedding: logits from the embedding (1.0), not their own kernel.
+    dropout_rate: dropout everywhere.
+    dtype: dtype of activations; parameters are float32. Not float16.
+    remat: recompute blocks in the backward pass instead of keeping them.
+    attention: makes every attention but those below: MultiHeadAttention, or
+      `mixture_of_heads.MixtureOfAttentionHeads`.
+    encoder_attention: the same for the encoder, where it is another.
+    decoder_attention: the same for the decoder's own tokens.
+    sparse_feed_forward: makes the layer (or its class) of the blocks below.
+    sparse_decoder_feed_forward: the same for the decoder's blocks, where it is
+      another: a router that looks ahead fits an encoder only.
+    sparse_encoder_layers: encoder blocks, from 0, whose feed-forward is sparse.
+    sparse_decoder_layers: decoder blocks, likewise.
+    routing: gives routing ids where the batch has none. Without it, layers
+      that can be routed by token get the ids of the tokens, -1 for padding.
+    block_layers: layers of single blocks that differ from the others; see
+      `model_config.ModelConfig`.
+
+  Raises:
+    ValueError: sizes or parts that cannot work together.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  num_encoder_layers: int
+  num_decoder_layers: int
+  mlp_activations: tuple[str, ...] = ('gelu', 'linear')
+  logits_via_embedding: bool = False
+  dropout_rate: float = 0.1
+  dtype: Any = jnp.float32
+  remat: bool = False
+  attention: model_config.Factory = multi_head.MultiHeadAttention
+  encoder_attention: model_config.Factory | None = None
+  decoder_attention: model_config.Factory | None = None
+  sparse_feed_forward: Callable[..., nn.Module] | None = None
+  sparse_decoder_feed_forward: Callable[..., nn.Module] | None = None
+  sparse_encoder_layers: tuple[int, ...] = ()
+  sparse_decoder_layers: tuple[int, ...] = ()
+  routing: Routing | None = None
+  block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
+    feed_forward.check_activations(self.mlp_activations)
+    model_config.check_dtype(self.dtype)
+    depths = {
+      'encoder': self.num_encoder_layers,
+      'decoder': self.num_decoder_layers,
+    }
+    for stream, blocks in self.sparse_blocks().items():
+      model_config.check_blocks(stream, blocks, depths[stream])
+    model_config.check_block_layers(self, depths)
+    has_layers = bool(self.sparse_encoder_layers or self.sparse_decoder_layers)
+    if has_layers != (self.sparse_feed_forward is not None):
+      raise ValueError(
+        'sparse_feed_forward and the sparse layers must be given together, '
+        f'but sparse_feed_forward is {self.sparse_feed_forward} with encoder '
+        f'layers {self.sparse_encoder_layers} and decoder layers '
+        f'{self.sparse_decoder_layers}. Set both or neither.'
+      )
+    if self.sparse_feed_forward is not None:
+      model_config.check_layers(self)
+    model_config.check_attentions(self)
+
+  # Of the inputs, and of the targets.
+  streams = ('encoder', 'decoder')
+  # Batches have nothing to do with each other.
+  memory_length = 0
+  layer_fields = types.MappingProxyType(
+    {
+      ('encoder', 'mlp'): 'sparse_feed_forward',
+      ('decoder', 'mlp'): 'sparse_decoder_feed_forward',
+      ('encoder', 'attention'): 'encoder_attention',
+      ('decoder', 'self_attention'): 'decoder_attention',
+      ('decoder', 'encoder_decoder_attention'): 'attention',
+    }
+  )
+  # Where the first is None, the second makes its layers.
+  shared_fields = types.MappingProxyType(
+    {
+      'sparse_decoder_feed_forward': 'sparse_feed_forward',
+      'encoder_attention': 'attention',
+      'decoder_attention': 'attention',
+    }
+  )
+
+  def build(self) -> nn.Module:
+    """The T5 of these sizes."""
+    from mowe.models.t5 import t5
+
+    return t5.T5(self)
+
+  def of_block(self, stream: str, number: int) -> 'T5Config':
+    """The config whose layers are those of one block."""
+    return model_config.of_block(self, stream, number)
+
+  def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
+    """Of each stack the blocks whose feed-forward is sparse."""
+    return {
+      'encoder': self.sparse_encoder_layers,
+      'decoder': self.sparse_decoder_layers,
+    }
+
+  def sparse_layers(self) -> dict[str, nn.Module]:
+    """A sparse layer of each stack; {} if there is none."""
+    if self.sparse_feed_forward is None:
+      return {}
+    return dict(zip(self.streams, self.make_sparse_layers(), strict=True))
+
+  def check_mesh(
+    self,
+    mesh_shape: Mapping[str, int],
+    batch_size: int,
+    lengths: Mapping[str, int],
+  ) -> None:
+    """See `model_config.check_mesh`; lengths of 'inputs' and 'targets'."""
+    of_streams = {'encoder': lengths['inputs'], 'decoder': lengths['targets']}
+    model_config.check_mesh(self, mesh_shape, batch_size, of_streams)
+
+  def parts(self) -> dict[str, nn.Module]:
+    """A layer of each field that makes some."""
+    layers = dict(
+      zip(
+        ('sparse_feed_forward', 'sparse_decoder_feed_forward'),
+        self.sparse_layers().values(),
+        strict=False,
+      )
+    ) | {
+      'attention': self._make(self.attention),
+      'encoder_attention': self.make_attention(model_config.ENCODER_ATTENTION),
+      'decoder_attention': self.make_attention('self_attention'),
+    }
+    return {
+      field: layer
+      for field, layer in layers.items()
+      if getattr(self, field) is not None
+    }
+
+  def attentions(self) -> dict[str, nn.Module]:
+    """An attention of each kind, by its name in a block."""
+    names = (
+      model_config.ENCODER_ATTENTION,
+      'self_attention',
+      model_config.CROSS_ATTENTION,
+    )
+    return {name: self.make_attention(name) for name in names}
+
+  def make_attention(self, name: str) -> nn.Module:
+    """The attention of this name in a block."""
+    others = {
+      model_config.ENCODER_ATTENTION: self.encoder_attention,
+      'self_attention': self.decoder_attention,
+    }
+    return self._make(others.get(name) or self.attention)
+
+  def _make(self, factory):
+    return factory(
+      num_heads=self.num_heads,
+      head_dim=self.head_dim,
+      dropout_rate=self.dropout_rate,
+      dtype=self.dtype,
+      parent=None,
+    )
+
+  def with_layer_changes(self, **changes: Any) -> 'T5Config':
+    """This config with other fields in those sparse layers that have them."""
+    changed = lambda factory: model_config.changed_factory(factory, changes)
+    return dataclasses.replace(
+      self,
+      sparse_feed_forward=changed(self.sparse_feed_forward),
+      sparse_decoder_feed_forward=changed(self.sparse_decoder_feed_forward),
+      block_layers=model_config.changed_block_layers(self, changes),
+    )
+
+  def make_dense_feed_forward(self) -> nn.Module:
+    return feed_forward.DenseFeedForward(
+      self.mlp_dim,
+      self.mlp_activations,
+      self.dropout_rate,
+      self.dtype,
+      parent=None,
+    )
+
+  def make_sparse_layers(self) -> tuple[nn.Module, nn.Module]:
+    """A sparse layer of the encoder, and one of the decoder."""
+    make = lambda factory: factory(
+      dropout_rate=self.dropout_rate, dtype=self.dtype, parent=None
+    )
+    of_decoder = self.sparse_decoder_feed_forward or self.sparse_feed_forward
+    return make(self.sparse_feed_forward), make(of_decoder)
+
+  def make_shared(self) -> dict[str, nn.Module]:
+    """Modules shared by all sparse layers, such as a table of experts."""
+    return model_config.shared_modules(
+      self.sparse_layers().values(), self.emb_dim
+    )
+
+  def make_feed_forward(
+    self, is_sparse: bool, is_decoder: bool, shared: dict[str, nn.Module]
+  ) -> nn.Module:
+    if not is_sparse:
+      return self.make_dense_feed_forward()
+    layer = self.make_sparse_layers()[is_decoder]
+    return model_config.with_shared(layer, shared)

@@ -1,0 +1,228 @@
+"""Encoder and decoder of a T5: blocks from embedded to normed tokens."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mowe.layers import layer_norm, linear
+from mowe.layers.attention import multi_head, relative_position
+from mowe.models.t5 import t5_config
+
+
+class _Block(nn.Module):
+  """What encoder and decoder blocks share: norms, residuals, dropout."""
+
+  config: t5_config.T5Config
+  is_sparse: bool
+  shared: dict[str, nn.Module]
+  is_decoder = False
+
+  def _norm(self):
+    return layer_norm.LayerNorm(dtype=self.config.dtype)
+
+  def _setup_feed_forward(self):
+    self.pre_mlp_layer_norm = self._norm()
+    self.mlp = self.config.make_feed_forward(
+      self.is_sparse, self.is_decoder, self.shared
+    )
+    self.dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
+
+  def _feed_forward(self, tokens, routing_ids, deterministic):
+    outputs = self.mlp(
+      self.pre_mlp_layer_norm(tokens),
+      routing_ids,
+      deterministic=deterministic,
+    )
+    return tokens + self.dropout(outputs, deterministic=deterministic)
+
+
+class EncoderBlock(_Block):
+  """Self-attention and feed-forward, each with a residual around it."""
+
+  def setup(self):
+    self.pre_attention_layer_norm = self._norm()
+    self.attention = self.config.make_attention('attention')
+    self._setup_feed_forward()
+
+  def __call__(self, tokens, bias, mask, routing_ids, deterministic):
+    normed = self.pre_attention_layer_norm(tokens)
+    attended = self.attention(
+      normed, normed, bias=bias, mask=mask, deterministic=deterministic
+    )
+    tokens = tokens + self.dropout(attended, deterministic=deterministic)
+    return self._feed_forward(tokens, routing_ids, deterministic)
+
+
+class DecoderBlock(_Block):
+  """Causal self-attention, attention to the encoder, and feed-forward."""
+
+  is_decoder = True
+
+  def setup(self):
+    self.pre_self_attention_layer_norm = self._norm()
+    self.self_attention = self.config.make_attention('self_attention')
+    self.pre_cross_attention_layer_norm = self._norm()
+    self.encoder_decoder_attention = self.config.make_attention(
+      'encoder_decoder_attention'
+    )
+    self._setup_feed_forward()
+
+  def __call__(
+    self,
+    tokens,
+    encoded,
+    bias,
+    mask,
+    cross_mask,
+    routing_ids,
+    decode,
+    deterministic,
+  ):
+    normed = self.pre_self_attention_layer_norm(tokens)
+    attended = self.self_attention(
+      normed,
+      normed,
+      bias=bias,
+      mask=mask,
+      decode=decode,
+      deterministic=deterministic,
+    )
+    tokens = tokens + self.dropout(attended, deterministic=deterministic)
+    normed = self.pre_cross_attention_layer_norm(tokens)
+    if self.has_variable('encoder_memory', 'key'):
+      keys, values = (
+        multi_head.as_projected(self.get_variable('encoder_memory', name))
+        for name in ('key', 'value')
+      )
+    else:
+      keys, values = self.encoder_decoder_attention.project_memory(encoded)
+    attended = self.encoder_decoder_attention.attend(
+      normed, keys, values, mask=cross_mask, deterministic=deterministic
+    )
+    tokens = tokens + self.dropout(attended, deterministic=deterministic)
+    return self._feed_forward(tokens, routing_ids, deterministic)
+
+  def remember(self, encoded):
+    """Keeps keys and values of the encoder in `encoder_memory`."""
+    keys, values = self.encoder_decoder_attention.project_memory(encoded)
+    self.put_variable('encoder_memory', 'key', multi_head.as_kept(keys))
+    self.put_variable('encoder_memory', 'value', multi_head.as_kept(values))
+
+
+class Encoder(nn.Module):
+  """All encoder blocks, from embedded tokens to normed outputs."""
+
+  config: t5_config.T5Config
+  shared: dict[str, nn.Module]
+
+  def setup(self):
+    config = self.config
+    block = (
+      nn.remat(EncoderBlock, static_argnums=(5,))
+      if config.remat
+      else (EncoderBlock)
+    )
+    self.relpos_bias = relative_position.RelativePositionBias(
+      config.num_heads, bidirectional=True, dtype=config.dtype
+    )
+    self.layers = [
+      block(
+        config.of_block('encoder', i),
+        i in config.sparse_encoder_layers,
+        self.shared,
+      )
+      for i in range(config.num_encoder_layers)
+    ]
+    self.encoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
+    self.input_dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+    self.output_dropout = nn.Dropout(config.dropout_rate)
+
+  def __call__(self, tokens, mask, routing_ids, deterministic):
+    tokens = self.input_dropout(tokens, deterministic=deterministic)
+    positions = jnp.arange(tokens.shape[1])
+    bias = self.relpos_bias(positions, positions)
+    for layer in self.layers:
+      tokens = layer(tokens, bias, mask, routing_ids, deterministic)
+    tokens = self.encoder_norm(tokens)
+    return self.output_dropout(tokens, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+  """All decoder blocks, from embedded tokens to normed outputs."""
+
+  config: t5_config.T5Config
+  shared: dict[str, nn.Module]
+
+  def setup(self):
+    config = self.config
+    block = (
+      nn.remat(DecoderBlock, static_argnums=(7, 8))
+      if config.remat
+      else DecoderBlock
+    )
+    self.relpos_bias = relative_position.RelativePositionBias(
+      config.num_heads, bidirectional=False, dtype=config.dtype
+    )
+    self.layers = [
+      block(
+        config.of_block('decoder', i),
+        i in config.sparse_decoder_layers,
+        self.shared,
+      )
+      for i in range(config.num_decoder_layers)
+    ]
+    self.decoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
+    self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+    if not config.logits_via_embedding:
+      # float32: a loss from bfloat16 logits is noisy.
+      self.logits_dense = linear.Dense(
+        config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32
+      )
+
+  def __call__(
+    self,
+    tokens,
+    encoded,
+    mask,
+    cross_mask,
+    routing_ids,
+    *,
+    decode,
+    max_decode_length,
+    deterministic,
+  ):
+    tokens = self.dropout(tokens, deterministic=deterministic)
+    bias = self._bias(tokens.shape[1], decode, max_decode_length)
+    for layer in self.layers:
+      tokens = layer(
+        tokens,
+        encoded,
+        bias,
+        mask,
+        cross_mask,
+        routing_ids,
+        decode,
+        deterministic,
+      )
+    tokens = self.decoder_norm(tokens)
+    return self.dropout(tokens, deterministic=deterministic)
+
+  def _bias(self, length, decode, max_decode_length):
+    """Bias of all positions, or of the one that is decoded now."""
+    if not decode:
+      positions = jnp.arange(length)
+      return self.relpos_bias(positions, positions)
+    if not self.has_variable('cache', 'cache_index'):
+      self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
+      positions = jnp.arange(length)
+      return self.relpos_bias(positions, positions)
+    # The name tells T5X's beam search that this leaf has no rows.
+    position = self.get_variable('cache', 'cache_index')
+    self.put_variable('cache', 'cache_index', position + 1)
+    return self.relpos_bias(position[None], jnp.arange(max_decode_length))
+
+  def logits(self, tokens):
+    return self.logits_dense(tokens)
+
+  def remember(self, encoded):
+    for layer in self.layers:
+      layer.remember(encoded)

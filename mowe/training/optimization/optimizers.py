@@ -1,0 +1,197 @@
+"""Optimizers of ordinary parameters, as small classes for gin files.
+
+Each class holds its settings and has `build(logical_axes)`, which returns an
+optax transformation. `ClipByGlobalNorm` and `Freeze` wrap another one:
+
+  Freeze(ClipByGlobalNorm(Adafactor(schedule), max_norm=1.0), 'encoder/.*')
+
+The rows of expert tables have optimizers of their own (`row_optimizers`).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from mowe.training.optimization import adafactor_transform
+
+PyTree = Any
+LearningRate = adafactor_transform.LearningRate
+adafactor = adafactor_transform.adafactor
+
+_NORMS_AND_BIASES = r'(.*/)?(scale|bias)'
+
+
+class Optimizer(Protocol):
+  """Settings of an optimizer, before the parameters are known."""
+
+  def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
+    """Returns the transformation; `logical_axes` as for `adafactor`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+  """T5X's Adafactor; the attributes are explained at `adafactor.adafactor`."""
+
+  learning_rate: LearningRate
+  factor_rules: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: adafactor_transform.FACTOR_RULES
+  )
+  decay_rate: float = 0.8
+  clipping_threshold: float | None = 1.0
+  multiply_by_parameter_scale: bool = True
+  weight_decay_rate: float | None = None
+  beta1: float | None = None
+  min_dim_size_to_factor: int = 128
+  epsilon1: float = 1e-30
+  epsilon2: float = 1e-3
+  step_offset: int = 0
+
+  def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
+    """Returns the transformation for parameters with these axes."""
+    # Not dataclasses.asdict, which would copy the rules and the schedule.
+    settings = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+    }
+    return adafactor(logical_axes=logical_axes, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+  """Adam with decoupled weight decay, which skips norms and biases.
+
+  Attributes:
+    learning_rate: a number, or a schedule of the number of updates made.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: multiplied by the learning rate, as in optax.
+    no_decay: parameters whose whole name matches do not decay.
+  """
+
+  learning_rate: LearningRate
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  no_decay: str = _NORMS_AND_BIASES
+
+  def build(
+    self, logical_axes: PyTree | None = None
+  ) -> optax.GradientTransformation:
+    """Returns the transformation; `logical_axes` are not needed."""
+    del logical_axes
+    return adamw(
+      self.learning_rate,
+      b1=self.b1,
+      b2=self.b2,
+      eps=self.eps,
+      weight_decay=self.weight_decay,
+      no_decay=self.no_decay,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipByGlobalNorm:
+  """Clips the norm of all gradients together before another optimizer."""
+
+  optimizer: Optimizer
+  max_norm: float = 1.0
+
+  def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
+    """Returns the transformation for parameters with these axes."""
+    return optax.chain(
+      optax.clip_by_global_norm(self.max_norm),
+      self.optimizer.build(logical_axes),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Freeze:
+  """Another optimizer, for all parameters but those that match a pattern."""
+
+  optimizer: Optimizer
+  pattern: str
+
+  def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
+    """Returns the transformation for parameters with these axes."""
+    return freeze(self.pattern, self.optimizer.build(logical_axes))
+
+  def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """How many numbers of a parameter are never changed."""
+    if re.fullmatch(self.pattern, '/'.join(path)):
+      return math.prod(shape)
+    inner = getattr(self.optimizer, 'num_frozen', lambda path, shape: 0)
+    return inner(path, shape)
+
+
+def adamw(
+  learning_rate: LearningRate,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  no_decay: str = _NORMS_AND_BIASES,
+) -> optax.GradientTransformation:
+  """Returns optax.adamw, without decay where the whole name matches."""
+
+  def mask(params):
+    return jax.tree.map(lambda matched: not matched, _matches(no_decay, params))
+
+  return optax.adamw(
+    learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask
+  )
+
+
+def freeze(
+  pattern: str, transformation: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Returns the transformation without the parameters that match.
+
+  Frozen parameters get updates of zero, have no optimizer state, and their
+  gradients do not count in a global norm inside `transformation`.
+
+  Args:
+    pattern: regular expression of the whole name, such as 'encoder/.*'.
+    transformation: what updates the others.
+
+  Raises (at init):
+    ValueError: no parameter matches.
+  """
+
+  def labels(params):
+    matches = _matches(pattern, params)
+    if not any(jax.tree.leaves(matches)):
+      raise ValueError(
+        'The pattern of frozen parameters must match at least one whole '
+        f'name, but {pattern!r} matches none of '
+        f'{_first_names(params)}. Correct the pattern or leave Freeze out.'
+      )
+    return jax.tree.map(lambda frozen: 'frozen' if frozen else 'train', matches)
+
+  return optax.multi_transform(
+    {'train': transformation, 'frozen': optax.set_to_zero()}, labels
+  )
+
+
+def _matches(pattern: str, params: PyTree) -> PyTree:
+  """Returns a tree of bool: does the whole name of the parameter match?"""
+  compiled = re.compile(pattern)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: bool(compiled.fullmatch(_name(path))), params
+  )
+
+
+def _first_names(params: PyTree, limit: int = 5) -> str:
+  names = [_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+  more = f' and {len(names) - limit} more' if len(names) > limit else ''
+  return ', '.join(names[:limit]) + more
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')

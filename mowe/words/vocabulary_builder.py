@@ -1,0 +1,499 @@
+"""Builds a routing vocabulary from texts.
+
+Count the chunks between white space, encode each distinct chunk once, cut it
+into words by the rule of `lookup`, and keep the most frequent words. The result
+does not depend on the number of processes.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from mowe.words import lookup, routing_vocabulary, subword_vocabularies
+
+# Reports progress: the name of the phase and how much of it is done.
+Progress = Callable[[str, int], None]
+
+_MAX_SPELLINGS = 8
+_TEXTS_PER_BLOCK = 2000
+_CHUNKS_PER_BLOCK = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildReport:
+  """What a build saw and left out.
+
+  Attributes:
+    num_texts: texts read.
+    num_chunks: distinct chunks between white space that were kept.
+    num_pruned_chunks: rare chunks forgotten to bound the memory (a chunk that
+      came back counts again).
+    num_pruned_occurrences: their occurrences, missing in all counts.
+    num_distinct_words: words found, lower-cased.
+    num_kept_words: words that became entries.
+    known_share: share of the counted tokens in a kept word; the rest backs off
+      to pieces, punctuation included.
+    num_collisions: spellings that lost their key to a more frequent word.
+  """
+
+  num_texts: int
+  num_chunks: int
+  num_pruned_chunks: int
+  num_pruned_occurrences: int
+  num_distinct_words: int
+  num_kept_words: int
+  known_share: float
+  num_collisions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkCounts:
+  """Occurrences of the chunks between white space, and what was forgotten."""
+
+  counts: dict[str, int]
+  num_texts: int
+  num_pruned_chunks: int
+  num_pruned_occurrences: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sequences:
+  """Distinct piece sequences of words.
+
+  Attributes:
+    pieces: <int32>, all sequences one after the other.
+    offsets: <int64>[n + 1], where each begins.
+    counts: <int64>[n], occurrences.
+    texts: n lower-cased words.
+  """
+
+  pieces: np.ndarray
+  offsets: np.ndarray
+  counts: np.ndarray
+  texts: list[str]
+
+  def __getitem__(self, i: int) -> bytes:
+    return self.pieces[self.offsets[i] : self.offsets[i + 1]].tobytes()
+
+
+def build_routing_vocabulary(
+  texts: Iterable[str] | Iterable[list[str]],
+  vocabulary: subword_vocabularies.Subwords,
+  *,
+  num_words: int,
+  num_experts: int,
+  names: Iterable[str] | None = None,
+  assign: routing_vocabulary.Assign = routing_vocabulary.assign_by_hash,
+  num_skipped: int = 16,
+  num_workers: int = 0,
+  max_chunks: int = 20_000_000,
+  progress: Progress | None = None,
+) -> tuple[routing_vocabulary.RoutingVocabulary, BuildReport]:
+  """Counts words and returns their routing vocabulary.
+
+  Args:
+    texts: texts, or lists of texts; a list goes to a worker as it is.
+    vocabulary: the subword vocabulary of the model.
+    num_words: the most frequent words to keep. Every piece has an entry of its
+      own besides.
+    num_experts: number of experts.
+    names: keep words of these names only, as the paper does with Wikidata; all
+      words when None.
+    assign: the map of entries to experts.
+    num_skipped: the most frequent entries, which get no expert.
+    num_workers: processes that count and encode; 0 for this one. They are
+      spawned: a script needs `if __name__ == '__main__'`.
+    max_chunks: distinct chunks held in memory; rare ones are forgotten beyond.
+    progress: called with the phase and a count of what is done.
+
+  Raises:
+    ValueError: the texts hold no word, or a number is out of range.
+  """
+  progress = progress or _no_progress
+  if num_words < 0 or max_chunks < 2:
+    raise ValueError(
+      'num_words must be at least 0 and max_chunks at least 2, but they are '
+      f'{num_words} and {max_chunks}. Change them.'
+    )
+  with _Workers(vocabulary, num_workers) as run:
+    chunks = _count_chunks(texts, run, max_chunks, progress)
+    sequences = _cut_chunks(chunks.counts, vocabulary, run, progress)
+    allowed = None
+    if names is not None:
+      named = collections.Counter(part for n in names for part in n.split())
+      found = _cut_chunks(named, vocabulary, run, progress)
+      allowed = frozenset(found.texts)
+  if not sequences.texts:
+    raise ValueError(
+      'The texts must hold at least one word, but all were empty. Check the '
+      'files and the field that is read from them.'
+    )
+  progress('select', 0)
+  words, num_distinct = _select(sequences, vocabulary, num_words, allowed)
+  spellings = _spellings(words, sequences, vocabulary)
+  keys, key_words, collisions = _keys(spellings, vocabulary)
+  entries = _number_entries(
+    words, keys, key_words, collisions, sequences, vocabulary
+  )
+  experts = routing_vocabulary.assign_experts(
+    entries['counts'], num_experts, assign, num_skipped
+  )
+  built = routing_vocabulary.RoutingVocabulary(
+    **entries,
+    keys=keys,
+    piece_kinds=vocabulary.piece_kinds(),
+    experts=experts,
+    num_experts=num_experts,
+    num_skipped=num_skipped,
+    subwords_sha256=vocabulary.sha256,
+    subwords_size=vocabulary.size,
+  )
+  known = int(built.counts[~built.is_piece].sum())
+  progress('done', built.num_words)
+  return built, BuildReport(
+    num_texts=chunks.num_texts,
+    num_chunks=len(chunks.counts),
+    num_pruned_chunks=chunks.num_pruned_chunks,
+    num_pruned_occurrences=chunks.num_pruned_occurrences,
+    num_distinct_words=num_distinct,
+    num_kept_words=len(words),
+    known_share=known / max(1, int(built.counts.sum())),
+    num_collisions=len(collisions),
+  )
+
+
+# Counting.
+
+
+def _count_chunks(
+  texts: Iterable[str] | Iterable[list[str]],
+  run: Callable,
+  max_chunks: int,
+  progress: Progress,
+) -> ChunkCounts:
+  """Counts block by block; the order of merging is that of the texts."""
+  counts: dict[str, int] = {}
+  num_texts = num_pruned = occurrences = 0
+  for block, size in run(_count_block, _blocks(texts)):
+    num_texts += size
+    for chunk, count in block.items():
+      counts[chunk] = counts.get(chunk, 0) + count
+    threshold = 0
+    # Down to half, or the next block would prune again.
+    target = max_chunks // 2 if len(counts) > max_chunks else max_chunks
+    while len(counts) > target:
+      threshold += 1
+      rare = [chunk for chunk, count in counts.items() if count <= threshold]
+      num_pruned += len(rare)
+      occurrences += sum(counts.pop(chunk) for chunk in rare)
+    progress('count', num_texts)
+  return ChunkCounts(counts, num_texts, num_pruned, occurrences)
+
+
+def _count_block(texts: list[str]) -> tuple[dict[str, int], int]:
+  counts = collections.Counter()
+  for text in texts:
+    counts.update(text.split())
+  return dict(counts), len(texts)
+
+
+def _blocks(texts: Iterable[str] | Iterable[list[str]]) -> Iterator[list[str]]:
+  block: list[str] = []
+  for item in texts:
+    if not isinstance(item, str):
+      yield list(item)
+      continue
+    block.append(item)
+    if len(block) == _TEXTS_PER_BLOCK:
+      yield block
+      block = []
+  if block:
+    yield block
+
+
+# Cutting into words.
+
+
+def _cut_chunks(
+  counts: dict[str, int],
+  vocabulary: subword_vocabularies.Subwords,
+  run: Callable,
+  progress: Progress,
+) -> _Sequences:
+  """Distinct piece sequences of the words in the chunks."""
+  # Sorted: a dict's order would depend on how texts came in lists.
+  items = sorted(counts.items())
+  blocks = (
+    items[i : i + _CHUNKS_PER_BLOCK]
+    for i in range(0, len(items), _CHUNKS_PER_BLOCK)
+  )
+  merged: dict[bytes, int] = {}
+  done = 0
+  for block, size in run(_cut_block, blocks):
+    for sequence, count in block.items():
+      merged[sequence] = merged.get(sequence, 0) + count
+    done += size
+    progress('encode', done)
+  ordered = sorted(merged)
+  lengths = np.array([len(sequence) // 4 for sequence in ordered], np.int64)
+  pieces = np.frombuffer(b''.join(ordered), np.int32)
+  texts = [
+    vocabulary.spell(np.frombuffer(sequence, np.int32).tolist()).lower()
+    for sequence in ordered
+  ]
+  return _Sequences(
+    pieces=pieces,
+    offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    counts=np.array([merged[sequence] for sequence in ordered], np.int64),
+    texts=texts,
+  )
+
+
+def _cut_block(
+  block: list[tuple[str, int]],
+) -> tuple[dict[bytes, int], int]:
+  vocabulary, kinds = _worker_vocabulary()
+  encoded = vocabulary.encode_batch([chunk for chunk, _ in block])
+  merged: dict[bytes, int] = {}
+  for sequence, row in cut_words(encoded, kinds):
+    merged[sequence] = merged.get(sequence, 0) + block[row][1]
+  return merged, len(block)
+
+
+def cut_words(
+  encoded: list[list[int]], kinds: np.ndarray
+) -> Iterator[tuple[bytes, int]]:
+  """Yields the pieces of each word, as int32 bytes, and its row.
+
+  The rule is `lookup.word_starts`, on rows of any length.
+  """
+  lengths = np.array([len(row) for row in encoded], np.int64)
+  pieces = np.array([i for row in encoded for i in row], np.int32)
+  if not len(pieces):
+    return
+  of_piece = kinds[pieces]
+  goes_on = np.zeros(len(pieces), bool)
+  goes_on[1:] = (of_piece[1:] == subword_vocabularies.CONTINUES) & (
+    of_piece[:-1] < subword_vocabularies.ALONE
+  )
+  ends = np.cumsum(lengths)
+  row_starts = (ends - lengths)[lengths > 0]
+  goes_on[row_starts] = False
+  starts = np.flatnonzero(~goes_on)
+  rows = np.searchsorted(ends, starts, side='right')
+  content = pieces.tobytes()
+  bounds = np.append(starts, len(pieces)) * 4
+  bounds = bounds.tolist()
+  for i, row in enumerate(rows.tolist()):
+    yield content[bounds[i] : bounds[i + 1]], row
+
+
+# Words and their spellings.
+
+
+def _select(
+  sequences: _Sequences,
+  vocabulary: subword_vocabularies.Subwords,
+  num_words: int,
+  allowed: frozenset[str] | None,
+) -> tuple[list[str], int]:
+  """The most frequent words, by falling count and then by text."""
+  kinds = vocabulary.piece_kinds()
+  # A word of one ALONE piece is what its piece's entry stands for already, and
+  # a bare word-start mark has no text.
+  is_word = (
+    kinds[sequences.pieces[sequences.offsets[:-1]]] < subword_vocabularies.ALONE
+  )
+  totals: dict[str, int] = {}
+  for i in np.flatnonzero(is_word).tolist():
+    text = sequences.texts[i]
+    if text:
+      totals[text] = totals.get(text, 0) + int(sequences.counts[i])
+  kept = [text for text in totals if allowed is None or text in allowed]
+  kept.sort(key=lambda text: (-totals[text], text))
+  return kept[:num_words], len(totals)
+
+
+def _spellings(
+  words: list[str],
+  sequences: _Sequences,
+  vocabulary: subword_vocabularies.Subwords,
+) -> list[list[bytes]]:
+  """Up to 8 piece sequences of each word.
+
+  The usual spellings come first (lower, Capitalised, UPPER, as after a space):
+  a model meets them even where the counted text did not. Then the observed
+  ones by falling count: other capitals, or after punctuation.
+  """
+  word_ids = {word: i for i, word in enumerate(words)}
+  spellings: list[dict[bytes, None]] = [{} for _ in words]
+  variants = [
+    (i, variant)
+    for i, word in enumerate(words)
+    for variant in dict.fromkeys((word, word.capitalize(), word.upper()))
+  ]
+  kinds = vocabulary.piece_kinds()
+  for begin in range(0, len(variants), _CHUNKS_PER_BLOCK):
+    block = variants[begin : begin + _CHUNKS_PER_BLOCK]
+    encoded = vocabulary.encode_batch([variant for _, variant in block])
+    for sequence, row in cut_words(encoded, kinds):
+      # A spelling may be cut (an unknown letter) or be another word (the upper
+      # case of one letter can be two).
+      i = block[row][0]
+      ids = np.frombuffer(sequence, np.int32).tolist()
+      if ids == encoded[row] and vocabulary.spell(ids).lower() == words[i]:
+        spellings[i][sequence] = None
+  for s in np.argsort(-sequences.counts, kind='stable').tolist():
+    i = word_ids.get(sequences.texts[s])
+    if i is not None and len(spellings[i]) < _MAX_SPELLINGS:
+      spellings[i][sequences[s]] = None
+  return [list(of_word) for of_word in spellings]
+
+
+def _keys(
+  spellings: list[list[bytes]], vocabulary: subword_vocabularies.Subwords
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Rising keys, the rank of the word of each, and pairs (kept, lost)."""
+  flat = [sequence for of_word in spellings for sequence in of_word]
+  words = np.repeat(
+    np.arange(len(spellings)), [len(of_word) for of_word in spellings]
+  )
+  lengths = np.array([len(sequence) // 4 for sequence in flat], np.int64)
+  offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+  pieces = np.frombuffer(b''.join(flat), np.int32)
+  piece_hashes = lookup.hash_pieces(vocabulary.size)
+  hashes = lookup.hash_words(piece_hashes, pieces, offsets)
+  # Punctuation and specials are words of one piece: no key may catch them.
+  alone = piece_hashes[vocabulary.piece_kinds() >= subword_vocabularies.ALONE]
+  free = ~np.isin(hashes, alone)
+  hashes, words = hashes[free], words[free]
+  order = np.lexsort((words, hashes))
+  hashes, words = hashes[order], words[order]
+  is_first = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
+  keepers = words[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
+  lost = keepers != words
+  collisions = np.stack([keepers[lost], words[lost]], axis=1)
+  collisions = np.unique(collisions, axis=0)
+  return hashes[is_first], words[is_first], collisions
+
+
+# Entries.
+
+
+def _number_entries(
+  words: list[str],
+  keys: np.ndarray,
+  key_words: np.ndarray,
+  collisions: np.ndarray,
+  sequences: _Sequences,
+  vocabulary: subword_vocabularies.Subwords,
+) -> dict[str, np.ndarray]:
+  """The fields of a RoutingVocabulary that depend on the entries' order."""
+  kinds = vocabulary.piece_kinds()
+  pieces = np.flatnonzero(kinds != subword_vocabularies.SPECIAL)
+  counts = _tokens_of_entries(
+    len(words), keys, key_words, sequences, vocabulary.size
+  )
+  counts = np.concatenate([counts[: len(words)], counts[len(words) + pieces]])
+  order = np.argsort(-counts, kind='stable')
+  ranks = np.empty(len(counts), np.int32)
+  ranks[order] = np.arange(len(counts), dtype=np.int32)
+  texts = words + [vocabulary.piece(int(piece)) for piece in pieces]
+  blobs = [texts[i].encode() for i in order.tolist()]
+  lengths = np.array([len(blob) for blob in blobs], np.int64)
+  piece_word_ids = np.full(vocabulary.size, len(counts), np.int32)
+  piece_word_ids[pieces] = ranks[len(words) :]
+  return {
+    'words_utf8': np.frombuffer(b''.join(blobs), np.uint8),
+    'word_offsets': np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    'counts': counts[order],
+    'is_piece': order >= len(words),
+    'key_word_ids': ranks[key_words],
+    'piece_word_ids': piece_word_ids,
+    'collisions': ranks[collisions].reshape(-1, 2),
+  }
+
+
+def _tokens_of_entries(
+  num_words: int,
+  keys: np.ndarray,
+  key_words: np.ndarray,
+  sequences: _Sequences,
+  vocab_size: int,
+) -> np.ndarray:
+  """<int64>[num_words + vocab]: tokens that each word and piece receives."""
+  piece_hashes = lookup.hash_pieces(vocab_size)
+  hashes = lookup.hash_words(piece_hashes, sequences.pieces, sequences.offsets)
+  lengths = np.diff(sequences.offsets)
+  entries = num_words + sequences.pieces.astype(np.int64)
+  if len(keys):
+    position = np.minimum(np.searchsorted(keys, hashes), len(keys) - 1)
+    is_known = keys[position] == hashes
+    found = np.repeat(key_words[position], lengths)
+    entries = np.where(np.repeat(is_known, lengths), found, entries)
+  counts = np.zeros(num_words + vocab_size, np.int64)
+  np.add.at(counts, entries, np.repeat(sequences.counts, lengths))
+  return counts
+
+
+# Processes.
+
+_state: dict[str, tuple[subword_vocabularies.Subwords, np.ndarray]] = {}
+
+
+def _worker_vocabulary() -> tuple[subword_vocabularies.Subwords, np.ndarray]:
+  return _state['vocabulary']
+
+
+def _start_worker(vocabulary: subword_vocabularies.Subwords) -> None:
+  _state['vocabulary'] = (vocabulary, vocabulary.piece_kinds())
+
+
+class _Workers:
+  """Context: `run(function, items)` yields results in the order of the items.
+
+  At most two items for each process are on their way, so that reading never
+  runs ahead of counting.
+  """
+
+  def __init__(
+    self, vocabulary: subword_vocabularies.Subwords, num_workers: int
+  ):
+    self._vocabulary = vocabulary
+    self._num_workers = num_workers
+    self._pool = None
+
+  def __enter__(self) -> Callable:
+    if not self._num_workers:
+      _start_worker(self._vocabulary)
+      return map
+    self._pool = concurrent.futures.ProcessPoolExecutor(
+      self._num_workers,
+      # Not fork: the parent may run the threads of jax.
+      mp_context=multiprocessing.get_context('spawn'),
+      initializer=_start_worker,
+      initargs=(self._vocabulary,),
+    )
+    return self._run
+
+  def __exit__(self, *unused) -> None:
+    _state.clear()
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+
+  def _run(self, function: Callable, items: Iterable) -> Iterator:
+    pending = collections.deque()
+    for item in items:
+      pending.append(self._pool.submit(function, item))
+      if len(pending) >= 2 * self._num_workers:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+
+
+def _no_progress(phase: str, done: int) -> None:
+  del phase, done

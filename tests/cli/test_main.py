@@ -1,0 +1,446 @@
+"""The `mowe` command in this process: every verb, and how errors are said."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import small_runs
+
+from mowe.cli import main
+from mowe.commands import ask, train_vocabulary
+from mowe.words import placement, routing_vocabulary, subword_vocabularies
+
+
+@pytest.fixture(scope='module')
+def trained(world, tmp_path_factory):
+  """A model that has hardly learnt anything, and a gin file of its questions."""
+  folder = tmp_path_factory.mktemp('trained') / 'run'
+  jax.config.update('jax_disable_most_optimizations', True)
+  world.train(folder, 1)
+  return str(folder)
+
+
+def _run(*arguments):
+  return main.main([str(argument) for argument in arguments])
+
+
+def _refused(capsys, *arguments):
+  """The error of a command: one paragraph, no trace, exit status 1."""
+  capsys.readouterr()
+  assert _run(*arguments) == 1
+  text = capsys.readouterr().err
+  assert text.startswith('mowe: ') and 'Traceback' not in text
+  assert '\n\n' not in text and 'In call to configurable' not in text
+  assert ' 0x' not in text
+  return text
+
+
+def _gin(**macros):
+  return [f'--gin.{name}={value!r}' for name, value in macros.items()]
+
+
+def _training(world, model_dir, *more, model='mowe', **macros):
+  macros = {
+    'VOCABULARY_PATH': world.vocabulary_path,
+    'VOCAB_SIZE': 256,
+    'MODEL_DIR': str(model_dir),
+    'CACHE_DIR': world.cache_dir,
+    'MIXTURE_OR_TASK_NAME': 'text',
+    'TASK_FEATURE_LENGTHS': small_runs.LENGTHS,
+    'TRAIN_STEPS': 2,
+    'WARMUP_STEPS': 1,
+    'BATCH_SIZE': 8,
+  } | macros
+  if model == 'mowe':
+    macros.setdefault('ROUTING_VOCABULARY', world.routing_path)
+    macros.setdefault('NUM_EXPERTS', small_runs.NUM_EXPERTS)
+  return [
+    'train',
+    f'--gin_file=gin_configs/examples/text_pretrain_{model}.gin',
+    *_gin(**macros),
+    *more,
+  ]
+
+
+# Reading gin and checking its parts, before anything is compiled.
+
+
+def test_help_lists_the_verbs(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    _run('--help')
+  assert stopped.value.code == 0
+  shown = capsys.readouterr().out
+  for verb in ('train', 'evaluate', 'infer', 'ask', 'explain', 'cache-task',
+               'build-routing-vocabulary', 'train-vocabulary', 'convert',
+               'quickstart', 'compare'):  # fmt: skip
+    assert verb in shown
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [[], ['fly'], ['train', '--gin_fil', 'x', '--wings=2'], ['ask', 'm', '--up']],
+)
+def test_unknown_arguments_are_refused(arguments, capsys):
+  with pytest.raises(SystemExit) as stopped:
+    _run(*arguments)
+  assert stopped.value.code != 0
+  assert 'usage: mowe' in capsys.readouterr().err
+
+
+def test_a_binding_needs_a_value():
+  with pytest.raises(SystemExit, match='must be --gin.NAME=VALUE'):
+    _run('train', '--gin.BATCH_SIZE', '8')
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_model_and_writes_nothing(world, tmp_path, capsys):
+  assert _run(*_training(world, tmp_path / 'run', '--dry_run')) == 0
+  shown = capsys.readouterr().out
+  experts = small_runs.NUM_EXPERTS * 3 * 64 * 128
+  assert f'{experts:,}' in shown and f'{3 * 64 * 128:,}' in shown
+  assert 'encoder_input_tokens (8, 18)' in shown
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_file_that_is_not_there(capsys):
+  text = _refused(capsys, 'train', '--gin_file=absent.gin')
+  assert 'absent.gin' in text and '--gin_search_paths' in text
+
+
+def test_a_misspelt_name_in_a_file(tmp_path, capsys):
+  path = tmp_path / 'own.gin'
+  path.write_text(
+    'from __gin__ import dynamic_registration\n'
+    'from mowe.models import t5\n'
+    't5.T5Config.mlp_dimm = 3\n'
+  )
+  text = _refused(capsys, 'train', f'--gin_file={path}')
+  assert 'mlp_dimm' in text and 'own.gin' in text and 'line 3' in text
+
+
+def test_a_misspelt_macro(world, tmp_path, capsys):
+  text = _refused(capsys, *_training(world, tmp_path / 'run', TRAIN_STEP=3))
+  assert 'TRAIN_STEP ' in text and 'Did you mean TRAIN_STEPS?' in text
+
+
+def test_missing_macros_are_named(capsys):
+  file = 'gin_configs/examples/text_pretrain_t5.gin'
+  text = _refused(capsys, 'train', f'--gin_file={file}', *_gin(MODEL_DIR='a'))
+  assert 'MIXTURE_OR_TASK_NAME, VOCABULARY_PATH' in text
+
+
+@pytest.mark.parametrize(
+  ('macros', 'parts'),
+  [
+    ({'DTYPE': 'float16'}, ['float16', 'bfloat16', 'NaN']),
+    ({'BATCH_SIZE': 12}, ['data x expert x microbatches', 'Use 16']),
+    ({'NUM_MICROBATCHES': 3}, ['8 x 1 x 3', 'Use 24']),
+    ({'VOCAB_SIZE': 128}, ['vocab_size', '140', '128', 'Set it to 256']),
+    ({'NUM_EXPERTS': 17}, ['17', '16', '--num_experts']),
+    ({'ROUTING_VOCABULARY': '/absent.npz'}, ['/absent.npz']),
+    ({'VOCABULARY_PATH': '/absent.model'}, ['/absent.model', 'bytes']),
+    ({'MIXTURE_OR_TASK_NAME': 'absent'}, ['cache/absent', "'questions'", 'cache-task']),
+    (
+      {'TASK_FEATURE_LENGTHS': {'inputs': 3, 'targets': 1}},
+      ['feature_lengths'],
+    ),
+    # Of another subword vocabulary: of the model, and of the cache.
+    ({'VOCABULARY_PATH': 'bytes', 'VOCAB_SIZE': 384}, ['built for', 'sha256']),
+    ({'VOCABULARY_PATH': 'bytes', 'VOCAB_SIZE': 384, 'model': 't5'},
+     ['vocabulary', 'cache']),
+  ],
+)  # fmt: skip
+def test_parts_that_do_not_fit(world, tmp_path, capsys, macros, parts):
+  arguments = _training(world, tmp_path / 'run', **macros)
+  text = _refused(capsys, *arguments)
+  for part in parts:
+    assert part in text, text
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_trace_can_be_asked_for(monkeypatch):
+  monkeypatch.setenv('MOWE_TRACE', '1')
+  with pytest.raises(FileNotFoundError):
+    _run('ask', '/absent', 'Who?')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('said', 'shown'), [('', 'stopped.'), ('Saved in x.', 'Saved in x.')]
+)
+def test_a_stopped_verb_says_so(monkeypatch, capsys, said, shown):
+  def stop(*arguments, **options):
+    raise KeyboardInterrupt(said)
+
+  monkeypatch.setattr(train_vocabulary, 'train_vocabulary', stop)
+  assert _run('train-vocabulary', 'a.model', 'a.txt') == 130
+  assert capsys.readouterr().err == f'mowe: {shown}\n'
+
+
+def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
+  folder = tmp_path / 'run'
+  arguments = _training(world, folder)
+  assert _run(*arguments) == 0
+  shown = capsys.readouterr().out
+  assert 'step 2/2' in shown and f'Finished step 2; saved in {folder}' in shown
+  files = {path.name for path in folder.iterdir()}
+  assert files == {
+    'checkpoint_2', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',
+    'model.json', 'routing_vocabulary.npz', 'tensorboard',
+    'train_metrics.jsonl', 'vocabulary.model',
+  }  # fmt: skip
+  # What was run can be run again: nothing is left to do.
+  assert _run('train', f'--gin_file={folder / "config.gin"}') == 0
+  assert 'Resumed' in capsys.readouterr().out
+  text = _refused(capsys, *_training(world, folder, RANDOM_SEED=7))
+  assert 'seed: 0 then, 7 now' in text and 'another folder' in text
+
+
+# Verbs on text.
+
+
+def test_cache_task(world, tmp_path, capsys):
+  arguments = (
+    'cache-task', tmp_path / 'cache', world.folder / 'questions.jsonl',
+    '--vocabulary', world.vocabulary_path, '--kind', 'questions',
+    '--num_workers', 1,
+  )  # fmt: skip
+  assert _run(*arguments) == 0
+  assert '21 examples' in capsys.readouterr().out
+  # Made already: the same command does it once.
+  before = (tmp_path / 'cache' / 'cache.json').stat().st_mtime_ns
+  assert _run(*arguments) == 0
+  assert (tmp_path / 'cache' / 'cache.json').stat().st_mtime_ns == before
+  text = _refused(capsys, *arguments, '--prompt', 'Q: {question}')
+  assert 'overwrite' in text
+  assert _run(*arguments, '--prompt', 'Q: {question}', '--overwrite') == 0
+
+
+@pytest.mark.parametrize(
+  ('options', 'part'),
+  [
+    ([], 'exactly one'),
+    (['absent.jsonl'], 'absent.jsonl'),
+    (['{file}', '--field', 'body'], 'body'),
+    (['{file}', '--kind', 'questions'], 'answers'),
+  ],
+)
+def test_cache_task_refuses(world, tmp_path, capsys, options, part):
+  file = world.folder / 'text.jsonl'
+  options = [option.format(file=file) for option in options]
+  text = _refused(
+    capsys, 'cache-task', tmp_path / 'c', *options,
+    '--vocabulary', world.vocabulary_path,
+  )  # fmt: skip
+  assert part in text
+
+
+def _build(world, output, *more):
+  return [
+    'build-routing-vocabulary', output, world.folder / 'text.jsonl',
+    '--vocabulary', world.vocabulary_path, '--num_experts', 6,
+    '--num_words', 30, '--num_skipped', 1, *more,
+  ]  # fmt: skip
+
+
+def test_build_routing_vocabulary(world, tmp_path, capsys):
+  assert _run(*_build(world, tmp_path / 'hashed.npz')) == 0
+  shown = capsys.readouterr().out
+  assert '6 experts' in shown and 'in 12 texts' in shown
+  hashed = routing_vocabulary.load(tmp_path / 'hashed.npz')
+  assert hashed.num_experts == 6 and hashed.num_skipped == 1
+  hashed.check_subwords(world.vocabulary)
+  assert _run(*_build(world, tmp_path / 'balanced.npz', '--balanced')) == 0
+  balanced = routing_vocabulary.load(tmp_path / 'balanced.npz')
+  np.testing.assert_array_equal(hashed.counts, balanced.counts)
+  assert balanced.loads().max_over_mean < hashed.loads().max_over_mean
+
+
+def test_build_routing_vocabulary_in_blocks(world, tmp_path, capsys):
+  assert _run(*_build(world, tmp_path / 'plain.npz')) == 0
+  assert 'blocks' not in capsys.readouterr().out
+  assert _run(*_build(world, tmp_path / 'placed.npz', '--num_blocks', 3)) == 0
+  assert '3 blocks of 2 experts; the busiest has' in capsys.readouterr().out
+  plain, placed = (
+    placement.balance(
+      routing_vocabulary.load(tmp_path / name).loads().shares, 3
+    ).max_over_mean
+    for name in ('plain.npz', 'placed.npz')
+  )
+  assert placed < plain
+  # Refused before any text is read.
+  text = _refused(
+    capsys, *_build(world, tmp_path / 'no.npz', '--num_blocks', 4)
+  )
+  assert 'num_experts = 6, but is 4' in text
+  assert not (tmp_path / 'no.npz').exists()
+
+
+def test_build_routing_vocabulary_of_names(world, tmp_path):
+  names = tmp_path / 'names.tsv'
+  names.write_text('Zorblat of Delft\t17\nQuimby\t3\nNobody\n')
+  output = tmp_path / 'names.npz'
+  assert _run(*_build(world, output, '--names', names)) == 0
+  built = routing_vocabulary.load(output)
+  words = {
+    built.word(i) for i in range(built.num_words) if not built.is_piece[i]
+  }
+  assert {'zorblat', 'delft', 'quimby'} <= words
+  assert not words & {'anna', 'karlsburg', 'old', '17'}
+
+
+def test_explain(world, capsys):
+  assert _run(
+    'explain', world.routing_path, 'Zorblat met Quimby.',
+    '--vocabulary', world.vocabulary_path,
+  ) == 0  # fmt: skip
+  shown = capsys.readouterr().out
+  assert 'zorblat' in shown and 'whole word' in shown and 'punctuation' in shown
+  text = _refused(
+    capsys, 'explain', world.routing_path, 'x', '--vocabulary', 'bytes'
+  )
+  assert 'built for' in text
+
+
+def test_train_vocabulary(world, tmp_path, capsys):
+  output = tmp_path / 'own.model'
+  file = world.folder / 'text.jsonl'
+  assert _run('train-vocabulary', output, file, '--size', 40) == 0
+  assert '140 ids with sentinels' in capsys.readouterr().out
+  assert (
+    subword_vocabularies.load_subwords(output).sha256 == world.vocabulary.sha256
+  )
+  text = _refused(capsys, 'train-vocabulary', output, file, '--size', 9000)
+  assert '9000' in text and 'or less' in text
+
+
+def test_a_vocabulary_knows_the_characters_of_questions(world, tmp_path):
+  output = tmp_path / 'own.model'
+  asked = tmp_path / 'questions.jsonl'
+  asked.write_text('{"question": "who is it\u00bf\u00bf\u00bf"}\n' * 20)
+  arguments = ('train-vocabulary', output, world.folder / 'text.jsonl')
+  assert _run(*arguments, '--size', 40) == 0
+  unknown = subword_vocabularies.load_subwords(output)
+  assert unknown.decode(unknown.encode('it\u00bf')) != 'it\u00bf'
+  assert _run(*arguments, '--size', 40, '--questions', asked) == 0
+  known = subword_vocabularies.load_subwords(output)
+  assert known.decode(known.encode('it\u00bf')) == 'it\u00bf'
+
+
+# Verbs on a trained model.
+
+
+def _asking(world, verb, trained, output, **macros):
+  name = {'evaluate': 'EVAL_OUTPUT_DIR', 'infer': 'INFER_OUTPUT_DIR'}[verb]
+  macros = {
+    'CHECKPOINT_PATH': trained,
+    name: str(output),
+    'CACHE_DIR': world.cache_dir,
+    'MIXTURE_OR_TASK_NAME': 'questions',
+    'TASK_FEATURE_LENGTHS': {'inputs': 26, 'targets': 3},
+    'BATCH_SIZE': 2,
+  } | macros
+  return [verb, f'--gin_file=gin_configs/runs/{verb}.gin', *_gin(**macros)]
+
+
+def test_evaluate(world, trained, tmp_path, capsys):
+  assert _run(*_asking(world, 'evaluate', trained, tmp_path / 'out')) == 0
+  shown = capsys.readouterr().out
+  assert 'EM ' in shown and '(21 questions, step 1)' in shown
+  assert 'met ' in shown, 'the relation has a line of its own'
+  results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+  assert results['num_questions'] == 21
+  lines = (tmp_path / 'out' / 'predictions.jsonl').read_text().splitlines()
+  assert len(lines) == 21
+  assert json.loads(lines[0])['question'] == 'Who met Quimby?'
+
+
+def test_infer_goes_on_behind_a_half_written_line(
+  world, trained, tmp_path, capsys
+):
+  arguments = _asking(world, 'infer', trained, tmp_path)
+  assert _run(*arguments) == 0
+  path = tmp_path / 'questions-predictions.jsonl'
+  whole = path.read_bytes()
+  lines = whole.split(b'\n')[:-1]
+  assert [json.loads(line)['index'] for line in lines] == list(range(21))
+  assert 'met Quimby' in json.loads(lines[0])['inputs']
+  # Five lines and a half are left of a run that was killed.
+  end = len(b'\n'.join(lines[:5])) + 1
+  path.write_bytes(whole[: end + 9])
+  capsys.readouterr()
+  assert _run(*arguments) == 0
+  assert 'has 5 predictions; continuing' in capsys.readouterr().out
+  again = path.read_bytes().split(b'\n')[:-1]
+  assert len(again) == 21
+  for one, other in zip(lines, again, strict=True):
+    one, other = json.loads(one), json.loads(other)
+    assert other.pop('score') == pytest.approx(one.pop('score'), abs=1e-4)
+    assert one == other
+  # All is done: nothing is added.
+  before = path.read_bytes()
+  assert _run(*arguments) == 0 and path.read_bytes() == before
+
+
+def test_ask(trained, capsys):
+  assert _run('ask', trained, 'Who met Zorblat?', '--max_length', 3) == 0
+  shown = capsys.readouterr().out.splitlines()
+  assert shown[0] == 'Who met Zorblat?' and shown[1].startswith('  ')
+  assert _run(
+    'ask', f'{trained}/checkpoint_1', 'Who met Zorblat?', '--max_length', 3,
+    '--num_beams', 2, '--explain',
+  ) == 0  # fmt: skip
+  shown = capsys.readouterr().out
+  assert 'expert' in shown and 'zorblat' in shown
+
+
+def test_ask_reads_the_prompt(trained, capsys, monkeypatch):
+  lines = iter(['', 'Who?'])
+
+  def typed(prompt):
+    try:
+      return next(lines)
+    except StopIteration:
+      raise EOFError from None
+
+  monkeypatch.setattr('builtins.input', typed)
+  assert len(ask.ask(trained, max_length=3)) == 1
+  assert capsys.readouterr().out.startswith('  ')
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'part'),
+  [
+    (['/absent', 'Who?'], 'model.json'),
+    (['{model}/checkpoint_9', 'Who?'], 'step 9'),
+    (['{model}', 'Who?', '--num_beams', '0'], 'num_beams'),
+    (['{model}', 'Who?', '--max_length', '0'], 'max_target_length'),
+    (['{model}', 'Who?', '--prompt', '{{wrong}}'], '{{question}}'),
+    (['{model}', 'Who?', '--prompt', 'question:'], '{{question}}'),
+  ],
+)
+def test_ask_refuses(trained, capsys, arguments, part):
+  arguments = [argument.format(model=trained) for argument in arguments]
+  assert part.format() in _refused(capsys, 'ask', *arguments)
+
+
+def test_a_damaged_checkpoint_is_refused(world, tmp_path, capsys):
+  folder = tmp_path / 'run'
+  world.train(folder, 1, model=world.config(sparse=False))
+  largest = max(
+    (p for p in (folder / 'checkpoint_1').rglob('*') if p.is_file()),
+    key=os.path.getsize,
+  )
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  text = _refused(capsys, 'ask', folder, 'Who?')
+  assert 'other contents' in text
+
+
+def test_bindings_of_a_verb_without_gin_are_refused(trained, capsys):
+  with pytest.raises(SystemExit):
+    _run('ask', trained, 'Who?', '--gin.BATCH_SIZE=3')
+  assert 'reads no gin' in capsys.readouterr().err

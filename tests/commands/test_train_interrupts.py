@@ -1,0 +1,250 @@
+"""Runs in processes of their own that are stopped and killed, then rerun."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mowe.stores import expert_sources
+from mowe.training import checkpointing, train_metrics
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings('ignore:Sharding info not provided'),
+]
+
+_TOTAL = 240
+# Every step of two processes waits for both.
+_TOTAL_OF_TWO = 60
+_SECONDS = 240
+
+
+def _command(world, folder):
+  sizes = 'mowe.models.t5.t5.T5Config'
+  bindings = {
+    'VOCABULARY_PATH': world.vocabulary_path,
+    'VOCAB_SIZE': 256,
+    'ROUTING_VOCABULARY': world.routing_path,
+    'NUM_EXPERTS': world.routing.num_experts,
+    'EXPERT_DIM': 4,
+    'MODEL_DIR': str(folder),
+    'CACHE_DIR': world.cache_dir,
+    'MIXTURE_OR_TASK_NAME': 'text',
+    'TASK_FEATURE_LENGTHS': {'inputs': 18, 'targets': 11},
+    'TRAIN_STEPS': _TOTAL,
+    'BATCH_SIZE': 4,
+    'DROPOUT_RATE': 0.1,
+    'SAVE_PERIOD': 40,
+    'LOG_PERIOD': 5,
+    f'{sizes}.num_encoder_layers': 1,
+    f'{sizes}.num_decoder_layers': 1,
+    f'{sizes}.sparse_encoder_layers': (0,),
+    f'{sizes}.sparse_decoder_layers': (0,),
+  }
+  return [
+    sys.executable,
+    '-m',
+    'mowe.cli.main',
+    'train',
+    '--gin_file=gin_configs/examples/text_pretrain_mowe.gin',
+    *(f'--gin.{name}={value!r}' for name, value in bindings.items()),
+  ]
+
+
+def _start(world, folder, *options):
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  }
+  return subprocess.Popen(
+    [*_command(world, folder), *options],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def _finish(process):
+  output, _ = process.communicate(timeout=_SECONDS)
+  return output
+
+
+def _wait_until(is_there, process):
+  start = time.monotonic()
+  while not is_there():
+    assert process.poll() is None, _finish(process)
+    assert time.monotonic() - start < _SECONDS
+    time.sleep(0.002)
+
+
+def _final(folder):
+  with checkpointing.Checkpoints(folder) as saved:
+    assert saved.latest_step() == _TOTAL
+  state = folder / f'checkpoint_{_TOTAL}' / 'state'
+  # As numpy arrays, wherever they were.
+  checkpointer = ocp.PyTreeCheckpointer()
+  tree = checkpointer.metadata(state).item_metadata.tree
+  as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
+  tree = checkpointer.restore(state, restore_args=jax.tree.map(as_numpy, tree))
+  source = expert_sources.SavedExperts(state.parent)
+  num_experts = len(source.index.places)
+  records = source.records(0, num_experts, source.read.dtype)
+  return tree | {'experts': records.view(np.uint8)}
+
+
+@pytest.fixture(scope='module')
+def straight(world, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('uninterrupted') / 'run'
+  process = _start(world, folder)
+  output = _finish(process)
+  assert process.returncode == 0, output
+  return folder
+
+
+def _rerun_and_compare(world, folder, straight, resumed_at, *options):
+  expected = _final(straight)
+  process = _start(world, folder, *options)
+  output = _finish(process)
+  assert process.returncode == 0, output
+  assert f'at step {resumed_at}.' in output
+  actual = _final(folder)
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  assert {'params', 'opt_state', 'experts'} < {
+    name for name, tree in actual.items() if jax.tree.leaves(tree)
+  }
+  for (path, want), got in zip(
+    jax.tree_util.tree_leaves_with_path(expected),
+    jax.tree.leaves(actual),
+    strict=True,
+  ):
+    same = np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    assert same, jax.tree_util.keystr(path)
+  lines = train_metrics.read_json_lines(folder / 'train_metrics.jsonl')
+  steps = [line['step'] for line in lines]
+  assert steps == sorted(set(steps)) and steps[-1] == _TOTAL
+
+
+def test_a_stopped_run_saves_and_goes_on(world, straight, tmp_path):
+  folder = tmp_path / 'run'
+  process = _start(world, folder)
+  log = folder / 'train_metrics.jsonl'
+  _wait_until(lambda: log.exists() and log.stat().st_size > 0, process)
+  process.terminate()
+  output = _finish(process)
+  assert process.returncode == 130, output
+  with checkpointing.Checkpoints(folder) as saved:
+    step = saved.latest_step()
+  assert 0 < step < _TOTAL
+  assert f'Stopped after step {step} of {_TOTAL}; saved' in output
+  _rerun_and_compare(world, folder, straight, step)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(world, straight, tmp_path):
+  folder = tmp_path / 'run'
+  process = _start(world, folder)
+  saved = checkpointing.Checkpoints(folder)
+  _wait_until(saved.latest_step, process)
+  process.kill()
+  _finish(process)
+  step = saved.latest_step()
+  saved.close()
+  assert process.returncode == -signal.SIGKILL and step < _TOTAL
+  _rerun_and_compare(world, folder, straight, step)
+
+
+def test_experts_on_disk_survive_ten_kills(world, tmp_path):
+  """At random moments, also while experts or a checkpoint are written."""
+  # Few experts in a batch.
+  small = '--gin.BATCH_SIZE=1'
+  straight = tmp_path / 'straight'
+  process = _start(world, straight, small)
+  output = _finish(process)
+  assert process.returncode == 0, output
+  folder = tmp_path / 'run'
+  rng = np.random.default_rng(0)
+  on_disk = (
+    small,
+    '--gin_file=gin_configs/stores/disk.gin',
+    f'--gin.NUM_SLOTS={world.routing.num_experts - 2}',
+    '--gin.SAVE_PERIOD=8',
+  )
+  log = folder / 'train_metrics.jsonl'
+  size = lambda: log.stat().st_size if log.exists() else 0
+  saved = checkpointing.Checkpoints(folder)
+  newest = lambda: saved.latest_step() or 0
+  killed_at = [0]
+  for index in range(10):
+    process = _start(world, folder, *on_disk)
+    # Most of the time is start-up. One kill comes after a checkpoint, so that
+    # the run goes forward on any machine, the next soon after the first steps.
+    seen = newest if index % 2 else size
+    before = seen()
+    _wait_until(lambda seen=seen, before=before: seen() != before, process)
+    time.sleep(rng.uniform(0, 0.3))
+    process.kill()
+    _finish(process)
+    killed_at.append(newest())
+  saved.close()
+  assert killed_at == sorted(killed_at)
+  assert len(set(killed_at)) > 5 and killed_at[-1] < _TOTAL
+  _rerun_and_compare(world, folder, straight, killed_at[-1], *on_disk)
+
+
+def _free_port():
+  with socket.socket() as one:
+    one.bind(('localhost', 0))
+    return one.getsockname()[1]
+
+
+def _start_two(world, folder):
+  port = _free_port()
+  return [
+    _start(
+      world,
+      folder,
+      f'--coordinator_address=localhost:{port}',
+      '--process_count=2',
+      f'--gin.TRAIN_STEPS={_TOTAL_OF_TWO}',
+      f'--process_index={index}',
+    )
+    for index in range(2)
+  ]
+
+
+def test_two_processes_stop_together_and_train_as_one(
+  world, straight, tmp_path
+):
+  folder = tmp_path / 'run'
+  processes = _start_two(world, folder)
+  log = folder / 'train_metrics.jsonl'
+  _wait_until(lambda: log.exists() and log.stat().st_size > 0, processes[0])
+  # One of them is told, and not the one that writes.
+  processes[1].terminate()
+  outputs = [_finish(process) for process in processes]
+  assert [p.returncode for p in processes] == [130, 130], outputs
+  with checkpointing.Checkpoints(folder) as saved:
+    step = saved.latest_step()
+  assert 0 < step < _TOTAL_OF_TWO
+  assert all(f'Stopped after step {step} of' in output for output in outputs)
+
+  processes = _start_two(world, folder)
+  outputs = [_finish(process) for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], outputs
+  assert f'at step {step}.' in outputs[0]
+  with checkpointing.Checkpoints(folder) as saved:
+    assert saved.latest_step() == _TOTAL_OF_TWO
+  # Sums over devices are taken in another order than on one, which training
+  # amplifies: only the first steps can be compared.
+  first = lambda path: [
+    line['loss'] for line in train_metrics.read_json_lines(path)[:4]
+  ]
+  expected = first(straight / 'train_metrics.jsonl')
+  assert first(log) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,153 @@
+"""All shipped models that are small enough to run, as gin files make them."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mowe.commands import gin_config
+from mowe.models import initialization
+from mowe.words import subword_vocabularies, vocabulary_builder
+
+_FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'gin_configs' / 'models'
+NAMES = sorted(
+  path.stem
+  for path in _FOLDER.glob('*.gin')
+  if path.stem.endswith(('_tiny', '_mini'))
+)
+# Ids of bytes; 0 is padding and 1 the end.
+VOCAB = 384
+# Half the time of compiling, to slower code.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
+)
+
+
+def make(name, folder):
+  """A model and its variables, with routers that crowd tokens together.
+
+  Args:
+    name: one of NAMES.
+    folder: where a routing vocabulary may lie.
+
+  Returns:
+    The Linen module without dropout, and {'params': ...}.
+  """
+  routing, _ = vocabulary_builder.build_routing_vocabulary(
+    ['a few words and a few more of them, and then some others'],
+    subword_vocabularies.ByteVocabulary(),
+    num_words=9,
+    num_experts=8,
+    num_skipped=1,
+  )
+  routing.save(folder / 'words.npz')
+  bindings = ["VOCABULARY_PATH = 'bytes'", "DTYPE = 'float32'"]
+  bindings.append(f'VOCAB_SIZE = {VOCAB}')
+  if name.startswith('mowe'):
+    bindings.append(f'ROUTING_VOCABULARY = {str(folder / "words.npz")!r}')
+    bindings.append('NUM_EXPERTS = 8')
+  gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
+  config = dataclasses.replace(gin_config.made('MODEL'), dropout_rate=0.0)
+  model = config.build()
+  shapes = initialization.abstract_variables(model)['params']
+  draw = functools.partial(_draw, np.random.default_rng(0))
+  return model, {'params': jax.tree_util.tree_map_with_path(draw, shapes)}
+
+
+def _draw(rng, path, leaf):
+  """A random parameter; to draw it as the model does takes long to compile."""
+  name = jax.tree_util.keystr(path, simple=True, separator='/')
+  if name.endswith('scale'):
+    return jnp.ones(leaf.shape)
+  # Logits of routers far apart: many tokens want the same expert. Not their
+  # hidden units, which would also make each rounding error 50 times as large.
+  is_last = 'router_weights' in name and 'hidden' not in name
+  size = 3.0 if is_last else 1.0
+  rows = leaf.shape[-2] if len(leaf.shape) > 1 else 100
+  return jnp.asarray(size * rng.normal(size=leaf.shape) / rows**0.5, leaf.dtype)
+
+
+def make_batch(config, seed, batch, inputs, length):
+  """Random tokens as a dict by T5X's keys; every other row is packed."""
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.integers(3, 259, shape).astype(np.int32)
+  segments = np.ones((batch, length), np.int32)
+  segments[::2, length // 3 :] = 2
+  # Padding at the end of a row.
+  targets = draw(batch, length)
+  targets[-1, -2:] = segments[-1, -2:] = 0
+  # A model with a memory reads running text: nothing is packed.
+  is_packed = not config.memory_length
+  made = with_targets(
+    {'decoder_segment_ids': segments} if is_packed else {}, targets
+  )
+  if 'encoder' in config.streams:
+    made['encoder_input_tokens'] = draw(batch, inputs)
+    made['encoder_segment_ids'] = np.ones((batch, inputs), np.int32)
+    made['encoder_segment_ids'][::2, inputs // 2 :] = 2
+  return made
+
+
+def with_targets(batch, targets):
+  """The batch with other targets, and inputs that are shifted by one."""
+  inputs = np.zeros_like(targets)
+  inputs[:, 1:] = targets[:, :-1]
+  segments = batch.get('decoder_segment_ids')
+  if segments is not None:
+    begins = segments[:, 1:] != segments[:, :-1]
+    inputs[:, 1:] = np.where(begins, 0, inputs[:, 1:])
+  return batch | {
+    'decoder_input_tokens': inputs,
+    'decoder_target_tokens': targets,
+  }
+
+
+def logits_of(model, training):
+  """A jitted (variables, batch) -> logits; training is without dropout."""
+  config = model.config
+
+  def logits(variables, batch):
+    if config.memory_length:
+      size = batch['decoder_input_tokens'].shape[0]
+      variables = variables | {'segment_memory': config.initial_memory(size)}
+    return model.apply(
+      variables,
+      batch,
+      enable_dropout=training,
+      rngs={'dropout': jax.random.key(7)},
+      method='of_batch',
+      mutable=['segment_memory', 'router_stats'],
+    )[0]
+
+  return jit(logits)
+
+
+def generated(model, max_length):
+  """A jitted (variables, inputs, ends) -> tokens and logits of each step.
+
+  Greedy. A row is fed padding from the step `ends` <int32>[batch] on, as rows
+  are that have ended.
+  """
+
+  def generate(variables, inputs, ends):
+    step, cache = model.start_generation(variables, inputs, max_length, 1)
+
+    def one(carry, number):
+      last, cache = carry
+      logits, cache, _ = step(last, cache)
+      chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      chosen = jnp.where(number >= ends, 0, chosen)[:, None]
+      return (chosen, cache), (chosen[:, 0], logits)
+
+    start = jnp.zeros((inputs.shape[0], 1), jnp.int32), cache
+    _, (tokens, logits) = jax.lax.scan(one, start, jnp.arange(max_length))
+    return tokens.T, logits.swapaxes(0, 1)
+
+  return jit(generate)

@@ -1,0 +1,166 @@
+"""A small world for the commands: vocabularies, caches, settings of a run."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import (
+  compilation_cache as compilation_cache_lib,
+)
+
+from mowe.commands import cache_task, data_config
+from mowe.commands import train as train_command
+from mowe.layers.memory import word_experts
+from mowe.models.t5 import t5
+from mowe.training import partitioning
+from mowe.training.optimization import optimizers, row_optimizers
+from mowe.words import (
+  routing_vocabulary,
+  subword_vocabularies,
+  vocabulary_builder,
+)
+
+NUM_EXPERTS = 16
+LENGTHS = {'inputs': 18, 'targets': 11}
+# Two epochs of the text are about five batches of eight.
+TEXTS = [
+  f'{name} of {town} met {other} in the old town and ate a {fruit}.'
+  for name, other in (('Zorblat', 'Quimby'), ('Anna', 'Karl'))
+  for town in ('Karlsburg', 'Norden', 'Delft')
+  for fruit in ('quince', 'plum')
+]
+QUESTIONS = [
+  {'question': f'Who met {b}?', 'answers': [a], 'relation': 'met'}
+  for a, b in (('Zorblat', 'Quimby'), ('Anna', 'Karl'), ('Karl', 'Anna'))
+] * 7
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """Files of a world, and models that fit them."""
+
+  folder: pathlib.Path
+  vocabulary: subword_vocabularies.Subwords
+  routing: routing_vocabulary.RoutingVocabulary
+
+  @property
+  def vocabulary_path(self) -> str:
+    return str(self.folder / 'vocabulary.model')
+
+  @property
+  def routing_path(self) -> str:
+    return str(self.folder / 'routing.npz')
+
+  @property
+  def cache_dir(self) -> str:
+    return str(self.folder / 'cache')
+
+  def config(self, sparse=True, **changes) -> t5.T5Config:
+    sizes = {
+      'vocab_size': self.vocabulary.size + 3,
+      'emb_dim': 12,
+      'num_heads': 2,
+      'head_dim': 5,
+      'mlp_dim': 14,
+      'num_encoder_layers': 1,
+      'num_decoder_layers': 1,
+      'dropout_rate': 0.1,
+    }
+    if sparse:
+      sizes |= {
+        'sparse_feed_forward': functools.partial(
+          word_experts.MoweLayer, NUM_EXPERTS, 4
+        ),
+        'sparse_encoder_layers': (0,),
+        'sparse_decoder_layers': (0,),
+        'routing': self.routing,
+      }
+    return t5.T5Config(**(sizes | changes))
+
+  def data(self, name='text', **changes) -> data_config.DataConfig:
+    settings = {
+      'mixture_or_task_name': name,
+      'task_feature_lengths': LENGTHS,
+      'batch_size': 8,
+      'cache_dir': self.cache_dir,
+      'trial_steps': 4,
+    }
+    return data_config.DataConfig(**(settings | changes))
+
+  def train(self, model_dir, total_steps, **changes) -> Any:
+    """Trains on one device: compiles faster than on eight."""
+    settings = {
+      'model': self.config(),
+      'vocabulary': self.vocabulary,
+      'data': self.data(),
+      'optimizer': optimizers.AdamW(1e-2),
+      'row_optimizer': row_optimizers.RowAdafactor(1e-2),
+      'make_mesh': functools.partial(
+        partitioning.make_mesh, devices=jax.devices()[:1]
+      ),
+      'save': train_command.SaveConfig(period=3),
+      'log_period': 2,
+      'tensorboard': False,
+    }
+    return train_command.train(
+      model_dir=str(model_dir), total_steps=total_steps, **(settings | changes)
+    )
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory) -> World:
+  folder = tmp_path_factory.mktemp('world')
+  write_lines(folder / 'text.jsonl', [{'text': text} for text in TEXTS])
+  write_lines(folder / 'questions.jsonl', QUESTIONS)
+  path = folder / 'vocabulary.model'
+  vocabulary = subword_vocabularies.train_sentencepiece(TEXTS, path, 40)
+  routing, _ = vocabulary_builder.build_routing_vocabulary(
+    TEXTS, vocabulary, num_words=30, num_experts=NUM_EXPERTS, num_skipped=2
+  )
+  routing.save(folder / 'routing.npz')
+  for name, kind in (('text', 'text'), ('questions', 'questions')):
+    cache_task.cache_task(
+      folder / 'cache' / name,
+      str(path),
+      files=[str(folder / f'{name}.jsonl')],
+      kind=kind,
+      num_workers=1,
+    )
+  return World(folder, vocabulary, routing)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Runs that are repeated and resumed compile the same programs again."""
+  settings = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+  }
+  old = {name: getattr(jax.config, name) for name in settings}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+      # For processes that tests start.
+      patch.setenv(name.upper(), str(value))
+    compilation_cache_lib.reset_cache()
+    yield
+  for name, value in old.items():
+    jax.config.update(name, value)
+  compilation_cache_lib.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+  """These programs run a few steps: compiling them well takes longer."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def write_lines(path: pathlib.Path, records) -> None:
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))

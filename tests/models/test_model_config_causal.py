@@ -1,0 +1,35 @@
+"""No token of a decoder learns from a later one, whatever stands in it.
+
+Targets are changed from a position on, in all rows; no logit at or before that
+position may move. (The input of a position is the target before it.) Walks all
+shipped models that are small enough, in training and in evaluation, with packed
+and other rows in each batch.
+"""
+
+import numpy as np
+import pytest
+import shipped_models
+
+_BATCH, _INPUTS, _LENGTH = 6, 10, 12
+
+
+@pytest.mark.parametrize('name', shipped_models.NAMES)
+def test_causal(name, tmp_path):
+  model, variables = shipped_models.make(name, tmp_path)
+  batch = shipped_models.make_batch(model.config, 0, _BATCH, _INPUTS, _LENGTH)
+  targets = batch['decoder_target_tokens']
+  others = np.random.default_rng(1).integers(3, 259, targets.shape)
+  others = np.where(targets > 0, others, 0).astype(np.int32)
+  for training in (True, False):
+    logits_of = shipped_models.logits_of(model, training)
+    logits = np.asarray(logits_of(variables, batch))
+    for first in (2, 6, 9):
+      changed = np.where(np.arange(_LENGTH) < first, targets, others)
+      moved = np.asarray(
+        logits_of(variables, shipped_models.with_targets(batch, changed))
+      )
+      distance = np.abs(moved - logits).max(axis=(0, 2))
+      tolerance = 1e-5 * np.abs(logits).max()
+      assert distance[: first + 1].max() <= tolerance, (training, first)
+      # What stands behind does move.
+      assert distance[first + 1] > 100 * tolerance

@@ -1,0 +1,159 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from mowe.words import subword_vocabularies
+
+
+def kinds_of(vocabulary, text):
+  kinds = vocabulary.piece_kinds()
+  return [(vocabulary.piece(i), int(kinds[i])) for i in vocabulary.encode(text)]
+
+
+def test_ids_are_those_of_t5(tiny):
+  assert tiny.size == 90 + 10
+  assert (tiny.pad_id, tiny.eos_id, tiny.unk_id) == (0, 1, 2)
+  assert [tiny.piece(i) for i in range(3)] == ['<pad>', '</s>', '<unk>']
+  assert tiny.sentinel_id(0) == 99
+  assert tiny.sentinel_id(9) == 90
+  assert tiny.piece(90) == '<extra_id_9>'
+  with pytest.raises(ValueError, match=r'in 0\.\.9, but is 10.*extra_ids'):
+    tiny.sentinel_id(10)
+
+
+def test_kinds_of_the_t5_vocabulary(t5_vocabulary):
+  assert t5_vocabulary.size == 32100
+  # From the model file: '▁(' and ').' have no letter, 'Z' goes on after '(' by
+  # its piece; that '(' ends a word is the look-up's business.
+  assert kinds_of(t5_vocabulary, 'lead (Zorblat). é 3') == [
+    ('▁lead', subword_vocabularies.STARTS),
+    ('▁(', subword_vocabularies.ALONE),
+    ('Z', subword_vocabularies.CONTINUES),
+    ('or', subword_vocabularies.CONTINUES),
+    ('bla', subword_vocabularies.CONTINUES),
+    ('t', subword_vocabularies.CONTINUES),
+    (').', subword_vocabularies.ALONE),
+    ('▁', subword_vocabularies.STARTS),
+    ('é', subword_vocabularies.CONTINUES),
+    ('▁3', subword_vocabularies.STARTS),
+  ]
+  kinds = t5_vocabulary.piece_kinds()
+  assert kinds.dtype == np.uint8
+  assert kinds[:3].tolist() == [
+    subword_vocabularies.SPECIAL,
+    subword_vocabularies.SPECIAL,
+    subword_vocabularies.ALONE,
+  ]
+  assert (kinds[32000:] == subword_vocabularies.SPECIAL).all()
+  assert t5_vocabulary.decode(t5_vocabulary.encode('The fox.')) == 'The fox.'
+
+
+def test_offsets_are_characters_of_the_given_text(t5_vocabulary):
+  text = 'Café  crème  ＡＢＣ the'  # double spaces, full-width letters
+  ids, starts, ends = t5_vocabulary.encode_with_offsets(text)
+  assert ids == t5_vocabulary.encode(text)
+  spans = [text[a:b] for a, b in zip(starts, ends, strict=True)]
+  assert spans == ['Café', 'crème', 'ＡＢＣ', 'the']
+  # A combining accent is two characters and becomes one piece.
+  text = 'e\u0301a ﬁne x'
+  _, starts, ends = t5_vocabulary.encode_with_offsets(text)
+  spans = [text[a:b] for a, b in zip(starts, ends, strict=True)]
+  assert spans == ['', 'e\u0301', 'a', 'ﬁne', '', 'x']  # '': bare marks
+
+
+@pytest.mark.parametrize('text', ['', ' ', 'Zorblat  met\n(Quimby)', 'xé日'])
+def test_offsets_of_the_tiny_vocabulary(tiny, text):
+  ids, starts, ends = tiny.encode_with_offsets(text)
+  assert ids == tiny.encode(text) == tiny.encode_batch([text])[0]
+  covered = ''.join(text[a:b] for a, b in zip(starts, ends, strict=True))
+  assert covered == ''.join(text.split())
+
+
+def test_decode_stops_at_eos_and_names_sentinels(tiny):
+  ids = tiny.encode('the old town')
+  sentinel = tiny.sentinel_id(0)
+  assert tiny.decode([0, sentinel, *ids, 0, 1, *ids]) == (
+    '<extra_id_0> the old town'
+  )
+  assert tiny.decode(np.array(ids, np.int32)) == 'the old town'
+  assert tiny.decode([tiny.size + 5]) == ''
+
+
+def test_a_text_with_lone_surrogates_is_encoded(tiny):
+  assert tiny.encode('dog \ud800') == tiny.encode('dog ?')
+  assert tiny.encode_batch(['dog \ud800']) == [tiny.encode('dog ?')]
+
+
+def test_a_vocabulary_travels_to_other_processes(tiny):
+  copy = pickle.loads(pickle.dumps(tiny))
+  assert (copy.sha256, copy.size) == (tiny.sha256, tiny.size)
+  assert copy.encode('the dog') == tiny.encode('the dog')
+
+
+def test_bytes():
+  vocabulary = subword_vocabularies.load_subwords('bytes')
+  assert vocabulary.size == 359
+  # 'a' is byte 97; 'é' is bytes 195, 169; each + 3.
+  assert vocabulary.encode('a é') == [100, 35, 198, 172]
+  assert kinds_of(vocabulary, 'a é.') == [
+    ('a', subword_vocabularies.CONTINUES),
+    ('<0x20>', subword_vocabularies.ALONE),
+    ('<0xC3>', subword_vocabularies.CONTINUES),
+    ('<0xA9>', subword_vocabularies.CONTINUES),
+    ('.', subword_vocabularies.ALONE),
+  ]
+  ids, starts, ends = vocabulary.encode_with_offsets('aéb')
+  assert (starts, ends) == ([0, 1, 1, 2], [1, 2, 2, 3])
+  assert ids == vocabulary.encode('aéb')
+  sentinel = vocabulary.sentinel_id(0)
+  assert sentinel == 358
+  assert vocabulary.decode([*ids, sentinel, 1, 100]) == 'aéb<extra_id_0>'
+  assert (
+    vocabulary.sha256
+    != subword_vocabularies.ByteVocabulary(extra_ids=99).sha256
+  )
+
+
+def test_training_is_deterministic(tmp_path, model_path, texts):
+  again = tmp_path / 'sub' / 'again.model'
+  trained = subword_vocabularies.train_sentencepiece(iter(texts), again, 90)
+  assert again.read_bytes() == model_path.read_bytes()
+  assert [path.name for path in again.parent.iterdir()] == ['again.model']
+  assert trained.size == 190
+
+
+def test_training_reads_all_of_a_long_line(tmp_path):
+  text = ' '.join(f'word{i}' for i in range(2000)) + ' ' + 'ж' * 5000
+  lines = list(subword_vocabularies._lines([text], 1000))
+  assert max(map(len, lines)) <= 2002
+  assert ''.join(''.join(lines).split()) == ''.join(text.split())
+
+
+@pytest.mark.parametrize(
+  ('num_texts', 'size', 'message'),
+  [
+    (5, 5000, r'must not exceed .* is 5000\. Set vocab_size='),
+    (5, 8, r'every character .* is 8\. Set vocab_size='),
+    (0, 20, 'at least one line, but all were empty'),
+  ],
+)
+def test_training_problems(tmp_path, texts, num_texts, size, message):
+  path = tmp_path / 'x.model'
+  with pytest.raises(ValueError, match=message):
+    subword_vocabularies.train_sentencepiece(texts[:num_texts], path, size)
+  assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_vocabulary(tmp_path, model_path):
+  with pytest.raises(FileNotFoundError, match='no file at .*train_sentence'):
+    subword_vocabularies.load_subwords(tmp_path / 'absent.model')
+  for name, content in {
+    'text': b'hello, world',
+    'empty': b'',
+    'half': model_path.read_bytes()[:2000],
+  }.items():
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='cannot be read as one. Copy'):
+      subword_vocabularies.load_subwords(path)

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+
+from mowe.words import lookup, subword_vocabularies, vocabulary_builder
+
+
+def test_counts_by_hand(tiny):
+  texts = ['Dog dog (dog) zzz', 'dOg fox, fox']
+  routing, report = vocabulary_builder.build_routing_vocabulary(
+    texts, tiny, num_words=1, num_experts=4, num_skipped=0
+  )
+  words = {
+    routing.word(i): int(routing.counts[i])
+    for i in range(routing.num_words)
+    if not routing.is_piece[i]
+  }
+  # Tokens: each of the four spellings of dog, times its number of pieces.
+  assert [tiny.piece(i) for i in tiny.encode('(dog)')[:2]] == ['▁', '(']
+  num_pieces = len(tiny.encode('(dog)')) - len('▁()')
+  num_pieces += sum(len(tiny.encode(text)) for text in ('Dog', 'dog', 'dOg'))
+  assert words == {'dog': num_pieces}
+  num_tokens = sum(len(tiny.encode(text)) for text in texts)
+  assert routing.counts.sum() == num_tokens
+  assert report.num_texts == 2
+  # Dog, dog, (dog), zzz, dOg, 'fox,' and fox.
+  assert report.num_chunks == 7
+  assert report.num_kept_words == 1
+  assert report.known_share == pytest.approx(num_pieces / num_tokens)
+
+
+def test_the_number_of_workers_and_lists_change_nothing(tiny, texts):
+  arguments = dict(num_words=30, num_experts=5)
+  phases = []
+  routing, report = vocabulary_builder.build_routing_vocabulary(
+    texts,
+    tiny,
+    progress=lambda phase, done: phases.append((phase, done)),
+    **arguments,
+  )
+  lists = [texts[:3], texts[3:9], texts[9:]]
+  parallel, parallel_report = vocabulary_builder.build_routing_vocabulary(
+    iter(lists), tiny, num_workers=2, **arguments
+  )
+  assert parallel.sha256 == routing.sha256
+  assert parallel_report == report
+  assert ('count', len(texts)) in phases
+  assert phases[-1] == ('done', routing.num_words)
+
+
+def test_names_choose_words(tiny, texts):
+  routing, _ = vocabulary_builder.build_routing_vocabulary(
+    texts,
+    tiny,
+    num_words=100,
+    num_experts=5,
+    names=['Old Karlsburg-Zorblat', 'Nowhere'],
+  )
+  words = {
+    routing.word(i) for i in range(routing.num_words) if not routing.is_piece[i]
+  }
+  assert words == {'old', 'karlsburg', 'zorblat'}
+
+
+def test_memory_is_bounded_and_what_was_forgotten_is_said(tiny):
+  texts = [['dog dog dog'], ['a1 a2 a3 a4 a5 a6'], ['dog fox']]
+  _, report = vocabulary_builder.build_routing_vocabulary(
+    texts, tiny, num_words=10, num_experts=5, max_chunks=6
+  )
+  # After the second list 7 chunks are held: the six seen once are forgotten.
+  assert report.num_pruned_chunks == 6
+  assert report.num_pruned_occurrences == 6
+  assert report.num_chunks == 2
+
+
+def test_the_more_frequent_word_keeps_a_key(tiny, monkeypatch):
+  # Hashes of few bits collide often.
+  monkeypatch.setattr(
+    lookup, 'hash_words', lambda mixes, pieces, offsets: few_bits(offsets)
+  )
+
+  def few_bits(offsets):
+    return (np.arange(len(offsets) - 1) % 2).astype(np.uint32)
+
+  # Words 0, 1, 2: keys 0 and 1 go to words 0 and 0 or 1 by rank.
+  spellings = [[b'\x05\0\0\0'], [b'\x06\0\0\0'], [b'\x07\0\0\0', b'\x08\0\0\0']]
+  keys, words, collisions = vocabulary_builder._keys(spellings, tiny)
+  assert keys.tolist() == [0, 1]
+  assert words.tolist() == [0, 1]
+  assert collisions.tolist() == [[0, 2], [1, 2]]
+
+
+def test_punctuation_never_finds_a_word(tiny, monkeypatch):
+  period = tiny.encode('dog.')[-1]
+  assert tiny.piece_kinds()[period] == subword_vocabularies.ALONE
+  collision = lookup.hash_pieces(tiny.size)[[period]]
+  monkeypatch.setattr(lookup, 'hash_words', lambda *_: collision)
+  keys, _, _ = vocabulary_builder._keys([[b'\x05\0\0\0']], tiny)
+  assert len(keys) == 0
+
+
+def test_cutting_equals_the_look_up(routing, tiny):
+  texts = ['(Zorblat).', '', "don't", 'a,b', '1987-2024', 'é日']
+  encoded = tiny.encode_batch(texts)
+  cut = [[] for _ in texts]
+  for sequence, row in vocabulary_builder.cut_words(
+    encoded, tiny.piece_kinds()
+  ):
+    cut[row].append(np.frombuffer(sequence, np.int32).tolist())
+  for ids, words in zip(encoded, cut, strict=True):
+    assert sum(words, []) == ids
+    if ids:
+      starts = lookup.word_starts(routing.tables, np.array([ids]))[0]
+      lengths = np.diff(np.append(np.flatnonzero(starts), len(ids)))
+      assert [len(word) for word in words] == lengths.tolist()
+
+
+def test_real_vocabulary(t5_vocabulary, texts):
+  routing, report = vocabulary_builder.build_routing_vocabulary(
+    texts, t5_vocabulary, num_words=40, num_experts=64, num_skipped=0
+  )
+  assert report.num_collisions == 0
+  rows = routing.explain('(Zorblat). zorblat', t5_vocabulary)
+  zorblat = [row for row in rows if row.word == 'zorblat']
+  assert len({row.word_id for row in zorblat}) == 1
+  assert {row.reason for row in zorblat} == {'whole word'}
+
+
+def test_problems(tiny):
+  with pytest.raises(ValueError, match='at least one word, but all were empty'):
+    vocabulary_builder.build_routing_vocabulary(
+      ['', ' '], tiny, num_words=5, num_experts=2
+    )
+  with pytest.raises(ValueError, match='num_words must be at least 0'):
+    vocabulary_builder.build_routing_vocabulary(
+      ['a'], tiny, num_words=-1, num_experts=2
+    )
+  with pytest.raises(ValueError, match='num_experts must be at least 1'):
+    vocabulary_builder.build_routing_vocabulary(
+      ['a'], tiny, num_words=1, num_experts=0
+    )
