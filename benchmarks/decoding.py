@@ -32,7 +32,7 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.models import decoding, initialization, threefry
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.words import subword_vocabularies
 
 # Questions <int32>[questions, length] to answers <int32>[questions, length].
@@ -62,9 +62,9 @@ class EachTokenAWord:
     return jnp.zeros((batch, 2), jnp.uint32)
 
 
-def configs(vocab_size: int) -> dict[str, t5.T5Config]:
+def configs(vocab_size: int) -> dict[str, t5_config.T5Config]:
   """T5 tiny, and the same with sparse middle blocks of equal width."""
-  dense = t5.T5Config(
+  dense = t5_config.T5Config(
     vocab_size=vocab_size,
     emb_dim=64,
     num_heads=4,
@@ -132,7 +132,7 @@ def our_answer(
 
 
 def load_transformers(
-  config: t5.T5Config, params: Any, targets_length: int
+  config: t5_config.T5Config, params: Any, targets_length: int
 ) -> Callable[[int], Answer]:
   """Converts the model; a batch size to the answers of `generate`.
 

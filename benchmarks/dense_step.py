@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers
 
@@ -119,7 +119,7 @@ def sizes(arguments: argparse.Namespace) -> dict:
 
 def our_step(arguments, batch):
   """Returns (compiled step, state, further arguments) of mowe."""
-  model = t5.T5(t5.T5Config(**sizes(arguments)))
+  model = t5.T5(t5_config.T5Config(**sizes(arguments)))
   optimizer = optimizers.Adafactor(_LEARNING_RATE).build(None)
   create = lambda key: train_state.create(
     model, key, optimizer=optimizer, row_optimizer=None

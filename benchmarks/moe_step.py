@@ -33,7 +33,7 @@ from benchmarks import dense_step, kept_memory
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.models import parameters
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import optimizers
 
@@ -108,7 +108,7 @@ def make_step(
       'sparse_encoder_layers': odd,
       'sparse_decoder_layers': odd,
     }
-  model = t5.T5(t5.T5Config(**dense_step.sizes(arguments), **parts))
+  model = t5.T5(t5_config.T5Config(**dense_step.sizes(arguments), **parts))
   variables = jax.eval_shape(
     lambda: parameters.initial_variables(model, jax.random.key(0))
   )

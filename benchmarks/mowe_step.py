@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import dense_step
 from mowe.layers import feed_forward
 from mowe.layers.memory import word_experts
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import batch_plans
@@ -62,7 +62,7 @@ def make_model(arguments: argparse.Namespace, num_experts: int) -> t5.T5:
       return feed_forward.DenseFeedForward(mlp_dim=width, **given)
     return word_experts.MoweLayer(num_experts, width, **given)
 
-  config = t5.T5Config(
+  config = t5_config.T5Config(
     sparse_feed_forward=make_layer,
     sparse_encoder_layers=tuple(arguments.sparse_encoder_layers),
     sparse_decoder_layers=tuple(arguments.sparse_decoder_layers),

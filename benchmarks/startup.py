@@ -101,7 +101,7 @@ include 'gin_configs/runs/pretrain.gin'
 VOCABULARY_PATH = 'bytes'
 VOCAB_SIZE = {vocab_size}
 DTYPE = 'float32'
-t5.T5Config:
+t5_config.T5Config:
   emb_dim = 8
   num_heads = 4
   num_encoder_layers = 2

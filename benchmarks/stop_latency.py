@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks import dense_step
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import loop, progress_lines, train_state, training_step
 from mowe.training.optimization import optimizers
 
@@ -35,7 +35,7 @@ class _Trainer:
   def __init__(self, arguments: argparse.Namespace):
     self._losses = []
     self._model = t5.T5(
-      t5.T5Config(
+      t5_config.T5Config(
         vocab_size=1024,
         emb_dim=arguments.emb_dim,
         num_heads=4,

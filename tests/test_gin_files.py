@@ -20,9 +20,9 @@ from mowe.commands import data_config, gin_config
 from mowe.data.caches import cache_builders, token_counts
 from mowe.layers.routers import experts_choose, tokens_choose
 from mowe.models import costs, parameters
-from mowe.models.decoder_only import decoder_only
+from mowe.models.decoder_only import decoder_only_config
 from mowe.models.families import saved_config
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 from mowe.training import partitioning
 from mowe.words import subword_vocabularies, vocabulary_builder
 
@@ -47,7 +47,7 @@ _SIZES = {
 }
 _VOCAB = 32128
 # Whose factories stand for any.
-_PLAIN = decoder_only.DecoderOnlyConfig
+_PLAIN = decoder_only_config.DecoderOnlyConfig
 # Of examples/text_pretrain_mowe_1m.gin.
 _MILLION = 2**20
 
@@ -308,7 +308,7 @@ def test_balanced_hash_gives_all_experts_as_many_tokens(tmp_path):
     ["VOCABULARY_PATH = 'bytes'", 'VOCAB_SIZE = 384']
     + [f'COUNTED_CACHE = {str(tmp_path / "text")!r}'],
   )
-  config = gin_config.call(t5.T5Config)
+  config = gin_config.call(t5_config.T5Config)
   encoder, decoder = config.make_sparse_layers()
   table = encoder.routing.table
   # One object: the cache was counted once.
@@ -387,7 +387,11 @@ def test_a_run_parses_and_its_parts_can_be_made(file, routing_paths):
   assert data.batch_size > 0 and set(data.task_feature_lengths) == names
   if file in alone:
     return
-  model = decoder_only.DecoderOnlyConfig if '_lm' in file else t5.T5Config
+  model = (
+    decoder_only_config.DecoderOnlyConfig
+    if '_lm' in file
+    else t5_config.T5Config
+  )
   assert isinstance(_made('MODEL'), model)
   # A macro that nothing reads would be set in vain.
   for name in ('OPTIMIZER', 'ROW_OPTIMIZER', 'OBJECTIVE'):

@@ -169,7 +169,7 @@ def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
     )
     cache_task.cache_task(folder / 'cache' / 'text', 'bytes', files=[str(file)])
     train.train(
-      model=t5.T5Config(
+      model=t5_config.T5Config(
         384, 8, 2, 3, 9, 1, 1,
         sparse_feed_forward=functools.partial(word_experts.MoweLayer, 8, 4),
         sparse_encoder_layers=(0,),

@@ -26,7 +26,7 @@ from mowe.interop import (
 )
 from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_orbax, t5x_tree
 from mowe.model_folders import model_folder, model_weights
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 from mowe.training import manifests
 from mowe.words import subword_vocabularies
 
@@ -341,7 +341,7 @@ def _opened_huggingface(
 
 
 def _save_huggingface(folder, given):
-  if not isinstance(given.config, t5.T5Config):
+  if not isinstance(given.config, t5_config.T5Config):
     raise ValueError(
       'transformers has T5 and Switch of the models here, but this is a '
       f'{type(given.config).__name__}. Convert it --to safetensors.'

@@ -43,7 +43,7 @@ class Model:
     bindings: read after all gin files, such as 'NUM_EXPERTS = 64'.
     words: the routing vocabulary of word experts; None for other models.
     width: the name that sizes the model, such as 'EXPERT_DIM', or
-      'mowe.models.t5.t5.T5Config.mlp_dim'; None: it is as its files say.
+      'mowe.models.t5.t5_config.T5Config.mlp_dim'; None: it is as its files say.
     granule: its width is a multiple of it.
     budget: what it is made equal to by its width; None: its width stays.
     folder: a finetuned model from elsewhere, which is not trained here;

@@ -76,7 +76,7 @@ def quickstart(
     larger = model(
       'T5, equal size',
       't5',
-      width='mowe.models.t5.t5.T5Config.mlp_dim',
+      width='mowe.models.t5.t5_config.T5Config.mlp_dim',
       granule=1,
       budget=budgets.EqualParameters('MoWE'),
     )

@@ -25,7 +25,7 @@ import numpy as np
 
 from mowe.interop import huggingface_config, rules, safetensors_folder
 from mowe.models import parameters
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 
 Rule = rules.Rule
 
@@ -129,7 +129,7 @@ DTYPES = {
 }
 
 
-def load(folder: str | os.PathLike) -> tuple[t5.T5Config, Any]:
+def load(folder: str | os.PathLike) -> tuple[t5_config.T5Config, Any]:
   """Config and float32 parameters of a folder of `save_pretrained`.
 
   Raises:
@@ -161,7 +161,7 @@ def load(folder: str | os.PathLike) -> tuple[t5.T5Config, Any]:
 
 def save(
   folder: str | os.PathLike,
-  config: t5.T5Config,
+  config: t5_config.T5Config,
   params: Any,
   *,
   dtype: str = 'float32',
@@ -212,13 +212,13 @@ def save(
   )
 
 
-def _rules(config: t5.T5Config, is_switch: bool) -> tuple[Rule, ...]:
+def _rules(config: t5_config.T5Config, is_switch: bool) -> tuple[Rule, ...]:
   head = _TIED if config.logits_via_embedding else _UNTIED
   return (*(_SWITCH if is_switch else _T5), head)
 
 
 def _expected_tensors(
-  config: t5.T5Config, table: Sequence[Rule]
+  config: t5_config.T5Config, table: Sequence[Rule]
 ) -> Mapping[str, np.ndarray]:
   """Zeros that take no memory, in the shapes of the model's tensors."""
   shapes = jax.eval_shape(

@@ -19,7 +19,7 @@ from mowe.layers.dispatch import capacity_dispatch, token_groups
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.models.families import saved_config
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 
 T5 = 't5'
 MT5 = 'mt5'
@@ -62,7 +62,7 @@ _LARGEST = 2**24
 _NO_SHARE = 1e-9
 
 
-def make_config(config: Mapping[str, Any]) -> t5.T5Config:
+def make_config(config: Mapping[str, Any]) -> t5_config.T5Config:
   """The model that a `config.json` describes.
 
   Raises:
@@ -88,7 +88,7 @@ def make_config(config: Mapping[str, Any]) -> t5.T5Config:
       )
   sizes = {name: _size(config, name) for name in _SIZES}
   has_depth = config.get('num_decoder_layers') is not None
-  dense = t5.T5Config(
+  dense = t5_config.T5Config(
     vocab_size=sizes['vocab_size'],
     emb_dim=sizes['d_model'],
     num_heads=sizes['num_heads'],
@@ -105,7 +105,7 @@ def make_config(config: Mapping[str, Any]) -> t5.T5Config:
   return _with_experts(dense, config) if kind == SWITCH else dense
 
 
-def describe(config: t5.T5Config, dtype: str) -> dict[str, Any]:
+def describe(config: t5_config.T5Config, dtype: str) -> dict[str, Any]:
   """The `config.json` of a model, with weights in `dtype`.
 
   Raises:

@@ -114,7 +114,7 @@ def test_a_misspelt_name_in_a_file(tmp_path, capsys):
   path.write_text(
     'from __gin__ import dynamic_registration\n'
     'from mowe.models import t5\n'
-    't5.T5Config.mlp_dimm = 3\n'
+    't5_config.T5Config.mlp_dimm = 3\n'
   )
   text = _refused(capsys, 'train', f'--gin_file={path}')
   assert 'mlp_dimm' in text and 'own.gin' in text and 'line 3' in text

@@ -3,7 +3,7 @@
 import pytest
 
 from mowe.commands import gin_config, train
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 
 _MODEL = 'gin_configs/models/t5_tiny.gin'
 _RUN = 'gin_configs/examples/text_pretrain_t5.gin'
@@ -16,12 +16,15 @@ def _write(path, text):
 
 def test_later_bindings_win():
   gin_config.parse([_MODEL], ["VOCABULARY_PATH = 'bytes'", 'VOCAB_SIZE = 500'])
-  assert gin_config.call(t5.T5Config).vocab_size == 500
+  assert gin_config.call(t5_config.T5Config).vocab_size == 500
   gin_config.parse(
     [_MODEL],
-    ["VOCABULARY_PATH = 'bytes'", 'mowe.models.t5.t5.T5Config.mlp_dim = 77'],
+    [
+      "VOCABULARY_PATH = 'bytes'",
+      'mowe.models.t5.t5_config.T5Config.mlp_dim = 77',
+    ],
   )
-  config = gin_config.call(t5.T5Config)
+  config = gin_config.call(t5_config.T5Config)
   # Nothing is left of what was parsed before.
   assert config.vocab_size == 32128 and config.mlp_dim == 77
 
@@ -50,7 +53,7 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('line', 'name'),
   [
-    ('t5.T5Config.emb_dimm = 3', 'emb_dimm'),
+    ('t5_config.T5Config.emb_dimm = 3', 'emb_dimm'),
     ('t5.T6Config.emb_dim = 3', 'T6Config'),
     ('from mowe.models import t6', 't6'),
   ],

@@ -17,7 +17,7 @@ from mowe.layers.attention import self_attention
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.model_folders import model_folder
-from mowe.models.decoder_only import decoder_only
+from mowe.models.decoder_only import decoder_only_config
 from mowe.models.surgery import module_surgery
 
 NUM, LENGTHS = 6, {'targets': 12}
@@ -42,7 +42,7 @@ def make_config(world, **changes):
     ),
     'sparse_decoder_layers': (0, 1),
   }
-  return decoder_only.DecoderOnlyConfig(**(settings | changes))
+  return decoder_only_config.DecoderOnlyConfig(**(settings | changes))
 
 
 def parts(world):

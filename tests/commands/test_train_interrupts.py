@@ -27,7 +27,7 @@ _SECONDS = 240
 
 
 def _command(world, folder):
-  sizes = 'mowe.models.t5.t5.T5Config'
+  sizes = 'mowe.models.t5.t5_config.T5Config'
   bindings = {
     'VOCABULARY_PATH': world.vocabulary_path,
     'VOCAB_SIZE': 256,

@@ -20,7 +20,7 @@ from mowe.layers.attention import relative_attention, self_attention
 from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
 from mowe.models import initialization, threefry
-from mowe.models.decoder_only import decoder_only
+from mowe.models.decoder_only import decoder_only_config
 from mowe.training import partitioning, train_state, training_step
 
 LENGTHS = {'targets': 12}
@@ -49,7 +49,7 @@ def make_config(world, **changes):
     'dropout_rate': 0.1,
     'attention': self_attention.RotaryAttention,
   }
-  return decoder_only.DecoderOnlyConfig(**(settings | changes))
+  return decoder_only_config.DecoderOnlyConfig(**(settings | changes))
 
 
 def make_data(world, name='running', **changes):

@@ -17,8 +17,8 @@ include 'gin_configs/models/moe_{kind}_tiny.gin'
 include 'gin_configs/optimizers/adafactor_constant.gin'
 include 'gin_configs/runs/pretrain.gin'
 
-t5.T5Config.num_encoder_layers = 2
-t5.T5Config.num_decoder_layers = 2
+t5_config.T5Config.num_encoder_layers = 2
+t5_config.T5Config.num_decoder_layers = 2
 """
 
 

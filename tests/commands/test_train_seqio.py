@@ -38,7 +38,7 @@ TASK_FEATURE_LENGTHS = {{'inputs': 24, 'targets': 12}}
 BATCH_SIZE = 8
 LOG_PERIOD = 1
 EVAL_PERIOD = 0
-t5.T5Config:
+t5_config.T5Config:
   emb_dim = 8
   num_heads = 2
   head_dim = 4

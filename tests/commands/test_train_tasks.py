@@ -20,7 +20,7 @@ VOCABULARY_PATH = 'bytes'
 VOCAB_SIZE = 384
 LOG_PERIOD = 1
 data_config.DataConfig.trial_steps = 2
-t5.T5Config:
+t5_config.T5Config:
   emb_dim = 8
   num_heads = 2
   head_dim = 4

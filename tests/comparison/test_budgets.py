@@ -7,7 +7,7 @@ import pytest
 
 from mowe.comparison import budgets
 from mowe.models import costs
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 
 _SOLVE = functools.partial(budgets.solve, name='MoWE', unit='FLOPs per token')
 
@@ -91,7 +91,7 @@ def test_flops_are_those_of_the_pretraining_examples():
 
 def test_a_dense_model_of_equal_parameters():
   def cost(mlp_dim):
-    config = t5.T5Config(13, 6, 2, 5, mlp_dim, 2, 1)
+    config = t5_config.T5Config(13, 6, 2, 5, mlp_dim, 2, 1)
     return costs.model_costs(config).total_parameters
 
   found = _SOLVE(cost, cost(77), granule=1, tolerance=0.0)

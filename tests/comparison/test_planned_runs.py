@@ -44,7 +44,7 @@ def _plan(experiment):
 def plan(world, tmp_path_factory):
   larger = small_experiments.dense(
     'larger',
-    width='mowe.models.t5.t5.T5Config.mlp_dim',
+    width='mowe.models.t5.t5_config.T5Config.mlp_dim',
     granule=2,
     budget=budgets.EqualParameters('MoWE'),
   )
@@ -128,7 +128,7 @@ def test_digests_know_what_is_in_gin_files_and_caches(world, tmp_path):
     file.write_text(
       '# A comment changes nothing.\n' * (size % 2)
       + "include 'gin_configs/models/t5_tiny.gin'\n"
-      + f'mowe.models.t5.t5.T5Config.remat = {size // 2 == 1}'
+      + f'mowe.models.t5.t5_config.T5Config.remat = {size // 2 == 1}'
     )
     model = small_experiments.dense(gin_files=(str(file),))
     whole = small_experiments.experiment(world, tmp_path / 'out', (model,))
@@ -371,7 +371,7 @@ def test_settings_that_cannot_work(world, tmp_path, change, message):
     (
       (
         small_experiments.dense(
-          width='mowe.models.t5.t5.T5Config.mlp_dim',
+          width='mowe.models.t5.t5_config.T5Config.mlp_dim',
           budget=budgets.EqualFlops('MoWE'),
         ),
         small_experiments.words(),

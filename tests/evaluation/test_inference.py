@@ -9,7 +9,7 @@ import pytest
 
 from mowe.evaluation import inference
 from mowe.models import decoding
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.words import subword_vocabularies
 
 VOCAB, TARGETS = 19, 5
@@ -18,7 +18,7 @@ VOCAB, TARGETS = 19, 5
 @functools.cache
 def make_model():
   model = t5.T5(
-    t5.T5Config(
+    t5_config.T5Config(
       vocab_size=VOCAB,
       emb_dim=8,
       num_heads=2,

@@ -14,7 +14,7 @@ from mowe.data.caches import lm_cache
 from mowe.evaluation import language_modeling
 from mowe.layers.attention import relative_attention
 from mowe.models import initialization
-from mowe.models.decoder_only import decoder_only
+from mowe.models.decoder_only import decoder_only_config
 from mowe.words import subword_vocabularies
 
 BYTES = subword_vocabularies.ByteVocabulary(extra_ids=0)
@@ -99,7 +99,7 @@ def _memory_model(**changes):
     'dropout_rate': 0.0,
     'attention': relative_attention.RelativeAttention,
   }
-  model = decoder_only.DecoderOnlyConfig(**(settings | changes)).build()
+  model = decoder_only_config.DecoderOnlyConfig(**(settings | changes)).build()
   shapes = initialization.abstract_variables(model)['params']
   rng = np.random.default_rng(0)
   params = jax.tree.map(

@@ -6,7 +6,7 @@ from mowe.comparison import budgets, experiment_data, experiments
 
 _OPTIMIZER = 'gin_configs/optimizers/adamw.gin'
 SIZES = tuple(
-  f'mowe.models.t5.t5.T5Config.{name} = {value!r}'
+  f'mowe.models.t5.t5_config.T5Config.{name} = {value!r}'
   for name, value in {
     'emb_dim': 12,
     'num_heads': 2,
@@ -17,8 +17,8 @@ SIZES = tuple(
   }.items()
 )
 _SPARSE = (
-  'mowe.models.t5.t5.T5Config.sparse_encoder_layers = (0,)',
-  'mowe.models.t5.t5.T5Config.sparse_decoder_layers = (0,)',
+  'mowe.models.t5.t5_config.T5Config.sparse_encoder_layers = (0,)',
+  'mowe.models.t5.t5_config.T5Config.sparse_decoder_layers = (0,)',
 )
 WORDS = experiment_data.Words(16, num_words=30, num_skipped=2)
 

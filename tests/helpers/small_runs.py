@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import (
 from mowe.commands import cache_task, data_config
 from mowe.commands import train as train_command
 from mowe.layers.memory import word_experts
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 from mowe.training import partitioning
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import (
@@ -59,7 +59,7 @@ class World:
   def cache_dir(self) -> str:
     return str(self.folder / 'cache')
 
-  def config(self, sparse=True, **changes) -> t5.T5Config:
+  def config(self, sparse=True, **changes) -> t5_config.T5Config:
     sizes = {
       'vocab_size': self.vocabulary.size + 3,
       'emb_dim': 12,
@@ -79,7 +79,7 @@ class World:
         'sparse_decoder_layers': (0,),
         'routing': self.routing,
       }
-    return t5.T5Config(**(sizes | changes))
+    return t5_config.T5Config(**(sizes | changes))
 
   def data(self, name='text', **changes) -> data_config.DataConfig:
     settings = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from mowe.layers.memory import word_experts
 from mowe.models import threefry
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 from mowe.training import train_state
 from mowe.words import batch_plans
 
@@ -46,7 +46,7 @@ def make_config(sparse=True, **changes):
     'num_decoder_layers': 1,
     'dropout_rate': 0.0,
   }
-  return t5.T5Config(**(settings | sparse_parts | changes))
+  return t5_config.T5Config(**(settings | sparse_parts | changes))
 
 
 def make_batch(seed=0, absent=()):

@@ -14,13 +14,13 @@ from safetensors import numpy as safetensors
 from mowe.interop import huggingface, huggingface_config, safetensors_format
 from mowe.models import parameters
 from mowe.models.families import saved_config
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 
 _NAMES = ('t5', 'switch')
 _EMBEDDING = ('token_embedder', 'embedding')
 _HEAD = ('decoder', 'logits_dense', 'kernel')
 
-_TIED = t5.T5Config(
+_TIED = t5_config.T5Config(
   vocab_size=13,
   emb_dim=6,
   num_heads=2,

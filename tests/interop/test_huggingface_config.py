@@ -12,7 +12,7 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.models.families import saved_config
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 
 _T5 = {
   'model_type': 't5',
@@ -40,7 +40,7 @@ def test_sizes():
   config = huggingface_config.make_config(
     _T5 | {'num_decoder_layers': 3, 'dropout_rate': 0.25}
   )
-  assert config == t5.T5Config(
+  assert config == t5_config.T5Config(
     vocab_size=9,
     emb_dim=6,
     num_heads=2,

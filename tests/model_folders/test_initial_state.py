@@ -9,13 +9,13 @@ import pytest
 from mowe.layers.memory import word_experts
 from mowe.model_folders import initial_state
 from mowe.models import initialization
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import checkpointing, partitioning
 from mowe.training.optimization import optimizers, row_optimizers
 
 
 def _setup(frozen=False, seed=0, **mesh_sizes):
-  config = t5.T5Config(
+  config = t5_config.T5Config(
     vocab_size=32,
     emb_dim=24,
     num_heads=4,

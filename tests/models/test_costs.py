@@ -13,7 +13,7 @@ from mowe.layers.memory import product_keys, word_experts
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import experts_choose, hash_routing, tokens_choose
 from mowe.models import costs, parameters
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 
 _V, _D, _H, _K, _F = 11, 6, 2, 5, 7
 _E, _X = 13, 3  # Experts, and hidden units of one.
@@ -34,7 +34,7 @@ def _config(**changes):
     'num_encoder_layers': 3,
     'num_decoder_layers': 2,
   }
-  return t5.T5Config(**(sizes | changes))
+  return t5_config.T5Config(**(sizes | changes))
 
 
 def _mowe(**layer):

@@ -15,7 +15,7 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import tokens_choose
 from mowe.models import decoding
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.words import subword_vocabularies, vocabulary_builder
 
 BATCH, INPUTS, TARGETS = 2, 9, 6
@@ -63,7 +63,7 @@ def make_model(kind):
       heads, inner=inner_attention.StickBreaking()
     )
   model = t5.T5(
-    t5.T5Config(
+    t5_config.T5Config(
       vocab_size=BYTES.size,
       emb_dim=8,
       num_heads=2,

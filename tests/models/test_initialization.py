@@ -13,7 +13,7 @@ from flax import linen as nn
 from mowe.layers import parameter
 from mowe.layers.memory import word_experts
 from mowe.models import initialization, parameters, threefry
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import partitioning
 
 _EXPERTS = 12
@@ -34,7 +34,7 @@ def _model(depth=2, emb_dim=32, **changes):
     'sparse_encoder_layers': (1,),
     'sparse_decoder_layers': (1,),
   }
-  return t5.T5(t5.T5Config(**(settings | changes)))
+  return t5.T5(t5_config.T5Config(**(settings | changes)))
 
 
 def _flat(params):

@@ -18,7 +18,7 @@ from mowe.layers import centered_norm
 from mowe.layers.attention import self_attention, stick_breaking
 from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import routing
-from mowe.models.decoder_only import decoder_only, decoder_only_stack
+from mowe.models.decoder_only import decoder_only_stack
 
 _KINDS = {
   'test_attention': 'stick_breaking',
@@ -246,7 +246,7 @@ def test_block(case, golden):
 def block_config(options, num_tokens, seen):
   own = options['attention']
   fields = cases.attention_fields(own, num_tokens)
-  return decoder_only.DecoderOnlyConfig(
+  return decoder_only_config.DecoderOnlyConfig(
     vocab_size=1,
     emb_dim=options['embed_dim'],
     num_heads=own['num_heads'],

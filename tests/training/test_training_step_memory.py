@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mowe.layers.memory import word_experts
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import batch_plans
@@ -24,7 +24,7 @@ def compiled(request):
 
 def _compile(num_experts, table_dtype):
   model = t5.T5(
-    t5.T5Config(
+    t5_config.T5Config(
       vocab_size=32,
       emb_dim=8,
       num_heads=2,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mowe.interop.t5x import t5x_rules
 from mowe.layers.routers import router_losses
 from mowe.models import parameters
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import router_training, training_step
 from mowe.words import routing_vocabulary, subword_vocabularies
 
@@ -304,7 +304,7 @@ def _average(mean) -> clu_metrics.Average:
   return clu_metrics.Average(jnp.asarray(mean.total), jnp.asarray(mean.count))
 
 
-def _check_layers(config: t5.T5Config) -> None:
+def _check_layers(config: t5_config.T5Config) -> None:
   """Raises ValueError if a layer has what T5X cannot train."""
   for layer in config.sparse_layers().values():
     reads_tokens = getattr(layer, 'reads_token_ids', False)

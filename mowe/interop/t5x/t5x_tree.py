@@ -13,7 +13,7 @@ import numpy as np
 
 from mowe.interop import rules, weights
 from mowe.models import model_config
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 
 Path = weights.Path
 
@@ -34,7 +34,7 @@ _SIZES = {
   'xxl': (4096, 64, 64, 10240, 24),
 }
 RELEASED = {
-  f't5_1_1_{name}': t5.T5Config(
+  f't5_1_1_{name}': t5_config.T5Config(
     vocab_size=32128,
     emb_dim=emb_dim,
     num_heads=num_heads,
@@ -103,7 +103,7 @@ def from_weights(given: weights.Weights) -> dict[Path, weights.Array]:
   return state
 
 
-def infer_config(params: Mapping[Path, weights.Array]) -> t5.T5Config:
+def infer_config(params: Mapping[Path, weights.Array]) -> t5_config.T5Config:
   """The dense T5 that has parameters of these names and shapes.
 
   Activations have no shape: two kernels are taken for a gated GELU (T5 1.1,
@@ -136,7 +136,7 @@ def infer_config(params: Mapping[Path, weights.Array]) -> t5.T5Config:
       'of encoder/layers_0/attention/query/kernel evenly, but do not. The '
       'checkpoint is of another network, or damaged.'
     )
-  return t5.T5Config(
+  return t5_config.T5Config(
     vocab_size=vocab_size,
     emb_dim=emb_dim,
     num_heads=num_heads,
@@ -149,7 +149,7 @@ def infer_config(params: Mapping[Path, weights.Array]) -> t5.T5Config:
   )
 
 
-def released_name(config: t5.T5Config) -> str | None:
+def released_name(config: t5_config.T5Config) -> str | None:
   """The name of a released model of these sizes, if there is one."""
   names = [name for name, one in RELEASED.items() if one == config]
   return names[0] if names else None

@@ -14,9 +14,6 @@ from mowe.layers.routers import router_losses
 from mowe.models import decoding, model_config
 from mowe.models.decoder_only import decoder_only_config, decoder_only_stack
 
-# `decoder_only.DecoderOnlyConfig` in gin files and code.
-DecoderOnlyConfig = decoder_only_config.DecoderOnlyConfig
-
 MEMORY = model_config.MEMORY
 
 
@@ -29,7 +26,7 @@ class DecoderOnly(nn.Module):
   Call: see `__call__`.
   """
 
-  config: DecoderOnlyConfig
+  config: decoder_only_config.DecoderOnlyConfig
 
   def setup(self):
     config = self.config
@@ -270,7 +267,9 @@ _FEATURES = (
 class _Router:
   """Routing ids of tokens that are generated, with the state of words."""
 
-  def __init__(self, config: DecoderOnlyConfig, batch_size: int):
+  def __init__(
+    self, config: decoder_only_config.DecoderOnlyConfig, batch_size: int
+  ):
     self._config = config
     self._is_needed = bool(config.sparse_decoder_layers)
     self._has_words = self._is_needed and config.routing is not None

@@ -17,8 +17,8 @@ import numpy as np
 from flax import linen as nn
 
 from mowe.models import model_config
-from mowe.models.decoder_only import decoder_only
-from mowe.models.t5 import t5
+from mowe.models.decoder_only import decoder_only_config
+from mowe.models.t5 import t5_config
 
 # What the stack or a run gives to a layer, or what Linen adds: no part of its config.
 _GIVEN = {
@@ -41,7 +41,7 @@ _GIVEN_TO = {
 
 # Name in a file of each kind of config; a file without one holds a T5Config.
 _FAMILY = 'family'
-_FAMILIES = {'decoder_only': decoder_only.DecoderOnlyConfig}
+_FAMILIES = {'decoder_only': decoder_only_config.DecoderOnlyConfig}
 
 _BLOCK_LAYERS = 'block_layers'
 
@@ -95,7 +95,7 @@ def from_json(
   """
   tree = dict(tree)
   family = tree.pop(_FAMILY, None)
-  cls = t5.T5Config if family is None else _FAMILIES.get(family)
+  cls = t5_config.T5Config if family is None else _FAMILIES.get(family)
   if cls is None:
     raise ValueError(
       f'The family of a saved model must be one of {sorted(_FAMILIES)}, but is '

@@ -17,11 +17,6 @@ from mowe.layers.routers import router_losses
 from mowe.models import decoding, model_config
 from mowe.models.t5 import t5_config, t5_stacks
 
-# `t5.T5Config` in gin files and code: config and model go together.
-Routing = t5_config.Routing
-T5Config = t5_config.T5Config
-default_dtype = t5_config.default_dtype
-
 
 class T5(nn.Module):
   """T5 encoder-decoder.
@@ -33,7 +28,7 @@ class T5(nn.Module):
   Call: see `__call__`, `encode`, `decode`.
   """
 
-  config: T5Config
+  config: t5_config.T5Config
 
   def setup(self):
     config = self.config

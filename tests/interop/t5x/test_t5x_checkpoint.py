@@ -13,7 +13,7 @@ from flax import serialization
 
 from mowe.interop import rules, weights
 from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_orbax, t5x_tree
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training.optimization import adafactor_transform
 
 _LAYOUTS = {'legacy': t5x_legacy, 'orbax': t5x_orbax}
@@ -52,7 +52,7 @@ def _change(checkpoint, path, value):
 
 def test_the_logits_are_those_of_t5x(layout, t5x_golden):
   given = t5x_checkpoint.load(t5x_golden(layout))
-  assert given.config == t5.T5Config(11, 8, 3, 5, 7, 1, 2)
+  assert given.config == t5_config.T5Config(11, 8, 3, 5, 7, 1, 2)
   assert given.step == 3
   params = jax.tree.map(
     lambda array: array[...],
@@ -230,7 +230,7 @@ def test_sizes_of_released_models_follow_from_shapes(name):
 
 
 def test_t5_of_1_0_is_recognised():
-  config = t5.T5Config(
+  config = t5_config.T5Config(
     13, 6, 2, 5, 7, 2, 1, mlp_activations=('relu',), logits_via_embedding=True
   )
   assert t5x_tree.infer_config(weights.shapes(config)) == config

@@ -20,7 +20,7 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.models import decoding, initialization, parameters, threefry
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import router_training, train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import (
@@ -65,7 +65,7 @@ class _World:
   vocabulary: subword_vocabularies.ByteVocabulary
   routing: routing_vocabulary.RoutingVocabulary
 
-  def config(self, kind, **changes) -> t5.T5Config:
+  def config(self, kind, **changes) -> t5_config.T5Config:
     sizes = {
       'vocab_size': self.vocabulary.size + 2,
       'emb_dim': 12,
@@ -96,7 +96,7 @@ class _World:
       }
     if kind == 'mowe':
       sizes['routing'] = self.routing
-    return t5.T5Config(**(sizes | changes))
+    return t5_config.T5Config(**(sizes | changes))
 
   def model(self, kind, optimizer=None, config=None, **settings):
     vocabulary = seqio_stream.seqio_vocabulary(self.vocabulary)

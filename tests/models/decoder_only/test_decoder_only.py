@@ -21,7 +21,7 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import module_router, tokens_choose
 from mowe.models import decoding, initialization
-from mowe.models.decoder_only import decoder_only
+from mowe.models.decoder_only import decoder_only, decoder_only_config
 from mowe.models.families import saved_config
 from mowe.words import subword_vocabularies, vocabulary_builder
 
@@ -56,7 +56,7 @@ def make_config(attention='t5', **changes):
     'dropout_rate': 0.0,
     'attention': WITH_MODULES[attention],
   }
-  return decoder_only.DecoderOnlyConfig(**(settings | changes))
+  return decoder_only_config.DecoderOnlyConfig(**(settings | changes))
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from mowe.layers.routers import (
 )
 from mowe.models import parameters
 from mowe.models.families import saved_config
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 
 
 class _Routing:
@@ -42,7 +42,7 @@ def _dense(**changes):
     'dropout_rate': 0.25,
     'dtype': jnp.bfloat16,
   }
-  return t5.T5Config(**(sizes | changes))
+  return t5_config.T5Config(**(sizes | changes))
 
 
 def _mowe():

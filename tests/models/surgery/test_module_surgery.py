@@ -13,7 +13,7 @@ from mowe.layers.attention import self_attention
 from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import experts_choose, module_router, tokens_choose
 from mowe.models import initialization
-from mowe.models.decoder_only import decoder_only
+from mowe.models.decoder_only import decoder_only_config
 from mowe.models.families import saved_config
 from mowe.models.surgery import (
   module_surgery,
@@ -21,7 +21,7 @@ from mowe.models.surgery import (
   modules_edits,
   modules_pruned,
 )
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5_config
 
 NUM, VOCAB = 6, 23
 TOP2 = tokens_choose.TokensChoose(2)
@@ -58,7 +58,7 @@ def one_stack(**changes):
     'sparse_feed_forward': make_layer(),
     'sparse_decoder_layers': (0, 1),
   }
-  return decoder_only.DecoderOnlyConfig(**(settings | changes))
+  return decoder_only_config.DecoderOnlyConfig(**(settings | changes))
 
 
 def two_stacks(**changes):
@@ -79,7 +79,7 @@ def two_stacks(**changes):
     'sparse_encoder_layers': (1,),
     'sparse_decoder_layers': (0,),
   }
-  return t5.T5Config(**(settings | changes))
+  return t5_config.T5Config(**(settings | changes))
 
 
 def of_heads(stack=mixture_of_heads.MixtureOfSelfAttentionHeads, **fields):

@@ -15,10 +15,10 @@ from mowe.layers.mixtures import moe
 from mowe.layers.routers import experts_choose, hash_routing, tokens_choose
 from mowe.models import parameters
 from mowe.models.surgery import upcycling
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 from mowe.training import partitioning
 
-_DENSE = t5.T5Config(
+_DENSE = t5_config.T5Config(
   vocab_size=11,
   emb_dim=6,
   num_heads=2,

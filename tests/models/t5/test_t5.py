@@ -12,7 +12,7 @@ from mowe.layers.attention import inner_attention, multi_head
 from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import mixture_of_heads
 from mowe.models import parameters
-from mowe.models.t5 import t5
+from mowe.models.t5 import t5, t5_config
 
 _BATCH, _INPUTS, _TARGETS, _VOCAB, _EXPERTS = 2, 7, 6, 17, 5
 
@@ -54,7 +54,7 @@ def _config(sparse=False, **changes):
       'sparse_decoder_layers': (0,),
       'routing': _Routing(),
     }
-  return t5.T5Config(**(sizes | changes))
+  return t5_config.T5Config(**(sizes | changes))
 
 
 @functools.cache
