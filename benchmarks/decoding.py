@@ -33,7 +33,7 @@ from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.models import decoding, initialization, threefry
 from mowe.models.t5 import t5, t5_config
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 # Questions <int32>[questions, length] to answers <int32>[questions, length].
 Answer = Callable[[np.ndarray], np.ndarray]
@@ -103,7 +103,7 @@ def random_parameters(model: t5.T5) -> dict[str, Any]:
   params = initialization.initial_parameters(model, threefry.key(0))
   kernel = params['decoder']['logits_dense']['kernel']
   # A logit of 0 is below the greatest of many random ones.
-  changed = {'kernel': kernel.at[:, subword_vocabularies.EOS_ID].set(0)}
+  changed = {'kernel': kernel.at[:, base_vocabulary.EOS_ID].set(0)}
   decoder = params['decoder'] | {'logits_dense': changed}
   return params | {'decoder': decoder}
 
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   rng = np.random.default_rng(arguments.seed)
   shape = arguments.questions, arguments.inputs_length
   questions = rng.integers(3, arguments.vocab_size, shape, np.int32)
-  questions[:, -1] = subword_vocabularies.EOS_ID
+  questions[:, -1] = base_vocabulary.EOS_ID
   contenders, dense = make_ours(arguments, questions)
   theirs = []
   if not arguments.ours_only:

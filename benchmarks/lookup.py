@@ -13,7 +13,11 @@ import time
 
 import numpy as np
 
-from mowe.words import lookup, routing_vocabulary, subword_vocabularies
+from mowe.words import (
+  base_vocabulary,
+  lookup,
+  routing_vocabulary,
+)
 
 _VOCAB_SIZE = 32_100
 _BATCH, _LENGTH = 128, 512
@@ -24,10 +28,10 @@ def make_vocabulary(
   num_words: int, rng: np.random.Generator
 ) -> tuple[routing_vocabulary.RoutingVocabulary, np.ndarray]:
   """Returns a vocabulary and its spellings <int32>[spellings, 3 pieces]."""
-  kinds = np.full(_VOCAB_SIZE, subword_vocabularies.CONTINUES, np.uint8)
-  kinds[3:20_000] = subword_vocabularies.STARTS
-  kinds[[0, 1]] = kinds[32_000:] = subword_vocabularies.SPECIAL
-  kinds[20_000:20_200] = subword_vocabularies.ALONE
+  kinds = np.full(_VOCAB_SIZE, base_vocabulary.CONTINUES, np.uint8)
+  kinds[3:20_000] = base_vocabulary.STARTS
+  kinds[[0, 1]] = kinds[32_000:] = base_vocabulary.SPECIAL
+  kinds[20_000:20_200] = base_vocabulary.ALONE
   num_spellings = num_words * _SPELLINGS
   pieces = np.stack(
     [
@@ -47,7 +51,7 @@ def make_vocabulary(
   num_entries = num_words + _VOCAB_SIZE
   counts = num_entries - np.arange(num_entries, dtype=np.int64)
   piece_word_ids = num_words + np.arange(_VOCAB_SIZE, dtype=np.int32)
-  piece_word_ids[kinds == subword_vocabularies.SPECIAL] = num_entries
+  piece_word_ids[kinds == base_vocabulary.SPECIAL] = num_entries
   vocabulary = routing_vocabulary.RoutingVocabulary(
     words_utf8=np.tile(text, num_entries),
     word_offsets=np.arange(num_entries + 1, dtype=np.int64) * len(text),

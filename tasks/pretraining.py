@@ -17,7 +17,7 @@ import numpy as np
 from mowe.data import seqio_stream
 from mowe.data.caches import cache_builders
 from mowe.data.text import salient_spans, span_corruption, text_files
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary, subword_vocabularies
 
 tf, seqio = seqio_stream.import_seqio()
 
@@ -25,7 +25,7 @@ OBJECTIVES = ('span_corruption', 'salient_spans', 'language_model')
 _TEXTS_PER_STREAM = 128  # Texts joined before they are cut, as in T5.
 
 Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
-Vocabulary = str | os.PathLike | subword_vocabularies.Subwords
+Vocabulary = str | os.PathLike | base_vocabulary.Vocabulary
 
 
 def register_text_task(
@@ -181,7 +181,7 @@ def _tagged_spans(example):
 
 
 def _encode(
-  dataset: Any, subwords: subword_vocabularies.Subwords, with_spans: bool
+  dataset: Any, subwords: base_vocabulary.Vocabulary, with_spans: bool
 ) -> Any:
   """Texts to 'targets' without EOS and, if wanted, 'spans' in tokens."""
 
@@ -217,7 +217,7 @@ def _encode(
 def _corrupt_spans(
   dataset: Any,
   sequence_length: Mapping[str, int],
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
   noise_density: float,
 ) -> Any:
   """Joins texts, EOS between, cuts them to fill the lengths, masks spans."""
@@ -243,7 +243,7 @@ def _corrupt_spans(
 def _cut_rows(
   dataset: Any,
   sequence_length: Mapping[str, int],
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
 ) -> Any:
   """Joins texts, EOS between, and cuts them to fill the targets."""
   chunks = _chunks(dataset, sequence_length['targets'], subwords)
@@ -251,7 +251,7 @@ def _cut_rows(
 
 
 def _chunks(
-  dataset: Any, length: int, subwords: subword_vocabularies.Subwords
+  dataset: Any, length: int, subwords: base_vocabulary.Vocabulary
 ) -> Any:
   """Pieces of `length` tokens of texts that are joined, an EOS after each."""
 
@@ -269,7 +269,7 @@ def _chunks(
 def _mask_salient(
   dataset: Any,
   sequence_length: Mapping[str, int],
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
   noise_density: float,
 ) -> Any:
   """Masks salient spans; texts without one that fits are left out."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from mowe.data import seqio_stream
 from mowe.evaluation import classification_metrics
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary, subword_vocabularies
 
 tf, seqio = seqio_stream.import_seqio()
 
-Vocabulary = str | os.PathLike | subword_vocabularies.Subwords
+Vocabulary = str | os.PathLike | base_vocabulary.Vocabulary
 
 
 def register(

@@ -24,7 +24,7 @@ from mowe.models.decoder_only import decoder_only_config
 from mowe.models.families import saved_config
 from mowe.models.t5 import t5_config
 from mowe.training import partitioning
-from mowe.words import subword_vocabularies, vocabulary_builder
+from mowe.words import byte_vocabulary, vocabulary_builder
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _GOLDEN = _ROOT / 'tests' / 'golden'
@@ -55,7 +55,7 @@ _MILLION = 2**20
 def _write_routing(path, num_experts):
   routing, _ = vocabulary_builder.build_routing_vocabulary(
     ['a few words and a few more'],
-    subword_vocabularies.ByteVocabulary(),
+    byte_vocabulary.ByteVocabulary(),
     num_words=5,
     num_experts=num_experts,
     num_skipped=1,
@@ -300,7 +300,7 @@ def test_only_encoders_prioritize(routing_paths):
 
 def test_balanced_hash_gives_all_experts_as_many_tokens(tmp_path):
   texts = [{'text': 'the words of a text, and the letters of the words'}]
-  vocabulary = subword_vocabularies.ByteVocabulary()
+  vocabulary = byte_vocabulary.ByteVocabulary()
   cache_builders.cache_text(texts, tmp_path / 'text', vocabulary)
   gin_config.parse(
     ['gin_configs/models/moe_hash_tiny.gin']

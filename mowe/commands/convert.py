@@ -28,7 +28,7 @@ from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_orbax, t5x_tree
 from mowe.model_folders import model_folder, model_weights
 from mowe.models.t5 import t5_config
 from mowe.training import manifests
-from mowe.words import subword_vocabularies
+from mowe.words import sentencepiece_vocabulary, subword_vocabularies
 
 # So that names of parameters are not cut off where the output is a file.
 _WIDTH = 110
@@ -350,7 +350,7 @@ def _save_huggingface(folder, given):
 
   def copy_vocabulary(partial):
     if isinstance(
-      given.vocabulary, subword_vocabularies.SentencePieceVocabulary
+      given.vocabulary, sentencepiece_vocabulary.SentencePieceVocabulary
     ):
       shutil.copyfile(given.vocabulary.path, partial / _SPIECE)
 

@@ -9,7 +9,7 @@ from mowe.evaluation import language_modeling, task_evaluation
 from mowe.model_folders import model_folder
 from mowe.models import decoding
 from mowe.stores import expert_stores
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files
 
 
 def evaluate(
@@ -84,9 +84,7 @@ def _score_text(loaded, cache, data, reading, folder):
       progress=progress,
     )
   content = json.dumps(language_modeling.as_json(score), indent=2) + '\n'
-  subword_vocabularies.write_atomically(
-    folder / 'results.json', content.encode()
-  )
+  atomic_files.write_atomically(folder / 'results.json', content.encode())
   print(
     f'{data.mixture_or_task_name}: {language_modeling.describe(score)}  '
     f'step {loaded.step}'

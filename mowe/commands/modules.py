@@ -14,7 +14,7 @@ from mowe.data import lm_batches
 from mowe.evaluation import module_usage
 from mowe.model_folders import model_folder, modules_folder
 from mowe.models.surgery import module_surgery, modules_added, modules_pruned
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files
 
 GATES = {
   'keep': modules_pruned.KeepGates(),
@@ -178,7 +178,7 @@ def usage(
   folder = pathlib.Path(output_dir)
   folder.mkdir(parents=True, exist_ok=True)
   content = json.dumps(module_usage.to_json(measured), indent=2) + '\n'
-  subword_vocabularies.write_atomically(
+  atomic_files.write_atomically(
     folder / module_usage.FILE_NAME, content.encode()
   )
   module_usage_figure.draw(measured, folder / _PICTURE)

@@ -26,7 +26,7 @@ from mowe.training import (
   training_step,
 )
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SaveConfig:
 def train(
   *,
   model: model_config.ModelConfig,
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
   data: data_config.DataConfig,
   model_dir: str,
   total_steps: int,

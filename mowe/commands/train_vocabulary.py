@@ -5,7 +5,11 @@ import os
 from collections.abc import Sequence
 
 from mowe.data.text import text_files
-from mowe.words import subword_vocabularies, word_vocabulary
+from mowe.words import (
+  base_vocabulary,
+  sentencepiece_vocabulary,
+  word_vocabulary,
+)
 
 _NUM_PIECES = 32_000
 
@@ -18,7 +22,7 @@ def train_vocabulary(
   field: str = 'text',
   questions: Sequence[str] = (),
   words: bool = False,
-) -> subword_vocabularies.Subwords:
+) -> base_vocabulary.Vocabulary:
   """Trains SentencePiece on texts, and on questions if they are given.
 
   Args:
@@ -40,6 +44,6 @@ def train_vocabulary(
     texts = itertools.chain(texts, (one['question'] for one in records))
   if words:
     return word_vocabulary.build_word_vocabulary(texts, output, size)
-  return subword_vocabularies.train_sentencepiece(
+  return sentencepiece_vocabulary.train_sentencepiece(
     texts, output, size or _NUM_PIECES
   )

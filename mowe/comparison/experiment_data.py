@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from mowe.commands import build_routing_vocabulary, cache_task, train_vocabulary
 from mowe.data.text import generated_world, passages, text_files
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files, subword_vocabularies
 
 # Text to be pretrained on, questions to be finetuned on, those by which rates
 # and checkpoints are chosen, and those that are reported.
@@ -159,7 +159,7 @@ class GeneratedWorld:
       for name in _SOURCES
       for record in text_files.read_records(files[name], ())
     }
-    subword_vocabularies.write_atomically(
+    atomic_files.write_atomically(
       folder / 'names.txt', ('\n'.join(sorted(people)) + '\n').encode()
     )
     held_out = folder / 'world' / 'held_out.jsonl'
@@ -298,9 +298,7 @@ def _prepare(
     if pathlib.Path(vocabulary).exists():
       _check_size(sizes, size)
     else:
-      subword_vocabularies.write_atomically(
-        sizes, json.dumps({'size': size}).encode()
-      )
+      atomic_files.write_atomically(sizes, json.dumps({'size': size}).encode())
       # Claims are worded as the text they are about.
       asked = _kind('qa_train', files['qa_train']) == 'questions'
       options = {'size': size}
@@ -435,4 +433,4 @@ def _wording(document: dict[str, Any]) -> str:
 def _write_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
   # In ASCII: a text may hold half of a surrogate pair, which is no UTF-8.
   lines = [json.dumps(record) + '\n' for record in records]
-  subword_vocabularies.write_atomically(path, ''.join(lines).encode())
+  atomic_files.write_atomically(path, ''.join(lines).encode())

@@ -35,7 +35,7 @@ from mowe.training import (
   train_metrics,
   training_step,
 )
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files, base_vocabulary
 
 RESULTS = 'results.json'
 QUESTIONS = 'questions.jsonl'
@@ -97,7 +97,7 @@ def _data_of(stage: planned_runs.PlannedStage) -> data_config.DataConfig:
 
 def _config(
   path: str,
-) -> tuple[model_config.ModelConfig, subword_vocabularies.Subwords]:
+) -> tuple[model_config.ModelConfig, base_vocabulary.Vocabulary]:
   folder, _ = model_folder.split_checkpoint_path(path)
   return model_folder.load_config(folder)
 
@@ -425,7 +425,7 @@ def _ask(planned) -> tuple[int, dict[str, float]]:
   content = ''.join(
     json.dumps(line, ensure_ascii=False) + '\n' for line in lines
   )
-  subword_vocabularies.write_atomically(
+  atomic_files.write_atomically(
     pathlib.Path(planned.folder) / QUESTIONS, content.encode('utf-8', 'replace')
   )
   return len(lines), dropped

@@ -18,7 +18,7 @@ from mowe.evaluation import task_evaluation
 from mowe.model_folders import model_folder
 from mowe.models import costs
 from mowe.training import checkpointing, manifests
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary, subword_vocabularies
 
 Model = experiments.Model
 Experiment = experiments.Experiment
@@ -430,7 +430,7 @@ def _is_path(line: str) -> bool:
 
 
 def _check_questions(
-  cache: token_cache.TokenCache, vocabulary: subword_vocabularies.Subwords
+  cache: token_cache.TokenCache, vocabulary: base_vocabulary.Vocabulary
 ) -> None:
   """Raises ValueError for what cannot be asked or shown, before training."""
   if 'inputs' not in cache.features:

@@ -12,7 +12,7 @@ from mowe.comparison import measurements, planned_runs
 from mowe.comparison.report import answer_comparison
 from mowe.data.caches import token_cache
 from mowe.evaluation import text_metrics
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 _WORD = re.compile(r'\w+')
 
@@ -20,7 +20,7 @@ _WORD = re.compile(r'\w+')
 def questions_of(
   planned: planned_runs.Run,
   tasks: Sequence[str],
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
 ) -> list[answer_comparison.Question]:
   """The reported questions, in the order in which they were asked.
 
@@ -97,7 +97,7 @@ def _data_of(stage: planned_runs.PlannedStage) -> data_config.DataConfig:
 
 
 def _caches(
-  data: data_config.DataConfig, vocabulary: subword_vocabularies.Subwords
+  data: data_config.DataConfig, vocabulary: base_vocabulary.Vocabulary
 ) -> list[token_cache.TokenCache]:
   if not data.use_cached_tasks:
     return []

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from mowe.comparison import planned_runs, single_run
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files
 
 _STOPPED = 'The experiment is stopped. Run the same command to continue.'
 
@@ -75,7 +75,7 @@ class Runner:
     folder = pathlib.Path(planned.folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / 'run.json'
-    subword_vocabularies.write_atomically(file, planned.to_json().encode())
+    atomic_files.write_atomically(file, planned.to_json().encode())
     # The pipe of its input is closed when this process ends. A session of its
     # own: Ctrl-C comes here alone, and is passed on.
     self._process = subprocess.Popen(

@@ -28,7 +28,7 @@ from mowe.comparison import (
   peak_memory,
   planned_runs,
 )
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files
 
 # What a process says of itself by its exit status.
 STOPPED = 75
@@ -93,7 +93,7 @@ def _train_and_measure(planned, results):
     {'digest': planned.digest(), **measured, **_of_stages(planned)}, indent=2
   )
   # Last: where results are, everything else is complete.
-  subword_vocabularies.write_atomically(results, content.encode())
+  atomic_files.write_atomically(results, content.encode())
 
 
 def is_finished(planned: planned_runs.Run) -> bool:
@@ -115,7 +115,7 @@ def _train(planned, stage, is_pretraining):
   folder = pathlib.Path(stage.folder)
   folder.mkdir(parents=True, exist_ok=True)
   settings = json.dumps(stage.settings, indent=2) + '\n'
-  subword_vocabularies.write_atomically(folder / _SETTINGS, settings.encode())
+  atomic_files.write_atomically(folder / _SETTINGS, settings.encode())
   words = [f'--gin_file={file}' for file in stage.gin_files]
   words += [f'--gin.{one.replace(" = ", "=", 1)}' for one in stage.bindings]
   experiment_data.print_command(['mowe', 'train', *words])
@@ -139,7 +139,7 @@ def _train(planned, stage, is_pretraining):
   finally:
     if seconds is not None:
       seconds += time.monotonic() - start
-      subword_vocabularies.write_atomically(clock, f'{seconds:.1f}'.encode())
+      atomic_files.write_atomically(clock, f'{seconds:.1f}'.encode())
   memory = peak_memory.peak()
   content = json.dumps(
     {
@@ -149,7 +149,7 @@ def _train(planned, stage, is_pretraining):
       'memory_of': memory.place,
     }
   )
-  subword_vocabularies.write_atomically(folder / _DONE, content.encode())
+  atomic_files.write_atomically(folder / _DONE, content.encode())
 
 
 def _seconds_before(clock: pathlib.Path) -> float | None:

@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 
 from mowe.data.caches import cache_builders, token_cache
-from mowe.words import subword_vocabularies
+from mowe.words import (
+  base_vocabulary,
+  byte_vocabulary,
+  sentencepiece_vocabulary,
+)
 
 Batch = dict[str, np.ndarray]
 
@@ -44,12 +48,12 @@ def import_seqio() -> tuple[types.ModuleType, types.ModuleType]:
   return tf, seqio
 
 
-def seqio_vocabulary(subwords: subword_vocabularies.Subwords) -> Any:
+def seqio_vocabulary(subwords: base_vocabulary.Vocabulary) -> Any:
   """The seqio vocabulary with the same ids as ours."""
   _, seqio = import_seqio()
-  if isinstance(subwords, subword_vocabularies.ByteVocabulary):
+  if isinstance(subwords, byte_vocabulary.ByteVocabulary):
     return seqio.ByteVocabulary(extra_ids=subwords.extra_ids)
-  if not isinstance(subwords, subword_vocabularies.SentencePieceVocabulary):
+  if not isinstance(subwords, sentencepiece_vocabulary.SentencePieceVocabulary):
     raise ValueError(
       'A seqio task needs a SentencePiece or byte vocabulary, but got a '
       f'{type(subwords).__name__}. Cache the text with `mowe cache-task` '
@@ -153,7 +157,7 @@ class SeqioBatches:
 def cache_seqio_task(
   name: str,
   path: str | os.PathLike,
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
   *,
   split: str = 'train',
   seed: int = 0,
@@ -252,7 +256,7 @@ def _as_batch(batch: Mapping[str, np.ndarray]) -> Batch:
 
 
 def _check_same_vocabulary(
-  task: Any, subwords: subword_vocabularies.Subwords
+  task: Any, subwords: base_vocabulary.Vocabulary
 ) -> None:
   tf, _ = import_seqio()
   for feature in task.output_features.values():
@@ -306,7 +310,7 @@ def _cached_features(task: Any, example: Mapping[str, Any]) -> list[str]:
 def _split_example(
   names: list[str],
   example: Mapping[str, Any],
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Features with EOS, and the other fields as JSON can hold them."""
   features = {}

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from mowe.models import decoding
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 _logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Generator:
       scores=scores,
       num_trimmed=num_trimmed,
       num_unfinished=sum(
-        bool(row[-1] != subword_vocabularies.EOS_ID) for row in outputs
+        bool(row[-1] != base_vocabulary.EOS_ID) for row in outputs
       ),
     )
 
@@ -168,7 +168,7 @@ class Generator:
 def generate_texts(
   generator: Generator,
   texts: Sequence[str],
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
   progress: Progress | None = None,
 ) -> list[str]:
   """Generates one text for each text, whose prompt is already in it."""
@@ -180,5 +180,5 @@ def generate_texts(
 
 def _until_eos(row: np.ndarray) -> np.ndarray:
   """The tokens up to the first EOS, which is kept."""
-  ends = np.flatnonzero(row == subword_vocabularies.EOS_ID)
+  ends = np.flatnonzero(row == base_vocabulary.EOS_ID)
   return row[: ends[0] + 1] if len(ends) else row

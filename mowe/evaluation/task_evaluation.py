@@ -12,7 +12,7 @@ import numpy as np
 from mowe.data import text_tasks
 from mowe.data.caches import token_cache
 from mowe.evaluation import classification_metrics, inference, text_metrics
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files, base_vocabulary
 
 # Lists of answers and predictions to 'em' and 'f1', 0 to 100.
 Metric = text_metrics.Metric
@@ -60,7 +60,7 @@ class EvaluationResult:
 def evaluate_questions(
   generator: inference.Generator,
   questions: token_cache.TokenCache | text_tasks.TextToTextTask,
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
   *,
   metric: Metric | None = None,
   output_dir: str | os.PathLike | None = None,
@@ -115,7 +115,7 @@ def evaluate_questions(
 
 
 def read_records(
-  cache: token_cache.TokenCache, subwords: subword_vocabularies.Subwords
+  cache: token_cache.TokenCache, subwords: base_vocabulary.Vocabulary
 ) -> list[dict[str, Any]]:
   """The records of questions, each with 'answers'.
 
@@ -193,7 +193,7 @@ def _prediction_line(metric, record, prediction, score, tokens, subwords):
 
 def _write_text(path: pathlib.Path, text: str) -> None:
   # A prediction may hold a lone surrogate, which is no UTF-8.
-  subword_vocabularies.write_atomically(path, text.encode('utf-8', 'replace'))
+  atomic_files.write_atomically(path, text.encode('utf-8', 'replace'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ class NoSpanError(ValueError):
 def span_recall(
   generator: inference.Generator,
   batches: Iterable[dict[str, np.ndarray]],
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
   *,
   counts: Callable[[str], bool] | None = None,
   progress: inference.Progress | None = None,
@@ -295,12 +295,12 @@ def split_spans(
   spans: dict[int, list[int]] = {}
   current: list[int] = []
   for token in tokens.tolist():
-    if token == subword_vocabularies.EOS_ID:
+    if token == base_vocabulary.EOS_ID:
       break
     if token in sentinels:
       current = []
       spans.setdefault(token, current)
-    elif token != subword_vocabularies.PAD_ID:
+    elif token != base_vocabulary.PAD_ID:
       current.append(token)
   return {mark: tuple(span) for mark, span in spans.items()}
 
@@ -320,8 +320,8 @@ def _read_examples(batches):
       strict=True,
     ):
       if target.any():
-        inputs.append(source[source != subword_vocabularies.PAD_ID])
-        targets.append(target[target != subword_vocabularies.PAD_ID])
+        inputs.append(source[source != base_vocabulary.PAD_ID])
+        targets.append(target[target != base_vocabulary.PAD_ID])
   return inputs, targets
 
 

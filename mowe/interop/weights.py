@@ -12,7 +12,7 @@ import numpy as np
 
 from mowe.interop import rules
 from mowe.models import initialization, model_config
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 # Of a piece of a large array that is on its way.
 _PIECE_BYTES = 2**26
@@ -55,7 +55,7 @@ class Weights:
   params: Mapping[Path, Array]
   step: int = 0
   moments: Mapping[str, Mapping[Path, Array]] | None = None
-  vocabulary: subword_vocabularies.Subwords | None = None
+  vocabulary: base_vocabulary.Vocabulary | None = None
   has_other_state: bool = False
 
 
@@ -177,7 +177,7 @@ class Cast:
     return np.asarray(self.array[rows]).astype(self.dtype, copy=False)
 
 
-def needs_vocabulary(given: Weights) -> subword_vocabularies.Subwords:
+def needs_vocabulary(given: Weights) -> base_vocabulary.Vocabulary:
   """The subword vocabulary of a model.
 
   Raises:

@@ -21,7 +21,7 @@ from mowe.models import initialization, model_config, parameters
 from mowe.models.families import model_description
 from mowe.stores import expert_sources, expert_stores
 from mowe.training import checkpointing
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files, base_vocabulary
 
 _MODEL = 'model.json'
 
@@ -40,14 +40,14 @@ class LoadedModel:
 
   model: nn.Module
   params: Any
-  vocabulary: subword_vocabularies.Subwords
+  vocabulary: base_vocabulary.Vocabulary
   step: int
 
 
 def create(
   folder: str,
   config: model_config.ModelConfig,
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
 ) -> pathlib.Path:
   """Writes the model's description, or checks the one that is there.
 
@@ -67,14 +67,14 @@ def create(
   model_description.write_vocabularies(path, config, vocabulary)
   # Last, and by renaming: a folder with a model.json is whole.
   content = json.dumps(described, indent=2) + '\n'
-  subword_vocabularies.write_atomically(path / _MODEL, content.encode())
+  atomic_files.write_atomically(path / _MODEL, content.encode())
   return path
 
 
 def check_same_vocabularies(
   path: str,
   config: model_config.ModelConfig,
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
 ) -> None:
   """Raises ValueError if the weights there are for other tokens or words.
 
@@ -156,7 +156,7 @@ def load(
 
 def load_config(
   folder: pathlib.Path, **changes: Any
-) -> tuple[model_config.ModelConfig, subword_vocabularies.Subwords]:
+) -> tuple[model_config.ModelConfig, base_vocabulary.Vocabulary]:
   """Config and subword vocabulary of a model folder."""
   file = folder / _MODEL
   if not file.is_file():

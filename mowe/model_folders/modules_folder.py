@@ -25,7 +25,7 @@ from mowe.models.surgery import modules_edits
 from mowe.stores import row_index
 from mowe.training import checkpointing, manifests, partitioning
 from mowe.training.optimization import modules_state
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files, base_vocabulary
 
 PROVENANCE = 'modules.json'
 
@@ -50,7 +50,7 @@ class Source:
   step: int
   digest: str
   config: model_config.ModelConfig
-  vocabulary: subword_vocabularies.Subwords
+  vocabulary: base_vocabulary.Vocabulary
   metadata: Mapping[str, Any]
   provenance: Mapping[str, Any] | None
 
@@ -170,9 +170,7 @@ def write(
   with new_folder.new_folder(target) as partial:
     model_folder.create(partial, config, source.vocabulary)
     content = json.dumps(provenance, indent=2) + '\n'
-    subword_vocabularies.write_atomically(
-      partial / PROVENANCE, content.encode()
-    )
+    atomic_files.write_atomically(partial / PROVENANCE, content.encode())
     with checkpointing.Checkpoints(partial) as checkpoints:
       metadata = {**source.metadata, 'model': described, 'modules': provenance}
       checkpoints.save(source.step, state, metadata=metadata)

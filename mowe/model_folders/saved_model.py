@@ -4,7 +4,7 @@ from typing import Any
 
 from mowe.model_folders import model_folder
 from mowe.models import model_config
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 
 def config(
@@ -24,7 +24,7 @@ def config(
   return found
 
 
-def vocabulary(*, checkpoint_path: str) -> subword_vocabularies.Subwords:
+def vocabulary(*, checkpoint_path: str) -> base_vocabulary.Vocabulary:
   """The subword vocabulary of a model folder, or of one with the checkpoint."""
   folder, _ = model_folder.split_checkpoint_path(checkpoint_path)
   _, found = model_folder.load_config(folder)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 Cache = Any
 # Last tokens <int32>[rows, 1] and a cache to logits <float>[rows, vocab] and
@@ -212,13 +212,13 @@ def _extend(step_function, initial_cache, batch_size, max_length, choose):
     logits = logits.astype(jnp.float32)
     chosen = choose(logits, rows.position).astype(jnp.int32)[:, None]
     log_prob = _log_prob(logits, chosen)
-    last = jnp.where(rows.ended[:, None], subword_vocabularies.PAD_ID, chosen)
+    last = jnp.where(rows.ended[:, None], base_vocabulary.PAD_ID, chosen)
     tokens = jax.lax.dynamic_update_slice(rows.tokens, last, (0, rows.position))
     return _Rows(
       position=rows.position + 1,
       tokens=tokens,
       scores=rows.scores + jnp.where(rows.ended, 0.0, log_prob),
-      ended=rows.ended | (last[:, 0] == subword_vocabularies.EOS_ID),
+      ended=rows.ended | (last[:, 0] == base_vocabulary.EOS_ID),
       last=last,
       cache=cache,
     )
@@ -350,7 +350,7 @@ class BeamSearch:
     tokens = jax.lax.dynamic_update_slice(
       tokens, chosen[:, :, None], (0, 0, position)
     )
-    ended = chosen == subword_vocabularies.EOS_ID
+    ended = chosen == base_vocabulary.EOS_ID
 
     live_log_probs, best = jax.lax.top_k(
       jnp.where(ended, _IMPOSSIBLE, log_probs), num_beams

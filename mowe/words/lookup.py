@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary
 
 Array = Any  # numpy.ndarray or jax.Array.
 
@@ -128,8 +128,8 @@ def word_starts(
   """Returns <bool>[batch, length]: a word starts here."""
   tokens, xp = _as_ids(tokens)
   kinds = _take(tables.piece_kinds, tokens)
-  goes_on = (kinds[:, 1:] == subword_vocabularies.CONTINUES) & (
-    kinds[:, :-1] < subword_vocabularies.ALONE
+  goes_on = (kinds[:, 1:] == base_vocabulary.CONTINUES) & (
+    kinds[:, :-1] < base_vocabulary.ALONE
   )
   if segment_ids is not None:
     goes_on = goes_on & (segment_ids[:, 1:] == segment_ids[:, :-1])
@@ -198,10 +198,10 @@ def next_word_so_far(
   tokens, xp = _as_ids(tokens)
   kinds = _take(tables.piece_kinds, tokens)
   mixes = _take(tables.piece_hashes, tokens)
-  goes_on = (kinds == subword_vocabularies.CONTINUES) & (state[:, 1:] == 1)
+  goes_on = (kinds == base_vocabulary.CONTINUES) & (state[:, 1:] == 1)
   longer = state[:, :1] * np.uint32(_MULTIPLIER) + mixes
   hashes = xp.where(goes_on, longer, mixes)
-  is_open = (kinds < subword_vocabularies.ALONE).astype(np.uint32)
+  is_open = (kinds < base_vocabulary.ALONE).astype(np.uint32)
   state = xp.concatenate([hashes, is_open], axis=1)
   return _find(tables, hashes, tokens), state
 
@@ -210,7 +210,7 @@ def to_experts(tables: LookupTables, tokens: Array, word_ids: Array) -> Array:
   """Returns routing ids <int32>[batch, length]: -1 where a token is padding."""
   tokens, xp = _as_ids(tokens)
   experts = _take(tables.experts, word_ids)
-  return xp.where(tokens <= subword_vocabularies.PAD_ID, np.int32(-1), experts)
+  return xp.where(tokens <= base_vocabulary.PAD_ID, np.int32(-1), experts)
 
 
 def _as_ids(tokens: Array) -> tuple[Array, Any]:

@@ -18,7 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import lookup, subword_vocabularies
+from mowe.words import (
+  atomic_files,
+  base_vocabulary,
+  lookup,
+)
 
 Array = lookup.Array
 Assign = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
@@ -236,7 +240,7 @@ class RoutingVocabulary:
     """Returns the state before the first token, <uint32>[batch, 2]."""
     return np.zeros((batch, 2), np.uint32)
 
-  def check_subwords(self, vocabulary: subword_vocabularies.Subwords) -> None:
+  def check_subwords(self, vocabulary: base_vocabulary.Vocabulary) -> None:
     """Raises ValueError unless it was built for this subword vocabulary."""
     expected = (self.subwords_sha256, self.subwords_size)
     found = (vocabulary.sha256, vocabulary.size)
@@ -295,7 +299,7 @@ class RoutingVocabulary:
     )
 
   def explain(
-    self, text: str, vocabulary: subword_vocabularies.Subwords
+    self, text: str, vocabulary: base_vocabulary.Vocabulary
   ) -> list[ExplainedPiece]:
     """Returns how each piece of a text is routed in the encoder."""
     self.check_subwords(vocabulary)
@@ -328,9 +332,9 @@ class RoutingVocabulary:
   def _reason(self, piece: int, word_id: int, has_expert: bool) -> str:
     if word_id == self.num_words:
       return 'special'
-    if piece == subword_vocabularies.UNK_ID:
+    if piece == base_vocabulary.UNK_ID:
       reason = 'unknown piece'
-    elif self.piece_kinds[piece] == subword_vocabularies.ALONE:
+    elif self.piece_kinds[piece] == base_vocabulary.ALONE:
       reason = 'punctuation'
     elif self.is_piece[word_id]:
       reason = 'backed off to the piece'
@@ -352,7 +356,7 @@ class RoutingVocabulary:
     arrays = {name: getattr(self, name) for name in _ARRAYS}
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, header=header_utf8, **arrays)
-    subword_vocabularies.write_atomically(path, content.getbuffer())
+    atomic_files.write_atomically(path, content.getbuffer())
 
 
 def assign_experts(

@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from mowe.words import lookup, routing_vocabulary, subword_vocabularies
+from mowe.words import (
+  base_vocabulary,
+  lookup,
+  routing_vocabulary,
+)
 
 # Reports progress: the name of the phase and how much of it is done.
 Progress = Callable[[str, int], None]
@@ -82,7 +86,7 @@ class _Sequences:
 
 def build_routing_vocabulary(
   texts: Iterable[str] | Iterable[list[str]],
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
   *,
   num_words: int,
   num_experts: int,
@@ -220,7 +224,7 @@ def _blocks(texts: Iterable[str] | Iterable[list[str]]) -> Iterator[list[str]]:
 
 def _cut_chunks(
   counts: dict[str, int],
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
   run: Callable,
   progress: Progress,
 ) -> _Sequences:
@@ -277,8 +281,8 @@ def cut_words(
     return
   of_piece = kinds[pieces]
   goes_on = np.zeros(len(pieces), bool)
-  goes_on[1:] = (of_piece[1:] == subword_vocabularies.CONTINUES) & (
-    of_piece[:-1] < subword_vocabularies.ALONE
+  goes_on[1:] = (of_piece[1:] == base_vocabulary.CONTINUES) & (
+    of_piece[:-1] < base_vocabulary.ALONE
   )
   ends = np.cumsum(lengths)
   row_starts = (ends - lengths)[lengths > 0]
@@ -297,7 +301,7 @@ def cut_words(
 
 def _select(
   sequences: _Sequences,
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
   num_words: int,
   allowed: frozenset[str] | None,
 ) -> tuple[list[str], int]:
@@ -306,7 +310,7 @@ def _select(
   # A word of one ALONE piece is what its piece's entry stands for already, and
   # a bare word-start mark has no text.
   is_word = (
-    kinds[sequences.pieces[sequences.offsets[:-1]]] < subword_vocabularies.ALONE
+    kinds[sequences.pieces[sequences.offsets[:-1]]] < base_vocabulary.ALONE
   )
   totals: dict[str, int] = {}
   for i in np.flatnonzero(is_word).tolist():
@@ -321,7 +325,7 @@ def _select(
 def _spellings(
   words: list[str],
   sequences: _Sequences,
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
 ) -> list[list[bytes]]:
   """Up to 8 piece sequences of each word.
 
@@ -355,7 +359,7 @@ def _spellings(
 
 
 def _keys(
-  spellings: list[list[bytes]], vocabulary: subword_vocabularies.Subwords
+  spellings: list[list[bytes]], vocabulary: base_vocabulary.Vocabulary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Rising keys, the rank of the word of each, and pairs (kept, lost)."""
   flat = [sequence for of_word in spellings for sequence in of_word]
@@ -368,7 +372,7 @@ def _keys(
   piece_hashes = lookup.hash_pieces(vocabulary.size)
   hashes = lookup.hash_words(piece_hashes, pieces, offsets)
   # Punctuation and specials are words of one piece: no key may catch them.
-  alone = piece_hashes[vocabulary.piece_kinds() >= subword_vocabularies.ALONE]
+  alone = piece_hashes[vocabulary.piece_kinds() >= base_vocabulary.ALONE]
   free = ~np.isin(hashes, alone)
   hashes, words = hashes[free], words[free]
   order = np.lexsort((words, hashes))
@@ -390,11 +394,11 @@ def _number_entries(
   key_words: np.ndarray,
   collisions: np.ndarray,
   sequences: _Sequences,
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
 ) -> dict[str, np.ndarray]:
   """The fields of a RoutingVocabulary that depend on the entries' order."""
   kinds = vocabulary.piece_kinds()
-  pieces = np.flatnonzero(kinds != subword_vocabularies.SPECIAL)
+  pieces = np.flatnonzero(kinds != base_vocabulary.SPECIAL)
   counts = _tokens_of_entries(
     len(words), keys, key_words, sequences, vocabulary.size
   )
@@ -442,14 +446,14 @@ def _tokens_of_entries(
 
 # Processes.
 
-_state: dict[str, tuple[subword_vocabularies.Subwords, np.ndarray]] = {}
+_state: dict[str, tuple[base_vocabulary.Vocabulary, np.ndarray]] = {}
 
 
-def _worker_vocabulary() -> tuple[subword_vocabularies.Subwords, np.ndarray]:
+def _worker_vocabulary() -> tuple[base_vocabulary.Vocabulary, np.ndarray]:
   return _state['vocabulary']
 
 
-def _start_worker(vocabulary: subword_vocabularies.Subwords) -> None:
+def _start_worker(vocabulary: base_vocabulary.Vocabulary) -> None:
   _state['vocabulary'] = (vocabulary, vocabulary.piece_kinds())
 
 
@@ -460,9 +464,7 @@ class _Workers:
   runs ahead of counting.
   """
 
-  def __init__(
-    self, vocabulary: subword_vocabularies.Subwords, num_workers: int
-  ):
+  def __init__(self, vocabulary: base_vocabulary.Vocabulary, num_workers: int):
     self._vocabulary = vocabulary
     self._num_workers = num_workers
     self._pool = None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mowe.words import subword_vocabularies
+from mowe.words import atomic_files, base_vocabulary
 
 # The first line of a file; after it one word in each line.
 _HEADER = 'mowe words 1'
@@ -18,7 +18,7 @@ _FIRST = 3  # The id of the first word: padding, EOS and unknown come before it.
 UNKNOWN = '<unk>'
 
 
-class WordVocabulary(subword_vocabularies.Vocabulary):
+class WordVocabulary(base_vocabulary.Vocabulary):
   """Words of a file as ids 3, 4, ..., then T5's sentinels.
 
   A word that is not in the file is id 2, as is `<unk>` in a text.
@@ -55,7 +55,7 @@ class WordVocabulary(subword_vocabularies.Vocabulary):
   def encode(self, text: str) -> list[int]:
     """Returns the ids of the words of a text, without EOS."""
     find = self._ids.get
-    return [find(word, subword_vocabularies.UNK_ID) for word in text.split()]
+    return [find(word, base_vocabulary.UNK_ID) for word in text.split()]
 
   def encode_with_offsets(
     self, text: str
@@ -92,9 +92,9 @@ class WordVocabulary(subword_vocabularies.Vocabulary):
 
   def piece_kinds(self) -> np.ndarray:
     """Returns STARTS for words, else SPECIAL and ALONE, <uint8>[size]."""
-    kinds = np.full(self.size, subword_vocabularies.SPECIAL, np.uint8)
-    kinds[subword_vocabularies.UNK_ID] = subword_vocabularies.ALONE
-    kinds[_FIRST : self.size - self.extra_ids] = subword_vocabularies.STARTS
+    kinds = np.full(self.size, base_vocabulary.SPECIAL, np.uint8)
+    kinds[base_vocabulary.UNK_ID] = base_vocabulary.ALONE
+    kinds[_FIRST : self.size - self.extra_ids] = base_vocabulary.STARTS
     return kinds
 
 
@@ -134,5 +134,5 @@ def build_word_vocabulary(
   words = sorted(counts, key=lambda word: (-counts[word], word))
   words = words[: None if size is None else size - _FIRST]
   content = '\n'.join([_HEADER, *words]) + '\n'
-  subword_vocabularies.write_atomically(path, content.encode())
+  atomic_files.write_atomically(path, content.encode())
   return WordVocabulary(path, extra_ids)

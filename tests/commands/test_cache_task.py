@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mowe.commands import cache_task
-from mowe.words import subword_vocabularies
+from mowe.words import byte_vocabulary
 
 
 def _write(path, records):
@@ -42,7 +42,7 @@ def test_claims_from_files(tmp_path):
   built = cache_task.cache_task(
     tmp_path / 'a', 'bytes', files=[claims], kind='claims'
   )
-  text = subword_vocabularies.ByteVocabulary().decode
+  text = byte_vocabulary.ByteVocabulary().decode
   assert text(built.tokens('inputs', 0)) == 'fever claim: it is'
   assert text(built.tokens('targets', 0)) == 'not enough info'
   assert built.kind == 'questions' and built.record(0) == {

@@ -20,7 +20,12 @@ from mowe.model_folders import model_folder
 from mowe.models import parameters
 from mowe.training import checkpointing, loop, partitioning, train_metrics
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import subword_vocabularies, vocabulary_builder
+from mowe.words import (
+  byte_vocabulary,
+  sentencepiece_vocabulary,
+  subword_vocabularies,
+  vocabulary_builder,
+)
 
 _TOTAL = 7
 
@@ -85,7 +90,7 @@ def _finetune(world, source, folder, **changes):
 def test_weights_for_other_words_are_refused(world, tmp_path, kind):
   other, routing = world.vocabulary, world.routing
   if kind == 'subword':
-    other = subword_vocabularies.train_sentencepiece(
+    other = sentencepiece_vocabulary.train_sentencepiece(
       small_runs.TEXTS, tmp_path / 'other.model', 39
     )
   routing, _ = vocabulary_builder.build_routing_vocabulary(
@@ -207,7 +212,7 @@ def _with_layer(world, **fields):
     (lambda world: {'model': world.config(sparse=False)}, 'Mowe', 'None'),
     (
       lambda world: {
-        'vocabulary': subword_vocabularies.ByteVocabulary(),
+        'vocabulary': byte_vocabulary.ByteVocabulary(),
         'model': world.config(sparse=False, vocab_size=384),
         'data': world.data(),
       },
@@ -349,7 +354,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything(world, tmp_path):
   with refused(match='layer has 15 and the vocabulary 16'):
     run(model=_with_layer(world, num_experts=15))
   with refused(match='vocabulary'):
-    run(vocabulary=subword_vocabularies.ByteVocabulary(), model=world.config(
+    run(vocabulary=byte_vocabulary.ByteVocabulary(), model=world.config(
       sparse=False, vocab_size=384
     ))  # fmt: skip
   assert not (tmp_path / 'run').exists()

@@ -12,9 +12,11 @@ import tensorflow as tf  # noqa: E402
 from mowe.cli import main  # noqa: E402
 from mowe.commands import cache_task  # noqa: E402
 from mowe.data.caches import token_cache  # noqa: E402
-from mowe.words import subword_vocabularies  # noqa: E402
+from mowe.words import (
+  byte_vocabulary,  # noqa: E402
+)
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _TASK = """
 from __gin__ import dynamic_registration
 from mowe.commands import data_config

@@ -7,9 +7,12 @@ import pytest
 
 from mowe.data import batch_source, lm_batches, lm_tasks
 from mowe.data.caches import lm_cache
-from mowe.words import subword_vocabularies
+from mowe.words import (
+  byte_vocabulary,
+  sentencepiece_vocabulary,
+)
 
-BYTES = subword_vocabularies.ByteVocabulary(extra_ids=2)
+BYTES = byte_vocabulary.ByteVocabulary(extra_ids=2)
 LINES = 'ab\n\n c d é \n'
 
 
@@ -72,7 +75,7 @@ def test_a_whole_file_is_its_bytes(tmp_path):
 
 def test_files_are_cut_into_bytes_alone(tmp_path):
   path = _write(tmp_path)
-  vocabulary = subword_vocabularies.train_sentencepiece(
+  vocabulary = sentencepiece_vocabulary.train_sentencepiece(
     ['ab cd é'] * 9, tmp_path / 'v.model', 10
   )
   with pytest.raises(ValueError, match='Use --vocabulary bytes'):

@@ -15,9 +15,12 @@ from mowe.data import (  # noqa: E402
   batch_source,
   seqio_stream,  # noqa: E402
 )
-from mowe.words import subword_vocabularies  # noqa: E402
+from mowe.words import (
+  byte_vocabulary,
+  sentencepiece_vocabulary,  # noqa: E402
+)
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _LENGTHS = {'inputs': 10, 'targets': 7}
 _EXAMPLES = [([7, 8, 5], [3, 9]), ([8, 4, 9, 3], [4]), ([6], [5, 5])]
 
@@ -102,7 +105,7 @@ def test_a_sentencepiece_file_is_known_by_its_digest(tmp_path):
   texts = ['the cat sat on the mat', 'a dog ate the cat', 'dogs and mats']
   # Of the same size: only the digest tells them apart.
   ours, other = (
-    subword_vocabularies.train_sentencepiece(
+    sentencepiece_vocabulary.train_sentencepiece(
       texts, tmp_path / f'{kind}.model', 20, model_type=kind
     )
     for kind in ('unigram', 'bpe')
@@ -142,7 +145,7 @@ def test_errors_say_what_to_do(tmp_path):
     seqio_stream.cache_seqio_task('number_mixture', tmp_path / 'c', _BYTES)
   with pytest.raises(ValueError, match="that of the task 'numbers'"):
     seqio_stream.cache_seqio_task(
-      'numbers', tmp_path / 'c', subword_vocabularies.ByteVocabulary(3)
+      'numbers', tmp_path / 'c', byte_vocabulary.ByteVocabulary(3)
     )
 
 

@@ -6,9 +6,9 @@ import pytest
 from mowe.data import text_tasks
 from mowe.data.caches import cache_builders
 from mowe.data.text import span_corruption
-from mowe.words import subword_vocabularies
+from mowe.words import byte_vocabulary
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _SENTINEL = _BYTES.sentinel_id(0)
 
 

@@ -10,7 +10,7 @@ import pytest
 from mowe.evaluation import inference
 from mowe.models import decoding
 from mowe.models.t5 import t5, t5_config
-from mowe.words import subword_vocabularies
+from mowe.words import byte_vocabulary
 
 VOCAB, TARGETS = 19, 5
 
@@ -131,7 +131,7 @@ def test_no_inputs_give_no_outputs():
 
 def test_texts_in_texts_out():
   # Bytes 3.. of a vocabulary that the model has only the beginning of.
-  vocabulary = subword_vocabularies.ByteVocabulary(extra_ids=0)
+  vocabulary = byte_vocabulary.ByteVocabulary(extra_ids=0)
   texts = ['\x01\x02', '\x05', '\x07\x08\x09']
   generator = make_generator()
   outputs = inference.generate_texts(generator, texts, vocabulary)

@@ -15,9 +15,9 @@ from mowe.evaluation import language_modeling
 from mowe.layers.attention import relative_attention
 from mowe.models import initialization
 from mowe.models.decoder_only import decoder_only_config
-from mowe.words import subword_vocabularies
+from mowe.words import byte_vocabulary
 
-BYTES = subword_vocabularies.ByteVocabulary(extra_ids=0)
+BYTES = byte_vocabulary.ByteVocabulary(extra_ids=0)
 TEXT = 'a b\n\nabc d\n'
 
 

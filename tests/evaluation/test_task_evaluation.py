@@ -9,9 +9,9 @@ import pytest
 from mowe.data import text_tasks
 from mowe.data.caches import cache_builders
 from mowe.evaluation import inference, task_evaluation, text_metrics
-from mowe.words import subword_vocabularies
+from mowe.words import byte_vocabulary
 
-BYTES = subword_vocabularies.ByteVocabulary(extra_ids=4)
+BYTES = byte_vocabulary.ByteVocabulary(extra_ids=4)
 RECORDS = [
   {'question': 'Who?', 'answers': ['Ann Lee', 'A. Lee'], 'relation': 'name'},
   {'question': 'When?', 'answers': ['1 May'], 'relation': 'date'},
@@ -179,7 +179,7 @@ def test_caches_that_ask_nothing_are_refused(tmp_path):
     task_evaluation.evaluate_questions(make_parrot(), texts, BYTES)
   with pytest.raises(ValueError, match='Give the other vocabulary'):
     task_evaluation.evaluate_questions(
-      make_parrot(), texts, subword_vocabularies.ByteVocabulary(extra_ids=5)
+      make_parrot(), texts, byte_vocabulary.ByteVocabulary(extra_ids=5)
     )
   empty = types.SimpleNamespace(
     path='empty',

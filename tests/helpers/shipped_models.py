@@ -10,7 +10,7 @@ import numpy as np
 
 from mowe.commands import gin_config
 from mowe.models import initialization
-from mowe.words import subword_vocabularies, vocabulary_builder
+from mowe.words import byte_vocabulary, vocabulary_builder
 
 _FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'gin_configs' / 'models'
 NAMES = sorted(
@@ -42,7 +42,7 @@ def make(name, folder):
   """
   routing, _ = vocabulary_builder.build_routing_vocabulary(
     ['a few words and a few more of them, and then some others'],
-    subword_vocabularies.ByteVocabulary(),
+    byte_vocabulary.ByteVocabulary(),
     num_words=9,
     num_experts=8,
     num_skipped=1,

@@ -19,8 +19,9 @@ from mowe.models.t5 import t5_config
 from mowe.training import partitioning
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import (
+  base_vocabulary,
   routing_vocabulary,
-  subword_vocabularies,
+  sentencepiece_vocabulary,
   vocabulary_builder,
 )
 
@@ -44,7 +45,7 @@ class World:
   """Files of a world, and models that fit them."""
 
   folder: pathlib.Path
-  vocabulary: subword_vocabularies.Subwords
+  vocabulary: base_vocabulary.Vocabulary
   routing: routing_vocabulary.RoutingVocabulary
 
   @property
@@ -117,7 +118,7 @@ def world(tmp_path_factory) -> World:
   write_lines(folder / 'text.jsonl', [{'text': text} for text in TEXTS])
   write_lines(folder / 'questions.jsonl', QUESTIONS)
   path = folder / 'vocabulary.model'
-  vocabulary = subword_vocabularies.train_sentencepiece(TEXTS, path, 40)
+  vocabulary = sentencepiece_vocabulary.train_sentencepiece(TEXTS, path, 40)
   routing, _ = vocabulary_builder.build_routing_vocabulary(
     TEXTS, vocabulary, num_words=30, num_experts=NUM_EXPERTS, num_skipped=2
   )

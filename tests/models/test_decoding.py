@@ -16,10 +16,10 @@ from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import tokens_choose
 from mowe.models import decoding
 from mowe.models.t5 import t5, t5_config
-from mowe.words import subword_vocabularies, vocabulary_builder
+from mowe.words import byte_vocabulary, vocabulary_builder
 
 BATCH, INPUTS, TARGETS = 2, 9, 6
-BYTES = subword_vocabularies.ByteVocabulary(extra_ids=5)
+BYTES = byte_vocabulary.ByteVocabulary(extra_ids=5)
 TEXTS = ['the dog and the fox', 'zorblat met the fox', 'a zorblat sang'] * 3
 
 

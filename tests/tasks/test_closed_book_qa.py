@@ -8,10 +8,12 @@ tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
 from mowe.data import seqio_stream  # noqa: E402
-from mowe.words import subword_vocabularies  # noqa: E402
+from mowe.words import (
+  byte_vocabulary,  # noqa: E402
+)
 from tasks import closed_book_qa  # noqa: E402
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _LENGTHS = {'inputs': 64, 'targets': 32}
 
 

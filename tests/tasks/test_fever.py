@@ -10,10 +10,12 @@ seqio = pytest.importorskip('seqio')
 
 from mowe.data import seqio_stream  # noqa: E402
 from mowe.data.text import claims  # noqa: E402
-from mowe.words import subword_vocabularies  # noqa: E402
+from mowe.words import (
+  byte_vocabulary,  # noqa: E402
+)
 from tasks import closed_book_qa, fever  # noqa: E402
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _LENGTHS = {'inputs': 64, 'targets': 32}
 # Lines of the form that is downloaded.
 _FILES = {

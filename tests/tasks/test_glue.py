@@ -8,10 +8,12 @@ seqio = pytest.importorskip('seqio')
 
 from mowe.data import seqio_stream  # noqa: E402
 from mowe.evaluation import classification_metrics  # noqa: E402
-from mowe.words import subword_vocabularies  # noqa: E402
+from mowe.words import (
+  byte_vocabulary,  # noqa: E402
+)
 from tasks import glue  # noqa: E402
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _TWO = ['sentence1', 'sentence2']
 # Fields of TFDS, and the inputs of the texts 'A b.' and 'C?' in their order.
 _TEXTS = {

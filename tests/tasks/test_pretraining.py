@@ -10,10 +10,12 @@ seqio = pytest.importorskip('seqio')
 
 from mowe.data import seqio_stream  # noqa: E402
 from mowe.data.text import span_corruption  # noqa: E402
-from mowe.words import subword_vocabularies  # noqa: E402
+from mowe.words import (
+  byte_vocabulary,  # noqa: E402
+)
 from tasks import pretraining  # noqa: E402
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _SENTINEL = _BYTES.sentinel_id(0)
 _LENGTHS = {'inputs': 40, 'targets': 24}
 

@@ -9,10 +9,12 @@ seqio = pytest.importorskip('seqio')
 
 from mowe.data import seqio_stream  # noqa: E402
 from mowe.evaluation import classification_metrics  # noqa: E402
-from mowe.words import subword_vocabularies  # noqa: E402
+from mowe.words import (
+  byte_vocabulary,  # noqa: E402
+)
 from tasks import super_glue  # noqa: E402
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _PREMISES = {'premise': ['A b.'], 'hypothesis': ['C?']}
 _SENTENCES = {'sentence1': ['A b.'], 'sentence2': ['C?']}
 # Fields of TFDS with the label 1, what is asked, and the label.

@@ -2,7 +2,11 @@
 
 import pytest
 
-from mowe.words import subword_vocabularies, vocabulary_builder
+from mowe.words import (
+  sentencepiece_vocabulary,
+  subword_vocabularies,
+  vocabulary_builder,
+)
 
 # Names with many pieces, punctuation, accents, capitals.
 TEXTS = [
@@ -24,7 +28,7 @@ def texts():
 @pytest.fixture(scope='session')
 def model_path(tmp_path_factory):
   path = tmp_path_factory.mktemp('subwords') / 'tiny.model'
-  subword_vocabularies.train_sentencepiece(TEXTS, path, 90)
+  sentencepiece_vocabulary.train_sentencepiece(TEXTS, path, 90)
   return path
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mowe.words import lookup, subword_vocabularies
+from mowe.words import base_vocabulary, lookup
 
 BATCH, LENGTH = 3, 11
 
@@ -28,7 +28,7 @@ def make_tables(words=WORDS, kinds=KINDS, num_experts=5):
   )
   num_words = len(words) + len(kinds)
   piece_word_ids = len(words) + np.arange(len(kinds), dtype=np.int32)
-  piece_word_ids[kinds == subword_vocabularies.SPECIAL] = num_words
+  piece_word_ids[kinds == base_vocabulary.SPECIAL] = num_words
   experts = np.arange(num_words + 1, dtype=np.int32) % num_experts
   experts[[0, -1]] = num_experts
   return lookup.LookupTables(
@@ -53,9 +53,9 @@ def plain_words(row, segments, whole):
   for i, piece in enumerate(row):
     continues = (
       i > 0
-      and KINDS[piece] == subword_vocabularies.CONTINUES
+      and KINDS[piece] == base_vocabulary.CONTINUES
       and KINDS[row[i - 1]]
-      in (subword_vocabularies.CONTINUES, subword_vocabularies.STARTS)
+      in (base_vocabulary.CONTINUES, base_vocabulary.STARTS)
       and segments[i] == segments[i - 1]
     )
     if not continues:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mowe.words import (
+  byte_vocabulary,
   routing_vocabulary,
   subword_vocabularies,
   vocabulary_builder,
@@ -84,7 +85,7 @@ def test_other_files(tmp_path):
 def test_other_subwords_and_experts_are_refused(routing, tiny, model_path):
   routing.check_subwords(tiny)
   routing.check_num_experts(7)
-  other = subword_vocabularies.ByteVocabulary()
+  other = byte_vocabulary.ByteVocabulary()
   with pytest.raises(ValueError) as error:
     routing.check_subwords(other)
   assert tiny.sha256 in str(error.value)
@@ -207,7 +208,7 @@ def test_explain(routing, tiny):
 
 
 def test_bytes_work_the_same(texts):
-  vocabulary = subword_vocabularies.ByteVocabulary(extra_ids=10)
+  vocabulary = byte_vocabulary.ByteVocabulary(extra_ids=10)
   routing, _ = vocabulary_builder.build_routing_vocabulary(
     texts, vocabulary, num_words=50, num_experts=7
   )

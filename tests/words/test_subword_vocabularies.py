@@ -3,7 +3,12 @@ import pickle
 import numpy as np
 import pytest
 
-from mowe.words import subword_vocabularies
+from mowe.words import (
+  base_vocabulary,
+  byte_vocabulary,
+  sentencepiece_vocabulary,
+  subword_vocabularies,
+)
 
 
 def kinds_of(vocabulary, text):
@@ -27,25 +32,25 @@ def test_kinds_of_the_t5_vocabulary(t5_vocabulary):
   # From the model file: '▁(' and ').' have no letter, 'Z' goes on after '(' by
   # its piece; that '(' ends a word is the look-up's business.
   assert kinds_of(t5_vocabulary, 'lead (Zorblat). é 3') == [
-    ('▁lead', subword_vocabularies.STARTS),
-    ('▁(', subword_vocabularies.ALONE),
-    ('Z', subword_vocabularies.CONTINUES),
-    ('or', subword_vocabularies.CONTINUES),
-    ('bla', subword_vocabularies.CONTINUES),
-    ('t', subword_vocabularies.CONTINUES),
-    (').', subword_vocabularies.ALONE),
-    ('▁', subword_vocabularies.STARTS),
-    ('é', subword_vocabularies.CONTINUES),
-    ('▁3', subword_vocabularies.STARTS),
+    ('▁lead', base_vocabulary.STARTS),
+    ('▁(', base_vocabulary.ALONE),
+    ('Z', base_vocabulary.CONTINUES),
+    ('or', base_vocabulary.CONTINUES),
+    ('bla', base_vocabulary.CONTINUES),
+    ('t', base_vocabulary.CONTINUES),
+    (').', base_vocabulary.ALONE),
+    ('▁', base_vocabulary.STARTS),
+    ('é', base_vocabulary.CONTINUES),
+    ('▁3', base_vocabulary.STARTS),
   ]
   kinds = t5_vocabulary.piece_kinds()
   assert kinds.dtype == np.uint8
   assert kinds[:3].tolist() == [
-    subword_vocabularies.SPECIAL,
-    subword_vocabularies.SPECIAL,
-    subword_vocabularies.ALONE,
+    base_vocabulary.SPECIAL,
+    base_vocabulary.SPECIAL,
+    base_vocabulary.ALONE,
   ]
-  assert (kinds[32000:] == subword_vocabularies.SPECIAL).all()
+  assert (kinds[32000:] == base_vocabulary.SPECIAL).all()
   assert t5_vocabulary.decode(t5_vocabulary.encode('The fox.')) == 'The fox.'
 
 
@@ -97,11 +102,11 @@ def test_bytes():
   # 'a' is byte 97; 'é' is bytes 195, 169; each + 3.
   assert vocabulary.encode('a é') == [100, 35, 198, 172]
   assert kinds_of(vocabulary, 'a é.') == [
-    ('a', subword_vocabularies.CONTINUES),
-    ('<0x20>', subword_vocabularies.ALONE),
-    ('<0xC3>', subword_vocabularies.CONTINUES),
-    ('<0xA9>', subword_vocabularies.CONTINUES),
-    ('.', subword_vocabularies.ALONE),
+    ('a', base_vocabulary.CONTINUES),
+    ('<0x20>', base_vocabulary.ALONE),
+    ('<0xC3>', base_vocabulary.CONTINUES),
+    ('<0xA9>', base_vocabulary.CONTINUES),
+    ('.', base_vocabulary.ALONE),
   ]
   ids, starts, ends = vocabulary.encode_with_offsets('aéb')
   assert (starts, ends) == ([0, 1, 1, 2], [1, 2, 2, 3])
@@ -110,14 +115,13 @@ def test_bytes():
   assert sentinel == 358
   assert vocabulary.decode([*ids, sentinel, 1, 100]) == 'aéb<extra_id_0>'
   assert (
-    vocabulary.sha256
-    != subword_vocabularies.ByteVocabulary(extra_ids=99).sha256
+    vocabulary.sha256 != byte_vocabulary.ByteVocabulary(extra_ids=99).sha256
   )
 
 
 def test_training_is_deterministic(tmp_path, model_path, texts):
   again = tmp_path / 'sub' / 'again.model'
-  trained = subword_vocabularies.train_sentencepiece(iter(texts), again, 90)
+  trained = sentencepiece_vocabulary.train_sentencepiece(iter(texts), again, 90)
   assert again.read_bytes() == model_path.read_bytes()
   assert [path.name for path in again.parent.iterdir()] == ['again.model']
   assert trained.size == 190
@@ -125,7 +129,7 @@ def test_training_is_deterministic(tmp_path, model_path, texts):
 
 def test_training_reads_all_of_a_long_line(tmp_path):
   text = ' '.join(f'word{i}' for i in range(2000)) + ' ' + 'ж' * 5000
-  lines = list(subword_vocabularies._lines([text], 1000))
+  lines = list(sentencepiece_vocabulary._lines([text], 1000))
   assert max(map(len, lines)) <= 2002
   assert ''.join(''.join(lines).split()) == ''.join(text.split())
 
@@ -141,7 +145,7 @@ def test_training_reads_all_of_a_long_line(tmp_path):
 def test_training_problems(tmp_path, texts, num_texts, size, message):
   path = tmp_path / 'x.model'
   with pytest.raises(ValueError, match=message):
-    subword_vocabularies.train_sentencepiece(texts[:num_texts], path, size)
+    sentencepiece_vocabulary.train_sentencepiece(texts[:num_texts], path, size)
   assert not list(tmp_path.iterdir())
 
 

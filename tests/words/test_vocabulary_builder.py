@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
 
-from mowe.words import lookup, subword_vocabularies, vocabulary_builder
+from mowe.words import (
+  base_vocabulary,
+  lookup,
+  vocabulary_builder,
+)
 
 
 def test_counts_by_hand(tiny):
@@ -91,7 +95,7 @@ def test_the_more_frequent_word_keeps_a_key(tiny, monkeypatch):
 
 def test_punctuation_never_finds_a_word(tiny, monkeypatch):
   period = tiny.encode('dog.')[-1]
-  assert tiny.piece_kinds()[period] == subword_vocabularies.ALONE
+  assert tiny.piece_kinds()[period] == base_vocabulary.ALONE
   collision = lookup.hash_pieces(tiny.size)[[period]]
   monkeypatch.setattr(lookup, 'hash_words', lambda *_: collision)
   keys, _, _ = vocabulary_builder._keys([[b'\x05\0\0\0']], tiny)

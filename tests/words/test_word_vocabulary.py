@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mowe.data.caches import lm_cache
-from mowe.words import subword_vocabularies, word_vocabulary
+from mowe.words import base_vocabulary, subword_vocabularies, word_vocabulary
 
 TEXTS = [' the dog <unk> \n', 'the fox , the dog', 'a <unk>']
 
@@ -55,9 +55,9 @@ def test_a_smaller_one_has_the_most_frequent(tmp_path):
 
 def test_kinds(vocabulary):
   special, alone, starts = (
-    subword_vocabularies.SPECIAL,
-    subword_vocabularies.ALONE,
-    subword_vocabularies.STARTS,
+    base_vocabulary.SPECIAL,
+    base_vocabulary.ALONE,
+    base_vocabulary.STARTS,
   )
   np.testing.assert_array_equal(
     vocabulary.piece_kinds(),

@@ -13,7 +13,7 @@ import numpy as np
 
 from mowe.data.caches import cache_builders, token_cache
 from mowe.data.text import text_files
-from mowe.words import subword_vocabularies
+from mowe.words import base_vocabulary, byte_vocabulary
 
 KIND = 'language_model'
 
@@ -27,7 +27,7 @@ _BLOCK = 1 << 16  # Bytes of a file that are read at once.
 def cache_texts(
   files: Sequence[str],
   path: str | os.PathLike,
-  subwords: subword_vocabularies.Subwords,
+  subwords: base_vocabulary.Vocabulary,
   *,
   field: str = 'text',
   unit: str = 'line',
@@ -63,7 +63,7 @@ def cache_texts(
       f'unit must be one of {UNITS} for running text, but is {unit!r}. Choose '
       'one of these.'
     )
-  is_bytes = isinstance(subwords, subword_vocabularies.ByteVocabulary)
+  is_bytes = isinstance(subwords, byte_vocabulary.ByteVocabulary)
   if unit == 'file' and not is_bytes:
     raise ValueError(
       'Whole files are cut into bytes, but the vocabulary is no byte '
@@ -89,7 +89,8 @@ def cache_texts(
 
 
 def encode_texts(
-  records: Sequence[Mapping[str, str]], subwords: subword_vocabularies.Subwords
+  records: Sequence[Mapping[str, str]],
+  subwords: base_vocabulary.Vocabulary,
 ) -> cache_builders.EncodedExamples:
   """Tokenises texts, an EOS after each, and counts words and bytes."""
   texts = [record['text'] for record in records]
@@ -112,7 +113,7 @@ def encode_blocks(
   blocks = [record['bytes'] for record in records]
   flat = np.frombuffer(b''.join(blocks), np.uint8).astype(np.int32)
   lengths = np.array([len(block) for block in blocks], np.int64)
-  targets = flat + subword_vocabularies.BYTE_OFFSET, lengths
+  targets = flat + base_vocabulary.BYTE_OFFSET, lengths
   totals = {'bytes': int(lengths.sum())}
   return cache_builders.EncodedExamples(
     {'targets': targets}, [{}] * len(blocks), totals

@@ -21,7 +21,7 @@ from mowe.layers.routers import router_losses
 from mowe.models import parameters
 from mowe.models.t5 import t5, t5_config
 from mowe.training import router_training, training_step
-from mowe.words import routing_vocabulary, subword_vocabularies
+from mowe.words import byte_vocabulary, routing_vocabulary
 
 try:
   import seqio
@@ -337,7 +337,7 @@ def _check_routing(
   if routing is None:
     return
   if isinstance(vocabulary, seqio.ByteVocabulary):
-    digest = subword_vocabularies.ByteVocabulary(vocabulary.extra_ids).sha256
+    digest = byte_vocabulary.ByteVocabulary(vocabulary.extra_ids).sha256
   elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
     # Not sp_model, to which seqio has added the sentinels.
     with tf.io.gfile.GFile(vocabulary.sentencepiece_model_file, 'rb') as file:

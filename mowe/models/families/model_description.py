@@ -14,7 +14,12 @@ from typing import Any
 
 from mowe.models import model_config
 from mowe.models.families import saved_config
-from mowe.words import routing_vocabulary, subword_vocabularies
+from mowe.words import (
+  base_vocabulary,
+  byte_vocabulary,
+  routing_vocabulary,
+  subword_vocabularies,
+)
 
 _FORMAT = 'mowe model'
 _VERSION = 1
@@ -36,10 +41,10 @@ _LARGEST = 2**24
 
 
 def describe(
-  config: model_config.ModelConfig, vocabulary: subword_vocabularies.Subwords
+  config: model_config.ModelConfig, vocabulary: base_vocabulary.Vocabulary
 ) -> dict[str, Any]:
   """The description, as a tree of JSON values."""
-  is_bytes = isinstance(vocabulary, subword_vocabularies.ByteVocabulary)
+  is_bytes = isinstance(vocabulary, byte_vocabulary.ByteVocabulary)
   return {
     'format': _FORMAT,
     'version': _VERSION,
@@ -58,10 +63,10 @@ def describe(
 def write_vocabularies(
   folder: pathlib.Path,
   config: model_config.ModelConfig,
-  vocabulary: subword_vocabularies.Subwords,
+  vocabulary: base_vocabulary.Vocabulary,
 ) -> None:
   """Writes the files that a description names."""
-  if not isinstance(vocabulary, subword_vocabularies.ByteVocabulary):
+  if not isinstance(vocabulary, byte_vocabulary.ByteVocabulary):
     shutil.copyfile(vocabulary.path, folder / _SUBWORDS)
   if config.routing is not None:
     config.routing.save(folder / _ROUTING)
@@ -89,7 +94,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
 
 def load(
   file: pathlib.Path, described: dict[str, Any], **changes: Any
-) -> tuple[model_config.ModelConfig, subword_vocabularies.Subwords]:
+) -> tuple[model_config.ModelConfig, base_vocabulary.Vocabulary]:
   """Config and subword vocabulary of a description.
 
   Args:

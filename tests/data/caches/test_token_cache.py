@@ -7,9 +7,9 @@ import pytest
 
 from mowe.data.caches import cache_builders, token_cache
 from mowe.data.text import text_files
-from mowe.words import subword_vocabularies
+from mowe.words import byte_vocabulary
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 _TEXTS = [
   {'text': 'the city of Paris'},
   {'text': ''},  # No token: left out.
@@ -155,9 +155,7 @@ def test_another_vocabulary_is_refused(tmp_path):
   built = cache_builders.cache_text(_TEXTS, tmp_path / 'c', _BYTES)
   token_cache.TokenCache.open(built.path, _BYTES, verify=True)
   with pytest.raises(ValueError, match='vocabulary it was made with'):
-    token_cache.TokenCache.open(
-      built.path, subword_vocabularies.ByteVocabulary(20)
-    )
+    token_cache.TokenCache.open(built.path, byte_vocabulary.ByteVocabulary(20))
 
 
 def test_a_missing_feature_is_named(tmp_path):

@@ -5,9 +5,9 @@ import collections
 import pytest
 
 from mowe.data.caches import cache_builders, token_counts
-from mowe.words import subword_vocabularies
+from mowe.words import byte_vocabulary
 
-_BYTES = subword_vocabularies.ByteVocabulary()
+_BYTES = byte_vocabulary.ByteVocabulary()
 
 
 def test_all_features_but_spans_are_counted(tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ from mowe.training import router_training, train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import (
   batch_plans,
+  byte_vocabulary,
   routing_vocabulary,
-  subword_vocabularies,
   vocabulary_builder,
 )
 
@@ -62,7 +62,7 @@ _WORDS = ('a', 'b', 'c', 'd', 'e', 'f')
 
 @dataclasses.dataclass(frozen=True)
 class _World:
-  vocabulary: subword_vocabularies.ByteVocabulary
+  vocabulary: byte_vocabulary.ByteVocabulary
   routing: routing_vocabulary.RoutingVocabulary
 
   def config(self, kind, **changes) -> t5_config.T5Config:
@@ -114,7 +114,7 @@ class _World:
 
 @pytest.fixture(scope='module')
 def world():
-  vocabulary = subword_vocabularies.ByteVocabulary(extra_ids=3)
+  vocabulary = byte_vocabulary.ByteVocabulary(extra_ids=3)
   routing, _ = vocabulary_builder.build_routing_vocabulary(
     [' '.join(_WORDS)],
     vocabulary,
@@ -487,7 +487,7 @@ def test_what_t5x_cannot_train_is_refused(world):
     with pytest.raises(ValueError, match=message):
       world.model(kind, config=world.config(kind, **changes))
   other = dataclasses.replace(
-    world, vocabulary=subword_vocabularies.ByteVocabulary(4)
+    world, vocabulary=byte_vocabulary.ByteVocabulary(4)
   )
   with pytest.raises(ValueError, match='with 262 ids, but .* Set VOCAB'):
     other.model('mowe')

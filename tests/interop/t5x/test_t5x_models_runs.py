@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from mowe.interop.t5x import t5x_rules
-from mowe.words import subword_vocabularies, vocabulary_builder
+from mowe.words import (
+  sentencepiece_vocabulary,
+  vocabulary_builder,
+)
 
 pytestmark = [
   pytest.mark.slow,
@@ -60,7 +63,7 @@ seqio.TaskRegistry.add(
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('t5x')
   texts = [f'{question} {answer}' for question, answer in _QUESTIONS]
-  vocabulary = subword_vocabularies.train_sentencepiece(
+  vocabulary = sentencepiece_vocabulary.train_sentencepiece(
     texts, folder / 'vocabulary.model', 30
   )
   routing, _ = vocabulary_builder.build_routing_vocabulary(

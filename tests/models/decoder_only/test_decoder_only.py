@@ -23,7 +23,7 @@ from mowe.layers.routers import module_router, tokens_choose
 from mowe.models import decoding, initialization
 from mowe.models.decoder_only import decoder_only, decoder_only_config
 from mowe.models.families import saved_config
-from mowe.words import subword_vocabularies, vocabulary_builder
+from mowe.words import byte_vocabulary, vocabulary_builder
 
 BATCH, LENGTH, VOCAB = 3, 7, 19
 EMBED, HEADS, KV, MLP, BLOCKS = 10, 2, 4, 11, 2
@@ -42,7 +42,7 @@ WITH_MODULES = ATTENTIONS | {
     use_bias=True,
   )
 }
-BYTES = subword_vocabularies.ByteVocabulary(extra_ids=5)
+BYTES = byte_vocabulary.ByteVocabulary(extra_ids=5)
 
 
 def make_config(attention='t5', **changes):

@@ -1,0 +1,279 @@
+"""SentencePiece models as vocabularies, and their training."""
+
+import hashlib
+import io
+import os
+import pathlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import sentencepiece
+
+from mowe.words import atomic_files, base_vocabulary
+
+_WORD_START = '\u2581'  # The mark SentencePiece puts where a space was.
+
+
+# What releases of sentencepiece raise for a text with lone surrogates.
+_NOT_UTF8 = (RuntimeError, TypeError, UnicodeEncodeError)
+
+
+def _has_letter(text: str) -> bool:
+  return any(unicodedata.category(char)[0] in 'LNM' for char in text)
+
+
+class SentencePieceVocabulary(base_vocabulary.Vocabulary):
+  """A SentencePiece model file with T5's sentinels after its pieces.
+
+  Attributes:
+    path: the file it was read from.
+    size: pieces of the file and sentinels.
+    extra_ids: number of sentinels.
+    sha256: hex digest of the file. The sentinels are not part of it: compare
+      `size` too.
+
+  Raises:
+    FileNotFoundError: no file at `path`.
+    ValueError: the file is not a SentencePiece model, or its padding, EOS and
+      unknown pieces do not have the ids 0, 1, 2.
+  """
+
+  def __init__(self, path: str | os.PathLike, extra_ids: int = 100):
+    self.path = os.fspath(path)
+    self.extra_ids = extra_ids
+    if not os.path.isfile(self.path):
+      raise FileNotFoundError(
+        'The subword vocabulary must be a SentencePiece model file, but there '
+        f"is no file at {self.path!r}. Give the path of a spiece.model, 'bytes'"
+        ' for a byte vocabulary, or train one with '
+        'mowe.words.subword_vocabularies.train_sentencepiece.'
+      )
+    model = pathlib.Path(self.path).read_bytes()
+    self.sha256 = hashlib.sha256(model).hexdigest()
+    self._processor = sentencepiece.SentencePieceProcessor()
+    try:
+      self._processor.LoadFromSerializedProto(model)
+      num_pieces = self._processor.GetPieceSize()
+    except (RuntimeError, ValueError, TypeError):
+      num_pieces = 0
+    if num_pieces == 0:
+      raise ValueError(
+        'The subword vocabulary must be a SentencePiece model, but '
+        f'{self.path!r} ({len(model):,} bytes, beginning {model[:12]!r}) '
+        'cannot be read as one. Copy the file again, or give another path.'
+      )
+    self.size = num_pieces + extra_ids
+    found = (
+      self._processor.pad_id(),
+      self._processor.eos_id(),
+      self._processor.unk_id(),
+    )
+    if found != (
+      base_vocabulary.PAD_ID,
+      base_vocabulary.EOS_ID,
+      base_vocabulary.UNK_ID,
+    ):
+      raise ValueError(
+        'The ids of padding, EOS and unknown must be 0, 1 and 2 as in T5, but '
+        f'are {found} in {self.path!r} (-1: absent). Train the vocabulary with '
+        'mowe.words.subword_vocabularies.train_sentencepiece, or with pad_id=0, eos_id=1, '
+        'unk_id=2.'
+      )
+    self._texts = [self._piece_text(i) for i in range(num_pieces)]
+
+  def __reduce__(self):
+    return type(self), (self.path, self.extra_ids)
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without EOS."""
+    try:
+      return self._processor.encode(text)
+    except _NOT_UTF8:
+      return self._processor.encode(_without_surrogates(text))
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each text, without EOS."""
+    texts = list(texts)
+    try:
+      # One thread: callers that want more run in several processes already.
+      return self._processor.encode(texts, num_threads=1)
+    except _NOT_UTF8:
+      return [self.encode(text) for text in texts]
+
+  def encode_with_offsets(
+    self, text: str
+  ) -> tuple[list[int], list[int], list[int]]:
+    """Returns the ids of a text and the characters each one stands for.
+
+    Piece i stands for `text[starts[i]:ends[i]]`, in characters of the text as
+    given (before SentencePiece's normalisation). The white space in front of a
+    word belongs to no piece: a bare word-start mark is empty.
+    """
+    text = _without_surrogates(text)
+    try:
+      found = self._processor.encode(text, out_type='offset_mapping')
+      ids, spans = found['ids'], found['offsets']
+    except (ValueError, RuntimeError):  # sentencepiece before 0.2.2
+      pieces = self._processor.encode(text, out_type='immutable_proto').pieces
+      ids = [piece.id for piece in pieces]
+      spans = [(piece.begin, piece.end) for piece in pieces]
+    starts, ends = [], []
+    for start, end in spans:
+      while start < end and text[start].isspace():
+        start += 1
+      starts.append(start)
+      ends.append(end)
+    return list(ids), starts, ends
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text up to EOS, without padding, sentinels by name."""
+    parts = [
+      run if isinstance(run, str) else self._processor.decode(run)
+      for run in self._runs(ids)
+      if run
+    ]
+    return ' '.join(part for part in parts if part)
+
+  def piece(self, i: int) -> str:
+    """Returns the written form of one id."""
+    if i >= self.size - self.extra_ids:
+      return f'<extra_id_{self.size - 1 - i}>'
+    return self._processor.IdToPiece(int(i))
+
+  def spell(self, ids: Sequence[int]) -> str:
+    """Returns the text of the pieces of one word, without word-start marks."""
+    if any(self._processor.IsByte(i) for i in ids):
+      return self._processor.decode([int(i) for i in ids])
+    return ''.join([self._texts[i] for i in ids])
+
+  def piece_kinds(self) -> np.ndarray:
+    """Returns CONTINUES, STARTS, ALONE or SPECIAL, <uint8>[size].
+
+    A bare word-start mark is STARTS: T5 writes it before a word whose first
+    letter has no piece with a mark, and the letters that follow continue it.
+    The unknown piece stands for text that is not seen: ALONE.
+    """
+    kinds = np.full(self.size, base_vocabulary.SPECIAL, np.uint8)
+    for i in range(self.size - self.extra_ids):
+      kinds[i] = self._kind(i)
+    return kinds
+
+  def _kind(self, i: int) -> int:
+    if i == base_vocabulary.UNK_ID:
+      return base_vocabulary.ALONE
+    if self._processor.IsControl(i) or self._processor.IsUnused(i):
+      return base_vocabulary.SPECIAL
+    if self._processor.IsByte(i):
+      return base_vocabulary.byte_kind(
+        int(self._processor.IdToPiece(i)[1:-1], 16)
+      )
+    piece = self._processor.IdToPiece(i)
+    if piece == _WORD_START:
+      return base_vocabulary.STARTS
+    if not _has_letter(piece):
+      return base_vocabulary.ALONE
+    return (
+      base_vocabulary.STARTS
+      if piece.startswith(_WORD_START)
+      else base_vocabulary.CONTINUES
+    )
+
+  def _piece_text(self, i: int) -> str:
+    return self._processor.IdToPiece(i).replace(_WORD_START, '')
+
+
+def train_sentencepiece(
+  texts: Iterable[str],
+  model_path: str | os.PathLike,
+  vocab_size: int,
+  *,
+  model_type: str = 'unigram',
+  character_coverage: float = 0.9999,
+  max_lines: int = 2_000_000,
+  byte_fallback: bool = False,
+) -> SentencePieceVocabulary:
+  """Trains a SentencePiece model with T5's ids and normalisation.
+
+  The same texts give the same file.
+
+  Args:
+    texts: texts of any length.
+    model_path: the file to write; it appears only when it is complete.
+    vocab_size: ids of the file: pieces, padding, EOS and unknown. Sentinels
+      come on top when it is loaded.
+    model_type: 'unigram' as in T5, or 'bpe'.
+    character_coverage: share of the characters that get a piece; 0.9995 suits
+      scripts with thousands of characters.
+    max_lines: lines of text looked at; the rest is not read.
+    byte_fallback: write characters without a piece as bytes, not as unknown.
+
+  Raises:
+    ValueError: no text, or more or fewer pieces asked than the text can fill.
+  """
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.Train(
+      sentence_iterator=_lines(texts, max_lines),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type=model_type,
+      character_coverage=character_coverage,
+      byte_fallback=byte_fallback,
+      normalization_rule_name='nmt_nfkc',
+      pad_id=base_vocabulary.PAD_ID,
+      eos_id=base_vocabulary.EOS_ID,
+      unk_id=base_vocabulary.UNK_ID,
+      bos_id=-1,
+      pad_piece='<pad>',
+      num_threads=4,  # A fixed number: sums of floats depend on it.
+      minloglevel=3,
+    )
+  except RuntimeError as error:
+    raise ValueError(_training_problem(str(error), vocab_size)) from error
+  atomic_files.write_atomically(model_path, model.getvalue())
+  return SentencePieceVocabulary(model_path)
+
+
+def _lines(texts: Iterable[str], max_lines: int) -> Iterator[str]:
+  """Lines of at most 2,000 characters: the trainer skips long ones."""
+  num_lines = 0
+  for text in texts:
+    for paragraph in _without_surrogates(text).splitlines():
+      for line in re.findall(r'\S.{0,1000}\S{0,1000}', paragraph):
+        if num_lines == max_lines:
+          return
+        num_lines += 1
+        yield line
+
+
+def _training_problem(message: str, vocab_size: int) -> str:
+  too_high = re.search(r'too high .*<= (\d+)', message)
+  too_low = re.search(r'smaller than required_chars\. \d+ vs (\d+)', message)
+  if too_high:
+    return (
+      'vocab_size must not exceed what the text can fill, '
+      f'{too_high.group(1)} pieces, but is {vocab_size}. Set vocab_size='
+      f'{too_high.group(1)} or less, or give more text.'
+    )
+  if too_low:
+    return (
+      'vocab_size must hold every character of the text, at least '
+      f'{too_low.group(1)}, but is {vocab_size}. Set vocab_size='
+      f'{too_low.group(1)} or more, or a lower character_coverage.'
+    )
+  if 'sentences_.empty' in message:
+    return (
+      'The texts must hold at least one line, but all were empty. Check that '
+      'the files are not empty and are read as text.'
+    )
+  return (
+    'SentencePiece must be able to train on the texts, but stopped with: '
+    f'{message!r}. Check vocab_size ({vocab_size}) and the texts.'
+  )
+
+
+def _without_surrogates(text: str) -> str:
+  """Lone surrogates, as JSON can hold, are no text: they become '?'."""
+  return text.encode('utf-8', 'replace').decode('utf-8')
