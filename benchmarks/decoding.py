@@ -32,6 +32,7 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.models import decoding, initialization, threefry
+from mowe.models.families import families
 from mowe.models.t5 import t5, t5_config
 from mowe.words import base_vocabulary
 
@@ -229,7 +230,7 @@ def make_ours(
   """Our contenders by name; config and parameters of the dense model."""
   contenders, dense = {}, None
   for kind, config in configs(arguments.vocab_size).items():
-    model = config.build()
+    model = families.build(config)
     params = random_parameters(model)
     make = functools.partial(
       our_answer, model, params, targets_length=arguments.targets_length

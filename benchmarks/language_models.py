@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import dense_step
 from mowe.commands import gin_config
 from mowe.models import costs, initialization
+from mowe.models.families import families
 from mowe.training import router_training, train_state, training_step
 from mowe.training.optimization import optimizers
 
@@ -32,7 +33,7 @@ def make_step(file: str, batch_size: int, length: int) -> tuple:
   if gin_config.configures(router_training.RouterLossConfig):
     router = gin_config.call(router_training.RouterLossConfig)
     loss = dataclasses.replace(loss, router=router)
-  model = config.build()
+  model = families.build(config)
   optimizer = optimizers.ClipByGlobalNorm(optimizers.AdamW(1e-3), 1.0).build(
     None
   )

@@ -13,11 +13,7 @@ import time
 
 import numpy as np
 
-from mowe.words import (
-  base_vocabulary,
-  lookup,
-  routing_vocabulary,
-)
+from mowe.words import base_vocabulary, lookup, routing_vocabulary
 
 _VOCAB_SIZE = 32_100
 _BATCH, _LENGTH = 128, 512

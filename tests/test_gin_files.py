@@ -21,7 +21,7 @@ from mowe.data.caches import cache_builders, token_counts
 from mowe.layers.routers import experts_choose, tokens_choose
 from mowe.models import costs, parameters
 from mowe.models.decoder_only import decoder_only_config
-from mowe.models.families import saved_config
+from mowe.models.families import families, saved_config
 from mowe.models.t5 import t5_config
 from mowe.training import partitioning
 from mowe.words import byte_vocabulary, vocabulary_builder
@@ -84,7 +84,7 @@ def _config(name, routing_paths):
 
 def _describe(config):
   """A line for each parameter: name, shape, logical axes; and their number."""
-  model = config.build()
+  model = families.build(config)
   variables = jax.eval_shape(
     lambda key: parameters.initial_variables(model, key), jax.random.key(0)
   )

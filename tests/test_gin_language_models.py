@@ -8,6 +8,7 @@ import pytest
 
 from mowe.commands import gin_config
 from mowe.models import costs, initialization
+from mowe.models.families import families
 from mowe.training import router_training, training_step
 
 # Parameters of one feed-forward, and of the model in millions.
@@ -55,7 +56,7 @@ def test_a_dense_model_has_the_published_size(name):
   assert (config.num_heads, config.head_dim) == (heads, kv)
   assert (config.memory_length, config.vocab_size) == (memory, vocab)
   assert config.sparse_layers()['decoder'].mlp_dim == hidden
-  params = initialization.abstract_variables(config.build())['params']
+  params = initialization.abstract_variables(families.build(config))['params']
   of_layer, millions = _DENSE[name]
   for number in range(blocks):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
@@ -91,7 +92,7 @@ def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   assert (layer.num_experts, layer.expert_dim) == (experts, 128)
   assert layer.routing.k == 4 and layer.routing.sigmoid
   assert layer.initialization.num_layers == config.num_layers
-  params = initialization.abstract_variables(config.build())['params']
+  params = initialization.abstract_variables(families.build(config))['params']
   for number in range(config.num_layers):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
   total = costs.model_costs(config).total_parameters
@@ -127,7 +128,7 @@ def test_other_layers_have_the_parameters_of_the_dense_ones(kind, name):
     assert layer.num_layers == config.num_layers
   else:
     assert (layer.mlp_dim, layer.k) == (_SIZES[name][4], 128)
-  params = initialization.abstract_variables(config.build())['params']
+  params = initialization.abstract_variables(families.build(config))['params']
   for number in range(config.num_layers):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
 

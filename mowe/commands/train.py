@@ -14,7 +14,7 @@ from mowe.commands import data_config, evaluations, summary
 from mowe.data import prefetch
 from mowe.model_folders import initial_state, model_folder
 from mowe.models import costs, initialization, model_config
-from mowe.models.families import model_description
+from mowe.models.families import families, model_description
 from mowe.stores import expert_stores
 from mowe.training import (
   checkpointing,
@@ -112,7 +112,7 @@ def train(
       compiled.
     KeyboardInterrupt: it was stopped, and has saved what it did.
   """
-  module = model.build()
+  module = families.build(model)
   mesh = make_mesh()
   has_tables = bool(model_config.word_streams(model))
   row_optimizer = _check(
@@ -265,7 +265,7 @@ def _with_layers(module, **changes):
   """The model with what a run gives to its sparse layers."""
   if not any(changes.values()):
     return module
-  return module.config.with_layer_changes(**changes).build()
+  return families.build(module.config.with_layer_changes(**changes))
 
 
 def _open_writers(folder, first_step, tensorboard, closing):

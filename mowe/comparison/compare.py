@@ -22,6 +22,7 @@ from mowe.comparison import (
 from mowe.comparison.report import (
   answer_comparison,
   report_contents,
+  report_files,
   report_tables,
 )
 from mowe.model_folders import model_folder
@@ -156,7 +157,7 @@ def _report(experiment, prepared, plan, chosen) -> Compared:
     word_experts=_word_experts(runs, results, questions, vocabulary),
     num_bins=experiment.num_bins,
   )
-  page = report_contents.write_report(
+  page = report_files.write_report(
     made, pathlib.Path(experiment.output) / experiment.report
   )
   return Compared(results, questions, report_tables.tables(made), page)

@@ -29,6 +29,7 @@ from mowe.models import (
   model_config,
   parameters,
 )
+from mowe.models.families import families
 from mowe.training import (
   checkpointing,
   router_training,
@@ -123,7 +124,7 @@ def _costs(planned, config, lengths) -> dict[str, Any]:
 def _num_in_experts(config) -> int:
   """Parameters that `freeze_experts` leaves as they are."""
   ordinary, tables = parameters.split_tables(
-    initialization.abstract_variables(config.build())['params']
+    initialization.abstract_variables(families.build(config))['params']
   )
   flat = flax.traverse_util.flatten_dict(ordinary)
   leaves = [leaf for path, leaf in flat.items() if costs.is_expert(path)]
@@ -133,7 +134,7 @@ def _num_in_experts(config) -> int:
 
 def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
   """FLOPs of a forward pass by XLA's count, for each place of a batch."""
-  model = config.build()
+  model = families.build(config)
   params, tables = parameters.split_tables(
     initialization.abstract_variables(model)['params']
   )

@@ -14,6 +14,7 @@ from mowe.data import lm_batches
 from mowe.data.caches import token_cache
 from mowe.evaluation import inference
 from mowe.models import model_config
+from mowe.models.families import families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def score_text(
       stream, batch_size, length, reading.stride or length
     )
     memory = {}
-  module = model if config is model.config else config.build()
+  module = model if config is model.config else families.build(config)
   nats, num_tokens = 0.0, 0
   for batch in batches:
     of_batch, memory = _score_batch(module, params, memory, batch)

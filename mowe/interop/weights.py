@@ -12,6 +12,7 @@ import numpy as np
 
 from mowe.interop import rules
 from mowe.models import initialization, model_config
+from mowe.models.families import families
 from mowe.words import base_vocabulary
 
 # Of a piece of a large array that is on its way.
@@ -63,7 +64,7 @@ def shapes(
   config: model_config.ModelConfig,
 ) -> dict[Path, jax.ShapeDtypeStruct]:
   """Shape and dtype of every parameter of a model, in `Weights`."""
-  abstract = initialization.abstract_variables(config.build())['params']
+  abstract = initialization.abstract_variables(families.build(config))['params']
   flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(abstract))
   # A table of bfloat16 is an array of its bits in the model.
   return {

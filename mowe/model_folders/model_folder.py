@@ -18,7 +18,7 @@ import jax
 from flax import linen as nn
 
 from mowe.models import initialization, model_config, parameters
-from mowe.models.families import model_description
+from mowe.models.families import families, model_description
 from mowe.stores import expert_sources, expert_stores
 from mowe.training import checkpointing
 from mowe.words import atomic_files, base_vocabulary
@@ -132,7 +132,7 @@ def load(
   """
   folder, step = split_checkpoint_path(path)
   config, vocabulary = load_config(folder, **changes)
-  model = config.build()
+  model = families.build(config)
   variables = initialization.abstract_variables(model)
   params, tables = parameters.split_tables(variables['params'])
   with checkpointing.Checkpoints(folder) as checkpoints:
@@ -149,7 +149,7 @@ def load(
       store = store or expert_stores.for_reading(tables)
       tables, rows_from = store.open_for_reading(source, tables)
       if rows_from is not None:
-        model = config.with_layer_changes(rows_from=rows_from).build()
+        model = families.build(config.with_layer_changes(rows_from=rows_from))
   params = parameters.merge_tables(params, tables)
   return LoadedModel(model, params, vocabulary, step)
 

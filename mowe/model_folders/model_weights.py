@@ -13,7 +13,7 @@ from mowe.interop import new_folder, weights
 from mowe.interop.t5x import orbax_arrays, t5x_tree
 from mowe.model_folders import model_folder
 from mowe.models import initialization, parameters
-from mowe.models.families import model_description
+from mowe.models.families import families, model_description
 from mowe.stores import expert_records, expert_sources, row_file, row_index
 from mowe.training import checkpointing, manifests, train_state
 from mowe.training.optimization import adafactor_transform
@@ -74,7 +74,9 @@ def save(folder: str | os.PathLike, given: weights.Weights) -> None:
     ValueError: no vocabulary.
   """
   vocabulary = weights.needs_vocabulary(given)
-  abstract = initialization.abstract_variables(given.config.build())['params']
+  abstract = initialization.abstract_variables(families.build(given.config))[
+    'params'
+  ]
   _, tables = parameters.split_tables(flax.core.unfreeze(abstract))
   ordinary, _ = parameters.split_tables(
     flax.traverse_util.unflatten_dict(dict(given.params))

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from mowe.interop import new_folder, weights
 from mowe.model_folders import model_folder
 from mowe.models import initialization, model_config
-from mowe.models.families import model_description
+from mowe.models.families import families, model_description
 from mowe.models.surgery import modules_edits
 from mowe.stores import row_index
 from mowe.training import checkpointing, manifests, partitioning
@@ -188,7 +188,7 @@ def _read_state(source):
 
 
 def _axes(config):
-  variables = initialization.abstract_variables(config.build())
+  variables = initialization.abstract_variables(families.build(config))
   return partitioning.parameter_axes(variables['params_axes'])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mowe.layers.mixtures import moe
 from mowe.models import model_config, parameters
+from mowe.models.families import families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ModelCosts:
 
 def model_costs(config: model_config.ModelConfig) -> ModelCosts:
   """Costs of a model, read off the shapes of its parameters."""
-  model = config.build()
+  model = families.build(config)
   params = jax.eval_shape(
     lambda key: parameters.initial_variables(model, key)['params'],
     jax.random.key(0),

@@ -84,9 +84,6 @@ class ModelConfig(Protocol):
   block_layers: tuple[tuple[str, Factory], ...]
   layer_fields: Mapping[tuple[str, str], str]
 
-  def build(self) -> nn.Module:
-    """The Linen module."""
-
   def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
     """Of each stream the blocks, from 0, whose feed-forward is sparse."""
 

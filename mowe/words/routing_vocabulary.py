@@ -18,11 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import (
-  atomic_files,
-  base_vocabulary,
-  lookup,
-)
+from mowe.words import atomic_files, base_vocabulary, lookup
 
 Array = lookup.Array
 Assign = Callable[[np.ndarray, int, np.ndarray], np.ndarray]

@@ -13,11 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from mowe.words import (
-  base_vocabulary,
-  lookup,
-  routing_vocabulary,
-)
+from mowe.words import base_vocabulary, lookup, routing_vocabulary
 
 # Reports progress: the name of the phase and how much of it is done.
 Progress = Callable[[str, int], None]

@@ -21,6 +21,7 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
 from mowe.models import initialization, threefry
 from mowe.models.decoder_only import decoder_only_config
+from mowe.models.families import families
 from mowe.training import partitioning, train_state, training_step
 
 LENGTHS = {'targets': 12}
@@ -121,7 +122,7 @@ def test_a_run_that_was_resumed_ends_with_the_same_bits(
 def test_an_epoch_begins_without_a_memory(lm_world):
   """A batch that begins its parts gives what it gives in a fresh run."""
   config = memory_parts(lm_world)['model']
-  model = config.build()
+  model = families.build(config)
   state = train_state.begin(
     initialization.initial_parameters(model, threefry.key(0)),
     {},

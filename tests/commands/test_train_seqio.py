@@ -7,14 +7,12 @@ import pytest
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf
 
-from mowe.cli import main  # noqa: E402
-from mowe.commands import cache_task  # noqa: E402
-from mowe.data.caches import token_cache  # noqa: E402
-from mowe.words import (
-  byte_vocabulary,  # noqa: E402
-)
+from mowe.cli import main
+from mowe.commands import cache_task
+from mowe.data.caches import token_cache
+from mowe.words import byte_vocabulary
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _TASK = """

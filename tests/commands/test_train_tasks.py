@@ -8,9 +8,9 @@ import small_runs
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf
 
-from mowe.cli import main  # noqa: E402
+from mowe.cli import main
 
 _SMALL = """
 from __gin__ import dynamic_registration

@@ -7,10 +7,7 @@ import pytest
 
 from mowe.data import batch_source, lm_batches, lm_tasks
 from mowe.data.caches import lm_cache
-from mowe.words import (
-  byte_vocabulary,
-  sentencepiece_vocabulary,
-)
+from mowe.words import byte_vocabulary, sentencepiece_vocabulary
 
 BYTES = byte_vocabulary.ByteVocabulary(extra_ids=2)
 LINES = 'ab\n\n c d é \n'

@@ -9,16 +9,10 @@ import pytest
 
 seqio = pytest.importorskip('seqio')
 
-import tensorflow as tf  # noqa: E402
+import tensorflow as tf
 
-from mowe.data import (  # noqa: E402
-  batch_source,
-  seqio_stream,  # noqa: E402
-)
-from mowe.words import (
-  byte_vocabulary,
-  sentencepiece_vocabulary,  # noqa: E402
-)
+from mowe.data import batch_source, seqio_stream
+from mowe.words import byte_vocabulary, sentencepiece_vocabulary
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _LENGTHS = {'inputs': 10, 'targets': 7}

@@ -15,6 +15,7 @@ from mowe.evaluation import language_modeling
 from mowe.layers.attention import relative_attention
 from mowe.models import initialization
 from mowe.models.decoder_only import decoder_only_config
+from mowe.models.families import families
 from mowe.words import byte_vocabulary
 
 BYTES = byte_vocabulary.ByteVocabulary(extra_ids=0)
@@ -99,7 +100,9 @@ def _memory_model(**changes):
     'dropout_rate': 0.0,
     'attention': relative_attention.RelativeAttention,
   }
-  model = decoder_only_config.DecoderOnlyConfig(**(settings | changes)).build()
+  model = families.build(
+    decoder_only_config.DecoderOnlyConfig(**(settings | changes))
+  )
   shapes = initialization.abstract_variables(model)['params']
   rng = np.random.default_rng(0)
   params = jax.tree.map(

@@ -10,6 +10,7 @@ import numpy as np
 
 from mowe.commands import gin_config
 from mowe.models import initialization
+from mowe.models.families import families
 from mowe.words import byte_vocabulary, vocabulary_builder
 
 _FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'gin_configs' / 'models'
@@ -55,7 +56,7 @@ def make(name, folder):
     bindings.append('NUM_EXPERTS = 8')
   gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
   config = dataclasses.replace(gin_config.made('MODEL'), dropout_rate=0.0)
-  model = config.build()
+  model = families.build(config)
   shapes = initialization.abstract_variables(model)['params']
   draw = functools.partial(_draw, np.random.default_rng(0))
   return model, {'params': jax.tree_util.tree_map_with_path(draw, shapes)}

@@ -18,7 +18,7 @@ from mowe.layers import centered_norm
 from mowe.layers.attention import self_attention, stick_breaking
 from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import routing
-from mowe.models.decoder_only import decoder_only_stack
+from mowe.models.decoder_only import decoder_only_config, decoder_only_stack
 
 _KINDS = {
   'test_attention': 'stick_breaking',

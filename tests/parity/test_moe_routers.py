@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mowe.layers.dispatch import capacity_dispatch
-from mowe.layers.mixtures import moe
+from mowe.layers.mixtures import moe, router_statistics
 from mowe.layers.routers import experts_choose, router_losses, tokens_choose
 
 _ACTIVATIONS = {'gelu_tanh': 'gelu', 'relu': 'relu', 'linear': 'linear'}
@@ -53,7 +53,7 @@ def test_router(case, golden):
       selection_bias=None,
     )
     plan = Exactly(room=capacity).plan(choices, router, num_experts=num_experts)
-    stats = router_losses.measure(
+    stats = router_statistics.measure(
       logits,
       choices,
       plan,

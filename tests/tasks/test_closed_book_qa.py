@@ -7,11 +7,9 @@ import pytest
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-from mowe.data import seqio_stream  # noqa: E402
-from mowe.words import (
-  byte_vocabulary,  # noqa: E402
-)
-from tasks import closed_book_qa  # noqa: E402
+from mowe.data import seqio_stream
+from mowe.words import byte_vocabulary
+from tasks import closed_book_qa
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _LENGTHS = {'inputs': 64, 'targets': 32}

@@ -8,12 +8,10 @@ import pytest
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-from mowe.data import seqio_stream  # noqa: E402
-from mowe.data.text import claims  # noqa: E402
-from mowe.words import (
-  byte_vocabulary,  # noqa: E402
-)
-from tasks import closed_book_qa, fever  # noqa: E402
+from mowe.data import seqio_stream
+from mowe.data.text import claims
+from mowe.words import byte_vocabulary
+from tasks import closed_book_qa, fever
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _LENGTHS = {'inputs': 64, 'targets': 32}

@@ -6,12 +6,10 @@ import raw_examples
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-from mowe.data import seqio_stream  # noqa: E402
-from mowe.evaluation import classification_metrics  # noqa: E402
-from mowe.words import (
-  byte_vocabulary,  # noqa: E402
-)
-from tasks import glue  # noqa: E402
+from mowe.data import seqio_stream
+from mowe.evaluation import classification_metrics
+from mowe.words import byte_vocabulary
+from tasks import glue
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _TWO = ['sentence1', 'sentence2']

@@ -8,12 +8,10 @@ import pytest
 tfds = pytest.importorskip('tensorflow_datasets')
 seqio = pytest.importorskip('seqio')
 
-from mowe.data import seqio_stream  # noqa: E402
-from mowe.data.text import span_corruption  # noqa: E402
-from mowe.words import (
-  byte_vocabulary,  # noqa: E402
-)
-from tasks import pretraining  # noqa: E402
+from mowe.data import seqio_stream
+from mowe.data.text import span_corruption
+from mowe.words import byte_vocabulary
+from tasks import pretraining
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _SENTINEL = _BYTES.sentinel_id(0)

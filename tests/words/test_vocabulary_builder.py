@@ -1,11 +1,7 @@
 import numpy as np
 import pytest
 
-from mowe.words import (
-  base_vocabulary,
-  lookup,
-  vocabulary_builder,
-)
+from mowe.words import base_vocabulary, lookup, vocabulary_builder
 
 
 def test_counts_by_hand(tiny):

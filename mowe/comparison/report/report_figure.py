@@ -13,7 +13,7 @@ from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 
-from mowe.comparison.report import answer_comparison
+from mowe.comparison.report import answer_comparison, report_contents
 
 if typing.TYPE_CHECKING:
   pass
@@ -62,7 +62,7 @@ DARK = Theme(
   ),
 )
 
-Panel = Callable[[mpl_axes.Axes, 'report_lib.Report', Theme], None]
+Panel = Callable[[mpl_axes.Axes, report_contents.Report, Theme], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Figure:
   dark: bytes
 
 
-def page_figures(report: 'report_lib.Report') -> list[Figure]:
+def page_figures(report: report_contents.Report) -> list[Figure]:
   """Each panel as a figure of its own, to be put in rows that fit the page."""
   return [
     Figure(title, _svg(draw, report, LIGHT), _svg(draw, report, DARK))
@@ -88,7 +88,7 @@ def page_figures(report: 'report_lib.Report') -> list[Figure]:
 
 
 def write_png(
-  report: 'report_lib.Report', path: str | os.PathLike[str]
+  report: report_contents.Report, path: str | os.PathLike[str]
 ) -> None:
   """Writes all panels as one picture.
 

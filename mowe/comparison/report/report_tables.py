@@ -10,7 +10,11 @@ import math
 import typing
 from collections.abc import Sequence
 
-from mowe.comparison.report import answer_comparison, statistics
+from mowe.comparison.report import (
+  answer_comparison,
+  report_contents,
+  statistics,
+)
 
 if typing.TYPE_CHECKING:
   pass
@@ -65,7 +69,7 @@ class Example:
   words: Sequence[tuple[str, Sequence[tuple[str, int | None]]]]
 
 
-def tables(report: 'report_lib.Report') -> list[Table]:
+def tables(report: report_contents.Report) -> list[Table]:
   """All tables, in their order."""
   found = [_answers(report), _costs(report.results)]
   if any(result.tries for result in report.results):
@@ -85,7 +89,7 @@ def tables(report: 'report_lib.Report') -> list[Table]:
   return found
 
 
-def examples(report: 'report_lib.Report') -> list[Example]:
+def examples(report: report_contents.Report) -> list[Example]:
   """Questions on which models differ."""
   return [
     Example(
@@ -390,7 +394,7 @@ def _heights(shares: Sequence[float]) -> tuple[float, ...]:
 
 
 def markdown(
-  report: 'report_lib.Report',
+  report: report_contents.Report,
   tables: Sequence[Table],
   examples: Sequence[Example],
   figure: str,

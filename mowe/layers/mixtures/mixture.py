@@ -20,6 +20,7 @@ from mowe.layers.dispatch import (
   slots,
   sorted_experts,
 )
+from mowe.layers.mixtures import router_statistics
 from mowe.layers.routers import router_losses, routing
 
 
@@ -86,7 +87,7 @@ class Mixture:
     weights = slots.permute(
       choices.weights.reshape(-1), plan.pairs, plan.slots_of_pairs
     )
-    stats = router_losses.measure(
+    stats = router_statistics.measure(
       logits,
       choices,
       plan,

@@ -122,12 +122,6 @@ class DecoderOnlyConfig:
         'RotaryAttention and memory_length 0, or leave prefix_lm out.'
       )
 
-  def build(self) -> nn.Module:
-    """The model of these sizes."""
-    from mowe.models.decoder_only import decoder_only
-
-    return decoder_only.DecoderOnly(self)
-
   def of_block(self, stream: str, number: int) -> 'DecoderOnlyConfig':
     """The config whose layers are those of one block."""
     return model_config.of_block(self, stream, number)

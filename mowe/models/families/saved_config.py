@@ -17,8 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from mowe.models import model_config
-from mowe.models.decoder_only import decoder_only_config
-from mowe.models.t5 import t5_config
+from mowe.models.families import families
 
 # What the stack or a run gives to a layer, or what Linen adds: no part of its config.
 _GIVEN = {
@@ -39,9 +38,8 @@ _GIVEN_TO = {
   'decoder_attention': _OF_HEADS,
 }
 
-# Name in a file of each kind of config; a file without one holds a T5Config.
+# The field of the file that names the family.
 _FAMILY = 'family'
-_FAMILIES = {'decoder_only': decoder_only_config.DecoderOnlyConfig}
 
 _BLOCK_LAYERS = 'block_layers'
 
@@ -56,10 +54,7 @@ def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
   Raises:
     ValueError: a layer holds a class or a value that could not be read again.
   """
-  tree: dict[str, Any] = {}
-  for family, cls in _FAMILIES.items():
-    if isinstance(config, cls):
-      tree[_FAMILY] = family
+  tree: dict[str, Any] = {_FAMILY: families.of_config(config).name}
   parts = config.parts()
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -94,13 +89,7 @@ def from_json(
     ValueError: the tree names a field or a class that this package lacks.
   """
   tree = dict(tree)
-  family = tree.pop(_FAMILY, None)
-  cls = t5_config.T5Config if family is None else _FAMILIES.get(family)
-  if cls is None:
-    raise ValueError(
-      f'The family of a saved model must be one of {sorted(_FAMILIES)}, but is '
-      f'{family!r}. It was written by another version: use that one.'
-    )
+  cls = families.of_name(tree.pop(_FAMILY, None)).config_class
   known = {field.name for field in dataclasses.fields(cls)}
   _check_names('A model config', tree, known)
   values = {}

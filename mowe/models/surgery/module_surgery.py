@@ -16,6 +16,7 @@ from flax.linen import partitioning
 
 from mowe.layers.routers import added_modules, pruned_modules
 from mowe.models import initialization, model_config, parameters
+from mowe.models.families import families
 
 Path = tuple[str, ...]
 # Every parameter by its path.
@@ -68,7 +69,7 @@ class ModuleLayer:
 
 def module_layers(config: model_config.ModelConfig) -> tuple[ModuleLayer, ...]:
   """All layers of modules, in the order of their places; () without any."""
-  variables = initialization.abstract_variables(config.build())
+  variables = initialization.abstract_variables(families.build(config))
   shapes = flax.traverse_util.flatten_dict(
     flax.core.unfreeze(variables['params'])
   )

@@ -11,6 +11,7 @@ import numpy as np
 
 from mowe.layers.routers import added_modules
 from mowe.models import initialization, model_config, threefry
+from mowe.models.families import families
 from mowe.models.surgery import module_surgery, modules_edits
 
 
@@ -93,7 +94,7 @@ def check_kinds(
 
 def _drawn(config, layers, seed):
   """Appends the last slabs and columns of a fresh, larger model."""
-  model = config.build()
+  model = families.build(config)
   wanted = {
     path: (one, axis)
     for one in layers

@@ -118,12 +118,6 @@ class T5Config:
     }
   )
 
-  def build(self) -> nn.Module:
-    """The T5 of these sizes."""
-    from mowe.models.t5 import t5
-
-    return t5.T5(self)
-
   def of_block(self, stream: str, number: int) -> 'T5Config':
     """The config whose layers are those of one block."""
     return model_config.of_block(self, stream, number)

@@ -9,7 +9,7 @@ import pytest
 
 from mowe.comparison.report import (
   answer_comparison,
-  report_contents,
+  report_files,
   report_tables,
 )
 
@@ -33,7 +33,7 @@ class _Tags(html.parser.HTMLParser):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp('report')
-  made = report_contents.write_report(made_up_answers.whole_report(), path)
+  made = report_files.write_report(made_up_answers.whole_report(), path)
   assert made == path / 'index.html'
   return path
 
@@ -171,7 +171,7 @@ def test_examples_show_answers_and_experts(page, markdown):
 
 def test_one_model_alone_has_a_report(tmp_path):
   made = made_up_answers.whole_report(results=made_up_answers.results()[:1])
-  text = report_contents.write_report(made, tmp_path).read_text('utf-8')
+  text = report_files.write_report(made, tmp_path).read_text('utf-8')
   assert 'Against' not in text and 'Load of the experts' not in text
 
 

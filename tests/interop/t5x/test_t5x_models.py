@@ -36,18 +36,15 @@ if importlib.util.find_spec('t5x') is None:
     allow_module_level=True,
   )
 
-from t5x import adafactor, partitioning, trainer  # noqa: E402
-from t5x import metrics as t5x_metrics  # noqa: E402
-from t5x import optimizers as t5x_optimizers  # noqa: E402
-from t5x import train_state as t5x_train_state  # noqa: E402
-from t5x.contrib.moe import partitioning as moe_partitioning  # noqa: E402
-from t5x.contrib.moe import trainer as moe_trainer  # noqa: E402
+from t5x import adafactor, partitioning, trainer
+from t5x import metrics as t5x_metrics
+from t5x import optimizers as t5x_optimizers
+from t5x import train_state as t5x_train_state
+from t5x.contrib.moe import partitioning as moe_partitioning
+from t5x.contrib.moe import trainer as moe_trainer
 
-from mowe.data import seqio_stream  # noqa: E402
-from mowe.interop.t5x import (
-  t5x_models,
-  t5x_rules,  # noqa: E402
-)
+from mowe.data import seqio_stream
+from mowe.interop.t5x import t5x_models, t5x_rules
 
 # Every expert has a token in each of these sequences of bytes.
 _BATCH, _INPUTS, _TARGETS = 8, 13, 9

@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 
 from mowe.interop.t5x import t5x_rules
-from mowe.words import (
-  sentencepiece_vocabulary,
-  vocabulary_builder,
-)
+from mowe.words import sentencepiece_vocabulary, vocabulary_builder
 
 pytestmark = [
   pytest.mark.slow,

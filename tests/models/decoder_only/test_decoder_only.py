@@ -22,7 +22,7 @@ from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import module_router, tokens_choose
 from mowe.models import decoding, initialization
 from mowe.models.decoder_only import decoder_only, decoder_only_config
-from mowe.models.families import saved_config
+from mowe.models.families import families, saved_config
 from mowe.words import byte_vocabulary, vocabulary_builder
 
 BATCH, LENGTH, VOCAB = 3, 7, 19
@@ -61,7 +61,7 @@ def make_config(attention='t5', **changes):
 
 @functools.cache
 def make_model(config):
-  model = config.build()
+  model = families.build(config)
   shapes = initialization.abstract_variables(model)['params']
   # Larger than fresh ones, and no zero biases: errors are seen.
   rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import experts_choose, module_router, tokens_choose
 from mowe.models import initialization
 from mowe.models.decoder_only import decoder_only_config
-from mowe.models.families import saved_config
+from mowe.models.families import families, saved_config
 from mowe.models.surgery import (
   module_surgery,
   modules_added,
@@ -146,7 +146,7 @@ def test_attention_modules_come_and_go(make, numbers):
 def make_params(config, seed=0):
   """Routers are far from even."""
   rng = np.random.default_rng(seed)
-  shapes = initialization.abstract_variables(config.build())['params']
+  shapes = initialization.abstract_variables(families.build(config))['params']
   return {
     path: rng.normal(size=x.shape).astype(np.float32)
     for path, x in flax.traverse_util.flatten_dict(shapes).items()
@@ -169,7 +169,7 @@ def make_batch(config, seed=0):
 
 def outputs(config, params):
   logits, sown = jax.jit(
-    lambda p, batch: config.build().apply(
+    lambda p, batch: families.build(config).apply(
       {'params': p},
       batch,
       enable_dropout=False,
@@ -182,7 +182,7 @@ def outputs(config, params):
 
 
 def check_shapes(config, params):
-  shapes = initialization.abstract_variables(config.build())['params']
+  shapes = initialization.abstract_variables(families.build(config))['params']
   wanted = flax.traverse_util.flatten_dict(flax.core.unfreeze(shapes))
   assert {p: x.shape for p, x in params.items()} == {
     p: x.shape for p, x in wanted.items()
