@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks import dense_step
 from mowe.commands import gin_config
-from mowe.models import costs, initialization
-from mowe.models.families import families
+from mowe.models import initialization
+from mowe.models.families import costs, families
 from mowe.training import router_training, train_state, training_step
 from mowe.training.optimization import optimizers
 

@@ -15,6 +15,8 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+pytest_plugins = ['small_runs']
+
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -36,6 +38,39 @@ def pytest_collection_modifyitems(config, items):
   for item in items:
     if 'slow' in item.keywords:
       item.add_marker(skip)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Programs that several tests, workers or runs compile are compiled once."""
+  base = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    # The folder that all workers share.
+    base = base.parent
+  settings = {
+    'jax_compilation_cache_dir': str(base / 'compiled_programs'),
+    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+      # For processes that tests start.
+      patch.setenv(name.upper(), str(value))
+    yield
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+  """Compiles with few optimizations: these programs run a few steps only.
+
+  A test that reads a compiled program, or that measures it, has the mark
+  `optimized` and gets what users get.
+  """
+  is_quick = request.node.get_closest_marker('optimized') is None
+  jax.config.update('jax_disable_most_optimizations', is_quick)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='session')

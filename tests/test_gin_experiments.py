@@ -7,7 +7,8 @@ import pytest
 from mowe.commands import gin_config
 from mowe.comparison import budgets, experiment_data, experiments, planned_runs
 from mowe.data.text import generated_world
-from mowe.models import costs, model_config
+from mowe.models import model_config
+from mowe.models.families import costs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _NAMES = sorted(

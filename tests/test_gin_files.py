@@ -19,9 +19,9 @@ import pytest
 from mowe.commands import data_config, gin_config
 from mowe.data.caches import cache_builders, token_counts
 from mowe.layers.routers import experts_choose, tokens_choose
-from mowe.models import costs, parameters
+from mowe.models import parameters
 from mowe.models.decoder_only import decoder_only_config
-from mowe.models.families import families, saved_config
+from mowe.models.families import costs, families, saved_config
 from mowe.models.t5 import t5_config
 from mowe.training import partitioning
 from mowe.words import byte_vocabulary, vocabulary_builder

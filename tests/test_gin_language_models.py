@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from mowe.commands import gin_config
-from mowe.models import costs, initialization
-from mowe.models.families import families
+from mowe.models import initialization
+from mowe.models.families import costs, families
 from mowe.training import router_training, training_step
 
 # Parameters of one feed-forward, and of the model in millions.

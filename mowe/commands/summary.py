@@ -8,7 +8,8 @@ import numpy as np
 import rich.console
 import rich.table
 
-from mowe.models import costs, model_config
+from mowe.models import model_config
+from mowe.models.families import costs
 from mowe.words import placement
 
 # Load of the busiest block over the mean, from which on a remedy is told.

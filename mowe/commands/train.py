@@ -13,8 +13,8 @@ import numpy as np
 from mowe.commands import data_config, evaluations, summary
 from mowe.data import prefetch
 from mowe.model_folders import initial_state, model_folder
-from mowe.models import costs, initialization, model_config
-from mowe.models.families import families, model_description
+from mowe.models import initialization, model_config
+from mowe.models.families import costs, families, model_description
 from mowe.stores import expert_stores
 from mowe.training import (
   checkpointing,

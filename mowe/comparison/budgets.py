@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from mowe.models import costs
+from mowe.models.families import costs
 
 # Widths beyond it are no widths of experts.
 _WIDEST = 2**24

@@ -22,14 +22,8 @@ from mowe.comparison import budgets, experiment_data, planned_runs
 from mowe.evaluation import task_evaluation, text_metrics
 from mowe.layers.routers import router_losses
 from mowe.model_folders import model_folder
-from mowe.models import (
-  costs,
-  decoding,
-  initialization,
-  model_config,
-  parameters,
-)
-from mowe.models.families import families
+from mowe.models import decoding, initialization, model_config, parameters
+from mowe.models.families import costs, families
 from mowe.training import (
   checkpointing,
   router_training,

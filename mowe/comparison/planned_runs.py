@@ -16,7 +16,7 @@ from mowe.comparison import budgets, experiment_data, experiments
 from mowe.data.caches import token_cache
 from mowe.evaluation import task_evaluation
 from mowe.model_folders import model_folder
-from mowe.models import costs
+from mowe.models.families import costs
 from mowe.training import checkpointing, manifests
 from mowe.words import base_vocabulary, subword_vocabularies
 

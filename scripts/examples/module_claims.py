@@ -279,7 +279,7 @@ def _costs(folder):
   `benchmarks.language_models` measures its speed.
   """
   from mowe.model_folders import model_folder
-  from mowe.models import costs
+  from mowe.models.families import costs
 
   config, _ = model_folder.load_config(folder)
   found = costs.model_costs(config)

@@ -12,7 +12,7 @@ import pathlib
 import statistics
 
 from mowe.model_folders import model_folder
-from mowe.models import costs
+from mowe.models.families import costs
 
 _PARTS = ('validation', 'test')
 # Share of the last measurements of a run that usage is averaged over.

@@ -1,6 +1,6 @@
 """Writes articles in the form of WikiText, to train on what is tested there.
 
-  python scripts/examples/wikitext_form.py train.txt ARTICLES.jsonl.gz
+  python scripts/examples/wikitext.py train.txt ARTICLES.jsonl.gz
 
 An article has `title` and `text`. The words of WikiText-2 are 33,278, so as
 many of the most frequent ones stay, and others become <unk>.
@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 
-from mowe.data import wikitext_form
+import wikitext
 
 
 def main() -> None:
@@ -25,12 +25,12 @@ def main() -> None:
   lines = [
     line
     for one in articles
-    for line in wikitext_form.article(one['title'], one['text'])
+    for line in wikitext.article(one['title'], one['text'])
   ]
-  known = wikitext_form.frequent_words(lines, arguments.num_words)
+  known = wikitext.frequent_words(lines, arguments.num_words)
   unfinished = f'{arguments.output}.unfinished'
   with open(unfinished, 'w', encoding='utf-8') as file:
-    file.writelines(f'{wikitext_form.masked(line, known)}\n' for line in lines)
+    file.writelines(f'{wikitext.masked(line, known)}\n' for line in lines)
   os.replace(unfinished, arguments.output)
   words = sum(map(len, lines))
   print(f'{arguments.output}: {len(articles):,} articles, {words:,} words')

@@ -6,17 +6,17 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import small_runs
 
 from mowe.cli import main
 from mowe.commands import ask, evaluations
 from mowe.model_folders import model_folder
 from mowe.stores import expert_sources, expert_stores, row_file
 from mowe.training import partitioning, train_metrics
-from tests.commands import conftest
 
 _TOTAL = 5
 _DISK = expert_stores.DiskStore(num_slots=13)
-_ALL_ON_DISK = expert_stores.DiskStore(num_slots=conftest.NUM_EXPERTS)
+_ALL_ON_DISK = expert_stores.DiskStore(num_slots=small_runs.NUM_EXPERTS)
 
 
 def _train(world, folder, total_steps=_TOTAL, **changes):
@@ -35,7 +35,7 @@ def _train(world, folder, total_steps=_TOTAL, **changes):
 def _experts(folder, step):
   """Records of all experts of a checkpoint."""
   source = expert_sources.SavedExperts(folder / f'checkpoint_{step}')
-  return source.records(0, conftest.NUM_EXPERTS, source.read.dtype)
+  return source.records(0, small_runs.NUM_EXPERTS, source.read.dtype)
 
 
 @pytest.fixture(scope='module')
@@ -79,8 +79,8 @@ def test_evaluations_agree_and_metrics_say_what_moved(runs):
   (*_, last) = train_metrics.read_json_lines(folder / 'train_metrics.jsonl')
   assert 0 < last['experts/hit_rate'] < 1
   assert last['experts/moved_mb'] > 0 and last['experts/wait_ms'] >= 0
-  assert 0 < last['experts/distinct'] <= conftest.NUM_EXPERTS
-  assert 0 <= last['experts/never_seen'] < conftest.NUM_EXPERTS
+  assert 0 < last['experts/distinct'] <= small_runs.NUM_EXPERTS
+  assert 0 <= last['experts/never_seen'] < small_runs.NUM_EXPERTS
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,9 @@ def test_experts_on_several_devices_continue_and_move_to_one(world, tmp_path):
   state = _train(world, stopped, make_mesh=make_mesh, **changes)
   table = state.tables['experts']['wo']
   assert table.sharding.spec[0] == 'expert'
-  assert table.sharding.shard_shape(table.shape)[0] == conftest.NUM_EXPERTS // 2
+  assert (
+    table.sharding.shard_shape(table.shape)[0] == small_runs.NUM_EXPERTS // 2
+  )
   assert (
     _experts(straight, _TOTAL).tobytes() == _experts(stopped, _TOTAL).tobytes()
   )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mowe.comparison import budgets
-from mowe.models import costs
+from mowe.models.families import costs
 from mowe.models.t5 import t5_config
 
 _SOLVE = functools.partial(budgets.solve, name='MoWE', unit='FLOPs per token')

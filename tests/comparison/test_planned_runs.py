@@ -26,7 +26,7 @@ from mowe.comparison import (
 from mowe.comparison.report import answer_comparison, report_tables
 from mowe.data.caches import token_cache
 from mowe.data.text import generated_world
-from mowe.models import costs
+from mowe.models.families import costs
 from mowe.words import subword_vocabularies
 
 

@@ -21,14 +21,6 @@ NAMES = sorted(
 )
 # Ids of bytes; 0 is padding and 1 the end.
 VOCAB = 384
-# Half the time of compiling, to slower code.
-jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-  },
-)
 
 
 def make(name, folder):
@@ -127,7 +119,7 @@ def logits_of(model, training):
       mutable=['segment_memory', 'router_stats'],
     )[0]
 
-  return jit(logits)
+  return jax.jit(logits)
 
 
 def generated(model, max_length):
@@ -151,4 +143,4 @@ def generated(model, max_length):
     _, (tokens, logits) = jax.lax.scan(one, start, jnp.arange(max_length))
     return tokens.T, logits.swapaxes(0, 1)
 
-  return jit(generate)
+  return jax.jit(generate)

@@ -1,4 +1,4 @@
-"""A tiny experiment on the text and questions of conftest.World."""
+"""A tiny experiment on the text and questions of small_runs.World."""
 
 import small_runs
 

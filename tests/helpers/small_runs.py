@@ -8,9 +8,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import (
-  compilation_cache as compilation_cache_lib,
-)
 
 from mowe.commands import cache_task, data_config
 from mowe.commands import train as train_command
@@ -132,35 +129,6 @@ def world(tmp_path_factory) -> World:
       num_workers=1,
     )
   return World(folder, vocabulary, routing)
-
-
-@pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Runs that are repeated and resumed compile the same programs again."""
-  settings = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0.2,
-    'jax_persistent_cache_min_entry_size_bytes': 0,
-  }
-  old = {name: getattr(jax.config, name) for name in settings}
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in settings.items():
-      jax.config.update(name, value)
-      # For processes that tests start.
-      patch.setenv(name.upper(), str(value))
-    compilation_cache_lib.reset_cache()
-    yield
-  for name, value in old.items():
-    jax.config.update(name, value)
-  compilation_cache_lib.reset_cache()
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-  """These programs run a few steps: compiling them well takes longer."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def write_lines(path: pathlib.Path, records) -> None:

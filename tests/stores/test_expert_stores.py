@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tiny_training
 
 from mowe.layers.memory import word_experts
 from mowe.models import threefry
@@ -18,7 +19,6 @@ from mowe.stores import (
 )
 from mowe.training import manifests, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
-from tests.training import tiny
 
 _STEPS = 6
 _ROW_OPTIMIZER = row_optimizers.RowAdam(0.1, weight_decay=0.1)
@@ -32,9 +32,9 @@ _STORES = {
 
 
 def _config(table_dtype):
-  return tiny.make_config(
+  return tiny_training.make_config(
     sparse_feed_forward=functools.partial(
-      word_experts.MoweLayer, tiny.EXPERTS, 4, table_dtype=table_dtype
+      word_experts.MoweLayer, tiny_training.EXPERTS, 4, table_dtype=table_dtype
     )
   )
 
@@ -42,9 +42,9 @@ def _config(table_dtype):
 def _batches(first, last):
   """Every batch lacks other experts."""
   for number in range(first, last):
-    absent = [(number * 5 + i) % tiny.EXPERTS for i in range(6)]
-    batch = tiny.make_batch(number, absent=absent)
-    yield batch, tiny.make_plan(batch)
+    absent = [(number * 5 + i) % tiny_training.EXPERTS for i in range(6)]
+    batch = tiny_training.make_batch(number, absent=absent)
+    yield batch, tiny_training.make_plan(batch)
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def _step(table_dtype, num_slots, is_trained):
     loss=training_step.LossConfig(),
     seed=0,
   )
-  return tiny.jit(function, donate_argnums=0)
+  return tiny_training.jit(function, donate_argnums=0)
 
 
 class _Run:
@@ -69,7 +69,7 @@ class _Run:
     self.folder, self._dtype = folder, table_dtype
     self._is_trained = is_trained
     model = t5.T5(_config(table_dtype))
-    state = tiny.make_state(
+    state = tiny_training.make_state(
       model, _OPTIMIZER, _ROW_OPTIMIZER if is_trained else None
     )
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -90,7 +90,7 @@ class _Run:
       )
     else:
       source = expert_sources.FreshExperts(model, threefry.key(0), abstract[0])
-      index = row_index.RowIndex.empty(self.dtype, tiny.EXPERTS)
+      index = row_index.RowIndex.empty(self.dtype, tiny_training.EXPERTS)
       rest = state
     self.experts = store.open(
       row_file.RowFile(row_file.LockedFile(folder), index),
@@ -131,7 +131,7 @@ class _Run:
 def _outcome(path):
   """All experts and the ordinary parameters of a checkpoint, as bytes."""
   reader = row_index.RowReader(path.parent, row_index.RowIndex.load(path))
-  records = reader(np.arange(tiny.EXPERTS))
+  records = reader(np.arange(tiny_training.EXPERTS))
   reader.close()
   with np.load(path / 'params.npz') as params:
     rest = [params[name].tobytes() for name in sorted(params.files)]
@@ -211,7 +211,7 @@ def test_frozen_experts_have_no_state_and_stay(tmp_path, store):
     t5.T5(_config('float32')),
     threefry.key(0),
     {'experts': dict.fromkeys(('wi_0', 'wi_1', 'wo'))},
-  ).records(0, tiny.EXPERTS, run.dtype)
+  ).records(0, tiny_training.EXPERTS, run.dtype)
   assert records.tobytes() == fresh.tobytes()
 
 
@@ -227,9 +227,9 @@ def test_evaluations_read_the_present_experts(tmp_path, store):
     run.train(last)
     expected.train(last)
     assert run.experts.tables(run.state) == {}
-    wanted = np.array([0, 11, 3, 3, -1, tiny.EXPERTS, 7], np.int32)
+    wanted = np.array([0, 11, 3, 3, -1, tiny_training.EXPERTS, 7], np.int32)
     rows = run.experts.rows_from('experts', wanted)
-    is_there = (wanted >= 0) & (wanted < tiny.EXPERTS)
+    is_there = (wanted >= 0) & (wanted < tiny_training.EXPERTS)
     for name, table in expected.experts.tables(expected.state)[
       'experts'
     ].items():
@@ -248,20 +248,20 @@ def test_counts_of_experts(tmp_path):
   seen = set()
   for (batch, _), one in zip(_batches(0, 2), values, strict=True):
     ids = np.concatenate(
-      [x.reshape(-1) for x in tiny.stream_ids(batch).values()]
+      [x.reshape(-1) for x in tiny_training.stream_ids(batch).values()]
     )
-    ids = ids[(ids >= 0) & (ids < tiny.EXPERTS)]
+    ids = ids[(ids >= 0) & (ids < tiny_training.EXPERTS)]
     seen |= set(ids.tolist())
     assert one['experts/distinct'].total == len(set(ids.tolist()))
     assert one['experts/tokens_each'].compute() == pytest.approx(
       len(ids) / len(set(ids.tolist()))
     )
-    assert one['experts/never_seen'].total == tiny.EXPERTS - len(seen)
+    assert one['experts/never_seen'].total == tiny_training.EXPERTS - len(seen)
   run.save()
   run.close()
   again = _Run(tmp_path, _STORES['disk'])
   (value,) = again.train(3)
-  assert value['experts/never_seen'].total <= tiny.EXPERTS - len(seen)
+  assert value['experts/never_seen'].total <= tiny_training.EXPERTS - len(seen)
   again.close()
 
 

@@ -4,7 +4,7 @@ T5X looks up the logical axes of every parameter in two tables: how they are
 split over its mesh, and how its Adafactor factors them.
 """
 
-from mowe.models import costs
+from mowe.models.families import costs
 from mowe.training.optimization import factoring_rules
 
 

@@ -22,7 +22,7 @@ pytestmark = [
   ),
 ]
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
 _QUESTIONS = [
   (f'Who met {other} in {town}?', name)
   for name, other in (('Zorblat', 'Quimby'), ('Anna', 'Karl'), ('Karl', 'Anna'))

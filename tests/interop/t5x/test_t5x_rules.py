@@ -7,7 +7,7 @@ import pytest
 
 from mowe.interop.t5x import t5x_rules
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
 _GOLDEN = _ROOT / 'tests' / 'golden'
 _FILES = sorted((_ROOT / 'gin_configs' / 't5x').glob('*.gin'))
 _MODELS = sorted(_GOLDEN.glob('parameters_*.txt'))

@@ -296,7 +296,7 @@ def test_groups_are_split_and_merged(shape, groups):
 
 def test_load_concentration_is_the_entropy_of_the_mean():
   """The value is that of the formula for the authors' probabilities."""
-  folder = pathlib.Path(__file__).resolve().parents[1] / 'golden'
+  folder = pathlib.Path(__file__).resolve().parents[2] / 'golden'
   with np.load(folder / 'moduleformer.npz') as arrays:
     probs = arrays['gate_probs']
   zeros = dict.fromkeys(router_losses.RouterStats._fields, jnp.zeros(()))

@@ -11,7 +11,7 @@ import pytest
 from mowe.training import partitioning
 from mowe.training.optimization import adafactor_transform, optimizers
 
-_GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 't5x_adafactor.npz'
+_GOLDEN = pathlib.Path(__file__).parents[2] / 'golden' / 't5x_adafactor.npz'
 
 # As in tests/golden/t5x_adafactor.md.
 _AXES = {

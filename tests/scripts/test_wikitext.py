@@ -1,8 +1,7 @@
 """Text in the form of WikiText, by hand."""
 
 import pytest
-
-from mowe.data import wikitext_form
+import wikitext
 
 
 @pytest.mark.parametrize(
@@ -19,11 +18,11 @@ from mowe.data import wikitext_form
   ],
 )
 def test_tokens(text, expected):
-  assert ' '.join(wikitext_form.tokens(text)) == expected
+  assert ' '.join(wikitext.tokens(text)) == expected
 
 
 def test_an_article_and_its_rare_words():
-  lines = list(wikitext_form.article('The cat', 'A cat sat.\n\nThe cat slept.'))
+  lines = list(wikitext.article('The cat', 'A cat sat.\n\nThe cat slept.'))
   assert lines == [
     [],
     ['=', 'The', 'cat', '='],
@@ -32,7 +31,7 @@ def test_an_article_and_its_rare_words():
     ['The', 'cat', 'slept', '.'],
   ]
   # cat 3; . = The 2; then by the alphabet: A.
-  known = wikitext_form.frequent_words(lines, 5)
+  known = wikitext.frequent_words(lines, 5)
   assert known == {'cat', '.', '=', 'The', 'A'}
-  assert wikitext_form.masked(lines[3], known) == ' A cat <unk> . '
-  assert wikitext_form.masked([], known) == ' '
+  assert wikitext.masked(lines[3], known) == ' A cat <unk> . '
+  assert wikitext.masked([], known) == ' '

@@ -12,7 +12,8 @@ from mowe.layers.dispatch import token_groups
 from mowe.layers.memory import product_keys, word_experts
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import experts_choose, hash_routing, tokens_choose
-from mowe.models import costs, parameters
+from mowe.models import parameters
+from mowe.models.families import costs
 from mowe.models.t5 import t5, t5_config
 
 _V, _D, _H, _K, _F = 11, 6, 2, 5, 7
