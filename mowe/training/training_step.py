@@ -299,7 +299,7 @@ def _streams(plan):
   if plan is None:
     return {}
   return {
-    f'{name}_routing_ids': stream
+    f'{name}_plan': stream
     for name in ('encoder', 'decoder')
     if (stream := getattr(plan, name)) is not None
   }
