@@ -1,6 +1,7 @@
 """Packaging of mowe: `pip install .`, or `pip install -e .[test]` to work on it."""
 
 import pathlib
+import re
 
 import setuptools
 
@@ -12,6 +13,18 @@ def _version() -> str:
     if line.startswith('__version__'):
       return line.split("'")[1]
   raise RuntimeError('mowe/__init__.py does not define __version__.')
+
+
+def _long_description() -> str:
+  """The README without what needs the files beside it.
+
+  A package index shows the text alone: pictures and links of the checkout would
+  be broken there. Of a link the text stays.
+  """
+  text = (_HERE / 'README.md').read_text(encoding='utf-8')
+  relative = r'\((?!https?://)[^)\s]*\)'
+  text = re.sub(rf'!\[[^\]]*\]{relative}\n*', '', text)
+  return re.sub(rf'\[([^\]]*)\]{relative}', r'\1', text)
 
 
 # tasks/ and gin_configs/ stay at the top of the checkout but are installed
@@ -28,7 +41,7 @@ setuptools.setup(
   version=_version(),
   description='Sparse T5-style language models in JAX: word experts, '
   'mixtures of experts, and the dense baselines beside them.',
-  long_description=(_HERE / 'README.md').read_text(),
+  long_description=_long_description(),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.11',
@@ -40,7 +53,8 @@ setuptools.setup(
     'mowe.tasks': 'tasks',
     'mowe.gin_configs': 'gin_configs',
   },
-  package_data={'': ['*.gin']},
+  # py.typed: the annotations are for type checkers of other projects, too.
+  package_data={'': ['*.gin'], 'mowe': ['py.typed']},
   install_requires=[
     'absl-py',
     'flax>=0.10.6',
@@ -61,6 +75,7 @@ setuptools.setup(
     'tensorstore',
   ],
   extras_require={
+    'docs': ['mkdocs-material', 'mkdocstrings[python]'],
     'gpu': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
     'test': [

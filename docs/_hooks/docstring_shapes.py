@@ -1,0 +1,27 @@
+"""Griffe extension: shapes in docstrings, `<int32>[batch, length]`, are code.
+
+Docstrings write the dtype and shape of an array as the T5X family does. As
+Markdown, `<int32>` would be an HTML tag, which browsers do not show.
+"""
+
+import re
+
+import griffe
+
+# Code spans, which stay as they are; or a word with <...> in it, such as
+# checkpoint_<step>, and the shape that may follow.
+_CODE_OR_SHAPE = re.compile(
+  r'(?P<code>`[^`]*`)|[\w./]*<[\w.]+>(?:[\w/-]|\.(?=\w))*(?:\[[^\]]*\])?'
+)
+
+
+class DocstringShapes(griffe.Extension):
+  """Puts backticks around dtypes and shapes in all docstrings."""
+
+  def on_object(self, *, obj, **kwargs):
+    """Changes the docstring of one object, before it is parsed."""
+    del kwargs
+    if obj.docstring is not None:
+      obj.docstring.value = _CODE_OR_SHAPE.sub(
+        lambda match: match['code'] or f'`{match[0]}`', obj.docstring.value
+      )

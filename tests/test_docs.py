@@ -1,0 +1,135 @@
+"""The documentation names what is there: files, verbs, options, sections."""
+
+import functools
+import pathlib
+import re
+
+import pytest
+
+from mowe.cli import main
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_PAGES = sorted(
+  [_ROOT / 'README.md', _ROOT / 'CONTRIBUTING.md', _ROOT / 'CHANGELOG.md']
+  + list((_ROOT / 'docs').rglob('*.md'))
+)
+_IDS = [str(page.relative_to(_ROOT)) for page in _PAGES]
+
+_FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r'\]\(([^)\s]+)\)')
+# Files of the repository that are named, whether they are links or not.
+_PATH = re.compile(
+  r'(?<![\w/.-])(?:mowe|gin_configs|scripts|tests|tasks|benchmarks)/'
+  r'[\w./{},-]+\.(?:py|gin|sh)'
+)
+
+
+def _without_code(text):
+  return _FENCE.sub('', text)
+
+
+def _expanded(path):
+  """`a_{b,c}.gin` to both names, as a shell does."""
+  match = re.search(r'\{([^{}]*)\}', path)
+  if match is None:
+    return [path]
+  return [
+    name
+    for one in match[1].split(',')
+    for name in _expanded(path[: match.start()] + one + path[match.end() :])
+  ]
+
+
+def _anchors(page):
+  """What headings of a page are linked by, as Markdown renderers make them."""
+  found = set()
+  for heading in re.findall(
+    r'^#+ (.*)$', _without_code(page.read_text()), re.MULTILINE
+  ):
+    text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', heading).lower()
+    found.add(re.sub(r'[^\w\- ]', '', text).strip().replace(' ', '-'))
+  return found
+
+
+@pytest.mark.parametrize('page', _PAGES, ids=_IDS)
+def test_links_lead_somewhere(page):
+  for link in _LINK.findall(_without_code(page.read_text(encoding='utf-8'))):
+    if re.match(r'\w+:', link):
+      continue
+    path, _, anchor = link.partition('#')
+    target = (page.parent / path).resolve() if path else page
+    assert target.exists(), f'{link}: there is no {target}'
+    if anchor and target.suffix == '.md':
+      assert anchor in _anchors(target), f'{link}: no such section'
+
+
+@pytest.mark.parametrize('page', _PAGES, ids=_IDS)
+def test_named_files_exist(page):
+  for written in _PATH.findall(page.read_text(encoding='utf-8')):
+    for path in _expanded(written):
+      assert (_ROOT / path).is_file(), f'there is no {path}'
+
+
+@pytest.mark.parametrize('page', _PAGES, ids=_IDS)
+def test_lines_fit_a_screen(page):
+  text = _without_code(page.read_text(encoding='utf-8'))
+  for line in text.splitlines():
+    # A row of a table and a link cannot be broken.
+    is_fixed = line.startswith('|') or ' ' not in line.strip()
+    assert is_fixed or len(line) <= 120, line
+
+
+def test_the_readme_fits_few_screens():
+  lines = (_ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
+  assert len(lines) <= 120
+
+
+def _commands():
+  """(page, words) of every call of `mowe` in a block of code."""
+  for page in _PAGES:
+    for language, code in _FENCE.findall(page.read_text(encoding='utf-8')):
+      if language != 'bash':
+        continue
+      for line in code.replace('\\\n', ' ').splitlines():
+        line = re.sub(r'(^|\s)#.*$', '', line).strip()
+        if line.startswith('mowe '):
+          yield page.relative_to(_ROOT), line.split()[1:]
+
+
+@functools.cache
+def _help(*words):
+  """What `mowe WORDS --help` prints; None if it is no command."""
+  import contextlib
+  import io
+
+  printed = io.StringIO()
+  with (
+    contextlib.redirect_stdout(printed),
+    contextlib.redirect_stderr(io.StringIO()),
+    pytest.raises(SystemExit) as left,
+  ):
+    main.main([*words, '--help'])
+  return None if left.value.code else printed.getvalue()
+
+
+def test_commands_have_the_verbs_and_options_they_are_shown_with():
+  commands = list(_commands())
+  # Nothing is tested if blocks of code are no longer found.
+  assert len(commands) > 30
+  for page, words in commands:
+    verb = words[: 1 + (words[0] == 'modules')]
+    if verb[0].startswith('-'):
+      continue
+    text = _help(*verb)
+    assert text is not None, f'{page}: no command mowe {" ".join(verb)}'
+    for option in re.findall(r'(?<!\S)--[a-z_]+', ' '.join(words)):
+      # Options of gin, --gin.NAME=VALUE, end at the point.
+      if option != '--gin':
+        assert option in text, f'{page}: mowe {verb[0]} has no {option}'
+
+
+def test_all_verbs_are_documented():
+  listed = re.findall(r'^    ([a-z][\w-]*) ', _help(), re.MULTILINE)
+  assert 'train' in listed
+  used = {words[0] for _, words in _commands()}
+  assert set(listed) <= used
