@@ -1,7 +1,14 @@
-"""One training step: differentiate, update, experts in place."""
+"""One training step: differentiate, update parameters, update experts in place.
+
+`make_train_step` returns the step. Inside of it a *pass* is one application of
+the model to a batch, or to one microbatch of it: `_part_gradients` does the pass
+and differentiates it, `_batch_gradients` adds up the microbatches, and
+`_apply_gradients` updates the state.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +25,15 @@ from mowe.training.optimization import (
   table_updates,
 )
 from mowe.training.train_metrics import Mean
-from mowe.words import sharded_plan
+from mowe.words import batch_plans, sharded_plan
 
 Metrics = dict[str, Mean]
 Batch = dict[str, jax.Array]
+Plan = batch_plans.ExpertPlan | sharded_plan.ShardedPlan
+
+# Collections of the model that travel in the batch, under their own names. The
+# first axis of each of their arrays is that of the batch.
+_CARRIED = (model_config.MEMORY,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +41,123 @@ class LossConfig:
   """What is minimised.
 
   Attributes:
-    label_smoothing: probability mass of all wrong tokens together.
-    z_loss: coefficient of log(Z)^2.
+    label_smoothing: probability that the target distribution gives to all
+      wrong tokens together.
+    z_loss: coefficient of log(Z)^2, where Z is the sum that the softmax divides
+      by.
     router: coefficients of the losses of learned routers.
   """
 
   label_smoothing: float = 0.0
   z_loss: float = 1e-4
   router: router_training.RouterLossConfig = router_training.RouterLossConfig()
+
+
+class Trained(NamedTuple):
+  """What the loss is differentiated with respect to.
+
+  Attributes:
+    params: the ordinary parameters, nested as in the model.
+    factors: zeros in the shapes of the collection `word_experts.FACTORS`, whose
+      "gradient" are the factors of the gradients of the expert tables; {} if
+      the tables are not trained.
+  """
+
+  params: Any
+  factors: Any
+
+
+class PassInputs(NamedTuple):
+  """What one pass through the model reads, beside what is differentiated.
+
+  Attributes:
+    tables: the expert tables, path of a table -> kernels by name.
+    batch: arrays [batch, ...] by their keys, of the batch or of a microbatch.
+    plans: `encoder_plan` and `decoder_plan` -> the plan of that stream's
+      tokens; {} without word experts, or where the model looks up its experts
+      itself.
+    key: of dropout; None turns dropout off.
+  """
+
+  tables: parameters.Tables
+  batch: Batch
+  plans: dict[str, Any]
+  key: jax.Array | None
+
+
+class PassResults(NamedTuple):
+  """What one pass through the model gives.
+
+  Attributes:
+    total: <float32>[], the loss summed over the target tokens, without the
+      losses of routers.
+    metrics: sums and counts over the pass, by name.
+    stats: what each router counted, by the path of its layer.
+    memory: the collection `model_config.MEMORY` for the next batch; {} for a
+      model without a memory.
+  """
+
+  total: jax.Array
+  metrics: Metrics
+  stats: router_training.LayerStats
+  memory: Any
+
+
+class _Summed(NamedTuple):
+  """What is added up over microbatches.
+
+  Attributes:
+    grads: gradients of the mean loss over the batch, nested as the parameters.
+    metrics: sums and counts, by name.
+    stats: what each router counted, by the path of its layer.
+  """
+
+  grads: Any
+  metrics: Metrics
+  stats: router_training.LayerStats
+
+
+class _Kept(NamedTuple):
+  """What is kept of each microbatch; several are stacked on a new first axis.
+
+  Attributes:
+    factors: factors of the gradients of tables; {} if tables are not trained.
+    memory: the memory after the microbatch; {} for a model without one.
+  """
+
+  factors: Any
+  memory: Any
+
+
+class _Gradients(NamedTuple):
+  """What a batch, or a microbatch, gives to the update."""
+
+  summed: _Summed
+  kept: _Kept
+
+
+class _Counts(NamedTuple):
+  """Tokens of the whole batch, by which the sums of its parts are divided.
+
+  Attributes:
+    targets: <float32>[], the target tokens with a weight, at least 1.
+    real: stream -> <int32>[], its tokens that are not padding, at least 1.
+  """
+
+  targets: jax.Array
+  real: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+  """The arguments of `make_train_step`, which explains them."""
+
+  model: nn.Module
+  optimizer: optax.GradientTransformation
+  row_optimizer: row_optimizers.RowOptimizer | None
+  loss: LossConfig
+  seed: int
+  num_microbatches: int
 
 
 def make_train_step(
@@ -56,102 +177,33 @@ def make_train_step(
 
   Args:
     model: the model.
-    optimizer: of the ordinary parameters.
-    row_optimizer: of the planned rows of expert tables; None: frozen.
+    optimizer: updates the ordinary parameters.
+    row_optimizer: updates the planned rows of the expert tables; None if the
+      tables are frozen.
     loss: what is minimised.
-    seed: of dropout; the stream of a step depends on (seed, step) alone.
-    num_microbatches: parts that are computed one after another.
+    seed: of dropout; the random numbers of a step depend on (seed, step) alone.
+    num_microbatches: parts of the batch that are computed one after another.
 
   Returns:
     A function to be jitted with the state donated. `frozen` holds the tables
-    when they are frozen (they must not be outputs: they would be copied), else
-    it is {}. `plan` is None for a model without word experts.
+    when they are frozen (they must not be outputs, as they would be copied),
+    and is {} otherwise. `plan` is None for a model without word experts.
   """
+  setup = _Setup(model, optimizer, row_optimizer, loss, seed, num_microbatches)
 
   def train_step(state, frozen, batch, plan):
-    tables = state.tables or frozen
-    num_tokens = jnp.maximum(jnp.sum(batch['decoder_loss_weights']), 1.0)
-    num_real = _num_real_tokens(batch)
-
-    def part_of_mean_loss(trained, batch, streams, key):
-      params, factors = trained
-      total, metrics, stats, memory = _summed_loss(
-        model, loss, params, tables, factors, batch, streams, key
-      )
-      shares = jax.tree.map(jnp.divide, _num_real_tokens(batch), num_real)
-      # Here rather than in the gradients: one number instead of all of them.
-      total = total / num_tokens
-      total += router_training.loss(stats, loss.router, shares)
-      return total, ((metrics, stats), memory)
-
-    def gradients(batch, streams, key):
-      """What is summed: gradients and counts; what is kept of each part.
-
-      Kept are factors of the gradients of tables, and the memory.
-      """
-      factors = {}
-      if state.tables:
-        factors = _zero_factors(model, state.params, tables, batch, streams)
-      (grads, factors), (counted, memory) = jax.grad(
-        part_of_mean_loss, has_aux=True
-      )((state.params, factors), batch, streams, key)
-      return (grads, counted), (factors, memory)
-
+    counts = _Counts(
+      jnp.maximum(jnp.sum(batch['decoder_loss_weights']), 1.0),
+      _num_real_tokens(batch),
+    )
     if model.config.memory_length:
       memory = _without_past(state.memory, batch.get('decoder_begins_part'))
       batch = batch | {model_config.MEMORY: memory}
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    streams = _streams(plan)
-    if num_microbatches == 1:
-      (grads, counted), (factors, memory) = gradients(batch, streams, key)
-    else:
-      (grads, counted), (factors, memory) = _accumulate(
-        gradients, batch, streams, key, num_microbatches
-      )
-      memory = jax.tree.map(_joined, memory)
-    metrics, stats = counted
-    metrics |= router_training.metrics(stats)
-
-    metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
-    # Also a dependency: the backward pass reads the tables, and would be given
-    # a copy of them if it could end after they change.
-    usable = jnp.isfinite(metrics['gradient_norm'].total)
-    if state.tables:
-      bound = table_updates.gradient_bound(factors)
-      metrics['expert_gradient_bound'] = Mean(bound, jnp.ones(()))
-      usable &= jnp.isfinite(bound)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = router_training.balance(
-      optax.apply_updates(state.params, updates),
-      state.params,
-      stats,
-      model.config,
-    )
-    is_sharded = isinstance(plan, sharded_plan.ShardedPlan)
-    updates_of = sharded_updates if is_sharded else table_updates
-    new_tables, table_state = {}, {}
-    by_table = parameters.by_table(factors, state.tables)
-    for number, (name, of_layers) in enumerate(by_table.items()):
-      new_tables[name], table_state[name] = updates_of.update_table(
-        row_optimizer,
-        state.tables[name],
-        state.table_state[name],
-        of_layers,
-        plan,
-        usable,
-        state.step,
-        # Beyond those of the microbatches.
-        jax.random.fold_in(key, num_microbatches + number),
-      )
-    state = state.replace(
-      step=state.step + 1,
-      params=params,
-      opt_state=opt_state,
-      tables=new_tables,
-      table_state=table_state,
-      **({'memory': memory} if model.config.memory_length else {}),
-    )
-    return state, metrics
+    tables = state.tables or frozen
+    inputs = PassInputs(tables, batch, _plans_of_streams(plan), key)
+    gradients = _batch_gradients(setup, inputs, state=state, counts=counts)
+    return _apply_gradients(setup, gradients, state=state, plan=plan, key=key)
 
   return train_step
 
@@ -162,71 +214,31 @@ def make_eval_step(
   """The step `(params, tables, batch, plan) -> metrics`, without dropout."""
 
   def eval_step(params, tables, batch, plan):
-    _, metrics, stats, _ = _summed_loss(
-      model, loss, params, tables, {}, batch, _streams(plan), None
-    )
-    return metrics | router_training.metrics(stats)
+    inputs = PassInputs(tables, batch, _plans_of_streams(plan), key=None)
+    results = summed_loss(Trained(params, {}), inputs, model=model, config=loss)
+    return results.metrics | router_training.metrics(results.stats)
 
   return eval_step
 
 
-def _apply(model, params, tables, factors, batch, streams, key, mutable):
-  return model.apply(
-    {
-      'params': parameters.merge_tables(params, tables),
-      word_experts.FACTORS: factors,
-      **{name: batch[name] for name in _CARRIED if name in batch},
-    },
-    batch | streams,
-    enable_dropout=key is not None,
-    rngs=None if key is None else {'dropout': key},
-    method='of_batch',
-    mutable=mutable,
-  )
-
-
-def _zero_factors(model, params, tables, batch, streams):
-  """Zeros in the shapes of what every product with an expert table leaves."""
-  _, variables = jax.eval_shape(
-    lambda: _apply(
-      model,
-      params,
-      tables,
-      {},
-      batch,
-      streams,
-      None,
-      mutable=[word_experts.FACTORS],
-    )
-  )
-  return jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), variables[word_experts.FACTORS]
-  )
-
-
-def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
-  """Sum over target tokens, metrics, stats of routers, and the next memory.
-
-  Metrics are sums and counts.
-  """
-  targets = batch['decoder_target_tokens']
-  weights = batch['decoder_loss_weights']
-  logits, variables = _apply(
-    model,
-    params,
-    tables,
-    factors,
-    batch,
-    streams,
-    key,
+def summed_loss(
+  trained: Trained, inputs: PassInputs, *, model: nn.Module, config: LossConfig
+) -> PassResults:
+  """One pass through the model, and its loss summed over target tokens."""
+  targets = inputs.batch['decoder_target_tokens']
+  weights = inputs.batch['decoder_loss_weights']
+  logits, variables = _apply_model(
+    trained,
+    inputs,
+    model=model,
     mutable=[router_losses.COLLECTION, *_CARRIED],
   )
   stats = router_training.layer_stats(variables)
   entropy, z_loss = losses.cross_entropy(
     logits,
     targets,
-    label_smoothing=loss.label_smoothing,
-    z_loss=loss.z_loss,
+    label_smoothing=config.label_smoothing,
+    z_loss=config.z_loss,
   )
   num_tokens = jnp.sum(weights)
   right = losses.is_right(logits, targets).astype(jnp.float32)
@@ -236,27 +248,17 @@ def _summed_loss(model, loss, params, tables, factors, batch, streams, key):
     'z_loss': summed(z_loss),
     'accuracy': summed(right),
   }
-  metrics |= routing_metrics(model, batch)
+  metrics |= routing_metrics(model, inputs.batch)
   total = jnp.sum((entropy + z_loss) * weights)
-  return total, metrics, stats, variables.get(model_config.MEMORY, {})
-
-
-def _num_real_tokens(batch):
-  names = {
-    'encoder': 'encoder_input_tokens',
-    'decoder': 'decoder_target_tokens',
-  }
-  return {
-    stream: jnp.maximum(jnp.sum(batch[name] > 0), 1)
-    for stream, name in names.items()
-    if name in batch
-  }
+  memory = variables.get(model_config.MEMORY, {})
+  return PassResults(total, metrics, stats, memory)
 
 
 def routing_metrics(model: nn.Module, batch: Batch) -> Metrics:
-  """Shares of tokens that had an expert: routed + skipped + padding = all.
+  """Shares of the tokens of each stream that has routing ids in the batch.
 
-  Of the streams that have routing ids in the batch.
+  Routed tokens have an expert, skipped ones are words without an expert, and
+  the rest is padding: the three shares add up to one.
   """
   metrics = {}
   for stream in ('encoder', 'decoder'):
@@ -274,17 +276,216 @@ def routing_metrics(model: nn.Module, batch: Batch) -> Metrics:
   return metrics
 
 
-# Collections that a batch brings with it, its rows on the first axis.
-_CARRIED = (model_config.MEMORY,)
+def _batch_gradients(
+  setup: _Setup,
+  inputs: PassInputs,
+  *,
+  state: train_state.TrainState,
+  counts: _Counts,
+) -> _Gradients:
+  """Gradients of the whole batch, over one or several microbatches."""
+  if setup.num_microbatches == 1:
+    return _part_gradients(setup, inputs, state=state, counts=counts)
+  # [batch, ...] -> [parts, batch / parts, ...]; plans are already cut.
+  # Every part takes rows from all over the batch, so from every device.
+  number = setup.num_microbatches
+  cut = lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1)
+  parts = (jax.tree.map(cut, inputs.batch), inputs.plans, jnp.arange(number))
+
+  def gradients_of(part):
+    batch, plans, number = part
+    key = jax.random.fold_in(inputs.key, number)
+    part = PassInputs(inputs.tables, batch, plans, key)
+    return _part_gradients(setup, part, state=state, counts=counts)
+
+  def add(total, part):
+    gradients = gradients_of(part)
+    return jax.tree.map(jnp.add, total, gradients.summed), gradients.kept
+
+  first, _ = jax.eval_shape(gradients_of, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  summed, kept = jax.lax.scan(add, zeros, parts)
+  # Factors stay stacked: the plan counts tokens microbatch by microbatch.
+  memory = jax.tree.map(_joined, kept.memory)
+  return _Gradients(summed, _Kept(kept.factors, memory))
 
 
-def _joined(parts):
+def _part_gradients(
+  setup: _Setup,
+  inputs: PassInputs,
+  *,
+  state: train_state.TrainState,
+  counts: _Counts,
+) -> _Gradients:
+  """Gradients of one microbatch, or of a batch that is not cut."""
+
+  def part_of_mean_loss(trained):
+    results = summed_loss(trained, inputs, model=setup.model, config=setup.loss)
+    shares = jax.tree.map(
+      jnp.divide, _num_real_tokens(inputs.batch), counts.real
+    )
+    # Divided here rather than in the gradients: one number, not all of them.
+    total = results.total / counts.targets
+    total += router_training.loss(results.stats, setup.loss.router, shares)
+    return total, results
+
+  factors = {}
+  if state.tables:
+    factors = _zero_factors(setup.model, state.params, inputs)
+  (grads, factors), results = jax.grad(part_of_mean_loss, has_aux=True)(
+    Trained(state.params, factors)
+  )
+  summed = _Summed(grads, results.metrics, results.stats)
+  return _Gradients(summed, _Kept(factors, results.memory))
+
+
+def _apply_gradients(
+  setup: _Setup,
+  gradients: _Gradients,
+  *,
+  state: train_state.TrainState,
+  plan: Plan | None,
+  key: jax.Array,
+) -> tuple[train_state.TrainState, Metrics]:
+  """The next state, and the metrics of the step."""
+  grads, metrics, stats = gradients.summed
+  factors, memory = gradients.kept
+  metrics |= router_training.metrics(stats)
+  metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
+  # Also a dependency: the backward pass reads the tables, and would be given
+  # a copy of them if it could end after they change.
+  usable = jnp.isfinite(metrics['gradient_norm'].total)
+  if state.tables:
+    bound = table_updates.gradient_bound(factors)
+    metrics['expert_gradient_bound'] = Mean(bound, jnp.ones(()))
+    usable &= jnp.isfinite(bound)
+  updates, opt_state = setup.optimizer.update(
+    grads, state.opt_state, state.params
+  )
+  params = router_training.balance(
+    optax.apply_updates(state.params, updates),
+    state.params,
+    stats,
+    setup.model.config,
+  )
+  tables, table_state = _update_tables(
+    setup, factors, state=state, plan=plan, usable=usable, key=key
+  )
+  state = state.replace(
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    tables=tables,
+    table_state=table_state,
+    **({'memory': memory} if setup.model.config.memory_length else {}),
+  )
+  return state, metrics
+
+
+def _update_tables(
+  setup: _Setup,
+  factors: Any,
+  *,
+  state: train_state.TrainState,
+  plan: Plan | None,
+  usable: jax.Array,
+  key: jax.Array,
+) -> tuple[parameters.Tables, dict[str, Any]]:
+  """The tables and the state of their rows after the step; {} if frozen."""
+  is_sharded = isinstance(plan, sharded_plan.ShardedPlan)
+  updates_of = sharded_updates if is_sharded else table_updates
+  tables, table_state = {}, {}
+  by_table = parameters.by_table(factors, state.tables)
+  for number, (name, of_layers) in enumerate(by_table.items()):
+    tables[name], table_state[name] = updates_of.update_table(
+      setup.row_optimizer,
+      state.tables[name],
+      state.table_state[name],
+      of_layers,
+      plan,
+      usable,
+      state.step,
+      # The first numbers are those of the microbatches.
+      jax.random.fold_in(key, setup.num_microbatches + number),
+    )
+  return tables, table_state
+
+
+def _apply_model(
+  trained: Trained, inputs: PassInputs, *, model: nn.Module, mutable: list[str]
+):
+  """Logits, and the collections in `mutable` as the model left them."""
+  carried = {
+    name: inputs.batch[name] for name in _CARRIED if name in inputs.batch
+  }
+  return model.apply(
+    {
+      'params': parameters.merge_tables(trained.params, inputs.tables),
+      word_experts.FACTORS: trained.factors,
+      **carried,
+    },
+    inputs.batch | inputs.plans,
+    enable_dropout=inputs.key is not None,
+    rngs=None if inputs.key is None else {'dropout': inputs.key},
+    method='of_batch',
+    mutable=mutable,
+  )
+
+
+def _zero_factors(model: nn.Module, params: Any, inputs: PassInputs) -> Any:
+  """Zeros in the shapes of the factors that every expert product leaves."""
+
+  def factors_of_pass():
+    without_dropout = inputs._replace(key=None)
+    _, variables = _apply_model(
+      Trained(params, {}),
+      without_dropout,
+      model=model,
+      mutable=[word_experts.FACTORS],
+    )
+    return variables[word_experts.FACTORS]
+
+  return jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(factors_of_pass)
+  )
+
+
+def _num_real_tokens(batch: Batch) -> dict[str, jax.Array]:
+  """Stream -> <int32>[], its tokens that are not padding, at least 1."""
+  names = {
+    'encoder': 'encoder_input_tokens',
+    'decoder': 'decoder_target_tokens',
+  }
+  return {
+    stream: jnp.maximum(jnp.sum(batch[name] > 0), 1)
+    for stream, name in names.items()
+    if name in batch
+  }
+
+
+def _plans_of_streams(plan: Plan | None) -> dict[str, Any]:
+  """The plans of the streams under the keys by which a batch has them."""
+  if plan is None:
+    return {}
+  plans = {'encoder_plan': plan.encoder, 'decoder_plan': plan.decoder}
+  return {
+    key: of_stream for key, of_stream in plans.items() if of_stream is not None
+  }
+
+
+def _joined(parts: jax.Array) -> jax.Array:
   """[parts, batch / parts, ...] -> [batch, ...], the inverse of the cut."""
   return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
 
-def _without_past(memory, begins):
-  """The memory, empty in rows of which the batch says that they begin anew."""
+def _without_past(memory: Any, begins: jax.Array | None) -> Any:
+  """The memory, with zeros in the rows that do not continue an earlier text.
+
+  Args:
+    memory: arrays [batch, ...].
+    begins: <bool>[batch], whether a row begins a new part of the text; None if
+      every row continues the one before.
+  """
   if begins is None:
     return memory
 
@@ -295,36 +496,6 @@ def _without_past(memory, begins):
   return jax.tree.map(cleared, memory)
 
 
-def _streams(plan):
-  if plan is None:
-    return {}
-  return {
-    f'{name}_plan': stream
-    for name in ('encoder', 'decoder')
-    if (stream := getattr(plan, name)) is not None
-  }
-
-
-def _global_norm(tree):
+def _global_norm(tree: Any) -> jax.Array:
   # Products rather than squares: no squared copy of a gradient is written.
   return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
-
-
-def _accumulate(gradients, batch, streams, key, num_microbatches):
-  """Adds up gradients and metrics of the parts; stacks what is kept."""
-  # [batch, ...] -> [parts, batch / parts, ...]; plans are already cut.
-  # Every part takes rows from all over the batch, so from every device.
-  cut = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
-  parts = (jax.tree.map(cut, batch), streams, jnp.arange(num_microbatches))
-
-  def one(part):
-    batch, streams, number = part
-    return gradients(batch, streams, jax.random.fold_in(key, number))
-
-  def add(total, part):
-    summed, kept = one(part)
-    return jax.tree.map(jnp.add, total, summed), kept
-
-  first, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-  return jax.lax.scan(add, zeros, parts)

@@ -12,7 +12,7 @@ import tiny_training
 
 from mowe.layers.dispatch import capacity_dispatch, token_groups
 from mowe.layers.mixtures import moe
-from mowe.layers.routers import experts_choose, routing, tokens_choose
+from mowe.layers.routers import experts_choose, router_base, tokens_choose
 from mowe.models.t5 import t5
 from mowe.training import loop, router_training, training_step
 
@@ -88,10 +88,14 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
   state, new, metrics = _run(model, batch, config)
 
   def loss(params):
-    total, _, stats, _ = training_step._summed_loss(
-      model, training_step.LossConfig(), params, {}, {}, batch, {}, None
+    results = training_step.summed_loss(
+      training_step.Trained(params, factors={}),
+      training_step.PassInputs(tables={}, batch=batch, plans={}, key=None),
+      model=model,
+      config=training_step.LossConfig(),
     )
-    total /= batch['decoder_loss_weights'].sum()
+    stats = results.stats
+    total = results.total / batch['decoder_loss_weights'].sum()
     assert sorted(stats) == [('decoder', *_LAYER[1:]), _LAYER]
     for one in stats.values():
       total += (
@@ -151,14 +155,16 @@ def test_the_selection_bias_follows_the_loads_alone():
   model = _model(tokens_choose.TokensChoose(k=1, bias_rate=0.01))
   state, new, metrics = _run(model, _batch())
   bias = lambda state: np.asarray(
-    state.params['encoder']['layers_0']['mlp']['router'][routing.SELECTION_BIAS]
+    state.params['encoder']['layers_0']['mlp']['router'][
+      router_base.SELECTION_BIAS
+    ]
   )
   np.testing.assert_array_equal(bias(state), 0)
   load = metrics['encoder/layers_0/mlp/load']
   np.testing.assert_allclose(bias(new), 0.01 * np.sign(load.mean() - load))
   # It is read: a large bias sends every token to one expert.
   state.params['encoder']['layers_0']['mlp']['router'][
-    routing.SELECTION_BIAS
+    router_base.SELECTION_BIAS
   ] = jnp.asarray([0.0, 9.0, 0.0, 0.0])
   _, _, metrics = _run(model, _batch(), state=state)
   np.testing.assert_array_equal(

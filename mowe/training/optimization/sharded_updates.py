@@ -6,6 +6,7 @@ and every row of devices computes the same update: what travels grows with the
 tokens, not with the table.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from mowe.models import parameters
 from mowe.training.optimization import row_optimizers, table_updates
-from mowe.words import sharded_plan
+from mowe.words import batch_plans, sharded_plan
 
 _DATA_AXIS, _EXPERT_AXIS = sharded_plan.DEVICE_AXES
 
@@ -27,11 +28,11 @@ def update_table(
   usable: jax.Array,
   learning_rate_step: jax.Array,
   key: jax.Array,
-) -> tuple[dict[str, jax.Array], Any]:
+) -> table_updates.TableRows:
   """As `table_updates.update_table`, on the current mesh.
 
-  Factors have axes [data, expert, rows, width], with more than one microbatch
-  another one before them.
+  Factors have axes [data, expert, rows, width], and with more than one
+  microbatch another one before them.
   """
   num_tokens = tuple(
     0 if stream is None else stream.received.slots.size // _num_owners(stream)
@@ -39,47 +40,69 @@ def update_table(
   )
   # [microbatches, data, expert, rows, width]
   factors = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-4:]), factors)
-
-  def on_owner(table, table_state, factors, updates, usable, step, keys):
-    def of_all_rows(own):
-      # [microbatches, 1, 1, rows, width] -> [microbatches, data, rows, width]
-      rows = jax.lax.all_gather(own[:, 0, 0], _DATA_AXIS, axis=1)
-      return rows.reshape(-1, rows.shape[-1])
-
-    return table_updates.update_rows(
-      row_optimizer,
-      table,
-      table_state,
-      jax.tree.map(of_all_rows, factors),
-      jax.tree.map(lambda x: x[0], updates),
-      num_tokens,
-      usable,
-      step,
-      keys[0],
-    )
-
   # Each owner rounds by a key of its own, the same in all rows of devices.
   keys = jax.random.split(key, plan.updates.experts[0].shape[0])
   by_expert = PartitionSpec(_EXPERT_AXIS)
   everywhere = PartitionSpec()
   return jax.shard_map(
-    on_owner,
+    functools.partial(_update_own_rows, row_optimizer, num_tokens),
     in_specs=(
-      by_expert,
-      by_expert,
+      table_updates.TableRows(by_expert, by_expert),
       PartitionSpec(None, _DATA_AXIS, _EXPERT_AXIS),
       by_expert,
-      everywhere,
-      everywhere,
-      by_expert,
+      table_updates.StepValues(everywhere, everywhere, by_expert),
     ),
-    out_specs=(by_expert, by_expert),
+    out_specs=table_updates.TableRows(by_expert, by_expert),
     # Parts of a row along the axis `model` are left to XLA.
     axis_names=set(sharded_plan.DEVICE_AXES),
     # Rows of devices compute the same, which jax does not see.
     check_vma=False,
-  )(table, table_state, factors, plan.updates, usable, learning_rate_step, keys)
+  )(
+    table_updates.TableRows(table, table_state),
+    factors,
+    plan.updates,
+    table_updates.StepValues(usable, learning_rate_step, keys),
+  )
 
 
-def _num_owners(stream):
+def _update_own_rows(
+  row_optimizer: row_optimizers.RowOptimizer,
+  num_tokens: tuple[int, int],
+  rows: table_updates.TableRows,
+  factors: parameters.TableFactors,
+  updates: batch_plans.SizeClasses,
+  step: table_updates.StepValues,
+) -> table_updates.TableRows:
+  """Updates the experts of one device.
+
+  Args:
+    row_optimizer: updates the rows.
+    num_tokens: tokens that an owner receives from the encoder, and from the
+      decoder.
+    rows: the experts of this device.
+    factors: arrays [microbatches, 1, 1, rows, width], those of this device.
+    updates: the plan of this device, with a leading axis [1].
+    step: with the keys [1] of this device.
+  """
+  gathered = jax.tree.map(_of_all_rows, factors)
+  own_updates = jax.tree.map(lambda x: x[0], updates)
+  return table_updates.update_rows(
+    row_optimizer,
+    rows,
+    factors=table_updates.BatchFactors(gathered, own_updates, num_tokens),
+    step=step._replace(key=step.key[0]),
+  )
+
+
+def _of_all_rows(own: jax.Array) -> jax.Array:
+  """Gathers the factors of the same experts from all rows of devices.
+
+  [microbatches, 1, 1, rows, width] -> [microbatches * data * rows, width]
+  """
+  rows = jax.lax.all_gather(own[:, 0, 0], _DATA_AXIS, axis=1)
+  return rows.reshape(-1, rows.shape[-1])
+
+
+def _num_owners(stream: sharded_plan.ShardedStreamPlan) -> int:
+  """Parts of the mesh axis `expert`, each of which owns a block of experts."""
   return stream.sent.shape[-2]
