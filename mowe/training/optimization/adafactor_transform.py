@@ -9,6 +9,7 @@ second moments, update clipping and parameter scale are then per expert.
 Source: Adafactor, arXiv 1804.04235; rules and corner cases: t5x/adafactor.py.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,8 @@ PyTree = Any
 LearningRate = float | Callable[[jax.Array], jax.Array]
 
 
-# Matrices of this size are summed over their rows in blocks of rows.
+# On CPU, matrices with at least this many entries are summed over their rows in
+# blocks of rows.
 _WIDE = 2**22
 _BLOCK = 8
 
@@ -38,6 +40,45 @@ _BLOCK = 8
 # matrices are read in parts of about so many, as often as needed.
 _BEYOND_CACHE = 2**22
 _IN_CACHE = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class AdafactorSettings:
+  """Settings of `adafactor`.
+
+  Attributes:
+    learning_rate: a number, or a schedule of the number of updates made.
+    factor_rules: logical axis name to ROW, COLUMN, BATCH or NONE, which say how
+      the axis takes part in the factored second moment.
+    decay_rate: update n has second moment decay `1 - n^-decay_rate`.
+    clipping_threshold: largest root mean square of an update before it is
+      scaled; None for no clipping.
+    multiply_by_parameter_scale: learning rate relative to the root mean square
+      of the parameter (and never below `epsilon2`).
+    weight_decay_rate: part of the parameter taken away at each update. As in
+      T5X it is not multiplied by the learning rate.
+    beta1: decay of the momentum; None for no momentum, and no memory for it.
+    min_dim_size_to_factor: parameters of rank <= 2 are factored only if both
+      sizes reach this. Rules of rank >= 3 hold for any size.
+    epsilon1: added to squared gradients.
+    epsilon2: smallest parameter scale.
+    step_offset: update at which the second moments start afresh, for
+      finetuning with the count of pretraining.
+  """
+
+  learning_rate: LearningRate
+  factor_rules: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: FACTOR_RULES
+  )
+  decay_rate: float = 0.8
+  clipping_threshold: float | None = 1.0
+  multiply_by_parameter_scale: bool = True
+  weight_decay_rate: float | None = None
+  beta1: float | None = None
+  min_dim_size_to_factor: int = 128
+  epsilon1: float = 1e-30
+  epsilon2: float = 1e-3
+  step_offset: int = 0
 
 
 class AdafactorState(NamedTuple):
@@ -60,60 +101,76 @@ class AdafactorState(NamedTuple):
   m: PyTree
 
 
+class _Statistics(NamedTuple):
+  """The statistics of one parameter, as in `AdafactorState`."""
+
+  v_row: jax.Array
+  v_col: jax.Array
+  v: jax.Array
+  m: jax.Array
+
+
+class _Update(NamedTuple):
+  """What all parameters have in common in one update.
+
+  Attributes:
+    settings: those of the transformation.
+    rate: the learning rate of this update.
+    decay: <float32>[], the second moment decay of this update.
+  """
+
+  settings: AdafactorSettings
+  rate: float | jax.Array
+  decay: jax.Array
+
+
+class _Factors(NamedTuple):
+  """A factored step, which is gradient * row * column, and its statistics.
+
+  Attributes:
+    row: <float32>, with all axes of the parameter, but columns of size 1.
+    column: <float32>, with all axes of the parameter, but rows of size 1.
+    v_row: the next second moment, averaged over the columns.
+    v_col: the next second moment, averaged over the rows.
+  """
+
+  row: jax.Array
+  column: jax.Array
+  v_row: jax.Array
+  v_col: jax.Array
+
+
 def adafactor(
-  learning_rate: LearningRate,
-  logical_axes: PyTree | None,
-  factor_rules: Mapping[str, str] = FACTOR_RULES,
-  decay_rate: float = 0.8,
-  clipping_threshold: float | None = 1.0,
-  multiply_by_parameter_scale: bool = True,
-  weight_decay_rate: float | None = None,
-  beta1: float | None = None,
-  min_dim_size_to_factor: int = 128,
-  epsilon1: float = 1e-30,
-  epsilon2: float = 1e-3,
-  step_offset: int = 0,
+  settings: AdafactorSettings, logical_axes: PyTree | None
 ) -> optax.GradientTransformation:
   """Returns T5X's Adafactor as an optax transformation.
 
   Args:
-    learning_rate: a number, or a schedule of the number of updates made.
+    settings: the settings.
     logical_axes: tree of the parameters with a sequence of axis names for each
       (`flax.linen.partitioning.get_axis_names`); None if all have rank <= 2.
-    factor_rules: logical axis name to ROW, COLUMN, BATCH or NONE.
-    decay_rate: update n has second moment decay `1 - n^-decay_rate`.
-    clipping_threshold: largest root mean square of an update before it is
-      scaled; None for no clipping.
-    multiply_by_parameter_scale: learning rate relative to the root mean square
-      of the parameter (and never below `epsilon2`).
-    weight_decay_rate: part of the parameter taken away at each update. As in
-      T5X it is not multiplied by the learning rate.
-    beta1: momentum; None for none and no memory.
-    min_dim_size_to_factor: parameters of rank <= 2 are factored only if both
-      sizes reach this. Rules of rank >= 3 hold for any size.
-    epsilon1: added to squared gradients.
-    epsilon2: smallest parameter scale.
-    step_offset: update at which the second moments start afresh, for
-      finetuning with the count of pretraining.
 
   Raises (at init):
     ValueError: an axis name without rule, a parameter of rank >= 3 without
       axes, or axes that do not fit the parameter.
   """
-  rules = {name: FactorDim(rule.lower()) for name, rule in factor_rules.items()}
-
-  def factorings(params):
-    return factoring_rules.factorings(
-      params, logical_axes, rules, min_dim_size_to_factor
-    )
+  factorings = functools.partial(
+    factoring_rules.factorings,
+    logical_axes=logical_axes,
+    rules={
+      name: FactorDim(rule.lower())
+      for name, rule in settings.factor_rules.items()
+    },
+    min_size=settings.min_dim_size_to_factor,
+  )
 
   def init(params):
     leaves, treedef = jax.tree.flatten(params)
     statistics = [
-      _init_statistics(leaf, factoring, beta1 is not None)
+      _init_statistics(leaf, factoring, settings.beta1 is not None)
       for leaf, factoring in zip(leaves, factorings(params), strict=True)
     ]
-    trees = _unzip(treedef, statistics, 4)
+    trees = _unzip(treedef, statistics, len(_Statistics._fields))
     return AdafactorState(jnp.zeros((), jnp.int32), *trees)
 
   def update(gradients, state, params=None):
@@ -122,70 +179,103 @@ def adafactor(
         'adafactor must be given the parameters, but got None. Call '
         'update(gradients, state, params).'
       )
-    since = jnp.maximum(state.count - step_offset, 0)
-    decay = second_moment_decay(since + 1, decay_rate)
-    rate = learning_rate
-    if callable(learning_rate):
-      rate = learning_rate(state.count)
-
-    def step_size(step, param, averaged):
-      """What a step of root mean square 1 is multiplied with."""
-      size = rate
-      if clipping_threshold is not None:
-        size = size / excess(step, clipping_threshold, averaged)
-      if multiply_by_parameter_scale:
-        size = size * parameter_scale(param, epsilon2, averaged)
-      return size
-
-    def step_factors(gradient, param, v_row, v_col, factoring):
-      """Returns row, column, v_row, v_col; the step is gradient row column."""
-      gradient = gradient.astype(jnp.float32)
-      param = param.astype(jnp.float32)
-      v_row, v_col = factored_moments(
-        gradient, v_row, v_col, factoring, decay, epsilon1
-      )
-      row, column = inverse_roots(v_row, v_col, factoring)
-      size = step_size(gradient * row * column, param, factoring.averaged)
-      return size * row, column, v_row, v_col
-
-    def update_leaf(gradient, param, factoring, v_row, v_col, v, m):
-      if factoring.rows:
-        row, column, v_row, v_col = _matrix_by_matrix(
-          step_factors, factoring, gradient, param, v_row, v_col
-        )
-        step = gradient.astype(jnp.float32) * row * column
-      else:
-        gradient = gradient.astype(jnp.float32)
-        v = decay * v + (1.0 - decay) * (gradient**2 + epsilon1)
-        step = gradient * jax.lax.rsqrt(v)
-        step = step * step_size(
-          step, param.astype(jnp.float32), factoring.averaged
-        )
-      if beta1 is not None:
-        step = m = beta1 * m + (1.0 - beta1) * step
-      if weight_decay_rate is not None:
-        step = step + weight_decay_rate * param.astype(jnp.float32)
-      return -step, v_row, v_col, v, m
-
+    now = _this_update(settings, state.count)
     leaves, treedef = jax.tree.flatten(gradients)
-    trees = (params, state.v_row, state.v_col, state.v, state.m)
-    param_leaves, *statistics = [treedef.flatten_up_to(tree) for tree in trees]
+    param_leaves, *statistics = [
+      treedef.flatten_up_to(tree)
+      for tree in (params, state.v_row, state.v_col, state.v, state.m)
+    ]
     results = [
-      update_leaf(*arguments)
-      for arguments in zip(
-        leaves,
-        param_leaves,
-        factorings(params),
-        *statistics,
-        strict=True,
+      _update_leaf(now, gradient, param, factoring, _Statistics(*of_leaf))
+      for gradient, param, factoring, *of_leaf in zip(
+        leaves, param_leaves, factorings(params), *statistics, strict=True
       )
     ]
-    updates, *new_statistics = _unzip(treedef, results, 5)
+    updates, *new_statistics = _unzip(
+      treedef, results, 1 + len(_Statistics._fields)
+    )
     updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
     count = optax.safe_increment(state.count)
     return updates, AdafactorState(count, *new_statistics)
 
   return optax.GradientTransformation(init, update)
+
+
+def _this_update(settings: AdafactorSettings, count: jax.Array) -> _Update:
+  """The rate and the decay of the update after `count` updates."""
+  since = jnp.maximum(count - settings.step_offset, 0)
+  decay = second_moment_decay(since + 1, settings.decay_rate)
+  rate = settings.learning_rate
+  return _Update(settings, rate(count) if callable(rate) else rate, decay)
+
+
+def _update_leaf(
+  now: _Update,
+  gradient: jax.Array,
+  param: jax.Array,
+  factoring: Factoring,
+  old: _Statistics,
+) -> tuple[jax.Array, ...]:
+  """Returns the update of one parameter, and its next statistics."""
+  settings = now.settings
+  v_row, v_col, v, m = old
+  if factoring.rows:
+    row, column, v_row, v_col = _matrix_by_matrix(
+      functools.partial(_factored_step, now),
+      factoring,
+      gradient,
+      param,
+      v_row,
+      v_col,
+    )
+    step = gradient.astype(jnp.float32) * row * column
+  else:
+    gradient = gradient.astype(jnp.float32)
+    v = now.decay * v + (1.0 - now.decay) * (gradient**2 + settings.epsilon1)
+    step = gradient * jax.lax.rsqrt(v)
+    step = step * _step_size(
+      now, step, param.astype(jnp.float32), factoring.averaged
+    )
+  if settings.beta1 is not None:
+    step = m = settings.beta1 * m + (1.0 - settings.beta1) * step
+  if settings.weight_decay_rate is not None:
+    step = step + settings.weight_decay_rate * param.astype(jnp.float32)
+  return -step, v_row, v_col, v, m
+
+
+def _factored_step(
+  now: _Update,
+  gradient: jax.Array,
+  param: jax.Array,
+  v_row: jax.Array,
+  v_col: jax.Array,
+  factoring: Factoring,
+) -> _Factors:
+  """Returns the factors of a step, and the next statistics."""
+  gradient = gradient.astype(jnp.float32)
+  param = param.astype(jnp.float32)
+  v_row, v_col = factored_moments(
+    gradient, v_row, v_col, factoring, now.decay, now.settings.epsilon1
+  )
+  row, column = inverse_roots(v_row, v_col, factoring)
+  size = _step_size(now, gradient * row * column, param, factoring.averaged)
+  return _Factors(size * row, column, v_row, v_col)
+
+
+def _step_size(
+  now: _Update, step: jax.Array, param: jax.Array, averaged: Sequence[int]
+) -> float | jax.Array:
+  """What a step of root mean square 1 is multiplied with.
+
+  Of each matrix along the BATCH axes, which keep their size; all other axes
+  have size 1.
+  """
+  settings, size = now.settings, now.rate
+  if settings.clipping_threshold is not None:
+    size = size / excess(step, settings.clipping_threshold, averaged)
+  if settings.multiply_by_parameter_scale:
+    size = size * parameter_scale(param, settings.epsilon2, averaged)
+  return size
 
 
 def second_moment_decay(num_updates: jax.Array, decay_rate: float) -> jax.Array:
@@ -262,7 +352,7 @@ def parameter_scale(
 def _matrix_by_matrix(
   function: Callable[..., PyTree], factoring: Factoring, *arrays: jax.Array
 ) -> PyTree:
-  """Calls `function(*arrays, factoring)`, in parts where that is faster.
+  """Calls `function(*arrays, factoring=...)`, in parts where that is faster.
 
   The first array has the shape of the parameter; the leading axes of all
   arrays and results are its BATCH axes, if it has any.
@@ -278,47 +368,58 @@ def _matrix_by_matrix(
     or jax.sharding.get_abstract_mesh().size > 1
   ):
     return whole(*arrays)
+  # Each pass over a stack that is not in the cache costs as much as all that
+  # is computed in it.
+  in_parts = functools.partial(_call_in_parts, function, factoring)
+  return jax.lax.platform_dependent(*arrays, cpu=in_parts, default=whole)
+
+
+def _call_in_parts(
+  function: Callable[..., PyTree], factoring: Factoring, *arrays: jax.Array
+) -> PyTree:
+  """Calls `function` with as many matrices at a time as the cache holds."""
+  shape, averaged = arrays[0].shape, factoring.averaged
+  num_batch = len(shape) - len(averaged)
   num_matrices = math.prod(shape[:num_batch])
   fitting = max(1, _IN_CACHE // math.prod(shape[num_batch:]))
   size = next(n for n in range(fitting, 0, -1) if num_matrices % n == 0)
+  # The BATCH axes of a part are one axis.
   own = Factoring(
     *(
       tuple(axis - num_batch + 1 for axis in axes)
       for axes in (averaged, factoring.rows, factoring.columns)
     )
   )
+  # [*batch, ...] -> [matrices, ...]
+  flat = [x.reshape(-1, *x.shape[num_batch:]) for x in arrays]
 
-  def in_parts(*arrays):
-    flat = [x.reshape(-1, *x.shape[num_batch:]) for x in arrays]
+  # Not a map over the arrays themselves: parts would be cut from copies.
+  def part(number):
+    cut = [jax.lax.dynamic_slice_in_dim(x, number * size, size) for x in flat]
+    return function(*cut, factoring=own)
 
-    # Not a map over the arrays themselves: parts would be cut from copies.
-    def part(number):
-      cut = [jax.lax.dynamic_slice_in_dim(x, number * size, size) for x in flat]
-      return function(*cut, factoring=own)
-
-    results = jax.lax.map(part, jnp.arange(num_matrices // size))
-    # [parts, matrices, ...] -> [*batch, ...]
-    stack = lambda x: x.reshape(*shape[:num_batch], *x.shape[2:])
-    return jax.tree.map(stack, results)
-
-  # Each pass over a stack that is not in the cache costs as much as all that
-  # is computed in it.
-  return jax.lax.platform_dependent(*arrays, cpu=in_parts, default=whole)
+  results = jax.lax.map(part, jnp.arange(num_matrices // size))
+  # [parts, matrices, ...] -> [*batch, ...]
+  stack = lambda x: x.reshape(*shape[:num_batch], *x.shape[2:])
+  return jax.tree.map(stack, results)
 
 
-def _init_statistics(param, factoring: Factoring, momentum: bool):
-  """Returns v_row, v_col, v, m of one parameter."""
+def _init_statistics(
+  param: jax.Array, factoring: Factoring, momentum: bool
+) -> _Statistics:
+  """Returns the statistics of one parameter before the first update."""
   unused = jnp.zeros((1,), jnp.float32)
   shape = np.array(param.shape, int)
   full = jnp.zeros(param.shape, jnp.float32)
   m = full if momentum else unused
   if not factoring.rows:
-    return unused, unused, full, m
+    return _Statistics(unused, unused, full, m)
   v_row = jnp.zeros(np.delete(shape, factoring.columns), jnp.float32)
   v_col = jnp.zeros(np.delete(shape, factoring.rows), jnp.float32)
-  return v_row, v_col, unused, m
+  return _Statistics(v_row, v_col, unused, m)
 
 
 def _unzip(treedef, rows, width: int) -> list[PyTree]:
+  """Trees of the columns, of which each row, that of a leaf, has `width`."""
   columns = list(zip(*rows, strict=True)) or [()] * width
   return [treedef.unflatten(column) for column in columns]

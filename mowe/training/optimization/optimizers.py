@@ -11,8 +11,7 @@ The rows of expert tables have optimizers of their own (`row_optimizers`).
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import optax
@@ -21,48 +20,39 @@ from mowe.training.optimization import adafactor_transform
 
 PyTree = Any
 LearningRate = adafactor_transform.LearningRate
-adafactor = adafactor_transform.adafactor
 
 _NORMS_AND_BIASES = r'(.*/)?(scale|bias)'
 
 
-class Optimizer(Protocol):
-  """Settings of an optimizer, before the parameters are known."""
+class Optimizer:
+  """Base of the settings of an optimizer, before the parameters are known."""
 
   def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
-    """Returns the transformation; `logical_axes` as for `adafactor`."""
+    """Returns the transformation of the parameters.
+
+    Args:
+      logical_axes: tree of the parameters with the names of the axes of each;
+        None if they are not known. See `adafactor_transform.adafactor`.
+    """
+    raise NotImplementedError
+
+  def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """How many numbers of a parameter are never changed."""
+    del path, shape
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Adafactor:
-  """T5X's Adafactor; the attributes are explained at `adafactor.adafactor`."""
-
-  learning_rate: LearningRate
-  factor_rules: Mapping[str, str] = dataclasses.field(
-    default_factory=lambda: adafactor_transform.FACTOR_RULES
-  )
-  decay_rate: float = 0.8
-  clipping_threshold: float | None = 1.0
-  multiply_by_parameter_scale: bool = True
-  weight_decay_rate: float | None = None
-  beta1: float | None = None
-  min_dim_size_to_factor: int = 128
-  epsilon1: float = 1e-30
-  epsilon2: float = 1e-3
-  step_offset: int = 0
+class Adafactor(adafactor_transform.AdafactorSettings, Optimizer):
+  """T5X's Adafactor; `adafactor_transform.AdafactorSettings` explains it."""
 
   def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
-    """Returns the transformation for parameters with these axes."""
-    # Not dataclasses.asdict, which would copy the rules and the schedule.
-    settings = {
-      field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self)
-    }
-    return adafactor(logical_axes=logical_axes, **settings)
+    """See `Optimizer.build`; parameters of rank 3 or more must have axes."""
+    return adafactor_transform.adafactor(self, logical_axes)
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(Optimizer):
   """Adam with decoupled weight decay, which skips norms and biases.
 
   Attributes:
@@ -84,7 +74,7 @@ class AdamW:
   def build(
     self, logical_axes: PyTree | None = None
   ) -> optax.GradientTransformation:
-    """Returns the transformation; `logical_axes` are not needed."""
+    """See `Optimizer.build`; the axes are not needed."""
     del logical_axes
     return adamw(
       self.learning_rate,
@@ -97,48 +87,63 @@ class AdamW:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipByGlobalNorm:
-  """Clips the norm of all gradients together before another optimizer."""
+class ClipByGlobalNorm(Optimizer):
+  """Clips the norm of all gradients together before another optimizer.
+
+  Attributes:
+    optimizer: gets the clipped gradients.
+    max_norm: the largest norm; gradients with a larger one are shrunk to it.
+  """
 
   optimizer: Optimizer
   max_norm: float = 1.0
 
   def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
-    """Returns the transformation for parameters with these axes."""
+    """See `Optimizer.build`."""
     return optax.chain(
       optax.clip_by_global_norm(self.max_norm),
       self.optimizer.build(logical_axes),
     )
 
+  def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """See `Optimizer.num_frozen`."""
+    return self.optimizer.num_frozen(path, shape)
+
 
 @dataclasses.dataclass(frozen=True)
-class Freeze:
-  """Another optimizer, for all parameters but those that match a pattern."""
+class Freeze(Optimizer):
+  """Another optimizer, for all parameters but those that match a pattern.
+
+  Attributes:
+    optimizer: updates the parameters that do not match.
+    pattern: regular expression of the whole names of the frozen parameters,
+      such as 'encoder/.*'.
+  """
 
   optimizer: Optimizer
   pattern: str
 
   def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
-    """Returns the transformation for parameters with these axes."""
+    """See `Optimizer.build`."""
     return freeze(self.pattern, self.optimizer.build(logical_axes))
 
   def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
-    """How many numbers of a parameter are never changed."""
+    """See `Optimizer.num_frozen`."""
     if re.fullmatch(self.pattern, '/'.join(path)):
       return math.prod(shape)
-    inner = getattr(self.optimizer, 'num_frozen', lambda path, shape: 0)
-    return inner(path, shape)
+    return self.optimizer.num_frozen(path, shape)
 
 
 def adamw(
   learning_rate: LearningRate,
+  *,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   no_decay: str = _NORMS_AND_BIASES,
 ) -> optax.GradientTransformation:
-  """Returns optax.adamw, without decay where the whole name matches."""
+  """Returns optax.adamw; the arguments are explained at `AdamW`."""
 
   def mask(params):
     return jax.tree.map(lambda matched: not matched, _matches(no_decay, params))
@@ -157,8 +162,8 @@ def freeze(
   gradients do not count in a global norm inside `transformation`.
 
   Args:
-    pattern: regular expression of the whole name, such as 'encoder/.*'.
-    transformation: what updates the others.
+    pattern: regular expression of whole names, such as 'encoder/.*'.
+    transformation: updates the parameters that do not match.
 
   Raises (at init):
     ValueError: no parameter matches.
@@ -180,7 +185,7 @@ def freeze(
 
 
 def _matches(pattern: str, params: PyTree) -> PyTree:
-  """Returns a tree of bool: does the whole name of the parameter match?"""
+  """Returns a tree of bool: whether the whole name of a parameter matches."""
   compiled = re.compile(pattern)
   return jax.tree_util.tree_map_with_path(
     lambda path, _: bool(compiled.fullmatch(_name(path))), params

@@ -14,7 +14,7 @@ from flax import serialization
 from mowe.interop import rules, weights
 from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_orbax, t5x_tree
 from mowe.models.t5 import t5, t5_config
-from mowe.training.optimization import adafactor_transform
+from mowe.training.optimization import optimizers
 
 _LAYOUTS = {'legacy': t5x_legacy, 'orbax': t5x_orbax}
 
@@ -93,7 +93,7 @@ def test_what_is_written_is_read_again(layout, t5x_golden, tmp_path):
 
 def test_moments_are_those_of_our_adafactor(t5x_golden):
   given = t5x_checkpoint.load(t5x_golden('legacy'))
-  optimizer = adafactor_transform.adafactor(0.1, None, min_dim_size_to_factor=6)
+  optimizer = optimizers.Adafactor(0.1, min_dim_size_to_factor=6).build(None)
   state = jax.eval_shape(
     optimizer.init,
     flax.traverse_util.unflatten_dict(weights.shapes(given.config)),

@@ -73,7 +73,7 @@ def test_adafactor_in_parts_equals_t5x(golden):
 @pytest.mark.usefixtures('small_cache')
 def test_sharded_experts_stay_on_their_devices():
   mesh = partitioning.make_mesh(expert=4, data=2)
-  optimizer = optimizers.adafactor(0.1, {'wi': _AXES['wi']})
+  optimizer = optimizers.Adafactor(0.1).build({'wi': _AXES['wi']})
   spec = jax.sharding.PartitionSpec
 
   def on_mesh(x):
@@ -115,7 +115,7 @@ def _compare_with_t5x(golden, config):
 
 @pytest.mark.parametrize('name', ['wi', 'wo', 'unfactored'])
 def test_experts_do_not_see_each_other(golden, name):
-  optimizer = optimizers.adafactor(0.1, {name: _AXES[name]}, beta1=0.5)
+  optimizer = optimizers.Adafactor(0.1, beta1=0.5).build({name: _AXES[name]})
   param = {name: jnp.asarray(golden[f'parameters/{name}'])}
   gradient = {name: jnp.asarray(golden[f'gradients/0/{name}'])}
   louder = {name: gradient[name].at[1:].multiply(100.0)}
@@ -130,7 +130,7 @@ def test_axes_may_be_partition_specs_and_cover_more_than_the_parameters():
   spec = jax.sharding.PartitionSpec
   axes = {'layer': {'wi': spec('expert', 'embed', 'expert_mlp')}, 'other': ()}
   params = {'layer': {'wi': jnp.ones((2, 3, 4))}}
-  state = optimizers.adafactor(0.1, axes).init(params)
+  state = optimizers.Adafactor(0.1).build(axes).init(params)
   assert state.v_row['layer']['wi'].shape == (2, 3)
   assert state.v_col['layer']['wi'].shape == (2, 4)
   assert state.v['layer']['wi'].shape == (1,)
@@ -140,21 +140,21 @@ def test_adafactor_errors_say_what_to_do():
   params = {'wi': jnp.ones((2, 3, 4))}
   with pytest.raises(ValueError, match="'width' of wi .* Add it to factor_rul"):
     axes = {'wi': ('expert', 'width', 'expert_mlp')}
-    optimizers.adafactor(0.1, axes).init(params)
+    optimizers.Adafactor(0.1).build(axes).init(params)
   # A name without rule is an error for any rank, as in T5X.
   with pytest.raises(ValueError, match='Add it to factor_rules'):
-    optimizers.adafactor(0.1, {'a': ('width',)}).init({'a': jnp.ones(3)})
+    optimizers.Adafactor(0.1).build({'a': ('width',)}).init({'a': jnp.ones(3)})
   with pytest.raises(ValueError, match='Give adafactor the logical_axes'):
-    optimizers.adafactor(0.1, None).init(params)
+    optimizers.Adafactor(0.1).build(None).init(params)
   with pytest.raises(ValueError, match='wi is missing'):
-    optimizers.adafactor(0.1, {'wo': ('embed',)}).init(params)
+    optimizers.Adafactor(0.1).build({'wo': ('embed',)}).init(params)
   with pytest.raises(ValueError, match='Correct its param_with_axes'):
-    optimizers.adafactor(0.1, {'wi': ('expert', 'embed')}).init(params)
+    optimizers.Adafactor(0.1).build({'wi': ('expert', 'embed')}).init(params)
   with pytest.raises(ValueError, match='must have no NONE axis'):
     axes = {'wi': ('embed', 'relpos_buckets', 'mlp')}
-    optimizers.adafactor(0.1, axes).init(params)
+    optimizers.Adafactor(0.1).build(axes).init(params)
   with pytest.raises(ValueError, match='update\\(gradients, state, params'):
-    optimizer = optimizers.adafactor(0.1, None)
+    optimizer = optimizers.Adafactor(0.1).build(None)
     optimizer.update({}, optimizer.init({}))
 
 
@@ -167,7 +167,7 @@ def test_factor_rules_may_be_text_of_any_case():
 
 
 def test_bfloat16_parameters_keep_their_dtype():
-  optimizer = optimizers.adafactor(0.1, None)
+  optimizer = optimizers.Adafactor(0.1).build(None)
   params = {'w': jnp.ones((3, 4), jnp.bfloat16)}
   updates, state = optimizer.update(params, optimizer.init(params), params)
   assert updates['w'].dtype == jnp.bfloat16
@@ -241,9 +241,9 @@ class _Sgd:
 def test_adafactor_is_a_plain_formula_on_one_matrix():
   # One update from zero statistics: v is the factored g^2 itself.
   gradient = np.array([[1.0, 2.0], [3.0, 6.0]], np.float32)
-  optimizer = adafactor_transform.adafactor(
-    0.1, None, multiply_by_parameter_scale=False, min_dim_size_to_factor=2
-  )
+  optimizer = optimizers.Adafactor(
+    0.1, multiply_by_parameter_scale=False, min_dim_size_to_factor=2
+  ).build(None)
   params = {'w': jnp.zeros((2, 2))}
   updates, _ = optimizer.update(
     {'w': jnp.asarray(gradient)}, optimizer.init(params), params

@@ -6,11 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mowe.training.optimization import (
-  adafactor_transform,
-  row_gradients,
-  row_optimizers,
-)
+from mowe.training.optimization import optimizers, row_gradients, row_optimizers
 
 _NUM_EXPERTS, _EMBED, _MLP = 5, 3, 4
 # Which experts each global step visits; expert 3 comes late, 4 never.
@@ -104,9 +100,9 @@ def test_adafactor_equals_optax_on_each_expert_alone(expert, scale):
     0.1, min_dim_size_to_factor=1, multiply_by_parameter_scale=scale
   )
   _assert_expert(table, expert, _train_alone(alone, expert))
-  dense = adafactor_transform.adafactor(
-    0.1, None, min_dim_size_to_factor=1, multiply_by_parameter_scale=scale
-  )
+  dense = optimizers.Adafactor(
+    0.1, min_dim_size_to_factor=1, multiply_by_parameter_scale=scale
+  ).build(None)
   _assert_expert(table, expert, _train_alone(dense, expert))
 
 
