@@ -11,7 +11,7 @@ import griffe
 # Code spans, which stay as they are; or a word with <...> in it, such as
 # checkpoint_<step>, and the shape that may follow.
 _CODE_OR_SHAPE = re.compile(
-  r'(?P<code>`[^`]*`)|[\w./]*<[\w.]+>(?:[\w/-]|\.(?=\w))*(?:\[[^\]]*\])?'
+  r'(?P<code>`[^`]*`)|[\w./]*<[\w.]+(?: or [\w.]+)*>(?:[\w/-]|\.(?=\w))*(?:\[[^\]]*\])?'
 )
 
 
