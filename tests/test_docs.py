@@ -144,3 +144,20 @@ def test_all_verbs_are_documented():
   assert 'train' in listed
   used = {words[0] for _, words in _commands()}
   assert set(listed) <= used
+
+
+def test_every_page_is_in_the_navigation():
+  navigation = (_ROOT / 'mkdocs.yml').read_text(encoding='utf-8')
+  for page in _PAGES:
+    if page.is_relative_to(_ROOT / 'docs'):
+      name = page.relative_to(_ROOT / 'docs').as_posix()
+      assert re.search(rf' {re.escape(name)}$', navigation, re.MULTILINE), name
+
+
+def test_modules_of_the_api_page_exist():
+  text = (_ROOT / 'docs' / 'api.md').read_text(encoding='utf-8')
+  names = re.findall(r'^::: ([\w.]+)$', text, re.MULTILINE)
+  assert names
+  for name in names:
+    path = _ROOT.joinpath(*name.split('.'))
+    assert path.with_suffix('.py').is_file() or path.is_dir(), name
