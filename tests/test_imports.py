@@ -1,6 +1,7 @@
-"""Arrows between packages, and what may be loaded when."""
+"""The rooms of the package: their size, arrows, and what is loaded when."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -12,17 +13,51 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PACKAGE = _ROOT / 'mowe'
 _HEAVY = ('tensorflow', 'tensorflow_datasets', 'seqio', 't5x', 'torch')
 
-# What each package may import of mowe.
+# The rooms from the bottom up. A file may import modules of its own room and of
+# the rooms named for it; below a room its inner rooms are told apart.
 _ARROWS = {
-  'words': {'words'},
-  'layers': {'layers', 'words'},
-  'models': {'models', 'layers', 'words'},
-  'training': {'training', 'models', 'layers', 'words'},
-  'stores': {'stores', 'training', 'models', 'layers', 'words'},
-  'interop': {'interop', 'training', 'models', 'layers', 'words'},
-  'data': {'data', 'words'},
-  'evaluation': {'evaluation', 'data', 'models', 'layers', 'words'},
+  'words': (),
+  'layers': ('words',),
+  'models': ('layers', 'words'),
+  'training': ('models', 'layers', 'words'),
+  'stores': ('training', 'models', 'layers', 'words'),
+  'interop': ('training', 'models', 'layers', 'words'),
+  'data': ('words',),
+  'evaluation': ('data', 'models', 'layers', 'words'),
+  'model_folders': (
+    'interop',
+    'stores',
+    'training',
+    'data',
+    'models',
+    'layers',
+    'words',
+  ),
+  'commands': (
+    'model_folders',
+    'evaluation',
+    'interop',
+    'stores',
+    'training',
+    'data',
+    'models',
+    'layers',
+    'words',
+  ),
+  'comparison': (
+    'commands',
+    'model_folders',
+    'evaluation',
+    'interop',
+    'stores',
+    'training',
+    'data',
+    'models',
+    'layers',
+    'words',
+  ),
 }
+_MOST_FILES = 16
 
 
 def _files(package):
@@ -41,7 +76,7 @@ def _imports(path):
         yield f'{node.module}.{alias.name}'
 
 
-def _packages_of_mowe(path):
+def _rooms_of(path):
   return {
     name.split('.')[1] for name in _imports(path) if name.startswith('mowe.')
   }
@@ -52,18 +87,68 @@ def _outer(path):
   return names - set(sys.stdlib_module_names) - {'mowe'}
 
 
+def _module_graph():
+  """Module -> modules of the package that it imports, lazily or for types."""
+  modules = {
+    '.'.join(path.relative_to(_ROOT).with_suffix('').parts): path
+    for path in _PACKAGE.rglob('*.py')
+    if path.name != '__init__.py'
+  }
+  graph = {}
+  for name, path in modules.items():
+    found = set(_imports(path))
+    # `from a.b import c` may import the module a.b, or the module a.b.c.
+    found |= {one.rpartition('.')[0] for one in found}
+    graph[name] = found & modules.keys()
+  return graph
+
+
 @pytest.mark.parametrize('package', _ARROWS)
 def test_arrows_point_down(package):
   files = _files(package)
   assert files
   for path in files:
-    wrong = _packages_of_mowe(path) - _ARROWS[package]
+    wrong = _rooms_of(path) - {package, *_ARROWS[package]}
     assert not wrong, f'{path} imports {wrong}'
 
 
-def test_every_package_has_its_arrows():
-  folders = {path.parent.name for path in _PACKAGE.glob('*/__init__.py')}
-  assert folders - {'commands'} <= set(_ARROWS)
+def test_every_room_has_its_arrows():
+  rooms = {path.parent.name for path in _PACKAGE.glob('*/__init__.py')}
+  # Only the command line may import everything.
+  assert rooms - {'cli'} == set(_ARROWS)
+
+
+def test_no_room_is_crowded():
+  for folder in {path.parent for path in _PACKAGE.rglob('*.py')}:
+    files = list(folder.glob('*.py'))
+    assert len(files) <= _MOST_FILES, f'{folder} has {len(files)} files'
+
+
+def test_no_import_circles():
+  graphlib.TopologicalSorter(_module_graph()).prepare()
+
+
+def test_inner_rooms_have_no_circles():
+  graph = {}
+  for module, imported in _module_graph().items():
+    room = module.rpartition('.')[0]
+    others = {name.rpartition('.')[0] for name in imported} - {room}
+    graph.setdefault(room, set()).update(others)
+  graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_tests_stand_where_their_modules_do():
+  """tests/<room>/test_<module>*.py holds tests of mowe/<room>/<module>.py."""
+  tests = _ROOT / 'tests'
+  for path in tests.rglob('test_*.py'):
+    room = _PACKAGE / path.parent.relative_to(tests)
+    if path.parent == tests or not room.is_dir():
+      # Tests of gin files, of documents, and of reference implementations.
+      continue
+    tested = path.stem.removeprefix('test_')
+    assert any(
+      tested.startswith(module.stem) for module in room.glob('*.py')
+    ), f'{path} is named after no module of {room}'
 
 
 def test_words_import_numpy_and_sentencepiece_only():
@@ -121,8 +206,9 @@ def test_importing_mowe_is_quick():
 def test_the_core_loads_nothing_heavy():
   loaded = _run("""
     import sys
-    from mowe.commands import main, train, evaluate, infer, ask, cache_task
-    from mowe.data import batches
+    from mowe.cli import main
+    from mowe.commands import train, evaluate, infer, ask, cache_task
+    from mowe.data import batch_source
     from mowe.models import decoding
     heavy = ('tensorflow', 'tensorflow_datasets', 'seqio', 't5x', 'torch', 'gin')
     print([name for name in heavy if name in sys.modules])
@@ -134,7 +220,7 @@ def test_help_needs_no_jax():
   loaded = _run("""
     import contextlib
     import sys
-    from mowe.commands import main
+    from mowe.cli import main
     with contextlib.suppress(SystemExit):
       main.main(['--help'])
     print('jax' in sys.modules)
@@ -154,17 +240,17 @@ def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_disable_most_optimizations', True)
     from mowe.commands import ask, cache_task, data_config, train
-    from mowe.layers import word_experts
-    from mowe.models import t5
-    from mowe.training import optimizers, row_optimizers
-    from mowe.words import build, subwords
+    from mowe.layers.memory import word_experts
+    from mowe.models.t5 import t5_config
+    from mowe.training.optimization import optimizers, row_optimizers
+    from mowe.words import subword_vocabularies, vocabulary_builder
 
     folder = pathlib.Path(sys.argv[1])
     texts = [f'Zorblat of town {n} met Quimby.' for n in range(30)]
     file = folder / 'text.jsonl'
     file.write_text(''.join(json.dumps({'text': t}) + '\\n' for t in texts))
-    vocabulary = subwords.load_subwords('bytes')
-    routing, _ = build.build_routing_vocabulary(
+    vocabulary = subword_vocabularies.load_subwords('bytes')
+    routing, _ = vocabulary_builder.build_routing_vocabulary(
       texts, vocabulary, num_words=9, num_experts=8, num_skipped=2
     )
     cache_task.cache_task(folder / 'cache' / 'text', 'bytes', files=[str(file)])

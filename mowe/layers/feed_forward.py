@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import linear, parameter
+from mowe.layers import feed_forward_base, linear, parameter
 
 _ACTIVATIONS = {
   'relu': jax.nn.relu,
@@ -68,7 +68,7 @@ def activate(
   return hidden
 
 
-class DenseFeedForward(nn.Module):
+class DenseFeedForward(feed_forward_base.FeedForward):
   """Two-layer feed-forward.
 
   Source: T5, arXiv 1910.10683; gating: arXiv 2002.05202. With ReLU and biases
@@ -83,8 +83,8 @@ class DenseFeedForward(nn.Module):
     init_scale: variance of fresh kernels times fan-in; 2 / blocks in the models
       of arXiv 2310.10837.
 
-  Call: tokens <float>[batch, length, embed] to the same shape; `routing_ids`
-    are taken and ignored, as every feed-forward has one call.
+  Call: tokens <float>[batch, length, embed] to <dtype> of the same shape. The
+    layer takes `routing_ids`, as every feed-forward does, and ignores them.
   """
 
   mlp_dim: int

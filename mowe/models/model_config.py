@@ -7,11 +7,14 @@ of: checks, and factories of sparse layers.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from mowe.layers import feed_forward_base
+from mowe.layers.attention import attention_base
 
 # Collection of what a batch leaves to the next; see `memory_length`.
 MEMORY = 'segment_memory'
@@ -70,6 +73,8 @@ class ModelConfig(Protocol):
       config of a block.
     layer_fields: stream and name of a layer in a block -> the field that makes
       it.
+    shared_fields: a field that makes some layers of a block -> the field that
+      makes them where the first one is None.
   """
 
   vocab_size: int
@@ -83,6 +88,10 @@ class ModelConfig(Protocol):
   memory_length: int
   block_layers: tuple[tuple[str, Factory], ...]
   layer_fields: Mapping[tuple[str, str], str]
+  shared_fields: Mapping[str, str]
+
+  def depths(self) -> dict[str, int]:
+    """The number of blocks of each stream."""
 
   def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
     """Of each stream the blocks, from 0, whose feed-forward is sparse."""
@@ -90,7 +99,7 @@ class ModelConfig(Protocol):
   def sparse_layers(self) -> dict[str, nn.Module]:
     """Of each stream a sparse layer; {} without `sparse_feed_forward`."""
 
-  def attentions(self) -> dict[str, nn.Module]:
+  def attentions(self) -> dict[str, attention_base.Attention]:
     """An attention of each kind, by its name in a block."""
 
   def parts(self) -> dict[str, nn.Module]:
@@ -133,19 +142,19 @@ def of_block(config: Any, stream: str, number: int) -> Any:
   }
   if not own:
     return config
-  for field, shared in getattr(config, 'shared_fields', {}).items():
+  for field, shared in config.shared_fields.items():
     # What was made by a field that now makes another layer stays as it was.
     if shared in own and getattr(config, field) is None:
       own.setdefault(field, getattr(config, shared))
   return dataclasses.replace(config, block_layers=(), **own)
 
 
-def check_block_layers(config: ModelConfig, depths: Mapping[str, int]) -> None:
+def check_block_layers(config: ModelConfig) -> None:
   """Raises ValueError if `block_layers` names places that there are not."""
   known = {
     f'{stream}/layers_{number}/{name}'
     for stream, name in config.layer_fields
-    for number in range(depths[stream])
+    for number in range(config.depths()[stream])
   }
   unknown = [place for place, _ in config.block_layers if place not in known]
   if unknown:
@@ -180,10 +189,10 @@ def check_layers(config: ModelConfig) -> None:
   """Raises ValueError if sparse layers do not fit their stream or routing."""
   layers, blocks = config.sparse_layers(), config.sparse_blocks()
   decoder = layers['decoder']
-  if blocks['decoder'] and getattr(decoder, 'looks_ahead', False):
+  if blocks['decoder'] and feed_forward_base.contract(decoder).looks_ahead:
     raise ValueError(
       'Experts of a token of the decoder, and whether they have room for it, '
-      f'must not depend on later tokens, but with {decoder.routing} they do: '
+      f'must not depend on later tokens, but with {decoder.kind()} they do: '
       'the decoder would learn from the future and fail when it generates. '
       'Give the decoder a layer with a hash router, or with TokensChoose whose '
       'first_choices_first and batch_prioritized are False '
@@ -192,9 +201,8 @@ def check_layers(config: ModelConfig) -> None:
   if config.routing is None:
     return
   for layer in layers.values():
-    experts = getattr(layer, 'num_experts', config.routing.num_experts)
-    has_table = not getattr(layer, 'reads_token_ids', False)
-    if has_table and experts != config.routing.num_experts:
+    experts = feed_forward_base.contract(layer).num_word_experts()
+    if experts not in (None, config.routing.num_experts):
       raise ValueError(
         'The layer and the routing vocabulary must have the same number '
         f'of experts, but the layer has {experts} and the vocabulary '
@@ -220,8 +228,9 @@ def check_mesh(
   for stream, numbers in config.sparse_blocks().items():
     for number in numbers:
       layer = of_block(config, stream, number).sparse_layers()[stream]
-      if hasattr(layer, 'check_mesh'):
-        layer.check_mesh(mesh_shape, batch_size, lengths[stream])
+      feed_forward_base.contract(layer).check_mesh(
+        mesh_shape, batch_size, lengths[stream]
+      )
   own = {place.rpartition('/')[0] for place, _ in config.block_layers}
   split = lambda block: (
     block.split('/')[0],
@@ -229,45 +238,48 @@ def check_mesh(
   )
   for one in [config, *(of_block(config, *split(block)) for block in own)]:
     for name, layer in one.attentions().items():
-      if hasattr(layer, 'check_mesh'):
-        stream = 'encoder' if name == ENCODER_ATTENTION else 'decoder'
-        layer.check_mesh(mesh_shape, batch_size, lengths[stream])
+      stream = 'encoder' if name == ENCODER_ATTENTION else 'decoder'
+      layer.check_mesh(mesh_shape, batch_size, lengths[stream])
 
 
 def check_attentions(config: ModelConfig) -> None:
   """Raises ValueError if an attention does not fit its place in a block."""
   for name, layer in config.attentions().items():
-    if hasattr(layer, 'check_width'):
-      layer.check_width(config.emb_dim)
-    inner = getattr(layer, 'inner', None)
-    if name != ENCODER_ATTENTION and getattr(layer, 'looks_ahead', False):
+    if not isinstance(layer, attention_base.Attention):
+      raise ValueError(
+        'An attention must be a subclass of attention_base.Attention, or of a '
+        f'class that is one, but that of {name} is a {type(layer).__name__}. '
+        'Name that class among the bases of yours.'
+      )
+    layer.check_width(config.emb_dim)
+    if name != ENCODER_ATTENTION and layer.looks_ahead:
       raise ValueError(
         'Modules of a token of the decoder, and whether they have room for it, '
-        f'must not depend on later tokens, but with {layer.routing} of {name} '
+        f'must not depend on later tokens, but with {layer.kind()} in {name} '
         'they do. Use TokensChoose whose first_choices_first and '
         'batch_prioritized are False there.'
       )
-    if name == ENCODER_ATTENTION and getattr(inner, 'looks_back_only', False):
+    if name == ENCODER_ATTENTION and layer.looks_back_only:
       raise ValueError(
-        'Attention of an encoder must look in both directions, but its inner '
-        f'attention is {inner}. Use Softmax or NearestFirst there.'
+        'Attention of an encoder must look in both directions, but it is '
+        f'{layer.kind()}. Use Softmax or NearestFirst there.'
       )
-    if name != ENCODER_ATTENTION and getattr(inner, 'needs_all_queries', False):
+    if name != ENCODER_ATTENTION and layer.needs_all_queries:
       raise ValueError(
-        f'{name} must do with one query at a time, to generate text, but its '
-        f'inner attention is {inner}. Use Softmax or StickBreaking there.'
+        f'{name} must do with one query at a time, to generate text, but it is '
+        f'{layer.kind()}. Use Softmax or StickBreaking there.'
       )
-    if name == CROSS_ATTENTION and getattr(inner, 'looks_back_only', False):
+    if name == CROSS_ATTENTION and layer.looks_back_only:
       raise ValueError(
         'Attention to the encoder must not depend on an order of its tokens, '
-        f'but its inner attention is {inner}. Use Softmax there.'
+        f'but it is {layer.kind()}. Use Softmax there.'
       )
 
 
 def routes_tokens(config: ModelConfig) -> bool:
   """Whether sparse layers take token ids for routing ids."""
   return any(
-    getattr(layer, 'reads_token_ids', False)
+    feed_forward_base.contract(layer).reads_token_ids
     for layer in config.sparse_layers().values()
   )
 
@@ -279,6 +291,25 @@ def word_streams(config: ModelConfig) -> tuple[str, ...]:
   return tuple(
     name for name, blocks in config.sparse_blocks().items() if blocks
   )
+
+
+class StreamRouting(NamedTuple):
+  """What the sparse layers of one stream are told about its tokens.
+
+  Attributes:
+    ids: <int32>[batch, length], the routing ids; None where no layer of the
+      model reads any.
+    plan: the plan of the batch for word experts (`batch_plans.StreamPlan`), or
+      None, in which case they read the ids.
+  """
+
+  ids: jax.Array | None = None
+  plan: Any = None
+
+  @property
+  def is_given(self) -> bool:
+    """Whether the batch says anything; otherwise the model looks ids up."""
+    return self.ids is not None or self.plan is not None
 
 
 def routing_ids(
@@ -324,13 +355,14 @@ def shared_modules(
 ) -> dict[str, nn.Module]:
   """Modules shared by all sparse layers, such as a table of experts."""
   for layer in layers:
-    if hasattr(layer, 'make_shared') and (shared := layer.make_shared(emb_dim)):
+    shared = feed_forward_base.contract(layer).make_shared(emb_dim)
+    if shared:
       return shared
   return {}
 
 
 def with_shared(layer: nn.Module, shared: dict[str, nn.Module]) -> nn.Module:
   """The layer with those shared modules that it uses."""
-  if shared and hasattr(layer, 'with_shared'):
+  if shared and isinstance(layer, feed_forward_base.FeedForward):
     return layer.with_shared(shared)
   return layer

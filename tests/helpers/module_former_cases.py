@@ -7,8 +7,8 @@ from mowe.layers.attention import inner_attention
 from mowe.layers.dispatch import token_groups
 from mowe.layers.routers import (
   module_router,
+  router_base,
   router_losses,
-  routing,
   tokens_choose,
 )
 
@@ -41,7 +41,7 @@ def logits(options):
   assert options['gate_activation'] in (None, 'gelu_erf')
   width = options['gating_dim']
   return {
-    'linear': lambda: routing.LinearLogits(),
+    'linear': lambda: router_base.LinearLogits(),
     'mlp': lambda: module_router.MlpLogits(width),
     'gmm': lambda: module_router.CentroidLogits(width),
   }[options['gate_type']]()
@@ -147,7 +147,7 @@ class Seen:
 
   def __call__(self, call, args, kwargs, context):
     answer = call(*args, **kwargs)
-    if isinstance(context.module, routing.LearnedRouting):
+    if isinstance(context.module, router_base.LearnedRouting):
       self.logits.append(answer[0])
     return answer
 
@@ -183,7 +183,8 @@ def choices(options, router_logits, shape, keep=None):
   is_valid = groups.split(is_valid, False)
   router, _ = parts(options)
   found = router(
-    router_logits, num_experts=options['num_modules'], is_valid=is_valid
+    router_base.RouterInputs(is_valid=is_valid, logits=router_logits),
+    num_experts=options['num_modules'],
   )
   merge = lambda array: groups.merge(array, *shape)
   own = lambda pairs: merge(pairs[0][found.pairs])

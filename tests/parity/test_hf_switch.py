@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mowe.interop import huggingface, rules
-from mowe.layers.routers import router_losses, routing
+from mowe.layers.routers import router_base, router_losses
 from mowe.models.t5 import t5
 
 
@@ -87,7 +87,7 @@ def run(model, params, embedded, io):
     method=call,
     mutable=['intermediates', 'router_stats'],
     capture_intermediates=lambda module, _: isinstance(
-      module, routing.RouterWeights
+      module, router_base.RouterWeights
     ),
   )
   return logits, encoded, router_logits(model.config, state['intermediates'])

@@ -17,7 +17,7 @@ from flax import linen as nn
 from mowe.layers import centered_norm
 from mowe.layers.attention import self_attention, stick_breaking
 from mowe.layers.mixtures import mixture_of_heads, moe
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 from mowe.models.decoder_only import decoder_only_config, decoder_only_stack
 
 _KINDS = {
@@ -66,7 +66,7 @@ def test_router(case, golden):
   if keep is not None:
     is_valid = keep[None] > 0
   router, losses = cases.parts(options)
-  learned = routing.LearnedRouting(
+  learned = router_base.LearnedRouting(
     router, num_modules, logits=cases.logits(options)
   )
 
@@ -76,7 +76,10 @@ def test_router(case, golden):
       params['x'][None],
       deterministic=True,
     )[0]
-    choices = router(z, num_experts=num_modules, is_valid=is_valid)
+    choices = router(
+      router_base.RouterInputs(is_valid=is_valid, logits=z),
+      num_experts=num_modules,
+    )
     chosen = jnp.arange(num_modules)[None] == choices.experts[0, :, None]
     sums = losses.sums(z, choices.probs, chosen.sum(0)[None], is_valid)
     own = lambda x: x[0][choices.pairs[0]]

@@ -15,7 +15,12 @@ import pytest
 
 from mowe.layers.dispatch import capacity_dispatch
 from mowe.layers.mixtures import moe, router_statistics
-from mowe.layers.routers import experts_choose, router_losses, tokens_choose
+from mowe.layers.routers import (
+  experts_choose,
+  router_base,
+  router_losses,
+  tokens_choose,
+)
 
 _ACTIVATIONS = {'gelu_tanh': 'gelu', 'relu': 'relu', 'linear': 'linear'}
 
@@ -46,11 +51,10 @@ def test_router(case, golden):
   def run(params):
     logits = router_logits(inputs, params)
     choices = router(
-      logits,
+      router_base.RouterInputs(
+        is_valid=is_valid, logits=logits, routing_ids=None, selection_bias=None
+      ),
       num_experts=num_experts,
-      is_valid=is_valid,
-      routing_ids=None,
-      selection_bias=None,
     )
     plan = Exactly(room=capacity).plan(choices, router, num_experts=num_experts)
     stats = router_statistics.measure(
@@ -58,7 +62,7 @@ def test_router(case, golden):
       choices,
       plan,
       router=router,
-      router_losses=flaxformer_moe.FlaxformerLosses(),
+      losses=flaxformer_moe.FlaxformerLosses(),
       is_valid=is_valid,
     )
     return losses_of(stats) | {'choices': choices, 'plan': plan}

@@ -14,8 +14,8 @@ from flax import linen as nn
 from mowe.layers.dispatch import token_groups
 from mowe.layers.mixtures import initial_experts, sigma_moe
 from mowe.layers.routers import (
+  router_base,
   router_losses,
-  routing,
   sinkhorn_choose,
   tokens_choose,
 )
@@ -74,7 +74,7 @@ def test_layer(case, golden):
     )
 
   def exclude(call, args, kwargs, context):
-    if isinstance(context.module, routing.ExcludedExperts):
+    if isinstance(context.module, router_base.ExcludedExperts):
       return layer.groups.split(excluded, False).reshape(args[0])
     return call(*args, **kwargs)
 
@@ -178,10 +178,10 @@ def selection(options, layer, params, excluded):
     logits += params['sel_bias'][None, None]
   is_valid = jnp.ones(x.shape[:2], bool)
   choices = layer.routing(
-    logits,
+    router_base.RouterInputs(
+      is_valid=is_valid, logits=logits, excluded=excluded
+    ),
     num_experts=options['num_experts'],
-    is_valid=is_valid,
-    excluded=excluded,
     training=options['train'],
   )
   own = lambda pairs: jax.vmap(jnp.take)(pairs, choices.pairs)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import linear, parameter
+from mowe.layers.attention import attention_base
 
 # T5X's mask value: far below any logit, and safe in bfloat16.
 _MASKED = -1e10
@@ -59,7 +60,7 @@ def as_projected(kept: jax.Array) -> jax.Array:
   return jnp.moveaxis(kept, 3, 1)
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(attention_base.Attention):
   """Attention of `queries` to `memory`, which may be the same tokens.
 
   Attributes:

@@ -37,18 +37,6 @@ class SelfAttention(multi_head.MultiHeadAttention):
     to the `cache`, of which `positions.keys` and `mask` then tell.
   """
 
-  # Whether a query can be nearer to the start than its key.
-  looks_back_only = False
-
-  def make_shared(self) -> dict[str, nn.Module]:
-    """Modules that all blocks share, by name."""
-    return {}
-
-  def with_shared(self, shared: dict[str, nn.Module]) -> 'SelfAttention':
-    """This layer with those modules."""
-    del shared
-    return self
-
   def __call__(
     self,
     queries: jax.Array,

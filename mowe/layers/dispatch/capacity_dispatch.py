@@ -2,24 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mowe.layers.dispatch import (
-  dispatch,
+  dispatch_base,
   dropless_dispatch,
   expert_parallel,
   slots,
   sorted_experts,
   token_groups,
 )
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 
 
 @dataclasses.dataclass(frozen=True)
-class CapacityDispatch(dispatch.Dispatch):
+class CapacityDispatch(dispatch_base.Dispatch):
   """Slots for an even share of the choices, times a factor, in training.
 
   Pairs get slots in order of priority. A token whose choices are all dropped
@@ -48,7 +47,9 @@ class CapacityDispatch(dispatch.Dispatch):
         'an even share; DroplessDispatch has no capacity.'
       )
 
-  def check(self, router: routing.Router, groups: Any) -> None:
+  def check(
+    self, router: router_base.Router, groups: token_groups.Groups
+  ) -> None:
     """Raises ValueError if slots would be fewer than a router always fills."""
     del groups
     if not router.each_token_chooses and self.factor < 1:
@@ -59,7 +60,7 @@ class CapacityDispatch(dispatch.Dispatch):
       )
 
   def capacity(
-    self, router: routing.Router, group_size: int, num_experts: int
+    self, router: router_base.Router, group_size: int, num_experts: int
   ) -> int:
     """Slots of one expert in one group."""
     share = router.num_pairs(group_size, num_experts) / num_experts
@@ -67,8 +68,8 @@ class CapacityDispatch(dispatch.Dispatch):
 
   def plan(
     self,
-    choices: routing.Choices,
-    router: routing.Router,
+    choices: router_base.Choices,
+    router: router_base.Router,
     *,
     num_experts: int,
   ) -> slots.SlotPlan:
@@ -153,7 +154,9 @@ class SequenceCapacity(CapacityDispatch):
   and on no neighbour in the batch. So are Switch checkpoints of Hugging Face.
   """
 
-  def check(self, router: routing.Router, groups: Any) -> None:
+  def check(
+    self, router: router_base.Router, groups: token_groups.Groups
+  ) -> None:
     """Raises ValueError if a group may have more than one sequence."""
     super().check(router, groups)
     if not isinstance(groups, token_groups.SequenceGroups):
@@ -169,7 +172,7 @@ class SequenceCapacity(CapacityDispatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class CapacityExchange(dispatch.Dispatch):
+class CapacityExchange(dispatch_base.Dispatch):
   """Capacity dispatch over devices, only inside of `expert_parallel.run`.
 
   Attributes:
@@ -184,7 +187,12 @@ class CapacityExchange(dispatch.Dispatch):
     """Slots of this device's groups, for all experts."""
     return self.here.plan(choices, router, num_experts=num_experts)
 
-  def without_drops(self) -> dispatch.Dispatch:
+  def across(self, num_shards: int) -> 'CapacityExchange':
+    """Returns this dispatch, which knows of its devices already."""
+    del num_shards
+    return self
+
+  def without_drops(self) -> dispatch_base.Dispatch:
     """As many slots as there are choices, on all devices."""
     return self.here.without_drops().across(self.num_shards)
 

@@ -1,23 +1,23 @@
 """Every choice is computed: pairs are sorted by expert."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mowe.layers.dispatch import (
-  dispatch,
+  dispatch_base,
   dropless_exchange,
   expert_dropout,
   slots,
   sorted_experts,
+  token_groups,
 )
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 
 
 @dataclasses.dataclass(frozen=True)
-class DroplessDispatch(dispatch.Dispatch):
+class DroplessDispatch(dispatch_base.Dispatch):
   """Slots in order of the experts, as many for each as it was chosen.
 
   Source: MegaBlocks, arXiv 2211.15841. Groups play no part in it.
@@ -41,13 +41,15 @@ class DroplessDispatch(dispatch.Dispatch):
         'an even share; leave it out to drop nothing.'
       )
 
-  def check(self, router: routing.Router, groups: Any) -> None:
+  def check(
+    self, router: router_base.Router, groups: token_groups.Groups
+  ) -> None:
     """Accepts any router and any groups."""
 
   def plan(
     self,
-    choices: routing.Choices,
-    router: routing.Router,
+    choices: router_base.Choices,
+    router: router_base.Router,
     *,
     num_experts: int,
   ) -> slots.SlotPlan:

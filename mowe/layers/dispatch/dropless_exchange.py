@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from mowe.layers.dispatch import (
-  dispatch,
+  dispatch_base,
   expert_parallel,
   slots,
   sorted_experts,
 )
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 
 
 @dataclasses.dataclass(frozen=True)
-class DroplessExchange(dispatch.Dispatch):
+class DroplessExchange(dispatch_base.Dispatch):
   """Pairs sorted by the device of their expert, in a buffer for each device.
 
   Buffers have static sizes; how much of them is filled is exchanged with them.
@@ -32,8 +32,8 @@ class DroplessExchange(dispatch.Dispatch):
 
   def plan(
     self,
-    choices: routing.Choices,
-    router: routing.Router,
+    choices: router_base.Choices,
+    router: router_base.Router,
     *,
     num_experts: int,
   ) -> slots.SlotPlan:
@@ -69,6 +69,11 @@ class DroplessExchange(dispatch.Dispatch):
       group_sizes=group_sizes,
       num_slots=jnp.sum(group_sizes),
     )
+
+  def across(self, num_shards: int) -> 'DroplessExchange':
+    """Returns this dispatch, which knows of its devices already."""
+    del num_shards
+    return self
 
   def without_drops(self) -> 'DroplessExchange':
     """The same with room for all."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 
 # Up to this many slots per token they are added up one after another.
 _FEW = 8
@@ -69,7 +69,7 @@ def count_choices(experts: jax.Array, num_experts: int) -> jax.Array:
 
 
 def make_plan(
-  choices: routing.Choices,
+  choices: router_base.Choices,
   pairs: jax.Array,
   slots_of_pairs: jax.Array,
   group_sizes: jax.Array,

@@ -1,9 +1,37 @@
 """Groups of tokens that are routed together."""
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+
+
+class Groups(Protocol):
+  """Which tokens of a batch are routed together.
+
+  Attributes:
+    routes_filling: what fills the last groups up is routed as tokens are.
+  """
+
+  routes_filling: bool
+
+  def num_groups(self, batch: int, length: int) -> int:
+    """Returns the number of groups of [batch, length] tokens."""
+
+  def split(self, array: jax.Array, fill: int | bool | float) -> jax.Array:
+    """Returns [batch, length, ...] as [groups, tokens, ...].
+
+    Args:
+      array: of all tokens.
+      fill: the value of what fills the last groups up.
+    """
+
+  def merge(self, groups: jax.Array, batch: int, length: int) -> jax.Array:
+    """Returns [groups, tokens, ...] as [batch, length, ...]."""
+
+  def single(self) -> 'Groups':
+    """Returns groups of the same kind with one sequence in each."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.layers import linear, parameter
+from mowe.layers import feed_forward_base, linear, parameter
 
 _ACTIVATIONS = {'relu': jax.nn.relu, 'softmax': jax.nn.softmax}
 
 
-class DenseProductKeyMemory(nn.Module):
+class DenseProductKeyMemory(feed_forward_base.FeedForward):
   """A feed-forward of n x n values, the keys of which are n + n half-keys.
 
   Every value is read, and the scores of the heads are added up before the

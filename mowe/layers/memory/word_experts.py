@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import feed_forward, parameter
+from mowe.layers import feed_forward, feed_forward_base, parameter
 from mowe.layers.memory import (
   bfloat16_bits,
   expert_tiles,
@@ -107,7 +107,7 @@ class ExpertTable(nn.Module):
     return bfloat16_bits.DTYPE if self._is_bits() else self.dtype
 
 
-class MoweLayer(nn.Module):
+class MoweLayer(feed_forward_base.FeedForward):
   """Feed-forward in which the routing id of a token names its one expert.
 
   Source: MoWE, arXiv 2311.10768, section 2. No router, no auxiliary loss, no
@@ -128,13 +128,13 @@ class MoweLayer(nn.Module):
       time; None: all. Given by a run, as is `rows_from`.
     rows_from: gives rows of the table where it is not on the device at all.
 
-  Call: tokens <float>[batch, length, embed] and routing_ids, either
-    <int32>[batch, length] or the plan of these tokens (a StreamPlan, or for
-    experts on several devices a ShardedStreamPlan), to <dtype>[batch, length,
-    embed].
+  Call: tokens <float>[batch, length, embed] and either routing_ids
+    <int32>[batch, length], or by name the plan of these tokens (a StreamPlan,
+    or for experts on several devices a ShardedStreamPlan), to
+    <dtype>[batch, length, embed].
 
   Raises:
-    ValueError: `routing_ids` is missing or has another leading shape.
+    ValueError: ids and plan are both missing, or have another leading shape.
   """
 
   num_experts: int
@@ -148,6 +148,8 @@ class MoweLayer(nn.Module):
   num_slots: int | None = None
   rows_from: host_rows.RowsFrom | None = None
 
+  reads_plans = True
+
   def __post_init__(self):
     if self.table_dtype not in _TABLE_DTYPES:
       raise ValueError(
@@ -156,20 +158,20 @@ class MoweLayer(nn.Module):
       )
     super().__post_init__()
 
+  def num_word_experts(self) -> int:
+    return self.num_experts
+
   def make_shared(self, embed_dim: int) -> dict[str, nn.Module]:
-    """Modules that the stack owns once and hands to all layers, by name."""
     if not self.share_experts:
       return {}
     return {'experts': self._make_table(embed_dim, parent=None)}
 
-  def with_shared(self, shared: dict[str, nn.Module]) -> 'MoweLayer':
-    """This layer, not yet bound, reading the stack's shared modules."""
+  def with_shared(self, shared: Mapping[str, nn.Module]) -> 'MoweLayer':
     return self.clone(table=shared.get('experts'), parent=None)
 
   def check_mesh(
     self, mesh_shape: Mapping[str, int], batch: int, length: int
   ) -> None:
-    """Raises ValueError if the experts cannot be split over a mesh."""
     del batch, length
     sharded_plan.check_num_experts(self.num_experts, mesh_shape['expert'])
 
@@ -177,25 +179,21 @@ class MoweLayer(nn.Module):
   def __call__(
     self,
     tokens: jax.Array,
-    routing_ids: jax.Array
-    | batch_plans.StreamPlan
-    | sharded_plan.ShardedStreamPlan
-    | None = None,
+    routing_ids: jax.Array | None = None,
     *,
+    plan: batch_plans.StreamPlan | sharded_plan.ShardedStreamPlan | None = None,
     deterministic: bool = True,
   ) -> jax.Array:
-    _check_routing_ids(tokens, routing_ids)
+    _check_routing(tokens, routing_ids, plan)
     table = self.table
     if table is None:
       table = self._make_table(tokens.shape[-1], name='experts')
     dropout = nn.Dropout(self.dropout_rate, deterministic=deterministic)
-    if isinstance(routing_ids, sharded_plan.ShardedStreamPlan):
-      return self._exchanged(
-        tokens.astype(self.dtype), routing_ids, table, dropout
-      )
+    if isinstance(plan, sharded_plan.ShardedStreamPlan):
+      return self._exchanged(tokens.astype(self.dtype), plan, table, dropout)
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(self.dtype)
-    if isinstance(routing_ids, batch_plans.StreamPlan):
-      outputs = self._planned(flat, routing_ids, table, dropout)
+    if plan is not None:
+      outputs = self._planned(flat, plan, table, dropout)
     else:
       outputs = self._unplanned(flat, routing_ids.reshape(-1), table, dropout)
     return outputs.reshape(tokens.shape)
@@ -284,24 +282,21 @@ class MoweLayer(nn.Module):
     )
 
 
-def _check_routing_ids(tokens, routing_ids):
-  if routing_ids is None:
+def _check_routing(tokens, routing_ids, plan):
+  """Raises ValueError unless ids or a plan of these tokens are there."""
+  if isinstance(plan, sharded_plan.ShardedStreamPlan):
+    # Its shape is compared with the mesh, in word_exchange.
+    return
+  if routing_ids is None and plan is None:
     raise ValueError(
       'MoweLayer needs the routing ids of its tokens, but got None. Set '
       'T5Config.routing to a RoutingVocabulary, or give '
       'encoder_routing_ids and decoder_routing_ids with the batch.'
     )
-  if isinstance(routing_ids, sharded_plan.ShardedStreamPlan):
-    # Compared with the mesh, in word_exchange.
-    return
-  ids = (
-    routing_ids.slots
-    if isinstance(routing_ids, batch_plans.StreamPlan)
-    else routing_ids
-  )
-  if ids.shape != tokens.shape[:2]:
+  shape = (routing_ids if plan is None else plan.slots).shape
+  if shape != tokens.shape[:2]:
     raise ValueError(
       'routing_ids must have the [batch, length] shape of tokens, '
-      f'{tokens.shape[:2]}, but has {ids.shape}. Encode the same batch with '
+      f'{tokens.shape[:2]}, but has {shape}. Encode the same batch with '
       'RoutingVocabulary.encoder_ids or decoder_ids.'
     )

@@ -3,12 +3,26 @@
 import dataclasses
 import functools
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import parameter
+
+
+class Initialization(Protocol):
+  """How the kernels of a mixture are drawn; a frozen class."""
+
+  def inner(self, shape: tuple[int, int, int]) -> parameter.Initializer:
+    """Draws kernels <float32>[expert, embed, expert_mlp] of this shape."""
+
+  def outer(self, shape: tuple[int, int, int]) -> parameter.Initializer:
+    """Draws the kernel <float32>[expert, expert_mlp, embed] of this shape."""
+
+  def router(self, embed_dim: int) -> parameter.Initializer:
+    """Draws the router's kernel <float32>[embed, experts]."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ stages move rows by the same plan.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from flax.linen import partitioning
 
 from mowe.layers import parameter
 from mowe.layers.dispatch import (
+  dispatch_base,
   expert_dropout,
   expert_parallel,
   slots,
   sorted_experts,
 )
 from mowe.layers.mixtures import router_statistics
-from mowe.layers.routers import router_losses, routing
+from mowe.layers.routers import router_base, router_losses
 
 
 class Decision(NamedTuple):
@@ -49,37 +50,17 @@ class Mixture:
   """
 
   num_experts: int
-  router: routing.Router
-  dispatch: Any
+  router: router_base.Router
+  dispatch: dispatch_base.Dispatch
   losses: router_losses.RouterLosses
   training: bool
 
   def decide(
-    self,
-    *,
-    is_valid: jax.Array,
-    ids: jax.Array | None,
-    logits: jax.Array | None,
-    bias: jax.Array | None,
-    excluded: jax.Array | None,
+    self, inputs: router_base.RouterInputs
   ) -> tuple[Decision, router_losses.RouterStats]:
-    """The router's choices with slots, and what was counted.
-
-    Args:
-      is_valid: <bool>[groups, tokens], False for padding.
-      ids: <int32>[groups, tokens], or None.
-      logits: <float32>[groups, tokens, experts]; None if nothing is learned.
-      bias: <float32>[experts] for the selection of experts, or None.
-      excluded: <bool>[groups, tokens, experts] that no token may have, or None.
-    """
+    """Returns the router's choices with their slots, and what was counted."""
     choices = self.router(
-      logits,
-      num_experts=self.num_experts,
-      is_valid=is_valid,
-      routing_ids=ids,
-      selection_bias=bias,
-      excluded=excluded,
-      training=self.training,
+      inputs, num_experts=self.num_experts, training=self.training
     )
     plan = self.dispatch.plan(
       choices, self.router, num_experts=self.num_experts
@@ -88,12 +69,12 @@ class Mixture:
       choices.weights.reshape(-1), plan.pairs, plan.slots_of_pairs
     )
     stats = router_statistics.measure(
-      logits,
+      inputs.logits,
       choices,
       plan,
       router=self.router,
-      router_losses=self.losses,
-      is_valid=is_valid,
+      losses=self.losses,
+      is_valid=inputs.is_valid,
     )
     return Decision(plan, weights), stats
 
@@ -134,7 +115,9 @@ class Mixture:
     return slots.to_tokens(rows, decision.plan)
 
 
-def dispatch_here(dispatch: Any, training: bool) -> Any:
+def dispatch_here(
+  dispatch: dispatch_base.Dispatch, training: bool
+) -> dispatch_base.Dispatch:
   """The dispatch for the devices of this trace; only training drops pairs."""
   if not training:
     dispatch = dispatch.without_drops()

@@ -22,13 +22,14 @@ from mowe.layers.attention import (
   stick_breaking,
 )
 from mowe.layers.dispatch import (
+  dispatch_base,
   dropless_dispatch,
   expert_parallel,
   slots,
   token_groups,
 )
 from mowe.layers.mixtures import experts, initial_experts, mixture
-from mowe.layers.routers import router_losses, routing, tokens_choose
+from mowe.layers.routers import router_base, router_losses, tokens_choose
 
 
 class ModuleKernels(nn.Module):
@@ -47,7 +48,7 @@ class ModuleKernels(nn.Module):
   num_experts: int
   embed_dim: int
   joined_dim: int
-  initialization: Any
+  initialization: initial_experts.Initialization
 
   @nn.compact
   def __call__(self) -> tuple[jax.Array, jax.Array]:
@@ -105,14 +106,13 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
   """
 
   num_experts: int = 16
-  # Before the field that has the module's name.
-  logits: Any = routing.LinearLogits()
-  routing: Any = tokens_choose.TokensChoose(2)
-  dispatch: Any = dropless_dispatch.DroplessDispatch()
-  groups: Any = token_groups.TokenGroups()
-  losses: Any = router_losses.RouterLosses()
-  initialization: Any = initial_experts.DenseInit()
-  inner: Any = inner_attention.Softmax()
+  logits: router_base.Logits = router_base.LinearLogits()
+  routing: router_base.Router = tokens_choose.TokensChoose(2)
+  dispatch: dispatch_base.Dispatch = dropless_dispatch.DroplessDispatch()
+  groups: token_groups.Groups = token_groups.TokenGroups()
+  losses: router_losses.RouterLosses = router_losses.RouterLosses()
+  initialization: initial_experts.Initialization = initial_experts.DenseInit()
+  inner: inner_attention.InnerAttention = inner_attention.Softmax()
   use_bias: bool = False
   identity_memory: bool = False
   routes_padding: bool = False
@@ -141,11 +141,23 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
 
   @property
   def looks_ahead(self) -> bool:
-    """Whether a token's modules may depend on later tokens."""
+    """See `attention_base.Attention`."""
     return self.routing.looks_ahead
 
+  @property
+  def looks_back_only(self) -> bool:
+    """See `attention_base.Attention`."""
+    return self.inner.looks_back_only
+
+  @property
+  def needs_all_queries(self) -> bool:
+    """See `attention_base.Attention`."""
+    return self.inner.needs_all_queries
+
+  def kind(self) -> str:
+    return f'a mixture of heads with {self.routing} and {self.inner}'
+
   def check_width(self, embed_dim: int) -> None:
-    """Raises ValueError if the model is not as wide as `identity_memory` is."""
     if self.identity_memory and self.head_dim != embed_dim:
       raise ValueError(
         'With identity_memory the tokens are keys and values as they are, so '
@@ -156,7 +168,6 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
   def check_mesh(
     self, mesh_shape: Mapping[str, int], batch: int, length: int
   ) -> None:
-    """Raises ValueError if [batch, length] tokens cannot go over the mesh."""
     if mesh_shape[expert_parallel.EXPERT_AXIS] > 1:
       expert_parallel.check_sizes(
         mesh_shape,
@@ -254,7 +265,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
     """The queries of all tokens, and the kernels for what they will find."""
     embed_dim = tokens.shape[-1]
     grouped = self.groups.split(tokens, 0)
-    logits, bias, excluded = routing.LearnedRouting(
+    logits, bias, excluded = router_base.LearnedRouting(
       self.routing,
       self.num_experts,
       self.initialization.router(embed_dim),
@@ -277,7 +288,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
         'excluded': excluded,
       },
       kernels={'query': query.astype(self.dtype)},
-      shared={'bias': bias},
+      shared={'selection_bias': bias},
     )
     mixture.sow(self, asked.sums)
     return asked, out.astype(self.dtype)
@@ -286,7 +297,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
   def _queries(self, training, *, tokens, kernels, **asked):
     """Queries of this device's groups, by the modules that tokens chose."""
     parts = self._parts(training)
-    decision, stats = parts.decide(ids=None, **asked)
+    decision, stats = parts.decide(router_base.RouterInputs(**asked))
     flat = tokens.reshape(-1, tokens.shape[-1])
     rows = parts.compute(
       slots.to_slots(flat, decision.plan), kernels, decision, experts.project
@@ -344,12 +355,7 @@ class MixtureOfSelfAttentionHeads(
   Call: as SelfAttention.
   """
 
-  inner: Any = inner_attention.StickBreaking()
-
-  @property
-  def looks_back_only(self) -> bool:
-    """Whether a query can be nearer to the start than its key."""
-    return self.inner.looks_back_only
+  inner: inner_attention.InnerAttention = inner_attention.StickBreaking()
 
   def __call__(
     self,

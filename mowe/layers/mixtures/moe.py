@@ -9,15 +9,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
 
-from mowe.layers import feed_forward
+from mowe.layers import feed_forward, feed_forward_base
 from mowe.layers.dispatch import (
+  dispatch_base,
   dropless_dispatch,
   expert_dropout,
   expert_parallel,
   token_groups,
 )
 from mowe.layers.mixtures import experts, initial_experts, mixture
-from mowe.layers.routers import router_losses, routing, tokens_choose
+from mowe.layers.routers import router_base, router_losses, tokens_choose
 
 
 class ExpertKernels(nn.Module):
@@ -42,7 +43,7 @@ class ExpertKernels(nn.Module):
   embed_dim: int
   expert_dim: int
   activations: tuple[str, ...]
-  initialization: Any = initial_experts.DenseInit()
+  initialization: initial_experts.Initialization = initial_experts.DenseInit()
   use_bias: bool = False
   output_bias: bool = False
 
@@ -73,7 +74,7 @@ class ExpertKernels(nn.Module):
     return arrays
 
 
-class MoeLayer(nn.Module):
+class MoeLayer(feed_forward_base.FeedForward):
   """Feed-forward of many experts, of which each token meets a few.
 
   Sows `router_losses.RouterStats` as `stats` into the collection
@@ -113,13 +114,12 @@ class MoeLayer(nn.Module):
   num_experts: int
   expert_dim: int
   activations: tuple[str, ...] = ('gelu', 'linear')
-  # Before the field that has the module's name.
-  logits: Any = routing.LinearLogits()
-  routing: Any = tokens_choose.TokensChoose()
-  dispatch: Any = dropless_dispatch.DroplessDispatch()
-  groups: Any = token_groups.TokenGroups()
-  losses: Any = router_losses.RouterLosses()
-  initialization: Any = initial_experts.DenseInit()
+  logits: router_base.Logits = router_base.LinearLogits()
+  routing: router_base.Router = tokens_choose.TokensChoose()
+  dispatch: dispatch_base.Dispatch = dropless_dispatch.DroplessDispatch()
+  groups: token_groups.Groups = token_groups.TokenGroups()
+  losses: router_losses.RouterLosses = router_losses.RouterLosses()
+  initialization: initial_experts.Initialization = initial_experts.DenseInit()
   use_bias: bool = False
   expert_output_bias: bool = False
   shared_expert_dim: int = 0
@@ -143,15 +143,17 @@ class MoeLayer(nn.Module):
   # only for padding.
   reads_token_ids = True
 
+  def kind(self) -> str:
+    return f'a MoeLayer with {self.routing}'
+
   @property
   def looks_ahead(self) -> bool:
-    """Whether a token's experts may depend on later tokens."""
+    """See `feed_forward_base.FeedForward`."""
     return self.routing.looks_ahead
 
   def check_mesh(
     self, mesh_shape: Mapping[str, int], batch: int, length: int
   ) -> None:
-    """Raises ValueError if [batch, length] tokens cannot go over the mesh."""
     if mesh_shape[expert_parallel.EXPERT_AXIS] > 1:
       expert_parallel.check_sizes(
         mesh_shape,
@@ -195,13 +197,13 @@ class MoeLayer(nn.Module):
       groups={
         'tokens': grouped.astype(self.dtype),
         'is_valid': is_valid,
-        'ids': ids,
+        'routing_ids': ids,
         'logits': logits,
         'excluded': excluded,
       },
       kernels=kernels,
       shared={
-        'bias': bias,
+        'selection_bias': bias,
         'dropout': self._dropout(deterministic, num_pairs, length),
       },
     )
@@ -229,7 +231,7 @@ class MoeLayer(nn.Module):
       self.losses,
       training,
     )
-    decision, stats = parts.decide(**asked)
+    decision, stats = parts.decide(router_base.RouterInputs(**asked))
     flat = tokens.reshape(-1, tokens.shape[-1])
     outputs = parts.transform(
       flat,
@@ -245,7 +247,7 @@ class MoeLayer(nn.Module):
   def _logits(self, tokens, deterministic):
     if not self.routing.is_learned:
       return None, None, None
-    return routing.LearnedRouting(
+    return router_base.LearnedRouting(
       self.routing,
       self.num_experts,
       self.initialization.router(tokens.shape[-1]),

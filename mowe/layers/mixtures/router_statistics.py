@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from mowe.layers.dispatch import slots
-from mowe.layers.routers import router_losses, routing
+from mowe.layers.routers import router_base, router_losses
 
 
 def measure(
   logits: jax.Array | None,
-  choices: routing.Choices,
+  choices: router_base.Choices,
   plan: slots.SlotPlan,
   *,
-  router: routing.Router,
-  router_losses: router_losses.RouterLosses,
+  router: router_base.Router,
+  losses: router_losses.RouterLosses,
   is_valid: jax.Array,
 ) -> router_losses.RouterStats:
   """Stats of one call of a layer.
@@ -23,7 +23,7 @@ def measure(
     choices: the router's answer.
     plan: what was computed of it.
     router: the router.
-    router_losses: how the losses are formed.
+    losses: how the losses of the router are formed.
     is_valid: <bool>[groups, tokens].
   """
   num_experts = plan.group_sizes.shape[0]
@@ -48,7 +48,7 @@ def measure(
   sums['total_probs'] = jnp.zeros_like(load)
   num_not_finite = zero
   if logits is not None:
-    sums |= router_losses.sums(logits, choices.probs, num_chosen, is_valid)
+    sums |= losses.sums(logits, choices.probs, num_chosen, is_valid)
     sums['entropy'] = jnp.sum(_entropy(choices.probs) * is_valid)
     num_not_finite = count(is_routed & ~jnp.all(jnp.isfinite(logits), axis=-1))
   if router.is_balanced:

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from mowe.layers.routers import (
+  router_base,
   router_losses,
-  routing,
   tokens_choose,
   wrapped_router,
 )
@@ -81,40 +81,37 @@ class AddedChoose(wrapped_router.WrappedRouter):
 
   def __call__(
     self,
-    logits: jax.Array,
+    inputs: router_base.RouterInputs,
     *,
     num_experts: int,
-    is_valid: jax.Array,
-    routing_ids: jax.Array | None = None,
-    selection_bias: jax.Array | None = None,
-    excluded: jax.Array | None = None,
     training: bool = False,
-  ) -> routing.Choices:
-    """Choices of all groups; see `routing.Router`."""
+  ) -> router_base.Choices:
+    """Returns the choices of all groups; see `routing.Router`."""
+    logits, excluded = inputs.logits, inputs.excluded
     # Of a router with kept gates the columns are more than the modules.
     columns = logits.shape[-1]
     old_columns = columns - (num_experts - self.num_old)
     is_old = jnp.arange(columns) < old_columns
     old_bias = bias = None
-    if selection_bias is not None:
-      old_bias, new_bias = jnp.split(selection_bias, [self.num_old])
+    if inputs.selection_bias is not None:
+      old_bias, new_bias = jnp.split(inputs.selection_bias, [self.num_old])
       bias = jnp.pad(new_bias, (old_columns, 0))
     old = self.router(
-      logits[:, :, :old_columns],
+      inputs._replace(
+        logits=logits[:, :, :old_columns],
+        selection_bias=old_bias,
+        excluded=None if excluded is None else excluded[:, :, :old_columns],
+      ),
       num_experts=self.num_old,
-      is_valid=is_valid,
-      routing_ids=routing_ids,
-      selection_bias=old_bias,
-      excluded=None if excluded is None else excluded[:, :, :old_columns],
       training=training,
     )
     not_new = is_old[None, None, :]
     new = tokens_choose.TokensChoose(self.k, sigmoid=self.sigmoid)(
-      logits,
+      inputs._replace(
+        selection_bias=bias,
+        excluded=not_new if excluded is None else not_new | excluded,
+      ),
       num_experts=columns,
-      is_valid=is_valid,
-      selection_bias=bias,
-      excluded=not_new if excluded is None else not_new | excluded,
       training=training,
     )
     probs = new.probs
@@ -175,7 +172,7 @@ def _joined(old, new):
     ],
     axis=-1,
   )
-  return routing.Choices(
+  return router_base.Choices(
     tokens=both('tokens', 1),
     experts=both('experts', 1),
     weights=both('weights', 1),

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +67,14 @@ class ExpertsChoose:
 
   def __call__(
     self,
-    logits: jax.Array,
+    inputs: router_base.RouterInputs,
     *,
     num_experts: int,
-    is_valid: jax.Array,
-    routing_ids: jax.Array | None = None,
-    selection_bias: jax.Array | None = None,
-    excluded: jax.Array | None = None,
     training: bool = False,
-  ) -> routing.Choices:
-    """Choices of all groups; see `routing.Router`."""
-    del routing_ids, selection_bias, excluded, training
+  ) -> router_base.Choices:
+    """Returns the choices of all groups; see `routing.Router`."""
+    del training
+    logits, is_valid = inputs.logits, inputs.is_valid
     num_groups, num_tokens, _ = logits.shape
     probs = jax.nn.softmax(logits)
     if self.routes_padding:
@@ -101,7 +98,7 @@ class ExpertsChoose:
     own = jnp.arange(num_experts, dtype=jnp.int32)[None, :, None]
     experts = jnp.where(is_real, own, num_experts)
     flat = lambda x: x.reshape(num_groups, -1)
-    return routing.Choices(
+    return router_base.Choices(
       tokens=flat(tokens),
       experts=flat(experts),
       weights=flat(weights),

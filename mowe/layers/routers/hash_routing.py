@@ -3,11 +3,10 @@
 import dataclasses
 import heapq
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 
 
 def balanced_table(counts: np.ndarray, num_experts: int) -> tuple[int, ...]:
@@ -83,17 +82,14 @@ class HashRouter:
 
   def __call__(
     self,
-    logits: jax.Array | None = None,
+    inputs: router_base.RouterInputs,
     *,
     num_experts: int,
-    is_valid: jax.Array,
-    routing_ids: jax.Array | None,
-    selection_bias: jax.Array | None = None,
-    excluded: jax.Array | None = None,
     training: bool = False,
-  ) -> routing.Choices:
-    """Choices of all groups; see `routing.Router`."""
-    del logits, selection_bias, excluded, training
+  ) -> router_base.Choices:
+    """Returns the choices of all groups; see `routing.Router`."""
+    del training
+    routing_ids, is_valid = inputs.routing_ids, inputs.is_valid
     if routing_ids is None:
       raise ValueError(
         'HashRouter needs the ids of its tokens as routing_ids, but got None. '
@@ -107,7 +103,7 @@ class HashRouter:
     positions = jnp.broadcast_to(
       jnp.arange(num_tokens, dtype=jnp.int32), (num_groups, num_tokens)
     )
-    return routing.Choices(
+    return router_base.Choices(
       tokens=positions,
       experts=experts,
       weights=has_expert.astype(jnp.float32),

@@ -15,12 +15,12 @@ from flax import linen as nn
 from flax.linen import partitioning
 
 from mowe.layers import parameter
-from mowe.layers.routers import router_losses, routing
+from mowe.layers.routers import router_base, router_losses
 
 _init = parameter.normal(0.02)
 
 
-class MlpRouterWeights(routing.RouterWeights):
+class MlpRouterWeights(router_base.RouterWeights):
   """Logits gelu(x W1 + b1) W2, with the exact GELU.
 
   Attributes:
@@ -31,10 +31,10 @@ class MlpRouterWeights(routing.RouterWeights):
 
   def project(self, tokens: jax.Array) -> jax.Array:
     """See `RouterWeights`."""
-    hidden = routing.Projection(self.hidden_dim, True, _init, name='hidden')(
-      tokens
-    )
-    return routing.Projection(
+    hidden = router_base.Projection(
+      self.hidden_dim, True, _init, name='hidden'
+    )(tokens)
+    return router_base.Projection(
       self.num_experts,
       self.use_bias,
       self.kernel_init,
@@ -42,7 +42,7 @@ class MlpRouterWeights(routing.RouterWeights):
     )(jax.nn.gelu(hidden, approximate=False))
 
 
-class CentroidRouterWeights(routing.RouterWeights):
+class CentroidRouterWeights(router_base.RouterWeights):
   """Logits are cosines of a projection with centroids, times a learned scale.
 
   Attributes:
@@ -53,7 +53,7 @@ class CentroidRouterWeights(routing.RouterWeights):
 
   def project(self, tokens: jax.Array) -> jax.Array:
     """See `RouterWeights`."""
-    projected = routing.Projection(
+    projected = router_base.Projection(
       self.hidden_dim, False, _init, name='hidden'
     )(tokens)
     centroids = partitioning.param_with_axes(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.layers.routers import router_losses, routing, wrapped_router
+from mowe.layers.routers import router_base, router_losses, wrapped_router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +55,17 @@ class KeptChoose(wrapped_router.WrappedRouter):
 
   def __call__(
     self,
-    logits: jax.Array,
+    inputs: router_base.RouterInputs,
     *,
     num_experts: int,
-    is_valid: jax.Array,
-    routing_ids: jax.Array | None = None,
-    selection_bias: jax.Array | None = None,
-    excluded: jax.Array | None = None,
     training: bool = False,
-  ) -> routing.Choices:
-    """Choices of all groups, of logits <float32>[groups, tokens, columns]."""
+  ) -> router_base.Choices:
+    """Returns the choices of all groups; see `routing.Router`.
+
+    The logits are <float32>[groups, tokens, columns], those of removed modules
+    among them.
+    """
+    selection_bias, excluded = inputs.selection_bias, inputs.excluded
     kept = np.asarray(self.kept)
     # The last entry is of pairs that stand for nothing.
     numbers = np.full(self.num_columns + 1, num_experts, np.int32)
@@ -76,12 +77,11 @@ class KeptChoose(wrapped_router.WrappedRouter):
       zeros = jnp.zeros(self.num_columns, selection_bias.dtype)
       selection_bias = zeros.at[kept].set(selection_bias)
     choices = self.router(
-      logits,
+      inputs._replace(
+        selection_bias=selection_bias,
+        excluded=removed if excluded is None else removed | excluded,
+      ),
       num_experts=self.num_columns,
-      is_valid=is_valid,
-      routing_ids=routing_ids,
-      selection_bias=selection_bias,
-      excluded=removed if excluded is None else removed | excluded,
       training=training,
     )
     probs = choices.probs[:, :, kept]

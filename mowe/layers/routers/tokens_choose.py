@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mowe.layers.routers import routing
+from mowe.layers.routers import router_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +98,13 @@ class TokensChoose:
 
   def __call__(
     self,
-    logits: jax.Array,
+    inputs: router_base.RouterInputs,
     *,
     num_experts: int,
-    is_valid: jax.Array,
-    routing_ids: jax.Array | None = None,
-    selection_bias: jax.Array | None = None,
-    excluded: jax.Array | None = None,
     training: bool = False,
-  ) -> routing.Choices:
-    """Choices of all groups; see `routing.Router`."""
-    del routing_ids
+  ) -> router_base.Choices:
+    """Returns the choices of all groups; see `routing.Router`."""
+    logits, is_valid = inputs.logits, inputs.is_valid
     scores = jax.nn.sigmoid(logits) if self.sigmoid else jax.nn.softmax(logits)
     is_real = is_valid[:, :, None]
     is_allowed = jnp.broadcast_to(is_real, logits.shape)
@@ -117,10 +113,14 @@ class TokensChoose:
       scores *= is_real
       logits = jnp.where(is_real, logits, 0)
       is_allowed = jnp.ones_like(is_allowed)
-    if excluded is not None:
-      is_allowed &= ~excluded
+    if inputs.excluded is not None:
+      is_allowed &= ~inputs.excluded
     ranks = self.ranks(
-      logits, scores, selection_bias, is_valid=is_valid, training=training
+      logits,
+      scores,
+      inputs.selection_bias,
+      is_valid=is_valid,
+      training=training,
     )
     ranks = jax.lax.stop_gradient(jnp.where(is_allowed, ranks, -jnp.inf))
     experts = jax.lax.top_k(ranks, self.k)[1]
@@ -182,7 +182,7 @@ class TokensChoose:
       # [groups, tokens, k] -> [groups, tokens * k]
       in_order = lambda x: x.reshape(num_groups, -1)
       pairs = rank[:, :, None] * k + choice
-    return routing.Choices(
+    return router_base.Choices(
       tokens=in_order(jnp.broadcast_to(order[:, :, None], experts.shape)),
       experts=in_order(experts),
       weights=in_order(weights),

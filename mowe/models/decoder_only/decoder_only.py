@@ -51,7 +51,8 @@ class DecoderOnly(nn.Module):
     decoder_positions: jax.Array | None = None,
     decoder_causal_attention: jax.Array | None = None,
     *,
-    decoder_routing_ids: Any = None,
+    decoder_routing_ids: jax.Array | None = None,
+    decoder_plan: Any = None,
     enable_dropout: bool = True,
   ) -> jax.Array:
     """Logits <float32>[batch, length, vocab] with teacher forcing.
@@ -65,8 +66,10 @@ class DecoderOnly(nn.Module):
       decoder_positions: taken for T5X's sake; distances need none.
       decoder_causal_attention: <int32>[batch, length], 1 where a token of the
         inputs goes in; of use with `prefix_lm`.
-      decoder_routing_ids: <int32>[batch, length], or a StreamPlan; by default
-        made from the tokens by the config's routing.
+      decoder_routing_ids: <int32>[batch, length]; None: they are made from the
+        tokens by the config's routing.
+      decoder_plan: the plan of these tokens (`batch_plans.StreamPlan`), or
+        None.
       enable_dropout: draws from the `dropout` stream.
     """
     del decoder_positions
@@ -87,12 +90,15 @@ class DecoderOnly(nn.Module):
       sees = sees & jnp.pad(
         same, ((0, 0), (0, 0), (num_old, 0)), constant_values=True
       )
-    if decoder_routing_ids is None and self.config.sparse_decoder_layers:
-      decoder_routing_ids = model_config.routing_ids(
-        self.config, 'decoder_ids', ids, real, decoder_segment_ids
+    routing = model_config.StreamRouting(decoder_routing_ids, decoder_plan)
+    if not routing.is_given and self.config.sparse_decoder_layers:
+      routing = model_config.StreamRouting(
+        model_config.routing_ids(
+          self.config, 'decoder_ids', ids, real, decoder_segment_ids
+        )
       )
     return self._logits(
-      ids, positions, sees, decoder_routing_ids, False, not enable_dropout
+      ids, positions, sees, routing, False, not enable_dropout
     )
 
   def of_batch(
@@ -101,7 +107,7 @@ class DecoderOnly(nn.Module):
     """Logits <float32>[batch, length, vocab] of a batch by T5X's keys.
 
     Args:
-      batch: as in docs/architecture.md; routing ids may be StreamPlans.
+      batch: as in docs/architecture; the plan is under `decoder_plan`.
       enable_dropout: draws from the `dropout` stream.
     """
     return self(
@@ -110,7 +116,11 @@ class DecoderOnly(nn.Module):
     )
 
   def decode(
-    self, tokens: jax.Array, real: jax.Array, routing_ids: Any, length: int
+    self,
+    tokens: jax.Array,
+    real: jax.Array,
+    routing_ids: jax.Array | None,
+    length: int,
   ) -> jax.Array:
     """Logits <float32>[batch, query, vocab] of tokens after those in the cache.
 
@@ -140,14 +150,15 @@ class DecoderOnly(nn.Module):
       # The inputs, which come together.
       sees = jnp.broadcast_to(positions.keys < num_queries, sees.shape)
     sees = sees[None] & all_real[:, None, :]
-    return self._logits(tokens, positions, sees, routing_ids, True, True)
+    routing = model_config.StreamRouting(routing_ids)
+    return self._logits(tokens, positions, sees, routing, True, True)
 
-  def _logits(self, ids, positions, sees, routing_ids, decode, deterministic):
+  def _logits(self, ids, positions, sees, routing, decode, deterministic):
     tokens = self.decoder(
       self.token_embedder(ids),
       positions,
       sees[:, None],
-      routing_ids,
+      routing,
       decode,
       deterministic,
     )
@@ -261,6 +272,7 @@ _FEATURES = (
   'decoder_segment_ids',
   'decoder_causal_attention',
   'decoder_routing_ids',
+  'decoder_plan',
 )
 
 

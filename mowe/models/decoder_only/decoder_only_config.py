@@ -81,6 +81,8 @@ class DecoderOnlyConfig:
     }
   )
 
+  shared_fields = types.MappingProxyType({})
+
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
     feed_forward.check_activations(self.mlp_activations)
@@ -88,7 +90,7 @@ class DecoderOnlyConfig:
     model_config.check_blocks(
       'decoder', self.sparse_decoder_layers, self.num_layers
     )
-    model_config.check_block_layers(self, {'decoder': self.num_layers})
+    model_config.check_block_layers(self)
     if bool(self.sparse_decoder_layers) != (
       self.sparse_feed_forward is not None
     ):
@@ -113,7 +115,7 @@ class DecoderOnlyConfig:
         f'memory_length must not be negative, but is {self.memory_length}. '
         'It is a number of tokens; 0 is no memory.'
       )
-    one_way = getattr(self.make_attention(), 'looks_back_only', False)
+    one_way = self.make_attention().looks_back_only
     if self.prefix_lm and (one_way or self.memory_length):
       raise ValueError(
         'With prefix_lm tokens of the inputs look ahead within one example, '
@@ -125,6 +127,10 @@ class DecoderOnlyConfig:
   def of_block(self, stream: str, number: int) -> 'DecoderOnlyConfig':
     """The config whose layers are those of one block."""
     return model_config.of_block(self, stream, number)
+
+  def depths(self) -> dict[str, int]:
+    """See `model_config.ModelConfig`."""
+    return {'decoder': self.num_layers}
 
   def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
     """The blocks whose feed-forward is sparse."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import linear, parameter
+from mowe.layers import feed_forward_base, linear, parameter
 from mowe.models import model_config
 from mowe.models.decoder_only import decoder_only_config
 
@@ -37,9 +37,7 @@ class Block(nn.Module):
     self.mlp = config.make_feed_forward(self.number, self.shared)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
-  def __call__(
-    self, tokens, positions, mask, routing_ids, decode, deterministic
-  ):
+  def __call__(self, tokens, positions, mask, routing, decode, deterministic):
     normed = self.pre_self_attention_layer_norm(tokens)
     attended = self.self_attention(
       normed,
@@ -50,8 +48,12 @@ class Block(nn.Module):
       deterministic=deterministic,
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    outputs = self.mlp(
-      self.pre_mlp_layer_norm(tokens), routing_ids, deterministic=deterministic
+    outputs = feed_forward_base.call(
+      self.mlp,
+      self.pre_mlp_layer_norm(tokens),
+      routing_ids=routing.ids,
+      plan=routing.plan,
+      deterministic=deterministic,
     )
     return tokens + self.dropout(outputs, deterministic=deterministic)
 
@@ -108,14 +110,10 @@ class Decoder(nn.Module):
         axes=('vocab',),
       )
 
-  def __call__(
-    self, tokens, positions, mask, routing_ids, decode, deterministic
-  ):
+  def __call__(self, tokens, positions, mask, routing, decode, deterministic):
     tokens = self.dropout(tokens, deterministic=deterministic)
     for layer in self.layers:
-      tokens = layer(
-        tokens, positions, mask, routing_ids, decode, deterministic
-      )
+      tokens = layer(tokens, positions, mask, routing, decode, deterministic)
     tokens = self.decoder_norm(tokens)
     return self.dropout(tokens, deterministic=deterministic)
 

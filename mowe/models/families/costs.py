@@ -8,6 +8,8 @@ import flax
 import jax
 import numpy as np
 
+from mowe.layers import feed_forward_base
+from mowe.layers.dispatch import token_groups
 from mowe.layers.mixtures import moe
 from mowe.models import model_config, parameters
 from mowe.models.families import families
@@ -120,14 +122,16 @@ def _share_read(path, layer):
     return is_kernel * experts_per_token(layer) / layer.num_experts
   if path[-1] == 'kernel':
     return fractions.Fraction(1)
-  if path[-2] == 'mlp' and hasattr(layer, 'share_read'):
-    return layer.share_read(path[-1])
+  if path[-2] == 'mlp' and layer is not None:
+    return feed_forward_base.contract(layer).share_read(path[-1])
   return fractions.Fraction(0)
 
 
 def experts_per_token(layer: moe.MoeLayer) -> fractions.Fraction:
   """Experts that a token meets on average, in a group of the usual size."""
-  size = getattr(layer.groups, 'size', _GROUP_SIZE)
+  groups = layer.groups
+  is_sized = isinstance(groups, token_groups.TokenGroups)
+  size = groups.size if is_sized else _GROUP_SIZE
   pairs = layer.routing.num_pairs(size, layer.num_experts)
   return fractions.Fraction(pairs, size)
 

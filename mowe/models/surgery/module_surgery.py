@@ -190,23 +190,17 @@ def _places(config):
   """Places of all layers that the config's factories make."""
   blocks = config.sparse_blocks()
   for stream, name in config.layer_fields:
-    numbers = blocks[stream] if name == _MLP else range(_depth(config, stream))
+    numbers = blocks[stream] if name == _MLP else range(config.depths()[stream])
     if _field_of(config, stream, name) is not None:
       yield from (f'{stream}/layers_{number}/{name}' for number in numbers)
-
-
-def _depth(config, stream):
-  if hasattr(config, 'num_layers'):
-    return config.num_layers
-  return getattr(config, f'num_{stream}_layers')
 
 
 def _field_of(config, stream, name):
   """The field that makes these layers now, which others may share."""
   field = config.layer_fields[stream, name]
   if getattr(config, field) is None:
-    field = getattr(config, 'shared_fields', {}).get(field, field)
-  return None if getattr(config, field, None) is None else field
+    field = config.shared_fields.get(field, field)
+  return None if getattr(config, field) is None else field
 
 
 def _changed(factory: Callable[..., nn.Module], changes):

@@ -53,8 +53,10 @@ class T5(nn.Module):
     encoder_positions: jax.Array | None = None,
     decoder_positions: jax.Array | None = None,
     *,
-    encoder_routing_ids: Any = None,
-    decoder_routing_ids: Any = None,
+    encoder_routing_ids: jax.Array | None = None,
+    decoder_routing_ids: jax.Array | None = None,
+    encoder_plan: Any = None,
+    decoder_plan: Any = None,
     enable_dropout: bool = True,
     decode: bool = False,
   ) -> jax.Array:
@@ -68,9 +70,12 @@ class T5(nn.Module):
       decoder_segment_ids: <int32>[batch, targets] of packed examples, or None.
       encoder_positions: taken for T5X's sake; relative positions need none.
       decoder_positions: likewise.
-      encoder_routing_ids: <int32>[batch, inputs], or a StreamPlan; by default
-        made from the tokens by the config's routing.
+      encoder_routing_ids: <int32>[batch, inputs]; None: they are made from the
+        tokens by the config's routing.
       decoder_routing_ids: likewise for the decoder's input tokens.
+      encoder_plan: the plan of the encoder's tokens (`batch_plans.StreamPlan`),
+        or None.
+      decoder_plan: likewise for the decoder's input tokens.
       enable_dropout: draws from the `dropout` stream.
       decode: prepares the cache for step-by-step decoding.
     """
@@ -83,7 +88,7 @@ class T5(nn.Module):
       embedded,
       encoder_input_tokens,
       encoder_segment_ids,
-      encoder_routing_ids=encoder_routing_ids,
+      routing=model_config.StreamRouting(encoder_routing_ids, encoder_plan),
       enable_dropout=enable_dropout,
     )
     return self._decode(
@@ -94,7 +99,7 @@ class T5(nn.Module):
       decoder_target_tokens,
       encoder_segment_ids,
       decoder_segment_ids,
-      decoder_routing_ids=decoder_routing_ids,
+      routing=model_config.StreamRouting(decoder_routing_ids, decoder_plan),
       enable_dropout=enable_dropout,
       decode=decode,
       max_decode_length=None,
@@ -106,7 +111,8 @@ class T5(nn.Module):
     """Logits <float32>[batch, targets, vocab] of a batch by T5X's keys.
 
     Args:
-      batch: as in docs/architecture.md; routing ids may be StreamPlans.
+      batch: as in docs/architecture; plans are under `encoder_plan` and
+        `decoder_plan`.
       enable_dropout: draws from the `dropout` stream.
     """
     return self(
@@ -119,7 +125,7 @@ class T5(nn.Module):
     encoder_input_tokens: jax.Array,
     encoder_segment_ids: jax.Array | None = None,
     *,
-    encoder_routing_ids: Any = None,
+    encoder_routing_ids: jax.Array | None = None,
     enable_dropout: bool = True,
   ) -> jax.Array:
     """Encoder outputs <dtype>[batch, inputs, embed]."""
@@ -127,7 +133,7 @@ class T5(nn.Module):
       self.token_embedder(encoder_input_tokens.astype(jnp.int32)),
       encoder_input_tokens,
       encoder_segment_ids,
-      encoder_routing_ids=encoder_routing_ids,
+      routing=model_config.StreamRouting(encoder_routing_ids),
       enable_dropout=enable_dropout,
     )
 
@@ -137,23 +143,18 @@ class T5(nn.Module):
     encoder_input_tokens,
     encoder_segment_ids,
     *,
-    encoder_routing_ids,
+    routing,
     enable_dropout,
   ):
     ids = encoder_input_tokens.astype(jnp.int32)
     real = ids > 0
     mask = real[:, None, :, None] & real[:, None, None, :]
     mask = _same_segment(mask, encoder_segment_ids, encoder_segment_ids)
-    if encoder_routing_ids is None and self.config.sparse_encoder_layers:
-      encoder_routing_ids = self._routing_ids(
-        'encoder_ids', ids, real, encoder_segment_ids
+    if not routing.is_given and self.config.sparse_encoder_layers:
+      routing = model_config.StreamRouting(
+        self._routing_ids('encoder_ids', ids, real, encoder_segment_ids)
       )
-    return self.encoder(
-      embedded,
-      mask,
-      encoder_routing_ids,
-      not enable_dropout,
-    )
+    return self.encoder(embedded, mask, routing, not enable_dropout)
 
   def decode(
     self,
@@ -165,7 +166,7 @@ class T5(nn.Module):
     decoder_segment_ids: jax.Array | None = None,
     decoder_positions: jax.Array | None = None,
     *,
-    decoder_routing_ids: Any = None,
+    decoder_routing_ids: jax.Array | None = None,
     enable_dropout: bool = True,
     decode: bool = False,
     max_decode_length: int | None = None,
@@ -184,7 +185,7 @@ class T5(nn.Module):
       decoder_target_tokens,
       encoder_segment_ids,
       decoder_segment_ids,
-      decoder_routing_ids=decoder_routing_ids,
+      routing=model_config.StreamRouting(decoder_routing_ids),
       enable_dropout=enable_dropout,
       decode=decode,
       max_decode_length=max_decode_length,
@@ -200,7 +201,7 @@ class T5(nn.Module):
     encoder_segment_ids,
     decoder_segment_ids,
     *,
-    decoder_routing_ids,
+    routing,
     enable_dropout,
     decode,
     max_decode_length,
@@ -219,16 +220,16 @@ class T5(nn.Module):
     cross_mask = _same_segment(
       cross_mask, decoder_segment_ids, encoder_segment_ids
     )
-    if decoder_routing_ids is None and self.config.sparse_decoder_layers:
-      decoder_routing_ids = self._decoder_routing_ids(
-        inputs, real, decoder_segment_ids, decode
+    if not routing.is_given and self.config.sparse_decoder_layers:
+      routing = model_config.StreamRouting(
+        self._decoder_routing_ids(inputs, real, decoder_segment_ids, decode)
       )
     tokens = self.decoder(
       embedded,
       encoded,
       mask,
       cross_mask,
-      decoder_routing_ids,
+      routing,
       decode=decode,
       max_decode_length=max_decode_length,
       deterministic=not enable_dropout,
@@ -314,6 +315,8 @@ _FEATURES = (
   'decoder_segment_ids',
   'encoder_routing_ids',
   'decoder_routing_ids',
+  'encoder_plan',
+  'decoder_plan',
 )
 
 

@@ -77,13 +77,9 @@ class T5Config:
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
     feed_forward.check_activations(self.mlp_activations)
     model_config.check_dtype(self.dtype)
-    depths = {
-      'encoder': self.num_encoder_layers,
-      'decoder': self.num_decoder_layers,
-    }
     for stream, blocks in self.sparse_blocks().items():
-      model_config.check_blocks(stream, blocks, depths[stream])
-    model_config.check_block_layers(self, depths)
+      model_config.check_blocks(stream, blocks, self.depths()[stream])
+    model_config.check_block_layers(self)
     has_layers = bool(self.sparse_encoder_layers or self.sparse_decoder_layers)
     if has_layers != (self.sparse_feed_forward is not None):
       raise ValueError(
@@ -121,6 +117,13 @@ class T5Config:
   def of_block(self, stream: str, number: int) -> 'T5Config':
     """The config whose layers are those of one block."""
     return model_config.of_block(self, stream, number)
+
+  def depths(self) -> dict[str, int]:
+    """See `model_config.ModelConfig`."""
+    return {
+      'encoder': self.num_encoder_layers,
+      'decoder': self.num_decoder_layers,
+    }
 
   def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
     """Of each stack the blocks whose feed-forward is sparse."""

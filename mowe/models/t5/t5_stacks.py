@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import layer_norm, linear
+from mowe.layers import feed_forward_base, layer_norm, linear
 from mowe.layers.attention import multi_head, relative_position
 from mowe.models.t5 import t5_config
 
@@ -26,10 +26,12 @@ class _Block(nn.Module):
     )
     self.dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
 
-  def _feed_forward(self, tokens, routing_ids, deterministic):
-    outputs = self.mlp(
+  def _feed_forward(self, tokens, routing, deterministic):
+    outputs = feed_forward_base.call(
+      self.mlp,
       self.pre_mlp_layer_norm(tokens),
-      routing_ids,
+      routing_ids=routing.ids,
+      plan=routing.plan,
       deterministic=deterministic,
     )
     return tokens + self.dropout(outputs, deterministic=deterministic)
@@ -43,13 +45,13 @@ class EncoderBlock(_Block):
     self.attention = self.config.make_attention('attention')
     self._setup_feed_forward()
 
-  def __call__(self, tokens, bias, mask, routing_ids, deterministic):
+  def __call__(self, tokens, bias, mask, routing, deterministic):
     normed = self.pre_attention_layer_norm(tokens)
     attended = self.attention(
       normed, normed, bias=bias, mask=mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    return self._feed_forward(tokens, routing_ids, deterministic)
+    return self._feed_forward(tokens, routing, deterministic)
 
 
 class DecoderBlock(_Block):
@@ -73,7 +75,7 @@ class DecoderBlock(_Block):
     bias,
     mask,
     cross_mask,
-    routing_ids,
+    routing,
     decode,
     deterministic,
   ):
@@ -99,7 +101,7 @@ class DecoderBlock(_Block):
       normed, keys, values, mask=cross_mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    return self._feed_forward(tokens, routing_ids, deterministic)
+    return self._feed_forward(tokens, routing, deterministic)
 
   def remember(self, encoded):
     """Keeps keys and values of the encoder in `encoder_memory`."""
@@ -136,12 +138,12 @@ class Encoder(nn.Module):
     self.input_dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
     self.output_dropout = nn.Dropout(config.dropout_rate)
 
-  def __call__(self, tokens, mask, routing_ids, deterministic):
+  def __call__(self, tokens, mask, routing, deterministic):
     tokens = self.input_dropout(tokens, deterministic=deterministic)
     positions = jnp.arange(tokens.shape[1])
     bias = self.relpos_bias(positions, positions)
     for layer in self.layers:
-      tokens = layer(tokens, bias, mask, routing_ids, deterministic)
+      tokens = layer(tokens, bias, mask, routing, deterministic)
     tokens = self.encoder_norm(tokens)
     return self.output_dropout(tokens, deterministic=deterministic)
 
@@ -184,7 +186,7 @@ class Decoder(nn.Module):
     encoded,
     mask,
     cross_mask,
-    routing_ids,
+    routing,
     *,
     decode,
     max_decode_length,
@@ -199,7 +201,7 @@ class Decoder(nn.Module):
         bias,
         mask,
         cross_mask,
-        routing_ids,
+        routing,
         decode,
         deterministic,
       )

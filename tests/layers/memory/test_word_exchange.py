@@ -84,7 +84,7 @@ def step(layer, update_table, table, state, tokens, cotangent, plan):
     return layer.apply(
       {'params': {'experts': table}, word_experts.FACTORS: factors},
       tokens,
-      plan.encoder,
+      plan=plan.encoder,
       deterministic=deterministic,
       rngs={} if deterministic else {'dropout': jax.random.key(5)},
       **settings,
@@ -244,7 +244,7 @@ def test_tokens_travel_and_kernels_stay():
   table, _, tokens, _, plan = put(mesh, table, make_ids(4))
 
   def apply(table, tokens, plan):
-    return layer.apply({'params': {'experts': table}}, tokens, plan)
+    return layer.apply({'params': {'experts': table}}, tokens, plan=plan)
 
   lowered = jax.jit(partitioning.on_mesh(apply, mesh)).lower(
     table, tokens, plan.encoder
@@ -281,7 +281,7 @@ def test_a_gradient_of_the_whole_table():
   tokens, cotangent = make_inputs()
 
   def objective(table, tokens, plan):
-    outputs = layer.apply({'params': {'experts': table}}, tokens, plan)
+    outputs = layer.apply({'params': {'experts': table}}, tokens, plan=plan)
     return jnp.sum(outputs * cotangent)
 
   mesh = partitioning.make_mesh(**MESHES['2x4'])
@@ -297,7 +297,7 @@ def test_a_plan_for_another_mesh_is_refused():
   layer, table = make_layer()
   tokens, _ = make_inputs()
   plan = make_plan(make_ids(4), (2, 4)).encoder
-  apply = lambda: layer.apply({'params': {'experts': table}}, tokens, plan)
+  apply = lambda: layer.apply({'params': {'experts': table}}, tokens, plan=plan)
   with pytest.raises(ValueError, match='2 x 4 .* there are 1 x 1 '):
     apply()
   mesh = partitioning.make_mesh(data=4, expert=2)

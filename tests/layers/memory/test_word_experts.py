@@ -115,7 +115,7 @@ def test_planned_equals_the_loop(seed, activations, experts_at_once):
   layer, params, tokens, ids, cotangent = make_case(seed, activations)
   stream = make_plan(ids).encoder
   outputs, backward = jax.vjp(
-    lambda p, x: layer.apply({'params': p}, x, stream), params, tokens
+    lambda p, x: layer.apply({'params': p}, x, plan=stream), params, tokens
   )
   d_params, d_tokens = backward(cotangent)
   expected = oracle(tokens, ids, params['experts'], cotangent)
@@ -130,10 +130,13 @@ def test_gradients_of_some_experts_follow_from_the_factors(activations):
   layer, params, tokens, ids, cotangent = make_case(0, activations)
   plan = make_plan(ids)
   _, zeros = layer.apply(
-    {'params': params}, tokens, plan.encoder, mutable=[word_experts.FACTORS]
+    {'params': params},
+    tokens,
+    plan=plan.encoder,
+    mutable=[word_experts.FACTORS],
   )
   _, backward = jax.vjp(
-    lambda p, f: layer.apply({'params': p} | f, tokens, plan.encoder),
+    lambda p, f: layer.apply({'params': p} | f, tokens, plan=plan.encoder),
     params,
     zeros,
   )
@@ -236,18 +239,19 @@ def test_dropout_is_the_same_with_and_without_a_plan(shape):
   ids = rng.integers(-1, NUM_EXPERTS + 1, shape).astype(np.int32)
   variables = layer.init(jax.random.key(0), tokens, ids)
 
-  def gradient(ids):
+  def gradient(**routing):
     apply = lambda params, tokens: layer.apply(
       {'params': params},
       tokens,
-      ids,
+      **routing,
       deterministic=False,
       rngs={'dropout': jax.random.key(1)},
     )
     outputs, backward = jax.vjp(apply, variables['params'], tokens)
     return outputs, *backward(jnp.cos(outputs))
 
-  planned, unplanned = gradient(make_plan(ids).encoder), gradient(ids)
+  planned = gradient(plan=make_plan(ids).encoder)
+  unplanned = gradient(routing_ids=ids)
   jax.tree.map(close, unplanned, planned)
   assert not np.allclose(planned[0], layer.apply(variables, tokens, ids))
 

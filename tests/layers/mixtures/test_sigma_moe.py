@@ -13,7 +13,12 @@ from mowe.layers.dispatch import (
   token_groups,
 )
 from mowe.layers.mixtures import initial_experts, sigma_moe
-from mowe.layers.routers import router_losses, sinkhorn_choose, tokens_choose
+from mowe.layers.routers import (
+  router_base,
+  router_losses,
+  sinkhorn_choose,
+  tokens_choose,
+)
 
 BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS, K = 3, 10, 6, 4, 5, 2
 
@@ -197,7 +202,10 @@ def test_large_logits_are_ranked_as_logits():
   # All sigmoids are 1 in float32, and so is nothing but the order of logits.
   logits = jnp.asarray([[[30.0, 50.0, 40.0, 60.0]]])
   router = tokens_choose.TokensChoose(2, sigmoid=True)
-  choices = router(logits, num_experts=4, is_valid=jnp.ones((1, 1), bool))
+  choices = router(
+    router_base.RouterInputs(is_valid=jnp.ones((1, 1), bool), logits=logits),
+    num_experts=4,
+  )
   np.testing.assert_array_equal(choices.experts, [[3, 1]])
   np.testing.assert_array_equal(choices.weights, [[1.0, 1.0]])
 
@@ -206,10 +214,12 @@ def test_a_token_without_experts_is_skipped_and_counted():
   router = tokens_choose.TokensChoose(2, sigmoid=True, exclusion_rate=0.5)
   excluded = jnp.asarray([[[True] * 3, [True, False, True], [False] * 3]])
   choices = router(
-    jnp.asarray([[[1.0, 2.0, 3.0]] * 3]),
+    router_base.RouterInputs(
+      is_valid=jnp.ones((1, 3), bool),
+      logits=jnp.asarray([[[1.0, 2.0, 3.0]] * 3]),
+      excluded=excluded,
+    ),
     num_experts=3,
-    is_valid=jnp.ones((1, 3), bool),
-    excluded=excluded,
     training=True,
   )
   # Both choices of each of the three tokens; 3 is none.
@@ -241,7 +251,9 @@ def test_sinkhorn_assigns_in_training_only():
     np.bincount(
       np.ravel(
         router(
-          logits, num_experts=4, is_valid=is_valid, training=training
+          router_base.RouterInputs(is_valid=is_valid, logits=logits),
+          num_experts=4,
+          training=training,
         ).experts
       ),
       minlength=4,

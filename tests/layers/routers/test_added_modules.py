@@ -15,15 +15,15 @@ from mowe.layers.routers import (
   hash_routing,
   module_router,
   pruned_modules,
+  router_base,
   router_losses,
-  routing,
   tokens_choose,
 )
 
 BATCH, LENGTH, EMBED, EXPERT_DIM, HIDDEN = 2, 7, 5, 3, 4
 NUM_OLD, NUM_NEW, KEPT = 6, 3, (0, 2, 3, 5)
 LOGITS = {
-  'linear': routing.LinearLogits(),
+  'linear': router_base.LinearLogits(),
   'mlp': module_router.MlpLogits(HIDDEN),
 }
 TOP2 = tokens_choose.TokensChoose(2)
@@ -163,8 +163,14 @@ def test_new_modules_change_no_bit_of_old_choices():
   logits[:, :, NUM_OLD:] *= 50
   is_valid = np.arange(5)[None] < np.array([[5], [3]])
   router = added_modules.AddedChoose(TOP2, NUM_OLD)
-  old = TOP2(logits[:, :, :NUM_OLD], num_experts=NUM_OLD, is_valid=is_valid)
-  new = router(logits, num_experts=NUM_OLD + NUM_NEW, is_valid=is_valid)
+  old = TOP2(
+    router_base.RouterInputs(is_valid=is_valid, logits=logits[:, :, :NUM_OLD]),
+    num_experts=NUM_OLD,
+  )
+  new = router(
+    router_base.RouterInputs(is_valid=is_valid, logits=logits),
+    num_experts=NUM_OLD + NUM_NEW,
+  )
   np.testing.assert_array_equal(new.weights[:, :10], old.weights)
   np.testing.assert_array_equal(new.pairs[:, :, :2], old.pairs)
   none = old.experts == NUM_OLD

@@ -18,6 +18,7 @@ from mowe.layers.dispatch import (
 from mowe.layers.routers import (
   experts_choose,
   hash_routing,
+  router_base,
   router_losses,
   tokens_choose,
 )
@@ -31,11 +32,10 @@ IS_VALID = jnp.array([[True, True, False, True]])
 
 def choose(router, logits=LOGITS, is_valid=IS_VALID, ids=None, bias=None):
   return router(
-    logits,
+    router_base.RouterInputs(
+      is_valid=is_valid, logits=logits, routing_ids=ids, selection_bias=bias
+    ),
     num_experts=2,
-    is_valid=is_valid,
-    routing_ids=ids,
-    selection_bias=bias,
   )
 
 
@@ -122,7 +122,10 @@ def test_experts_follow_real_tokens_not_the_padded_length(length):
   logits[:, :12] = real
   is_valid = jnp.arange(length)[None, :] < jnp.array([[12], [6]])
   choices = router(
-    jnp.asarray(logits), num_experts=4, is_valid=is_valid, routing_ids=None
+    router_base.RouterInputs(
+      is_valid=is_valid, logits=jnp.asarray(logits), routing_ids=None
+    ),
+    num_experts=4,
   )
   # 2 x 12 / 4 and 2 x 6 / 4 tokens of each expert, padded or not.
   counts = slots.count_choices(choices.experts, 4)
@@ -154,7 +157,8 @@ def test_random_hash_is_even_and_depends_on_the_seed():
   ids = jnp.arange(32_000)[None]
   experts = [
     hash_routing.HashRouter(32_000, seed)(
-      num_experts=8, is_valid=ids >= 0, routing_ids=ids
+      router_base.RouterInputs(is_valid=ids >= 0, routing_ids=ids),
+      num_experts=8,
     ).experts[0]
     for seed in (0, 0, 1)
   ]
@@ -209,9 +213,10 @@ def test_a_buffer_between_devices_is_filled_in_order_of_tokens():
   # One group of four tokens; experts 0 and 1 are on the first device.
   router = hash_routing.HashRouter(4, table=(3, 2, 0, 2))
   choices = router(
+    router_base.RouterInputs(
+      is_valid=jnp.ones((1, 4), bool), routing_ids=jnp.arange(4)[None]
+    ),
     num_experts=4,
-    is_valid=jnp.ones((1, 4), bool),
-    routing_ids=jnp.arange(4)[None],
   )
   # An even share of four pairs: two places for each device.
   exchange = dropless_exchange.DroplessExchange(2, buffer_factor=1.0)

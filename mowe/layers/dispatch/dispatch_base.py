@@ -4,8 +4,13 @@ import abc
 
 import jax
 
-from mowe.layers.dispatch import expert_dropout, slots, sorted_experts
-from mowe.layers.routers import routing
+from mowe.layers.dispatch import (
+  expert_dropout,
+  slots,
+  sorted_experts,
+  token_groups,
+)
+from mowe.layers.routers import router_base
 
 
 class Dispatch(abc.ABC):
@@ -19,8 +24,8 @@ class Dispatch(abc.ABC):
   @abc.abstractmethod
   def plan(
     self,
-    choices: routing.Choices,
-    router: routing.Router,
+    choices: router_base.Choices,
+    router: router_base.Router,
     *,
     num_experts: int,
   ) -> slots.SlotPlan:
@@ -36,6 +41,20 @@ class Dispatch(abc.ABC):
     expert: sorted_experts.Expert,
   ) -> jax.Array:
     """Experts' outputs <float>[slots, out] for rows <float>[slots, in]."""
+
+  @abc.abstractmethod
+  def check(
+    self, router: router_base.Router, groups: token_groups.Groups
+  ) -> None:
+    """Raises ValueError if this dispatch cannot serve a router and groups."""
+
+  @abc.abstractmethod
+  def across(self, num_shards: int) -> 'Dispatch':
+    """Returns the dispatch that does the same with experts on several devices.
+
+    Args:
+      num_shards: the number of devices that share the experts.
+    """
 
   @abc.abstractmethod
   def without_drops(self) -> 'Dispatch':

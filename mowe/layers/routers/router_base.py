@@ -40,6 +40,26 @@ class Choices(NamedTuple):
   probs: jax.Array | None
 
 
+class RouterInputs(NamedTuple):
+  """What a router decides from, for all groups.
+
+  Attributes:
+    is_valid: <bool>[groups, tokens], False for padding.
+    logits: <float32>[groups, tokens, experts]; None where nothing is learned.
+    routing_ids: <int32>[groups, tokens], or None.
+    selection_bias: <float32>[experts], added to the scores when experts are
+      selected and not to the weights of their outputs; or None.
+    excluded: <bool>[groups, tokens, experts], True where a token may not have
+      an expert this time; or None.
+  """
+
+  is_valid: jax.Array
+  logits: jax.Array | None = None
+  routing_ids: jax.Array | None = None
+  selection_bias: jax.Array | None = None
+  excluded: jax.Array | None = None
+
+
 class Router(Protocol):
   """A frozen class that decides; it holds settings and no arrays.
 
@@ -68,28 +88,55 @@ class Router(Protocol):
     """Pairs of one group: the slots that all its choices need."""
 
   def __call__(
-    self,
-    logits: jax.Array | None,
-    *,
-    num_experts: int,
-    is_valid: jax.Array,
-    routing_ids: jax.Array | None,
-    selection_bias: jax.Array | None,
-    excluded: jax.Array | None,
-    training: bool,
+    self, inputs: RouterInputs, *, num_experts: int, training: bool = False
   ) -> Choices:
-    """Choices of all groups.
+    """Returns the choices of all groups.
 
     Args:
-      logits: <float32>[groups, tokens, experts] of a learned router.
-      num_experts: experts to choose from.
-      is_valid: <bool>[groups, tokens], False for padding.
-      routing_ids: <int32>[groups, tokens], or None.
-      selection_bias: <float32>[experts] added to the scores when experts are
-        selected, and not to the weights; or None.
-      excluded: <bool>[groups, tokens, experts], what no token may have this
-        time; or None.
-      training: decides as in training.
+      inputs: what the router decides from.
+      num_experts: the number of experts to choose from.
+      training: whether to decide as in training.
+    """
+
+
+class LearnedRouter(Router, Protocol):
+  """A router that reads learned logits.
+
+  Attributes:
+    sigmoid: scores are sigmoids of the logits instead of their softmax.
+    use_bias: the projection to the logits has a bias.
+    jitter: noise on the inputs of that projection in training.
+    bias_rate: step of the selection bias; 0 has no such bias.
+    exclusion_rate: share of the experts that a token cannot have in training.
+  """
+
+  sigmoid: bool
+  use_bias: bool
+  jitter: float
+  bias_rate: float
+  exclusion_rate: float
+
+
+class Logits(Protocol):
+  """How the logits of a learned router are formed; a frozen class."""
+
+  def build(
+    self,
+    num_experts: int,
+    use_bias: bool,
+    jitter: float,
+    kernel_init: parameter.Initializer,
+    *,
+    name: str,
+  ) -> nn.Module:
+    """Returns the module that makes logits of tokens.
+
+    Args:
+      num_experts: the number of logits of a token.
+      use_bias: as in `LearnedRouter`.
+      jitter: as in `LearnedRouter`.
+      kernel_init: draws the kernel of the last projection.
+      name: of the module.
     """
 
 
@@ -210,10 +257,10 @@ class LearnedRouting(nn.Module):
     experts]; None for each of the latter two that there is not.
   """
 
-  router: Any
+  router: LearnedRouter
   num_experts: int
   kernel_init: parameter.Initializer = parameter.normal(0.02)
-  logits: Any = LinearLogits()
+  logits: Logits = LinearLogits()
 
   @nn.compact
   def __call__(
