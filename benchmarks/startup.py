@@ -93,7 +93,7 @@ utils.CheckpointConfig.save = None
 # The sizes of t5_1_1/tiny.gin of T5X.
 _OUR_GIN = """
 from __gin__ import dynamic_registration
-from mowe.models import t5
+from mowe.models.t5 import t5_config
 include 'gin_configs/models/t5_base.gin'
 include 'gin_configs/optimizers/adafactor.gin'
 include 'gin_configs/runs/pretrain.gin'

@@ -102,7 +102,7 @@ class Prepared:
     if not self.documents:
       raise ValueError(
         'Words must be counted in some text to give them experts, but '
-        'documents is (). Set compare_data.Caches.documents.'
+        'documents is (). Set experiment_data.Caches.documents.'
       )
     options = dataclasses.asdict(words) | {
       'names_files': tuple(
@@ -381,7 +381,7 @@ def _find(folder: str, name: str) -> str:
     f'The data folder must hold {", ".join(_SOURCES)}, each .jsonl or .jsonl.gz, '
     f'but {folder} has no {" or ".join(_NAMES[name])}. Documents have the field '
     'text; questions have question and answers. Text may also lie elsewhere: '
-    'compare_data.Files.documents, or --documents of `mowe quickstart`.'
+    'experiment_data.Files.documents, or --documents of `mowe quickstart`.'
   )
 
 

@@ -226,7 +226,7 @@ def load(
   gin_config.parse(files, bindings, paths)
   if not gin_config.configures(Experiment):
     raise gin_config.GinError(
-      'The file of an experiment must configure compare_experiment.Experiment, '
+      'The file of an experiment must configure experiments.Experiment, '
       f'but {list(files)} does not. Take one of gin_configs/experiments/ as a '
       'model.'
     )
@@ -263,7 +263,7 @@ def _check(model: Model, names: Sequence[str]) -> None:
     raise ValueError(
       'A model needs stages, at least one of pretraining and finetuning in '
       f'the end, but {model.name} has {len(model.stages)}. Set '
-      'compare_experiment.Model.stages for all models.'
+      'experiments.Model.stages for all models.'
     )
   stages = [stage.name for stage in model.stages]
   if len(set(stages)) < len(stages):

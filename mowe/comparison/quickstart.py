@@ -39,7 +39,7 @@ def quickstart(
   Args:
     output: the folder of everything that is made.
     data_dir: documents, qa_train and qa_validation as .jsonl or .jsonl.gz, or
-      what else `compare_data.Files` takes; None generates a world.
+      what else `experiment_data.Files` takes; None generates a world.
     documents: a file of text for a data_dir that has none.
     recipe: first word of the gin files in gin_configs/examples.
     vocabulary: SentencePiece model; None trains one on the text.

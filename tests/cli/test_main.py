@@ -113,7 +113,7 @@ def test_a_misspelt_name_in_a_file(tmp_path, capsys):
   path = tmp_path / 'own.gin'
   path.write_text(
     'from __gin__ import dynamic_registration\n'
-    'from mowe.models import t5\n'
+    'from mowe.models.t5 import t5_config\n'
     't5_config.T5Config.mlp_dimm = 3\n'
   )
   text = _refused(capsys, 'train', f'--gin_file={path}')

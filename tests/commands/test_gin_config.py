@@ -54,13 +54,13 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
   ('line', 'name'),
   [
     ('t5_config.T5Config.emb_dimm = 3', 'emb_dimm'),
-    ('t5.T6Config.emb_dim = 3', 'T6Config'),
-    ('from mowe.models import t6', 't6'),
+    ('t5_config.T6Config.emb_dim = 3', 'T6Config'),
+    ('from mowe.models.t5 import t6', 't6'),
   ],
 )
 def test_a_misspelt_name_fails_with_file_and_line(tmp_path, line, name):
   path = _write(
-    tmp_path / 'wrong.gin', f'from mowe.models import t5\n\n{line}\n'
+    tmp_path / 'wrong.gin', f'from mowe.models.t5 import t5_config\n\n{line}\n'
   )
   with pytest.raises(gin_config.GinError) as caught:
     gin_config.parse([path])

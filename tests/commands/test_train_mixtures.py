@@ -12,7 +12,7 @@ from mowe.training import train_metrics
 # A constant learning rate: one that falls would depend on TRAIN_STEPS.
 _SMALL = """
 from __gin__ import dynamic_registration
-from mowe.models import t5
+from mowe.models.t5 import t5_config
 include 'gin_configs/models/moe_{kind}_tiny.gin'
 include 'gin_configs/optimizers/adafactor_constant.gin'
 include 'gin_configs/runs/pretrain.gin'

@@ -18,7 +18,7 @@ _BYTES = byte_vocabulary.ByteVocabulary()
 _TASK = """
 from __gin__ import dynamic_registration
 from mowe.commands import data_config
-from mowe.models import t5
+from mowe.models.t5 import t5_config
 from mowe.tasks import pretraining
 include 'gin_configs/models/{model}.gin'
 include 'gin_configs/optimizers/adafactor_constant.gin'

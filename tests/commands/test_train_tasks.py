@@ -15,7 +15,7 @@ from mowe.cli import main
 _SMALL = """
 from __gin__ import dynamic_registration
 from mowe.commands import data_config
-from mowe.models import t5
+from mowe.models.t5 import t5_config
 VOCABULARY_PATH = 'bytes'
 VOCAB_SIZE = 384
 LOG_PERIOD = 1

@@ -29,45 +29,45 @@ from mowe.comparison import (
 _GIN = """
 # Tiny.
 from __gin__ import dynamic_registration
-from mowe.commands import compare_budget
-from mowe.commands import compare_data
-from mowe.commands import compare_experiment
+from mowe.comparison import budgets
+from mowe.comparison import experiment_data
+from mowe.comparison import experiments
 
 OUTPUT = %gin.REQUIRED
-compare_data.Caches:
+experiment_data.Caches:
   cache_dir = {cache_dir!r}
   vocabulary = {vocabulary!r}
   documents = ({documents!r},)
-compare_data.Words:
+experiment_data.Words:
   num_experts = 16
   num_skipped = 2
-compare_budget.EqualFlops.base = 'T5'
-compare_experiment.Model:
-  budget = @compare_budget.EqualFlops()
+budgets.EqualFlops.base = 'T5'
+experiments.Model:
+  budget = @budgets.EqualFlops()
   width = 'EXPERT_DIM'
   granule = 1
-  stages = (@first/compare_experiment.Stage(), @last/compare_experiment.Stage())
-first/compare_experiment.Stage:
+  stages = (@first/experiments.Stage(), @last/experiments.Stage())
+first/experiments.Stage:
   name = 'pretrained'
   gin_files = {files[0]}
   bindings = {bindings[0]}
-last/compare_experiment.Stage:
+last/experiments.Stage:
   name = 'finetuned'
   gin_files = {files[1]}
   bindings = {bindings[1]}
-t5/compare_experiment.Model:
+t5/experiments.Model:
   name = 'T5'
   gin_files = ('gin_configs/models/t5_tiny.gin',)
   bindings = {dense.bindings}
-mowe/compare_experiment.Model:
+mowe/experiments.Model:
   name = 'MoWE'
   gin_files = ('gin_configs/models/mowe_tiny.gin',)
   bindings = {sparse.bindings}
-  words = @compare_data.Words()
-compare_experiment.Experiment:
+  words = @experiment_data.Words()
+experiments.Experiment:
   title = 'Tiny'
-  models = (@t5/compare_experiment.Model(), @mowe/compare_experiment.Model())
-  data = @compare_data.Caches()
+  models = (@t5/experiments.Model(), @mowe/experiments.Model())
+  data = @experiment_data.Caches()
   output = %OUTPUT
   questions = ('questions',)
   num_recalled = 8

@@ -553,9 +553,7 @@ def test_what_is_measured_is_of_all_seeds(tmp_path, monkeypatch):
     (folder / 'results.json').write_text(json.dumps(measured))
     runs.append(types.SimpleNamespace(folder=str(folder)))
   answers = answer_comparison.Answers(0, ('a',), np.ones(1), np.ones(1))
-  monkeypatch.setattr(
-    compare.compare_questions, 'answers_of', lambda *_: answers
-  )
+  monkeypatch.setattr(compare.question_files, 'answers_of', lambda *_: answers)
   sized = types.SimpleNamespace(model=small_experiments.dense(), note='')
   result = compare._result(sized, runs, (), rate_choice.Choice(0))
   assert result.recall == {'all spans': (5, 18), 'whole dates': (2, 3)}

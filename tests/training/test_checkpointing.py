@@ -178,8 +178,8 @@ def test_killed_while_saving(tmp_path):
   script = textwrap.dedent(f"""
       import os
       import jax.numpy as jnp
-      from mowe.training import checkpoints
-      run = checkpoints.Checkpoints({str(tmp_path)!r})
+      from mowe.training import checkpointing
+      run = checkpointing.Checkpoints({str(tmp_path)!r})
       run.save(1, {{'w': jnp.ones(10)}})
       run.wait()
       run.save(2, {{'w': jnp.ones(10)}})

@@ -75,8 +75,8 @@ def test_tensorboard_without_tensorflow(tmp_path):
   # In a process of its own: another test may have imported TensorFlow.
   script = textwrap.dedent(f"""
       import sys
-      from mowe.training import metrics
-      writer = metrics.TensorBoardWriter({str(tmp_path)!r}, resume_step=3)
+      from mowe.training import train_metrics
+      writer = train_metrics.TensorBoardWriter({str(tmp_path)!r}, resume_step=3)
       writer.write(4, {{'loss': 1.5, 'mean_of_none': float('nan')}})
       writer.close()
       assert 'tensorflow' not in sys.modules

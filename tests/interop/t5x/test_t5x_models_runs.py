@@ -31,10 +31,10 @@ _QUESTIONS = [
 _TASK = f"""
 import pathlib, seqio, tensorflow as tf
 from mowe.data import seqio_stream
-from mowe.words import subwords
+from mowe.words import subword_vocabularies
 
 path = pathlib.Path(__file__).with_name('vocabulary.model')
-vocabulary = seqio_stream.seqio_vocabulary(subwords.load_subwords(path))
+vocabulary = seqio_stream.seqio_vocabulary(subword_vocabularies.load_subwords(path))
 
 def read(split, shuffle_files=False, seed=None):
   inputs, targets = zip(*{_QUESTIONS!r})

@@ -231,7 +231,7 @@ def test_an_array_is_not_saved():
     ('a layer', {'class': 'mowe.layers.mixtures.moe.MoeLayer', 'fields': {}}),
     (
       'a function of ours',
-      {'class': 'mowe.layers.routers.routing.jax', 'fields': {}},
+      {'class': 'mowe.layers.routers.router_base.jax', 'fields': {}},
     ),
     (
       'a class under another module',
