@@ -1,5 +1,9 @@
 """How second moments are factored: rules by logical axis, as T5X has them.
 
+A matrix of second moments is kept as its means over rows and over columns. The
+rules say which logical axes are rows, which are columns, and which only number
+matrices that have nothing to do with each other (BATCH).
+
 Source: t5x/adafactor.py, with its corner cases.
 """
 
@@ -20,8 +24,8 @@ class FactorDim(enum.StrEnum):
 
   ROW = 'row'
   COLUMN = 'column'
-  BATCH = 'batch'  # One set of statistics for each index of this axis.
-  NONE = 'none'
+  BATCH = 'batch'  # Each index of this axis has statistics of its own.
+  NONE = 'none'  # The second moment of a parameter with it is not factored.
 
 
 FACTOR_RULES: Mapping[str, str] = types.MappingProxyType(
@@ -41,7 +45,7 @@ FACTOR_RULES: Mapping[str, str] = types.MappingProxyType(
     'kv_fused': FactorDim.COLUMN,
     'layer_norm_scale': FactorDim.NONE,
     'mlp_activations': FactorDim.COLUMN,
-    # As in t5x/contrib/moe.
+    # These four are the rules of t5x/contrib/moe.
     'expert': FactorDim.BATCH,
     'expert_mlp': FactorDim.COLUMN,
     'mlp_embed': FactorDim.ROW,
@@ -52,12 +56,15 @@ FACTOR_RULES: Mapping[str, str] = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Factoring:
-  """What is averaged over which axes of one parameter.
+  """Over which axes of one parameter its statistics are averaged.
 
   Attributes:
-    averaged: axes over which update clipping and parameter scale average.
-    rows: axes of `v_row`; empty if the second moment is not factored.
-    columns: axes of `v_col`; empty if the second moment is not factored.
+    averaged: axes over which update clipping and parameter scale average: all
+      but the BATCH axes.
+    rows: axes that `v_row` keeps and `v_col` is averaged over; empty if the
+      second moment is not factored.
+    columns: axes that `v_col` keeps and `v_row` is averaged over; empty if the
+      second moment is not factored.
   """
 
   averaged: tuple[int, ...]
@@ -71,7 +78,20 @@ def factorings(
   rules: Mapping[str, FactorDim],
   min_size: int,
 ) -> list[Factoring]:
-  """Returns the factoring of each leaf, in the order of `jax.tree.leaves`."""
+  """Returns the factoring of each leaf, in the order of `jax.tree.leaves`.
+
+  Args:
+    params: tree of arrays, or of anything with a shape.
+    logical_axes: tree with the sequence of axis names of each parameter; it may
+      have more parameters. None if all parameters have rank <= 2.
+    rules: logical axis name -> how the axis takes part.
+    min_size: a matrix without BATCH axis is factored only if both of its sizes
+      reach this.
+
+  Raises:
+    ValueError: a parameter of rank 3 or more without axes, or axes that have no
+      rule or do not fit their parameter.
+  """
   # By path, not by tree_map: optax.masked replaces masked parameters by nodes
   # without leaves, and logical axes may be tuples, which are trees themselves.
   axes_of = {}
@@ -92,7 +112,10 @@ def factorings(
 
 
 def _factoring(name, shape, axes, rules, min_size) -> Factoring:
-  """Returns the factoring of one parameter; names are checked for any rank."""
+  """Returns the factoring of one parameter.
+
+  Names of axes are checked for any rank, also where the size decides.
+  """
   if axes is None:
     if len(shape) > 2:
       raise ValueError(
@@ -123,6 +146,7 @@ def _factoring(name, shape, axes, rules, min_size) -> Factoring:
 
 
 def _rules_of_axes(name, shape, axes, rules) -> list[FactorDim]:
+  """Returns the rule of each axis of a parameter, after checks."""
   if len(axes) != len(shape):
     raise ValueError(
       f'logical_axes must name each axis of a parameter, but {name} '

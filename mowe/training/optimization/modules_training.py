@@ -1,4 +1,4 @@
-"""Training of what was added to a model, with all that was there before frozen."""
+"""Training of modules that were added to a model, while the rest is frozen."""
 
 import dataclasses
 import functools
@@ -17,18 +17,19 @@ from mowe.training.optimization import optimizers
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainAdded:
+class TrainAdded(optimizers.Optimizer):
   """Another optimizer, for the modules that were added last.
 
-  Those are slices of parameters: new slabs, and new columns of routers. Old
-  modules, and everything else, get updates of zero and have no optimizer state.
+  New modules are slices of parameters: the last entries along the axis of
+  modules, and the last columns of routers. Old modules, and all other
+  parameters, get updates of zero and have no optimizer state.
 
   Attributes:
-    optimizer: of what is trained.
-    model: its config, which says what was added.
-    also: regular expression of whole names of parameters that train as well,
-      all of them: '.*/router/.*' for routers, '.*scale' for norms, '.*' for
-      everything.
+    optimizer: updates what is trained.
+    model: the config of the model, which says what was added.
+    also: regular expression of the whole names of parameters that are trained as
+      well, with all of their entries: '.*/router/.*' for routers, '.*scale' for
+      norms, '.*' for everything. '' adds none.
   """
 
   optimizer: optimizers.Optimizer
@@ -36,7 +37,7 @@ class TrainAdded:
   also: str = ''
 
   def build(self, logical_axes: Any) -> optax.GradientTransformation:
-    """Returns the transformation for parameters with these axes.
+    """See `Optimizer.build`.
 
     Raises:
       ValueError: no modules were added to the model.
@@ -51,7 +52,7 @@ class TrainAdded:
     return train_parts(parts, self.optimizer.build(logical_axes), self.also)
 
   def num_frozen(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
-    """How many numbers of a parameter are never changed."""
+    """See `Optimizer.num_frozen`."""
     name, size = '/'.join(path), math.prod(shape)
     if self.also and re.fullmatch(self.also, name):
       return 0
@@ -60,6 +61,7 @@ class TrainAdded:
 
   @functools.cached_property
   def _parts(self):
+    """Name of a parameter -> its axis of modules, and how many are new."""
     return {
       '/'.join(path): part
       for path, part in modules_added.new_parts(self.model).items()
@@ -74,35 +76,15 @@ def train_parts(
   """Returns the transformation of the last entries of some parameters.
 
   Args:
-    parts: name of a parameter -> axis, and how many of its last entries are
-      trained.
-    transformation: sees these slices as the parameters.
+    parts: name of a parameter -> an axis, and how many of the last entries
+      along it are trained.
+    transformation: gets these slices as if they were the parameters.
     also: regular expression of the whole names of parameters that are trained
-      as wholes.
+      with all of their entries; '' for none.
   """
-  as_wholes = re.compile(also)
-
-  def select(tree):
-    """The trained slices; nodes without leaves for all else."""
-
-    def part(keys, leaf):
-      name = jax.tree_util.keystr(keys, simple=True, separator='/')
-      if also and as_wholes.fullmatch(name):
-        return leaf
-      if name not in parts:
-        return optax.MaskedNode()
-      axis, number = parts[name]
-      size = leaf.shape[axis]
-      return jax.lax.slice_in_dim(leaf, size - number, size, axis=axis)
-
-    return jax.tree_util.tree_map_with_path(part, tree)
-
-  def whole(update, leaf):
-    """The update of a whole parameter: zero before what is trained."""
-    if isinstance(update, optax.MaskedNode):
-      return jnp.zeros_like(leaf)
-    before = [(n - m, 0) for n, m in zip(leaf.shape, update.shape, strict=True)]
-    return jnp.pad(update, before)
+  select = functools.partial(
+    _trained_slices, parts=parts, as_wholes=re.compile(also) if also else None
+  )
 
   def init(params):
     return transformation.init(select(params))
@@ -111,6 +93,35 @@ def train_parts(
     given = None if params is None else select(params)
     trained, state = transformation.update(select(updates), state, given)
     is_node = lambda node: isinstance(node, optax.MaskedNode)
-    return jax.tree.map(whole, trained, updates, is_leaf=is_node), state
+    return jax.tree.map(_whole_update, trained, updates, is_leaf=is_node), state
 
   return optax.GradientTransformation(init, update)
+
+
+def _trained_slices(
+  tree: Any,
+  *,
+  parts: Mapping[str, tuple[int, int]],
+  as_wholes: re.Pattern[str] | None,
+) -> Any:
+  """The trained slices of a tree, and nodes without leaves for all else."""
+
+  def trained_slice(keys, leaf):
+    name = jax.tree_util.keystr(keys, simple=True, separator='/')
+    if as_wholes is not None and as_wholes.fullmatch(name):
+      return leaf
+    if name not in parts:
+      return optax.MaskedNode()
+    axis, number = parts[name]
+    size = leaf.shape[axis]
+    return jax.lax.slice_in_dim(leaf, size - number, size, axis=axis)
+
+  return jax.tree_util.tree_map_with_path(trained_slice, tree)
+
+
+def _whole_update(update: Any, leaf: jax.Array) -> jax.Array:
+  """The update of a whole parameter: zeros before the part that is trained."""
+  if isinstance(update, optax.MaskedNode):
+    return jnp.zeros_like(leaf)
+  before = [(n - m, 0) for n, m in zip(leaf.shape, update.shape, strict=True)]
+  return jnp.pad(update, before)

@@ -1,7 +1,7 @@
 """Optimizers of ordinary parameters, as small classes for gin files.
 
-Each class holds its settings and has `build(logical_axes)`, which returns an
-optax transformation. `ClipByGlobalNorm` and `Freeze` wrap another one:
+Each class holds settings, and its `build(logical_axes)` returns an optax
+transformation. `ClipByGlobalNorm` and `Freeze` wrap another optimizer:
 
   Freeze(ClipByGlobalNorm(Adafactor(schedule), max_norm=1.0), 'encoder/.*')
 
@@ -61,7 +61,8 @@ class AdamW(Optimizer):
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     weight_decay: multiplied by the learning rate, as in optax.
-    no_decay: parameters whose whole name matches do not decay.
+    no_decay: regular expression of the whole names of parameters that do not
+      decay.
   """
 
   learning_rate: LearningRate

@@ -2,16 +2,17 @@
 
 A table is a dict of parameters <float>[num_experts, a, b]; row e of all of them
 is one expert. A batch touches few experts, and only their rows, gradients and
-row state come in here: gathering and scattering is done by the caller.
+row state come in here: the caller gathers them and scatters the results.
 
-Each expert lives on its own clock. It is updated only in the steps in which it
-is present, counts these itself, and its trajectory is that of the dense
-optimizer run on this expert alone over those steps. (One count for all experts
-would make a first visit late in training 3.2 times too large in Adam.)
-The learning rate alone follows the global step.
+Each expert has a clock of its own. It is updated only in the steps in which it
+is present, its *visits*, and has its own count of them. So its trajectory is
+that of the dense optimizer, run on this expert alone over those steps. (With one
+count for all experts, Adam's step at a first visit late in training would be
+3.2 times too large.) The learning rate alone follows the global step.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -31,13 +32,14 @@ class RowOptimizer(Protocol):
   """What the training step needs of an optimizer of table rows."""
 
   def init(self, table: Table) -> RowState:
-    """Returns the state of a whole table: zeros.
+    """Returns the state of a whole table before the first update: zeros.
 
     Args:
-      table: name to <float>[num_experts, a, b], or anything with such a shape.
+      table: kernel name -> <float>[num_experts, a, b], or anything with such a
+        shape.
 
     Returns:
-      A pytree whose leaves all have leading axis num_experts.
+      A pytree whose leaves all have the leading axis num_experts.
 
     Raises:
       ValueError: a parameter does not have three axes.
@@ -53,10 +55,10 @@ class RowOptimizer(Protocol):
     """Returns the next rows and their state.
 
     Args:
-      gradients: name to gradients of all rows, each array with axis rows
-        before its own.
-      state_rows: the state of these rows, leading axis rows.
-      rows: name to <float>[rows, a, b].
+      gradients: kernel name -> gradients of all rows, whose arrays have the
+        axis [rows] before those of a single gradient.
+      state_rows: the state of these rows, with the leading axis [rows].
+      rows: kernel name -> <float>[rows, a, b].
       learning_rate_step: <int32>[], the global step, from 0.
     """
 
@@ -66,8 +68,8 @@ class RowAdafactorState(NamedTuple):
 
   Attributes:
     counts: <int32>[num_experts], visits so far.
-    v_row: name to <float32>[num_experts, a], mean of squares over b.
-    v_col: name to <float32>[num_experts, b], mean of squares over a.
+    v_row: kernel name -> <float32>[num_experts, a], mean of squares over b.
+    v_col: kernel name -> <float32>[num_experts, b], mean of squares over a.
   """
 
   counts: jax.Array
@@ -142,7 +144,7 @@ class RowAdafactor:
     return jax.vmap(update_expert)(dict(gradients), state_rows, dict(rows))
 
   def _update_kernel(self, gradient, param, v_row, v_col, decay, rate):
-    """Returns the next param [a, b], v_row [a] and v_col [b] of one expert."""
+    """Returns the next kernel [a, b], v_row [a] and v_col [b] of one expert."""
     matrix = adafactor_transform.Factoring(
       averaged=(0, 1), rows=(0,), columns=(1,)
     )
@@ -159,6 +161,7 @@ class RowAdafactor:
     if self.multiply_by_parameter_scale:
       scale = adafactor_transform.parameter_scale(old, self.epsilon2, (0, 1))
       size = size * scale[0, 0]
+    # An outer product stays one up to here, where it meets the kernel.
     step = gradient.times(size * row, column).matrix()
     return (old - step).astype(param.dtype), v_row, v_col
 
@@ -170,8 +173,8 @@ class RowAdamState(NamedTuple):
     counts: <int32>[num_experts], visits so far.
     last_visits: <int32>[num_experts], global step of the last visit; its value
       has no meaning while the count is 0.
-    mu: name to <float32>[num_experts, a, b], first moment.
-    nu: name to <float32>[num_experts, a, b], second moment.
+    mu: kernel name -> <float32>[num_experts, a, b], first moment.
+    nu: kernel name -> <float32>[num_experts, a, b], second moment.
   """
 
   counts: jax.Array
@@ -185,9 +188,10 @@ class RowAdam:
   """Adam for rows, with weight decay that makes up for the steps missed.
 
   Moments do not decay while an expert is absent. Weights do, all at once at the
-  next visit: by `(1 - rate * weight_decay)^gap`, gap being the global steps
-  since the last visit and the rate that of the present step. A first visit has
-  gap 1, so that a fresh state late in training does not erase the expert.
+  next visit: by `(1 - rate * weight_decay)^gap`, where gap is the number of
+  global steps since the last visit and the rate is that of the present step. A
+  first visit has gap 1, so that a fresh state late in training does not erase
+  the expert.
 
   Attributes:
     learning_rate: a number, or a schedule of the global step.
@@ -195,9 +199,9 @@ class RowAdam:
     b2: decay of the second moment, per visit.
     eps: added to the root of the second moment.
     weight_decay: multiplied by the learning rate, as in optax.adamw.
-    max_norm: largest norm of the gradient of one expert, which is shrunk to it;
-      None for no clipping. A norm of all gradients together is never computed:
-      those of tables are formed a few experts at a time.
+    max_norm: largest norm of the gradient of one expert; a larger gradient is
+      shrunk to it. None for no clipping. There is no clipping by the norm of
+      all gradients, as those of tables are formed a few experts at a time.
   """
 
   learning_rate: LearningRate
@@ -232,45 +236,47 @@ class RowAdam:
     """See `RowOptimizer.update`."""
     rate = _rate(self.learning_rate, learning_rate_step)
     global_step = jnp.asarray(learning_rate_step, jnp.int32)
-
-    def update_expert(gradient, state, param):
-      count = state.counts + 1
-      gap = jnp.where(state.counts == 0, 1, global_step - state.last_visits)
-      keep = (1.0 - rate * self.weight_decay) ** gap
-      if self.max_norm is not None:
-        shrink = self.max_norm / jnp.maximum(
-          optax.global_norm(gradient), self.max_norm
-        )
-        gradient = jax.tree.map(lambda g: g * shrink, gradient)
-      mu = jax.tree.map(
-        lambda m, g: self.b1 * m + (1 - self.b1) * g, state.mu, gradient
-      )
-      nu = jax.tree.map(
-        lambda n, g: self.b2 * n + (1 - self.b2) * g**2, state.nu, gradient
-      )
-      mu_bias = 1.0 - jnp.float32(self.b1) ** count
-      nu_bias = 1.0 - jnp.float32(self.b2) ** count
-
-      def update_matrix(param, mu, nu):
-        step = (mu / mu_bias) / (jnp.sqrt(nu / nu_bias) + self.eps)
-        new = keep * param.astype(jnp.float32) - rate * step
-        return new.astype(param.dtype)
-
-      new = jax.tree.map(update_matrix, param, mu, nu)
-      return new, RowAdamState(count, global_step, mu, nu)
-
+    update_expert = functools.partial(self._update_expert, rate, global_step)
     return jax.vmap(update_expert)(
       row_gradients.matrices(gradients), state_rows, dict(rows)
     )
 
+  def _update_expert(self, rate, global_step, gradient, state, param):
+    """Returns the next kernels of one expert, each [a, b], and its state."""
+    count = state.counts + 1
+    gap = jnp.where(state.counts == 0, 1, global_step - state.last_visits)
+    keep = (1.0 - rate * self.weight_decay) ** gap
+    if self.max_norm is not None:
+      shrink = self.max_norm / jnp.maximum(
+        optax.global_norm(gradient), self.max_norm
+      )
+      gradient = jax.tree.map(lambda g: g * shrink, gradient)
+    mu = jax.tree.map(
+      lambda m, g: self.b1 * m + (1 - self.b1) * g, state.mu, gradient
+    )
+    nu = jax.tree.map(
+      lambda n, g: self.b2 * n + (1 - self.b2) * g**2, state.nu, gradient
+    )
+    mu_bias = 1.0 - jnp.float32(self.b1) ** count
+    nu_bias = 1.0 - jnp.float32(self.b2) ** count
+
+    def update_kernel(param, mu, nu):
+      step = (mu / mu_bias) / (jnp.sqrt(nu / nu_bias) + self.eps)
+      new = keep * param.astype(jnp.float32) - rate * step
+      return new.astype(param.dtype)
+
+    new = jax.tree.map(update_kernel, param, mu, nu)
+    return new, RowAdamState(count, global_step, mu, nu)
+
 
 def _rate(learning_rate: LearningRate, step: jax.Array) -> jax.Array:
+  """The learning rate of a global step, <float32>[]."""
   rate = learning_rate(step) if callable(learning_rate) else learning_rate
   return jnp.asarray(rate, jnp.float32)
 
 
 def _check_table(table: Table) -> int:
-  """Returns num_experts."""
+  """Returns num_experts, after a check of all shapes."""
   shapes = {name: tuple(param.shape) for name, param in table.items()}
   num_experts = {shape[:1] for shape in shapes.values()}
   ranks = {len(shape) for shape in shapes.values()}

@@ -1,8 +1,9 @@
 """Learning rate schedules: functions of the step, as optax expects them.
 
-`warmed_up_rsqrt` and `constant` are T5's own. Values agree with T5X's
-`create_learning_rate_scheduler` where the two overlap; the docstrings name the
-factors. All work on Python integers and on traced steps, in float32.
+`warmed_up_rsqrt` and `constant` are T5's own. Where T5X's
+`create_learning_rate_scheduler` has the same schedule, values agree with it, and
+the docstring names its factors there. All schedules take Python integers and
+traced steps, and compute in float32.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,11 @@ Schedule = Callable[[int | jax.Array], jax.Array]
 
 
 def constant(base_learning_rate: float) -> Schedule:
-  """The same value at every step; T5 finetunes with 0.001 ('constant')."""
+  """The same value at every step, 'constant' in T5X; T5 finetunes with 0.001.
+
+  Raises:
+    ValueError: `base_learning_rate` is not positive.
+  """
   _check_positive('base_learning_rate', base_learning_rate)
   return lambda step: jnp.asarray(base_learning_rate, jnp.float32)
 
@@ -30,7 +35,8 @@ def warmed_up_rsqrt(
   In T5X: 'constant * rsqrt_decay'.
 
   Args:
-    base_learning_rate: the numerator; T5 takes 1.0, which is 0.01 at first.
+    base_learning_rate: the numerator; T5 takes 1.0, so that the rate is 0.01
+      during a warm-up of 10,000 steps.
     warmup_steps: steps before the decay starts, at least 1.
     step_offset: the step at which this schedule starts to count.
 
@@ -55,6 +61,11 @@ def linear_warmup_rsqrt(
   """As `warmed_up_rsqrt`, but rising from 0 over the warm-up.
 
   In T5X: 'constant * linear_warmup * rsqrt_decay', its default.
+
+  Args:
+    base_learning_rate: the numerator of `base / sqrt(step)`.
+    warmup_steps: steps over which the rate rises linearly from 0, at least 1.
+    step_offset: the step at which this schedule starts to count.
 
   Raises:
     ValueError: `base_learning_rate` or `warmup_steps` is not positive.
@@ -136,6 +147,7 @@ def linear_warmup_cosine_decay(
 
 
 def _steps_since(step: int | jax.Array, step_offset: int) -> jax.Array:
+  """Steps since the offset, <float32>[], 0 before it."""
   return jnp.maximum(jnp.asarray(step, jnp.float32) - step_offset, 0.0)
 
 
