@@ -200,8 +200,8 @@ def train(
       checkpoints.save(
         step,
         state.replace(tables={}, table_state={}),
-        evaluate.of_step(step),
-        described,
+        metrics=evaluate.of_step(step),
+        metadata=described,
         attach=lambda path: experts.save(path, state),
       )
 
