@@ -152,6 +152,8 @@ def _rules_of_axes(name, shape, axes, rules) -> list[FactorDim]:
       f'logical_axes must name each axis of a parameter, but {name} '
       f'{tuple(shape)} has axes {tuple(axes)}. Correct its param_with_axes.'
     )
+  # An axis without a name, as in a layer that names none, is not factored.
+  rules = {**rules, None: FactorDim.NONE}
   for axis in axes:
     if axis not in rules:
       raise ValueError(
