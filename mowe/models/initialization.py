@@ -9,6 +9,7 @@ from typing import Any
 import flax
 import jax
 from flax import linen as nn
+from flax.linen import partitioning
 
 from mowe.layers import parameter
 from mowe.models import parameters, threefry
@@ -17,13 +18,28 @@ _Path = tuple[str, ...]
 
 
 def abstract_variables(model: nn.Module) -> Any:
-  """Shapes of `params`, logical axes in `params_axes`, and the recipes."""
+  """Shapes of `params`, logical axes in `params_axes`, and the recipes.
+
+  A parameter that was declared without logical axes, such as that of a plain
+  `nn.Dense` in a layer of a user, gets axes without names: it is whole on every
+  device.
+  """
   init = functools.partial(
     parameters.initial_variables,
     model,
     mutable=('params', 'params_axes', parameter.RECIPES),
   )
-  return jax.eval_shape(init, jax.random.key(0))
+  variables = flax.core.unfreeze(jax.eval_shape(init, jax.random.key(0)))
+  axes = flax.traverse_util.flatten_dict(variables.get('params_axes', {}))
+  for path, leaf in flax.traverse_util.flatten_dict(
+    variables['params']
+  ).items():
+    # Linen's name for the axes of a parameter.
+    named = (*path[:-1], f'{path[-1]}_axes')
+    if named not in axes:
+      axes[named] = partitioning.AxisMetadata((None,) * leaf.ndim)
+  variables['params_axes'] = flax.traverse_util.unflatten_dict(axes)
+  return variables
 
 
 def initial_parameters(

@@ -1,7 +1,8 @@
 """A model's config as JSON, so that a folder of weights says what it holds.
 
-Reading one can make nothing but the classes of `mowe.layers`: a file that came
-with downloaded weights is data, never code.
+Such a file may come with weights from a stranger. So reading one imports and
+makes nothing but the classes of `mowe.layers`, and those of modules that the
+user has trusted by name (`trust`): the file is data, never code.
 """
 
 import base64
@@ -46,6 +47,22 @@ _BLOCK_LAYERS = 'block_layers'
 # Longer tuples of integers, such as the table of a HashRouter, become bytes.
 _LONG = 64
 _INTEGER_TYPES = ('uint8', 'uint16', 'int64')
+
+
+# Modules, or packages of them, that `trust` was given.
+_trusted: set[str] = set()
+
+
+def trust(*modules: str) -> None:
+  """Lets saved configs name classes of these modules, for this process.
+
+  Importing a module runs its code: trust what you would run yourself.
+
+  Args:
+    *modules: full names, such as 'my_project.layers'; a package stands for all
+      modules in it.
+  """
+  _trusted.update(modules)
 
 
 def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
@@ -135,10 +152,11 @@ def _part_to_json(part, leave_out=frozenset()) -> dict[str, Any]:
   # gin's subclasses bear the names of what they stand for.
   cls = type(part)
   name = f'{cls.__module__}.{cls.__qualname__}'
-  if not _class_of(name):
+  if cls.__module__ == '__main__' or not _imported(name):
     raise ValueError(
-      'A model can only be saved with classes of mowe.layers, or it could not '
-      f'be read again, but it has a {name}. Move the class there.'
+      'A model can only be saved with classes that stand at the top of a module '
+      f'that can be imported, or it could not be read again, but it has a {name}'
+      '. Move the class to a module of its own.'
     )
   fields = {
     field.name: _value_to_json(
@@ -198,19 +216,45 @@ def _value_from_json(value):
 
 
 def _class_of(name):
-  """The layer or frozen class of this name, None if there is none."""
+  """The layer or frozen class of this name, None if there is none.
+
+  Raises:
+    ValueError: it is in a module that is not trusted.
+  """
+  module, _, _ = name.rpartition('.')
+  if not module.startswith('mowe.'):
+    _check_trusted(name, module)
+  elif not module.startswith('mowe.layers.'):
+    return None
+  return _imported(name)
+
+
+def _imported(name):
+  """The dataclass of this name after its module was imported, or None."""
   module, _, short = name.rpartition('.')
   found = None
-  if module.startswith('mowe.layers.'):
-    with contextlib.suppress(ImportError):
-      found = getattr(importlib.import_module(module), short, None)
-  is_ours = isinstance(found, type) and found.__module__ == module
-  return found if is_ours and dataclasses.is_dataclass(found) else None
+  with contextlib.suppress(ImportError, ValueError):
+    found = getattr(importlib.import_module(module), short, None)
+  is_whole_name = isinstance(found, type) and found.__module__ == module
+  return found if is_whole_name and dataclasses.is_dataclass(found) else None
+
+
+def _check_trusted(name, module):
+  parts = module.split('.')
+  packages = {'.'.join(parts[:i]) for i in range(1, len(parts) + 1)}
+  if not packages & _trusted:
+    raise ValueError(
+      'A saved model must be made of classes of mowe.layers or of modules that '
+      f'you trust, as importing a module runs its code, but it names {name!r}. '
+      'If you know where the model comes from, add --trust_module '
+      f"{module}, or call mowe.trust('{module}')."
+    )
 
 
 def _not_a_class(what, tree):
   return (
-    f'{what} must be a class in mowe.layers with its fields, but is '
+    f'{what} must be a class in mowe.layers, or in a module that you trust, '
+    'with its fields, but is '
     f'{tree.get("class", tree)!r}. Make the config in code instead of loading '
     'it.'
   )
