@@ -1,3 +1,69 @@
-"""Sparse T5-style language models in JAX: word experts and their baselines."""
+"""Sparse T5-style language models in JAX: word experts and their baselines.
+
+The names of `__all__` are the public Python interface. Each is imported when it
+is first used, so that `import mowe` itself loads neither jax nor anything else
+that takes long.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = '0.1.0'
+
+# Public name -> the module that defines it, under the same name.
+_PLACES = {
+  'Adafactor': 'mowe.training.optimization.optimizers',
+  'AdamW': 'mowe.training.optimization.optimizers',
+  'DataConfig': 'mowe.commands.data_config',
+  'DecoderOnlyConfig': 'mowe.models.decoder_only.decoder_only_config',
+  'FeedForward': 'mowe.layers.feed_forward_base',
+  'MoeLayer': 'mowe.layers.mixtures.moe',
+  'MoweLayer': 'mowe.layers.memory.word_experts',
+  'RowAdafactor': 'mowe.training.optimization.row_optimizers',
+  'RowAdam': 'mowe.training.optimization.row_optimizers',
+  'SaveConfig': 'mowe.commands.train',
+  'T5Config': 'mowe.models.t5.t5_config',
+  'ask': 'mowe.commands.ask',
+  'build_routing_vocabulary': 'mowe.words.vocabulary_builder',
+  'cache_task': 'mowe.commands.cache_task',
+  'evaluate': 'mowe.commands.evaluate',
+  'load': 'mowe.model_folders.model_folder',
+  'load_subwords': 'mowe.words.subword_vocabularies',
+  'train': 'mowe.commands.train',
+  'trust': 'mowe.models.families.saved_config',
+}
+
+__all__ = [
+  'Adafactor',
+  'AdamW',
+  'DataConfig',
+  'DecoderOnlyConfig',
+  'FeedForward',
+  'MoeLayer',
+  'MoweLayer',
+  'RowAdafactor',
+  'RowAdam',
+  'SaveConfig',
+  'T5Config',
+  'ask',
+  'build_routing_vocabulary',
+  'cache_task',
+  'evaluate',
+  'load',
+  'load_subwords',
+  'train',
+  'trust',
+]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _PLACES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  value = getattr(importlib.import_module(_PLACES[name]), name)
+  # The next use finds it without this function.
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_PLACES})

@@ -15,8 +15,9 @@ from mowe.cli import (
   modules_verbs,
 )
 
-# In the order of `mowe --help`.
-_GROUPS = (model_verbs, modules_verbs, data_verbs, experiment_verbs)
+# In the order of `mowe --help`; the first ones read model folders.
+_OF_MODELS = (model_verbs, modules_verbs)
+_OTHERS = (data_verbs, experiment_verbs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error(f'{options.verb} reads no gin, but has {bindings}.')
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   try:
+    if options.trust_module:
+      from mowe.models.families import saved_config
+
+      saved_config.trust(*options.trust_module)
     options.run(options, bindings)
   except (ValueError, OSError, FloatingPointError) as error:
     if os.environ.get('MOWE_TRACE'):
@@ -64,9 +69,34 @@ def _make_parser() -> argparse.ArgumentParser:
     prog='mowe', description='Sparse T5-style language models in JAX.'
   )
   verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
-  for group in _GROUPS:
+  for group in _OF_MODELS:
     group.add_to(verbs)
+  _add_trust(parser)
+  for group in _OTHERS:
+    group.add_to(verbs)
+  parser.set_defaults(trust_module=[])
   return parser
+
+
+def _add_trust(parser):
+  """Adds `--trust_module` to the verbs there are, and to those below them."""
+  below = [
+    action
+    for action in parser._actions
+    if isinstance(action, argparse._SubParsersAction)
+  ]
+  for action in below:
+    for verb in action.choices.values():
+      _add_trust(verb)
+  if not below:
+    parser.add_argument(
+      '--trust_module',
+      action='append',
+      default=[],
+      metavar='MODULE',
+      help='a module of your own whose layers a model folder may name; may be '
+      'repeated. Reading the folder imports the module, which runs its code',
+    )
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from mowe.words import atomic_files, base_vocabulary
 _MODEL = 'model.json'
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LoadedModel:
   """A model with its weights.
 
@@ -42,6 +42,14 @@ class LoadedModel:
   params: Any
   vocabulary: base_vocabulary.Vocabulary
   step: int
+
+  def __repr__(self) -> str:
+    family = families.of_config(self.model.config).name
+    sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
+    return (
+      f'LoadedModel({family}, {sum(sizes):,} parameters, '
+      f'vocabulary of {self.vocabulary.size:,}, step {self.step:,})'
+    )
 
 
 def create(
