@@ -5,17 +5,19 @@ import os
 import sys
 import threading
 
-# As `nice`: the computation is what everybody waits for.
+# How much these threads give way to others, as for `nice`. Everybody waits for
+# the computation, and nobody for them.
 _NICENESS = 10
 
 
 def threads(number: int, name: str) -> concurrent.futures.ThreadPoolExecutor:
-  """A pool of so many threads, whose names begin with `name`."""
+  """A pool of `number` threads, whose names begin with `name`."""
   return concurrent.futures.ThreadPoolExecutor(number, name, _give_way)
 
 
 def _give_way() -> None:
-  # Linux has a priority for each thread; elsewhere it is that of the process.
+  # Linux has a priority for each thread. Elsewhere a priority is that of the
+  # whole process, and is left as it is.
   if sys.platform != 'linux':
     return
   thread = threading.get_native_id()

@@ -1,4 +1,4 @@
-"""Experts in host memory or on disk, behind slots on the device."""
+"""Where experts lie that are in no slot: in host memory, or on disk."""
 
 import collections
 import concurrent.futures
@@ -13,8 +13,9 @@ class DiskRows:
   """Experts in the file of the run; see `cached_experts.Backing`.
 
   Args:
-    file: of the run.
-    is_resumed: whether the file already has them as they are.
+    file: the file of the run.
+    is_resumed: whether the file already has the experts that the run begins
+      with.
   """
 
   def __init__(self, file: row_file.RowFile, is_resumed: bool):
@@ -41,8 +42,9 @@ class HostRows:
   """Experts in host memory; see `cached_experts.Backing`.
 
   Args:
-    file: of the run, for checkpoints.
-    is_resumed: whether the file already has them as they are.
+    file: the file of the run, which keeps the experts of checkpoints.
+    is_resumed: whether the file already has the experts that the run begins
+      with.
   """
 
   def __init__(self, file: row_file.RowFile, is_resumed: bool):
@@ -52,6 +54,7 @@ class HostRows:
     self.seen = file.seen
     self.close = file.close
     self._records = np.zeros(0, file.dtype)
+    # Experts of which the file lacks the present version.
     self._is_changed = np.full(file.num_experts, not is_resumed)
 
   def start(self, source: expert_sources.ExpertSource) -> None:
@@ -80,7 +83,7 @@ class HostRows:
 def all_records(
   source: expert_sources.ExpertSource, dtype: np.dtype, num_experts: int
 ) -> np.ndarray:
-  """Records [num_experts] of all experts, in host memory."""
+  """The records of all experts, [num_experts], in host memory."""
   records = np.empty(num_experts, dtype)
   for experts, some in _all(source, dtype, num_experts):
     records[experts] = some
@@ -88,9 +91,9 @@ def all_records(
 
 
 def _all(source, dtype, num_experts):
-  """All experts with their records, a chunk at a time.
+  """Yields experts <int>[n] with their records [n], a chunk at a time.
 
-  The next chunk is drawn or read while the one before is taken care of.
+  The next chunk is drawn or read while the caller works on the one before.
   """
   with concurrent.futures.ThreadPoolExecutor(1, 'experts') as thread:
     waiting = collections.deque()

@@ -1,10 +1,17 @@
 """Experts outside the device, of which those of the next batches lie in slots.
 
-The tables on the device have one row for each slot. A schedule (`SlotSchedule`)
-decides ahead of the step which experts come and go; threads read those that
-come while the step before runs, and write back those that went. Experts are
-written to the backing one by one as they leave, so that it has the last version
-of every expert that is in no slot.
+The tables on the device have one row for each slot. All experts lie in a
+*backing*, in host memory or on disk. A schedule (`SlotSchedule`) decides, one
+batch ahead of the step, which experts come into slots and which leave them:
+
+  feed    decides the move of a batch, and starts to read what comes (a thread)
+  ready   before the step: copies what leaves out of its slots, starts to write
+          it to the backing (another thread), and puts what comes into the slots
+
+An expert that has changed is written to the backing when it leaves its slot. So
+the backing has the last version of every expert that is in no slot. An expert
+may leave and be needed again soon: it is read only when the write of the move
+in which it left is done.
 """
 
 import collections
@@ -36,9 +43,9 @@ class Backing(Protocol):
   """All experts, outside the device.
 
   Attributes:
-    dtype: of a record.
-    num_experts: in the table.
-    seen: <bool>[num_experts], those that training has met.
+    dtype: the dtype of a record.
+    num_experts: how many experts there are.
+    seen: <bool>[num_experts], whether training has met the expert.
   """
 
   dtype: np.dtype
@@ -46,13 +53,13 @@ class Backing(Protocol):
   seen: np.ndarray
 
   def start(self, source: expert_sources.ExpertSource) -> None:
-    """Takes the experts from where they come."""
+    """Takes all experts from their source; called once, before all else."""
 
   def read(self, experts: np.ndarray) -> np.ndarray:
-    """Records [n] of experts; from several threads at once."""
+    """The records [n] of experts <int>[n]; several threads call it at once."""
 
   def write(self, experts: np.ndarray, records: np.ndarray) -> None:
-    """Keeps records [n] of distinct experts."""
+    """Keeps the records [n] of distinct experts <int>[n]."""
 
   def save(self, checkpoint: pathlib.Path) -> None:
     """Writes what a checkpoint needs into its folder."""
@@ -65,12 +72,13 @@ class _Fed(NamedTuple):
   """What a step needs, decided ahead of it.
 
   Attributes:
-    plan: in slots.
-    experts: the plan in experts.
-    used: <int64>[n], slots of the batch.
-    move: what comes and goes before the step.
-    coming: rows that come, by calls: (row numbers, arrays).
-    gone: done when what goes is in the backing.
+    plan: the plan of the batch, with slots in the place of experts.
+    experts: the plan of the batch, with experts.
+    used: <int>[n], the slots of the experts of the batch.
+    move: which experts come and go before the step.
+    coming: gives the experts that come, a list with a pair for each call of
+      `slot_rows.put`: slots <int32>[rows], and arrays [rows, ...].
+    gone: is done when the experts that leave are in the backing.
   """
 
   plan: batch_plans.ExpertPlan
@@ -82,17 +90,18 @@ class _Fed(NamedTuple):
 
 
 class CachedExperts:
-  """Tables of slots; see `expert_stores.Experts`.
+  """Experts in a backing, and slots on the device; see `expert_stores.Experts`.
 
   Args:
     backing: where all experts lie.
-    abstract: arrays of all experts, in the shardings that slots will have.
-    num_slots: rows on the device.
-    is_trained: whether experts change; else nothing is written back.
+    abstract: abstract arrays of all experts, in the shardings of the slots.
+    num_slots: how many experts the tables on the device have room for.
+    is_trained: whether experts change; frozen ones are never written back.
 
   Attributes:
     num_slots: rows of the tables of the step.
-    rows_from: gives evaluations the experts as the last `tables` left them.
+    rows_from: gives evaluations the experts as the last call of `tables` left
+      them.
   """
 
   def __init__(
@@ -110,10 +119,13 @@ class CachedExperts:
     )
     self._is_trained = is_trained
     self._schedule = slot_schedule.SlotSchedule(backing.num_experts, num_slots)
-    # As the steps so far have left it, while the schedule is ahead.
+    # Of each slot, its expert (-1: none) and whether that differs from its
+    # version in the backing. The steps that were made ready decide this, while
+    # the schedule is ahead of them.
     self._expert_in = np.full(num_slots, -1, np.int64)
     self._is_changed = np.zeros(num_slots, bool)
-    # The move in which an expert went last, and those that are not done yet.
+    # Of each expert the number of the move in which it left last (-1: never),
+    # and of each move that is not known to be done yet, when it will be.
     self._went_in = np.full(backing.num_experts, -1, np.int64)
     self._gone: dict[int, concurrent.futures.Future] = {}
     self._num_moves = 0
@@ -140,7 +152,7 @@ class CachedExperts:
   def feed(
     self, batches: Iterable[tuple[Any, batch_plans.ExpertPlan]]
   ) -> Iterator[tuple[Any, _Fed]]:
-    """See `Experts.feed`: one batch is scheduled ahead of the one given."""
+    """See `Experts.feed`; one batch is scheduled ahead of the one given."""
     waiting = collections.deque()
     for batch, plan in batches:
       waiting.append((batch, self._decide(plan)))
@@ -155,6 +167,7 @@ class CachedExperts:
     self._raise_errors()
     arrays = self._arrays(state)
     move = fed.move
+    # What leaves is copied out of its slots before anything is put there.
     is_changed = self._is_changed[move.slots]
     if is_changed.any():
       going = self._take(arrays, move.slots[is_changed])
@@ -167,6 +180,7 @@ class CachedExperts:
     waited = time.perf_counter() - start
     for rows, values in coming:
       arrays = slot_rows.put(arrays, rows, values)
+    # From here on the slots are those of the step that comes next.
     self._expert_in[move.slots] = move.entering
     self._is_changed[move.slots] = False
     if self._is_trained:
@@ -185,7 +199,7 @@ class CachedExperts:
     return self._counts.metrics() | self._moved
 
   def tables(self, state: train_state.TrainState) -> parameters.Tables:
-    """See `Experts.tables`: none, as evaluations read `rows_from`."""
+    """See `Experts.tables`; {}, as evaluations read `rows_from`."""
     self._flush(state)
     self.rows_from.clear()
     return {}
@@ -200,7 +214,8 @@ class CachedExperts:
   def close(self) -> None:
     """See `Experts.close`."""
     self._writing.shutdown()
-    # Those of batches that were fed but never made ready.
+    # Batches that were fed but never made ready: nobody writes what they would
+    # have moved out, and a read that waits for it must not wait for ever.
     for gone in self._gone.values():
       gone.cancel()
     self._reading.shutdown(cancel_futures=True)
@@ -213,18 +228,22 @@ class CachedExperts:
       going = self._take(self._arrays(state), changed)
       self._writing.submit(self._write, going).result()
       self._is_changed[:] = False
+    # There is one writing thread, so earlier writes are done when this one is.
     self._writing.submit(lambda: None).result()
     self._raise_errors()
 
   def _arrays(self, state) -> expert_sources.Arrays:
+    """Tables and row state of the slots, [num_slots, ...]."""
     if self._is_trained:
       return state.tables, state.table_state
     return self._frozen, {}
 
   def _decide(self, plan: batch_plans.ExpertPlan) -> _Fed:
-    """Schedules a batch, and starts to read what comes."""
+    """Schedules a batch, and starts to read the experts that come."""
     present = plan.present_experts(self._backing.num_experts)
     move = self._schedule.take(present)
+    # Moves in which some of these experts left, and which may not be written
+    # yet.
     earlier = np.unique(self._went_in[move.entering]).tolist()
     needed = [self._gone[i] for i in earlier if i in self._gone]
     self._went_in[move.leaving[move.leaving >= 0]] = self._num_moves
@@ -236,14 +255,23 @@ class CachedExperts:
     return _Fed(in_slots, plan, used, move, coming, gone)
 
   def _read(self, move, needed):
-    """Rows that come, on the device; in a thread."""
+    """Reads the experts that come and puts them on the device; in a thread.
+
+    Args:
+      move: the move that brings them.
+      needed: futures of earlier moves, whose writes must be done first.
+
+    Returns:
+      `_Fed.coming`.
+    """
     for gone in needed:
       gone.result()
     coming = []
     for some, size in slot_rows.calls(
       len(move.slots), self._backing.dtype.itemsize
     ):
-      # The last call may have room for more: those are read twice.
+      # The last call may have room for more experts than are left. Its room is
+      # filled with experts that are read again, and whose rows `put` drops.
       experts = np.resize(move.entering[some], size)
       records = self._backing.read(experts)
       values = expert_records.to_arrays(records, *self._abstract)
@@ -260,7 +288,12 @@ class CachedExperts:
     )
 
   def _take(self, arrays, slots):
-    """Starts to copy the experts in these slots to the host."""
+    """Starts to copy the experts in some slots to the host.
+
+    Returns:
+      What `_write` takes, a pair for each call of `slot_rows.get`: the experts
+      <int64>[n], and arrays [rows, ...] with at least n rows.
+    """
     going = []
     for some, size in slot_rows.calls(len(slots), self._backing.dtype.itemsize):
       taken = slot_rows.get(arrays, slot_rows.padded(slots[some], size))
@@ -268,19 +301,27 @@ class CachedExperts:
     return going
 
   def _write(self, going):
-    """Writes what goes to the backing; in a thread."""
+    """Writes experts that leave to the backing; in a thread."""
     for experts, taken in going:
       arrays = jax.device_get(taken)
       records = expert_records.from_arrays(self._backing.dtype, *arrays)
       self._backing.write(experts, records[: len(experts)])
 
   def _raise_errors(self) -> None:
+    """Raises errors of moves that are done, and forgets these moves."""
     for number, gone in list(self._gone.items()):
       if gone.done():
         gone.result()
         del self._gone[number]
 
   def _count_move(self, fed, num_out, waited):
+    """Keeps the metrics of a move.
+
+    Args:
+      fed: the batch.
+      num_out: how many experts were written back.
+      waited: seconds that the host waited for the experts that come.
+    """
     one = np.float32(1)
     moved = (len(fed.move.slots) + num_out) * self._backing.dtype.itemsize
     found = len(fed.used) - len(fed.move.slots)
@@ -294,7 +335,7 @@ class CachedExperts:
 
 
 def _pass_on(job, future):
-  """Gives the outcome of a job to a future that others wait for."""
+  """Gives the outcome of a job to the future that others wait for."""
   error = job.exception()
   if error is None:
     future.set_result(None)

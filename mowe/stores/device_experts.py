@@ -23,10 +23,12 @@ class DeviceExperts:
   """The tables of a run as arrays; see `expert_stores.Experts`.
 
   Args:
-    file: where checkpoints keep experts.
-    abstract: the arrays, in their shardings.
-    is_trained: whether they change; else they are held apart from the state.
-    is_resumed: whether the file already has them as they are.
+    file: the file in which checkpoints keep experts.
+    abstract: abstract tables and row state, in their shardings.
+    is_trained: whether experts change. Frozen tables are held here, apart from
+      the train state.
+    is_resumed: whether the file already has the experts that the run begins
+      with.
   """
 
   num_slots = None
@@ -42,9 +44,11 @@ class DeviceExperts:
     self._file = file
     self._abstract = abstract
     self._is_trained = is_trained
+    # Experts that have changed since they were written to the file.
     self._is_changed = np.full(file.num_experts, not is_resumed)
     self._frozen: parameters.Tables = {}
-    # Rows are fetched whole, also by a process that has a part of each.
+    # A checkpoint fetches whole rows, also where a process has only a part of
+    # each row, or none of it.
     sharding = jax.tree.leaves(abstract)[0].sharding
     self._everywhere = None
     if sharding.num_devices > 1:
@@ -85,14 +89,14 @@ class DeviceExperts:
   def save(
     self, checkpoint: pathlib.Path, state: train_state.TrainState
   ) -> None:
-    """See `Experts.save`: writes the experts that changed since the last."""
+    """See `Experts.save`; only what changed since the last save is written."""
     experts = np.flatnonzero(self._is_changed)
     arrays = self.tables(state), state.table_state
     dtype = self._file.dtype
     calls = slot_rows.calls(len(experts), dtype.itemsize)
 
     def fetch():
-      """Starts to copy rows to the host, one call ahead of writing them."""
+      """Starts to copy rows to the host; yields experts and their arrays."""
       for some, size in calls:
         rows = slot_rows.padded(experts[some], size)
         taken = slot_rows.get(arrays, rows, self._everywhere)
@@ -111,7 +115,7 @@ class DeviceExperts:
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-  """The same items; the next is taken before one is given."""
+  """Yields the same items, each when the one after it has been taken."""
   items = iter(items)
   last = next(items, None)
   for item in items:

@@ -1,4 +1,4 @@
-"""What a run tells of its experts: how many are met, how they are moved."""
+"""Metrics of word experts: how many a batch has, and tokens of each."""
 
 import numpy as np
 
@@ -7,11 +7,12 @@ from mowe.words import batch_plans, sharded_plan
 
 
 class ExpertCounts:
-  """Counts experts of the steps, on the host.
+  """Counts the experts of each step, on the host.
 
   Args:
-    seen: <bool>[num_experts], those that training has met; kept true here.
-    is_trained: whether experts are trained.
+    seen: <bool>[num_experts], whether training has met the expert; this object
+      keeps the array up to date.
+    is_trained: whether experts are trained; frozen ones are never seen.
   """
 
   def __init__(self, seen: np.ndarray, is_trained: bool):
@@ -23,7 +24,7 @@ class ExpertCounts:
   def count(
     self, plan: batch_plans.ExpertPlan | sharded_plan.ShardedPlan
   ) -> np.ndarray:
-    """Counts a step; returns the experts of its batch, ascending."""
+    """Counts a step; returns the experts of its batch, <int>[n], ascending."""
     present = plan.present_experts(len(self._seen))
     if self._is_trained:
       self._num_unseen -= int(np.count_nonzero(~self._seen[present]))
@@ -42,5 +43,5 @@ class ExpertCounts:
     return present
 
   def metrics(self) -> dict[str, Mean]:
-    """Numbers of the last step."""
+    """The metrics of the last step."""
     return self._latest

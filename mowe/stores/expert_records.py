@@ -1,8 +1,10 @@
 """An expert as one record of bytes: its kernels in all tables, then its state.
 
-Stores outside the device and checkpoints keep experts one by one, so that those
-of a batch can be read and written alone. A record is an element of a structured
-numpy array, whose fields are named by the paths of the arrays they come from.
+Checkpoints, and stores outside the device, keep experts one by one, so that
+those of a batch can be read and written alone. A record is an element of a
+structured numpy array, whose fields are named by the paths of the arrays they
+come from. All kernels come before the row state, so that the kernels are the
+first bytes of a record and can be read without the rest.
 """
 
 from typing import Any
@@ -13,11 +15,12 @@ import numpy as np
 
 from mowe.models import parameters
 
-# Fields of these names are what a model needs without its optimizer.
+# How the names of fields begin. A model needs its kernels, and only training
+# the state of the row optimizer.
 _KERNELS = 'kernels/'
 _STATE = 'state/'
 
-# How bfloat16 is kept, in tables as in records: by its bits.
+# Kernels in bfloat16 are kept as their bits, in tables and in records.
 _BITS = np.dtype('<u2')
 _FLOAT = np.dtype('<f4')
 
@@ -25,11 +28,13 @@ _FLOAT = np.dtype('<f4')
 def record_dtype(
   tables: parameters.Tables, table_state: dict[str, Any]
 ) -> np.dtype:
-  """The record of one expert; arrays may be abstract.
+  """The dtype of the record of one expert.
 
   Args:
-    tables: table -> kernel -> [num_experts, ...].
-    table_state: table -> row state, leaves [num_experts, ...]; {} if frozen.
+    tables: path of a table -> kernel name -> array [num_experts, ...], which
+      may be abstract.
+    table_state: path of a table -> the state of its row optimizer, a tree of
+      arrays [num_experts, ...]; {} if experts are frozen.
   """
   return np.dtype(
     [
@@ -40,12 +45,12 @@ def record_dtype(
 
 
 def kernels_only(dtype: np.dtype) -> np.dtype:
-  """The record without row state: the same first bytes."""
+  """The dtype of a record without row state: its first bytes, up to there."""
   return np.dtype([one for one in dtype.descr if one[0].startswith(_KERNELS)])
 
 
 def kernel_field(table: str, kernel: str) -> str:
-  """Name of the field of a kernel."""
+  """The name of the field that holds a kernel."""
   return f'{_KERNELS}{table}/{kernel}'
 
 
@@ -54,7 +59,13 @@ def to_arrays(
   tables: parameters.Tables,
   table_state: dict[str, Any],
 ) -> tuple[parameters.Tables, dict[str, Any]]:
-  """Records [n] as arrays [n, ...] in the structure of these two trees."""
+  """Records [n] as arrays [n, ...] in the structure of these two trees.
+
+  Args:
+    records: a structured array [n].
+    tables: as for `record_dtype`.
+    table_state: as for `record_dtype`.
+  """
   treedef = jax.tree.structure((tables, table_state))
   names = [name for name, _ in _named(tables, table_state)]
   return treedef.unflatten(
@@ -65,7 +76,7 @@ def to_arrays(
 def from_arrays(
   dtype: np.dtype, tables: parameters.Tables, table_state: dict[str, Any]
 ) -> np.ndarray:
-  """Arrays [n, ...] on the host as records [n]."""
+  """Arrays [n, ...] on the host as records [n] of this dtype."""
   named = _named(tables, table_state)
   records = np.empty(len(named[0][1]), dtype)
   for name, leaf in named:
@@ -74,10 +85,14 @@ def from_arrays(
 
 
 def converted(records: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """The records with other fields or another precision of kernels.
+  """The records with other fields, or kernels in another precision.
 
-  Fields that they lack are zeros: a fresh row state. `check_convertible` says
-  whether that makes sense.
+  Fields that the records lack become zeros, which are a fresh row state. The
+  caller asks `check_convertible` first whether that makes sense.
+
+  Args:
+    records: a structured array [n].
+    dtype: the dtype of the result.
   """
   if records.dtype == dtype:
     return records
@@ -89,10 +104,14 @@ def converted(records: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def check_convertible(old: np.dtype, new: np.dtype) -> str:
-  """What keeps records from becoming others; empty if nothing does.
+  """Says why records cannot be `converted`; an empty text if they can.
 
-  Kernels must have the same names and shapes. Row state must as well, unless
-  there is none of it on one of the two sides.
+  Kernels must have the same names and shapes. Row state must have as well,
+  unless one of the two sides has none at all.
+
+  Args:
+    old: the dtype of the records that are there.
+    new: the dtype of the records that are wanted.
   """
   sides = {'there': old, 'here': new}
   fields = {
@@ -114,7 +133,7 @@ def check_convertible(old: np.dtype, new: np.dtype) -> str:
 
 
 def to_json(dtype: np.dtype) -> list[list[Any]]:
-  """What `from_json` reads."""
+  """The dtype of records as JSON, which `from_json` reads."""
   return [
     [name, dtype[name].base.str, list(dtype[name].shape)]
     for name in dtype.names
@@ -122,12 +141,12 @@ def to_json(dtype: np.dtype) -> list[list[Any]]:
 
 
 def from_json(fields: list[list[Any]]) -> np.dtype:
-  """The dtype of records that were described by `to_json`."""
+  """The dtype of records that `to_json` described."""
   return np.dtype([(name, base, tuple(shape)) for name, base, shape in fields])
 
 
 def _named(tables, table_state) -> list[tuple[str, Any]]:
-  """Every array with the name of its field, kernels first."""
+  """Every array of the two trees with the name of its field, kernels first."""
   parts = {_KERNELS: tables, _STATE: table_state}
   return [
     (prefix + jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
@@ -137,8 +156,10 @@ def _named(tables, table_state) -> list[tuple[str, Any]]:
 
 
 def _to_precision(values: np.ndarray, base: np.dtype) -> np.ndarray:
+  """Kernels between float32 and the bits of bfloat16; all else unchanged."""
   if (values.dtype, base) == (_FLOAT, _BITS):
     return values.astype(ml_dtypes.bfloat16).view(_BITS)
   if (values.dtype, base) == (_BITS, _FLOAT):
+    # The bits of a bfloat16 are the upper half of those of its float32.
     return (values.astype(np.uint32) << 16).view(np.float32)
   return values

@@ -1,4 +1,4 @@
-"""Where the experts of a run come from: drawn afresh, or from a checkpoint."""
+"""Where the experts of a run come from: random draws, or a checkpoint."""
 
 import functools
 import pathlib
@@ -14,12 +14,13 @@ from flax import linen as nn
 from mowe.models import initialization, parameters
 from mowe.stores import expert_records, row_index
 
-# Bytes that are on their way at a time, between disk, host and device.
+# Bytes that are on their way between disk, host and device at a time.
 _CHUNK_BYTES = 2**24
 
 _SECONDS_BETWEEN_LINES = 10
 
-# Tables, and the state of their rows.
+# The expert tables, and the state of their row optimizer: path of a table -> a
+# tree of arrays [num_experts, ...] or [num_slots, ...].
 Arrays = tuple[parameters.Tables, dict[str, Any]]
 
 
@@ -27,22 +28,34 @@ class ExpertSource(Protocol):
   """Gives the experts that a run begins with."""
 
   def records(self, first: int, number: int, dtype: np.dtype) -> np.ndarray:
-    """Records [number] of neighbouring experts; fresh state is zeros."""
+    """The records of neighbouring experts.
+
+    Args:
+      first: the first expert.
+      number: how many experts.
+      dtype: the dtype of a record; a fresh row state is zeros.
+    """
 
   def arrays(self, abstract: Arrays) -> Arrays:
-    """All experts on the device, in the shardings of abstract arrays."""
+    """All experts on the device.
+
+    Args:
+      abstract: abstract arrays, in the shardings of the results.
+    """
 
   def close(self) -> None:
     """Closes files."""
 
 
 class FreshExperts:
-  """Draws experts; each is the same wherever and with whichever it is drawn.
+  """Draws experts at random.
+
+  An expert has the same bits wherever it is drawn, and with whichever others.
 
   Args:
     model: the model.
-    key: of its parameters, one of `threefry.key`.
-    tables: abstract tables.
+    key: the random key of its parameters, one of `threefry.key`.
+    tables: abstract tables of all experts.
   """
 
   def __init__(
@@ -80,11 +93,14 @@ class SavedExperts:
   """Reads the experts of a checkpoint.
 
   Args:
-    checkpoint: its folder.
-    kernels_only: leave row state out; a run then begins with a fresh one.
+    checkpoint: the folder of the checkpoint.
+    kernels_only: whether row state is left out; a run then begins with a fresh
+      one.
 
   Raises:
-    DamagedCheckpointError: when records are not what was written.
+    ValueError: the checkpoint has no word experts.
+    DamagedCheckpointError: records are not as they were written; raised when
+      they are read.
   """
 
   def __init__(self, checkpoint: pathlib.Path, kernels_only: bool = False):
@@ -99,7 +115,7 @@ class SavedExperts:
     self.read = row_index.RowReader(checkpoint.parent, self.index, kernels_only)
 
   def close(self) -> None:
-    """Closes the file; nothing is read any more."""
+    """Closes the file; nothing can be read after that."""
     self.read.close()
 
   def check(self, abstract: Arrays) -> None:
@@ -124,7 +140,7 @@ class SavedExperts:
     return expert_records.converted(records, dtype)
 
   def arrays(self, abstract: Arrays) -> Arrays:
-    """See `ExpertSource.arrays`; host memory takes a chunk at a time."""
+    """See `ExpertSource.arrays`; host memory holds one chunk at a time."""
     dtype = expert_records.record_dtype(*abstract)
     leaves, treedef = jax.tree.flatten(abstract)
     self.check(abstract)
@@ -136,7 +152,12 @@ class SavedExperts:
     )
 
   def _of_device(self, abstract, dtype, device):
-    """The part of each array that lies on a device."""
+    """The part of each array that lies on one device.
+
+    Experts are split over devices by blocks of neighbours, so the device needs
+    the records of its own block alone. Other axes of an array may be split as
+    well: of these each record is cut before it goes to the device.
+    """
     indices = [
       leaf.sharding.addressable_devices_indices_map(leaf.shape)[device]
       for leaf in jax.tree.leaves(abstract)
@@ -162,10 +183,19 @@ class SavedExperts:
 
 
 def chunks(start: int, stop: int, dtype: np.dtype) -> Iterator[tuple[int, int]]:
-  """(first, number) of neighbouring experts, so many at a time.
+  """Cuts neighbouring experts into chunks of some megabytes.
 
-  All have the same number, so that programs are compiled once: the last may
-  overlap the one before. What takes long says how far it is.
+  All chunks have the same number of experts, so that programs are compiled
+  once; the last one may overlap the one before. If the work on them takes long,
+  a line is printed from time to time.
+
+  Args:
+    start: the first expert.
+    stop: the expert after the last one.
+    dtype: the dtype of a record.
+
+  Yields:
+    The first expert of a chunk, and their number.
   """
   number = min(stop - start, at_once(dtype))
   said_at = time.monotonic()
@@ -181,12 +211,13 @@ def chunks(start: int, stop: int, dtype: np.dtype) -> Iterator[tuple[int, int]]:
 
 
 def at_once(dtype: np.dtype) -> int:
-  """How many experts are on their way at a time."""
+  """How many experts of this record a chunk has."""
   return max(1, _CHUNK_BYTES // dtype.itemsize)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _fill(parts, rows, first):
+  """Writes rows into arrays in place, beginning at row `first`."""
   return jax.tree.map(
     lambda part, some: jax.lax.dynamic_update_slice_in_dim(
       part, some, first, 0

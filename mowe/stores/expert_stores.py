@@ -1,8 +1,12 @@
 """Where the experts of a run lie: on the device, in host memory, or on disk.
 
-The train step does not know. A store makes the experts of a batch ready before
-its step, and gives checkpoints what has changed. Whatever the store, a run ends
-with the same bits, and its checkpoints can be read by every other store.
+The training step does not know where. A store makes the experts of a batch
+ready before its step, and gives checkpoints what has changed. With every store
+a run ends with the same bits, and its checkpoints can be read by every other
+store.
+
+`Store` is a setting of a run, and `Experts` are the experts of a run as an open
+store has them.
 """
 
 import contextlib
@@ -26,7 +30,8 @@ from mowe.stores import (
 )
 from mowe.training import train_metrics, train_state
 
-# Tables of more bytes are not loaded as a whole, unless one asks for it.
+# For inference, tables of more bytes are not loaded as a whole unless the
+# caller asks for it.
 _LARGE = 2**32
 
 
@@ -34,40 +39,46 @@ class Experts(Protocol):
   """The experts of a run.
 
   Attributes:
-    num_slots: rows of the tables of the step; None: all experts.
-    rows_from: where the model of an evaluation reads experts; None: `tables`.
+    num_slots: how many rows the tables of the step have; None if they have all
+      experts.
+    rows_from: from where the model of an evaluation reads experts; None if it
+      is given `tables`.
   """
 
   num_slots: int | None
   rows_from: host_rows.RowsFrom | None
 
   def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
-    """Takes the experts from where they come.
+    """Takes all experts from their source.
 
     Returns:
-      Tables and row state for the train state; {} and {} if they are frozen.
+      Tables and row state for the train state; {} and {} if experts are frozen.
     """
 
   def feed(
     self, batches: Iterable[tuple[Any, Any]]
   ) -> Iterator[tuple[Any, Any]]:
-    """The same batches, with their plans made into what `ready` takes."""
+    """Yields the same batches, and for each plan what `ready` takes."""
 
   def ready(
     self, state: train_state.TrainState, fed: Any
   ) -> tuple[train_state.TrainState, parameters.Tables, Any]:
     """Brings the experts of a batch to the device.
 
+    Args:
+      state: the state before the step; its arrays may be donated.
+      fed: what `feed` gave with the batch.
+
     Returns:
-      The state, the tables if they are frozen ({} if not), and the plan in the
-      numbers of their rows.
+      The state, the tables if they are frozen ({} if not), and the plan of the
+      batch, which names experts by their rows in these tables.
     """
 
   def metrics(self) -> dict[str, train_metrics.Mean]:
-    """Numbers of the last step, to be added to those of the step itself."""
+    """The metrics of the last step, to be added to those of the step itself."""
 
   def tables(self, state: train_state.TrainState) -> parameters.Tables:
-    """Tables for an evaluation; {} if its model is to read `rows_from`."""
+    """The tables for an evaluation; {} if its model is to read `rows_from`."""
 
   def save(
     self, checkpoint: pathlib.Path, state: train_state.TrainState
@@ -75,14 +86,14 @@ class Experts(Protocol):
     """Writes the experts of a checkpoint."""
 
   def close(self) -> None:
-    """Ends threads and closes files; not saved changes are lost."""
+    """Ends threads and closes files; changes that were not saved are lost."""
 
 
 class Store(Protocol):
-  """Settings of where experts lie."""
+  """The setting of a run that says where its experts lie."""
 
   def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError if experts cannot lie there in a run on this mesh."""
+    """Raises ValueError if a run on this mesh cannot have its experts there."""
 
   def open(
     self,
@@ -93,23 +104,30 @@ class Store(Protocol):
     is_resumed: bool,
     experts_at_once: int,
   ) -> Experts:
-    """The experts of a run.
+    """Opens the store for a run.
 
     Args:
-      file: where its checkpoints keep experts.
-      abstract: tables and row state, in their shardings.
+      file: the file in which the checkpoints of the run keep experts.
+      abstract: abstract tables and row state of all experts, in their
+        shardings.
       is_trained: whether experts change.
-      is_resumed: whether the file already has them as they are.
-      experts_at_once: that an ordinary batch has, with some slack.
+      is_resumed: whether the file already has the experts that the run begins
+        with.
+      experts_at_once: how many experts an ordinary batch has, with some slack.
     """
 
   def open_for_reading(
     self, source: expert_sources.SavedExperts, abstract: parameters.Tables
   ) -> tuple[parameters.Tables, host_rows.RowsFrom | None]:
-    """Experts of a checkpoint for inference.
+    """Opens the experts of a checkpoint for inference.
+
+    Args:
+      source: the experts of the checkpoint.
+      abstract: abstract tables of all experts.
 
     Returns:
-      Tables on the device, or {} and where the model is to read experts.
+      Either the tables on the device, and None; or {}, and from where the model
+      is to read experts.
     """
 
 
@@ -143,7 +161,7 @@ class DeviceStore:
 
 @dataclasses.dataclass(frozen=True)
 class _SlotStore:
-  """Experts outside the device, but for those in its slots."""
+  """Base of stores outside the device, with slots for some experts on it."""
 
   num_slots: int | None = None
 
@@ -182,7 +200,8 @@ class HostStore(_SlotStore):
   """All experts in host memory, those of the next batches on the device.
 
   Attributes:
-    num_slots: experts on the device; None: twice those of a batch.
+    num_slots: how many experts the device has room for; None for twice as many
+      as an ordinary batch has.
   """
 
   _backing = backings.HostRows
@@ -196,7 +215,7 @@ class HostStore(_SlotStore):
     num_experts = jax.tree.leaves(abstract)[0].shape[0]
     with contextlib.closing(source):
       records = backings.all_records(source, dtype, num_experts)
-    # Nothing is kept twice.
+    # The cache keeps next to nothing, as all records are in memory already.
     return {}, kernel_cache.KernelCache(
       records.__getitem__, dtype, num_experts, most_bytes=0
     )
@@ -207,7 +226,8 @@ class DiskStore(_SlotStore):
   """All experts in the model's folder, those of the next batches on the device.
 
   Attributes:
-    num_slots: experts on the device; None: twice those of a batch.
+    num_slots: how many experts the device has room for; None for twice as many
+      as an ordinary batch has.
   """
 
   _backing = backings.DiskRows
@@ -225,7 +245,7 @@ class DiskStore(_SlotStore):
 
 
 def for_reading(abstract: parameters.Tables) -> Store:
-  """The store that suits tables of this size: on disk if they are large."""
+  """The store for inference with these tables: on disk if they are large."""
   size = sum(
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)
   )

@@ -1,4 +1,4 @@
-"""Kernels of experts for models that read them while they run."""
+"""A cache of kernels, for models that read experts while they run."""
 
 import collections
 import threading
@@ -8,17 +8,19 @@ import numpy as np
 
 from mowe.stores import expert_records
 
+# Bytes of kernels that are kept.
 _MOST_BYTES = 2**28
 
 
 class KernelCache:
-  """Keeps the experts that were asked for last; a `host_rows.RowsFrom`.
+  """Keeps the kernels that were asked for last; a `host_rows.RowsFrom`.
 
   Args:
-    read: experts <int>[n] to records [n].
-    dtype: of a record; row state may be among its fields.
-    num_experts: that there are.
-    most_bytes: of what is kept.
+    read: returns the records [n] of experts <int>[n].
+    dtype: the dtype of a record as it is read; it may have row state, which is
+      not kept.
+    num_experts: how many experts there are; numbers beyond stand for none.
+    most_bytes: how many bytes are kept between two calls.
   """
 
   def __init__(
@@ -45,6 +47,7 @@ class KernelCache:
     }
     is_there = (experts >= 0) & (experts < self._num_experts)
     with self._lock:
+      # More than fit may be needed at once, so old ones leave at the end.
       self._keep(np.unique(experts[is_there]))
       for i in np.flatnonzero(is_there).tolist():
         record = self._kept[int(experts[i])]
@@ -55,11 +58,12 @@ class KernelCache:
     return results
 
   def clear(self) -> None:
-    """Forgets all: they have changed."""
+    """Forgets all kernels, when experts have changed."""
     with self._lock:
       self._kept.clear()
 
   def _keep(self, experts):
+    """Reads those of some experts that are missing, and marks all as new."""
     missing = []
     for expert in experts.tolist():
       if expert in self._kept:
@@ -72,11 +76,11 @@ class KernelCache:
       self._read(np.array(missing)), self._dtype
     )
     for expert, record in zip(missing, records, strict=True):
-      # A copy: a view would keep all the others alive.
+      # A copy, as a view would keep the records of all others alive.
       self._kept[expert] = record.copy()
 
   def _fields(self, table):
-    """Kernel name, field and dtype of each kernel of a table."""
+    """The name, the field and the dtype of each kernel of a table."""
     prefix = expert_records.kernel_field(table, '')
     return [
       (field.removeprefix(prefix), field, self._dtype[field].base)

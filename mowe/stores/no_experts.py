@@ -1,4 +1,4 @@
-"""The experts of a model that has none."""
+"""The store of a model without word experts, which does nothing."""
 
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from mowe.training import train_metrics, train_state
 
 
 class NoExperts:
-  """Does nothing; see `expert_stores.Experts`."""
+  """Passes batches and states on as they are; see `expert_stores.Experts`."""
 
   num_slots = None
   rows_from = None

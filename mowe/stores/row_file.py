@@ -1,13 +1,24 @@
-"""Writing experts to disk so that no checkpoint is ever half of something.
+"""Writing experts to disk so that no finished checkpoint is ever changed.
 
-While the index of a checkpoint that is kept refers to a place of the file,
-nothing is written there: the next version of that expert goes to a free place.
-So a process may be killed at any moment, also while it writes, and every
-finished checkpoint still is what it was. A new checkpoint costs only the
-experts that have changed since the one before.
+The file of records is an array of *places*, each with room for one record. All
+checkpoints of a folder share it: a checkpoint has an index that says in which
+place the record of each expert lies (`row_index`). While the index of a
+checkpoint that still exists refers to a place, nothing is written there, and
+the next version of that expert goes to a free place. So a process may be killed
+at any moment, also while it writes, and every finished checkpoint still is what
+it was. A new checkpoint costs only the experts that have changed since the one
+before.
 
-The file takes the room of all experts and, for each checkpoint that is kept, of
-those that changed after it.
+The file is as large as all experts and, for each checkpoint that is kept, the
+experts that changed after it.
+
+A place is *held* by checkpoints, and is *current* if it has the present version
+of an expert; it is free if it is neither:
+
+  written, not saved   current             may be overwritten in place
+  saved                current and held    the next version goes elsewhere
+  saved, then changed  held                waits for its checkpoints to be
+  removed checkpoints removed  free                takes another record
 """
 
 import errno
@@ -24,29 +35,30 @@ from mowe.training import manifests
 
 
 class TableInUseError(OSError):
-  """Another process writes the experts of this folder."""
+  """Another process has the experts of this folder open for writing."""
 
 
 class DiskFullError(OSError):
   """There is no room for experts; finished checkpoints are unharmed."""
 
 
+# Errors of the system for a full disk, a quota, and a file that is too large.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LockedFile:
   """The file of records of a folder, open for one process alone.
 
-  It is to be locked before one decides which checkpoint is resumed: whoever had
-  it before may have been about to finish another one.
+  A run locks the file before it decides which checkpoint it resumes, as another
+  process that has the lock may be about to finish a newer one.
 
   Args:
-    folder: of the model.
-    process: number of this process.
+    folder: the folder of the model.
+    process: the number of this process in its run.
 
   Attributes:
-    path: of the file, made if it is not there.
-    descriptor: for reading and writing.
+    path: the path of the file, which is made if it is not there.
+    descriptor: the open file, for reading and writing.
 
   Raises:
     TableInUseError: another process has it open.
@@ -73,29 +85,29 @@ class LockedFile:
       ) from error
 
   def close(self) -> None:
-    """Lets other processes open it."""
+    """Closes the file, so that another process may open it."""
     os.close(self.descriptor)
 
 
 class RowFile:
-  """Records of the experts of a run, read and written one by one.
+  """The records of the experts of a run, read and written one by one.
 
-  Several threads may call it at once, though not for the same expert. Each
-  process of a run of several writes its share of the experts to a file of its
-  own, and reads those of all.
+  Several threads may call it at once, though not for the same expert. In a run
+  of several processes each writes its share of the experts to a file of its
+  own, and reads the files of all.
 
   Args:
-    file: where this process writes; closed with this object.
-    index: where the experts lie at the beginning, such as in the checkpoint
-      that is resumed; it is kept true from then on.
-    process: number of this process.
-    num_processes: that share the experts.
+    file: the file that this process writes; it is closed with this object.
+    index: where the experts lie at the beginning, as in the checkpoint that is
+      resumed. This object keeps it up to date from then on.
+    process: the number of this process in its run.
+    num_processes: how many processes share the experts.
 
   Attributes:
-    dtype: of a record.
-    num_experts: in the table.
-    seen: <bool>[num_experts], those that training has met: for its owner to
-      keep true, saved with each checkpoint.
+    dtype: the dtype of a record.
+    num_experts: how many experts there are.
+    seen: <bool>[num_experts], whether training has met the expert; the caller
+      keeps it up to date, and it is saved with each checkpoint.
 
   Raises:
     DamagedCheckpointError: the file lacks records of the index.
@@ -116,14 +128,16 @@ class RowFile:
     self.dtype = index.dtype
     self.num_experts = len(index.places)
     self.seen = index.seen
+    # Each process owns a block of neighbouring experts.
     ends = [
       self.num_experts * i // num_processes for i in range(num_processes + 1)
     ]
     self._own = slice(ends[process], ends[process + 1])
     self._reader = row_index.RowReader(self._folder, index)
     self._lock = threading.Lock()
-    # Of the places in this process's file: how many checkpoints refer to each,
-    # and whether it holds the present version of an expert.
+    # Of each place in the file of this process: how many checkpoints refer to
+    # it, and whether it has the present version of an expert. The lock
+    # guards these arrays, the free places, and the checkpoints that hold places.
     self._held = np.zeros(0, np.int32)
     self._is_current = np.zeros(0, bool)
     self._free = np.zeros(0, np.int64)
@@ -137,13 +151,13 @@ class RowFile:
     self._cut_off_the_rest()
 
   def read(self, experts: np.ndarray) -> np.ndarray:
-    """Records [n] of these experts; see `RowReader`."""
+    """The records [n] of experts <int>[n]; see `row_index.RowReader`."""
     return self._reader(experts)
 
   def write(self, experts: np.ndarray, records: np.ndarray) -> None:
-    """Writes records [n] of distinct experts.
+    """Writes the records [n] of distinct experts <int>[n].
 
-    Those of other processes are left to them.
+    Experts that another process owns are left to that process.
 
     Raises:
       DiskFullError: there is no room.
@@ -155,7 +169,7 @@ class RowFile:
       return
     places, left = self._places_for(experts)
     if (np.diff(places) < 0).any():
-      # In the order of places: what lies together is written together.
+      # In the order of their places, so that neighbours are written together.
       order = np.argsort(places)
       experts, places, records = experts[order], places[order], records[order]
     records = np.ascontiguousarray(records)
@@ -181,36 +195,39 @@ class RowFile:
     self._index.files[experts] = self._process
     self._index.places[experts] = places
     self._index.checksums[experts] = np.concatenate(checksums)
+    # Only now: until the index says where the new version is, it is the old one
+    # that is read.
     with self._lock:
       self._is_current[left] = False
 
   def check_room(self) -> None:
-    """Raises DiskFullError unless all experts have room."""
+    """Raises DiskFullError unless the disk has room for all experts once."""
     size = self.num_experts * self.dtype.itemsize
     free = shutil.disk_usage(self._folder).free
     if free < size:
       raise DiskFullError(
-        f'{self._folder} must have room for {size / 1e9:.1f} GB of experts, but '
-        f'{free / 1e9:.1f} GB are free. Make room, give another MODEL_DIR, or '
-        "set TABLE_DTYPE = 'bfloat16' or fewer experts."
+        f'{self._folder} must have room for {size / 1e9:.1f} GB of experts, '
+        f'but {free / 1e9:.1f} GB are free. Make room, give another MODEL_DIR, '
+        "or set TABLE_DTYPE = 'bfloat16' or fewer experts."
       )
 
   def save(self, checkpoint: pathlib.Path) -> None:
     """Writes the index of a checkpoint into its folder.
 
-    Until that folder is gone, what the index refers to is kept.
+    The records that the index refers to stay as they are until that folder is
+    gone. All of them are on disk before the index is.
     """
     os.fsync(self._file)
     self._index.save(checkpoint, self._process, self._own)
     self._hold(checkpoint, self._index)
 
   def close(self) -> None:
-    """Closes the file; another process may open it then."""
+    """Closes the file, so that another process may open it."""
     self._reader.close()
     self._locked.close()
 
   def _cut_off_the_rest(self):
-    """Removes what a killed process left behind the last place that counts."""
+    """Cuts off what a killed process left after the last place that is used."""
     needed = len(self._held) * self.dtype.itemsize
     size = os.fstat(self._file).st_size
     if size < needed:
@@ -222,15 +239,18 @@ class RowFile:
     os.ftruncate(self._file, needed)
 
   def _places_for(self, experts):
-    """Where the next versions of these experts are written, <int64>[n].
+    """Chooses where the next versions of some experts are written.
 
-    And the places of old versions, which count until the new ones are written.
+    Returns:
+      The place of each expert, <int64>[n]; and the places of old versions that
+      are not overwritten, which stay current until the new ones are written.
     """
     with self._lock:
       is_here = self._index.files[experts] == self._process
       places = np.where(is_here, self._index.places[experts], -1)
       known = np.flatnonzero(places >= 0)
-      # Where a checkpoint refers to it, the old version stays for that alone.
+      # An old version that no checkpoint refers to is overwritten in place. One
+      # that a checkpoint refers to stays, and the next version goes elsewhere.
       kept = known[self._held[places[known]] > 0]
       left = places[kept]
       places[kept] = -1
@@ -240,10 +260,12 @@ class RowFile:
       return places, left
 
   def _release_removed(self):
+    """Frees places that only checkpoints that are gone referred to."""
     for folder in [one for one in self._checkpoints if not one.exists()]:
       self._held[self._checkpoints.pop(folder)] -= 1
 
   def _take_free(self, number: int) -> np.ndarray:
+    """Takes free places, <int64>[number]; the file grows if there are few."""
     if number > len(self._free):
       self._release_removed()
       self._free = np.flatnonzero(~self._is_current & (self._held == 0))
@@ -255,22 +277,25 @@ class RowFile:
     return taken
 
   def _hold(self, checkpoint, index):
+    """Keeps what the index of a checkpoint refers to in the own file."""
     places = self._own_places(index)
     with self._lock:
       self._release_removed()
       self._grow(places.max(initial=-1) + 1)
       self._held[places] += 1
-      # Frozen experts lie where they are: one array for all checkpoints.
+      # Frozen experts never move: one array serves all checkpoints.
       for same in self._checkpoints.values():
         if np.array_equal(places, same):
           places = same
       self._checkpoints[checkpoint] = places
 
   def _own_places(self, index):
+    """The places in the file of this process that an index refers to."""
     is_here = (index.files == self._process) & (index.places >= 0)
     return index.places[is_here].copy()
 
   def _grow(self, num_places):
+    """Lets the file have at least so many places; new ones are free."""
     more = max(0, num_places - len(self._held))
     self._held = np.pad(self._held, (0, more))
     self._is_current = np.pad(self._is_current, (0, more))

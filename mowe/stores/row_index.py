@@ -1,8 +1,9 @@
 """Where the experts of a checkpoint lie, and reading them.
 
-A model folder has a file of records, `experts.0.rows`, for all its checkpoints
-(one for each process of a run of several). A checkpoint holds an index: for
-every expert the place of its record, and checksums that each read compares.
+All checkpoints of a model folder share a file of records, `experts.0.rows`; in
+a run of several processes there is one file for each. A checkpoint has an
+index, `experts.0.npz`: for every expert the place of its record in such a file,
+and checksums. Every read compares the checksums of what it reads.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import numpy as np
 from mowe.stores import background, expert_records
 from mowe.training import manifests
 
-# Bytes of neighbouring records that are read or written by one call.
+# The most bytes of neighbouring records that one call reads or writes.
 _RUN_BYTES = 2**22
 _INDEX = 'experts.{}.npz'
 _DATA = 'experts.{}.rows'
@@ -31,10 +32,13 @@ class RowIndex:
   """Where the records of all experts lie.
 
   Attributes:
-    dtype: of a record; see `expert_records`.
-    files: <uint16>[num_experts], which of the files.
-    places: <int64>[num_experts], number of the record there; -1: nowhere.
-    checksums: <uint32>[num_experts, 2], of kernels and of row state.
+    dtype: the dtype of a record; see `expert_records`.
+    files: <uint16>[num_experts], the number of the file, which is that of the
+      process that wrote it.
+    places: <int64>[num_experts], the number of the record in that file; -1 if
+      the expert was never written.
+    checksums: <uint32>[num_experts, 2], crc32 of the kernels and of the row
+      state. There are two, so that kernels can be read and checked alone.
     seen: <bool>[num_experts], whether training has met the expert.
   """
 
@@ -46,7 +50,7 @@ class RowIndex:
 
   @classmethod
   def empty(cls, dtype: np.dtype, num_experts: int) -> 'RowIndex':
-    """An index of experts that are not written yet."""
+    """Returns the index of experts that are not written yet."""
     return cls(
       dtype,
       np.zeros(num_experts, np.uint16),
@@ -57,7 +61,7 @@ class RowIndex:
 
   @classmethod
   def load(cls, checkpoint: pathlib.Path) -> 'RowIndex':
-    """The index in the folder of a checkpoint, of all processes together."""
+    """Reads the index of a checkpoint, with the parts of all processes."""
     parts = []
     for path in sorted(checkpoint.glob(_INDEX.format('*'))):
       with np.load(path) as arrays:
@@ -71,7 +75,13 @@ class RowIndex:
     return cls(dtype, *(array[order] for array in whole.values()))
 
   def save(self, checkpoint: pathlib.Path, process: int, own: slice) -> None:
-    """Writes the part of one process: that of some of the experts."""
+    """Writes the part of the index of one process.
+
+    Args:
+      checkpoint: the folder of the checkpoint.
+      process: the number of the process.
+      own: the experts that the process owns.
+    """
     fields = json.dumps(expert_records.to_json(self.dtype))
     with (checkpoint / _INDEX.format(process)).open('wb') as file:
       np.savez(
@@ -88,28 +98,32 @@ class RowIndex:
 
 
 def exists(checkpoint: pathlib.Path) -> bool:
-  """Whether a checkpoint has experts."""
+  """Whether a checkpoint has word experts."""
   return any(checkpoint.glob(_INDEX.format('*')))
 
 
 def data_path(folder: pathlib.Path, file: int) -> pathlib.Path:
-  """The file of records that one process writes."""
+  """The path of the file of records with this number."""
   return folder / _DATA.format(file)
 
 
 class RowReader:
-  """Reads experts of an index.
+  """Reads records of experts, where an index says that they lie.
 
   Args:
-    folder: of the model.
-    index: where they lie.
-    kernels_only: without row state.
-    num_threads: that read.
+    folder: the folder of the model.
+    index: where the experts lie.
+    kernels_only: whether records are read without their row state.
+    num_threads: how many threads read at a time.
 
-  Call: experts <int>[n] to records [n]; from several threads at once.
+  Attributes:
+    dtype: the dtype of a record as it is read.
+
+  Call: experts <int>[n] to their records [n]; several threads may call it at
+    once.
 
   Raises (when called):
-    DamagedCheckpointError: a record is not what was written.
+    DamagedCheckpointError: a record is not as it was written.
   """
 
   def __init__(
@@ -123,6 +137,8 @@ class RowReader:
     self._index = index
     kernels = expert_records.kernels_only(index.dtype)
     self.dtype = kernels if kernels_only else index.dtype
+    # Bytes of the kernels, which a record begins with, and from one record to
+    # the next.
     self._split = kernels.itemsize
     self._stride = index.dtype.itemsize
     self._descriptors: dict[int, int] = {}
@@ -134,8 +150,10 @@ class RowReader:
     experts = np.asarray(experts)
     records = np.empty(len(experts), self.dtype)
     files, places = self._index.files[experts], self._index.places[experts]
-    # Whole records of neighbours are read by one call.
+    # Whole records of neighbours are read by one call. Of records without their
+    # row state each has a call of its own, as there is a gap after it.
     step = 1 if self.dtype.itemsize == self._stride else None
+    # With the file in the upper bits, neighbours are in the same file.
     self.each(
       lambda run: self._read_run(experts[run], records[run]),
       runs(files.astype(np.int64) << 48 | places, self._stride, step),
@@ -145,7 +163,15 @@ class RowReader:
   def each(
     self, function: Callable[[slice], Any], cut: Iterable[slice]
   ) -> list[Any]:
-    """Calls a function with each slice, in all threads; results in order."""
+    """Calls a function with each slice, in all threads at once.
+
+    Args:
+      function: gets a slice.
+      cut: the slices.
+
+    Returns:
+      The results in the order of the slices.
+    """
     cut = list(cut)
     # A share for each thread: handing over single rows costs more than
     # reading them.
@@ -155,7 +181,11 @@ class RowReader:
     return list(itertools.chain.from_iterable(self._pool.map(work, shares)))
 
   def checksums_of(self, records: np.ndarray) -> np.ndarray:
-    """Checksums <uint32>[n, 2] of contiguous records [n]."""
+    """The checksums of contiguous records [n], as in `RowIndex`.
+
+    Returns:
+      <uint32>[n, 2]; of records without row state the second has no meaning.
+    """
     data = records.view(np.uint8).reshape(len(records), -1)
     parts = [
       [zlib.crc32(row[: self._split]), zlib.crc32(row[self._split :])]
@@ -170,17 +200,20 @@ class RowReader:
       os.close(descriptor)
 
   def _read_run(self, experts, records):
+    """Reads neighbouring records into an array, and compares checksums."""
     file = int(self._index.files[experts[0]])
     place = int(self._index.places[experts[0]])
     if place < 0:
       raise KeyError(f'Expert {experts[0]} was never written.')
     view = memoryview(records.view(np.uint8).reshape(-1))
     done, offset = 0, place * self._stride
+    # A call may read less than it was asked for.
     while done < len(view):
       count = os.preadv(self._open(file), [view[done:]], offset + done)
       if not count:
         raise self._damaged(file, experts[0], 'the file ends before')
       done += count
+    # Without row state only the checksums of the kernels can be compared.
     width = 2 if self.dtype.itemsize == self._stride else 1
     wrong = (
       self.checksums_of(records)[:, :width]
@@ -191,6 +224,7 @@ class RowReader:
       raise self._damaged(file, expert, 'it has other contents')
 
   def _open(self, file: int) -> int:
+    """The descriptor of a file of records, which is opened at first use."""
     with self._opening:
       if file not in self._descriptors:
         path = data_path(self._folder, file)
@@ -214,12 +248,15 @@ class RowReader:
 def runs(
   places: np.ndarray, size: int, step: int | None = 1
 ) -> Iterator[slice]:
-  """Slices of neighbouring places, of some megabytes at most.
+  """Yields slices of places that lie one after another in their file.
+
+  The records of a slice have a few megabytes at most.
 
   Args:
     places: <int64>[n].
-    size: bytes of a record.
-    step: distance of neighbours; None: each place by itself.
+    size: the bytes of a record.
+    step: the distance between the numbers of neighbours; None for slices of one
+      place each.
   """
   if not len(places):
     return

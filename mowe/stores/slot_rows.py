@@ -1,7 +1,7 @@
 """Moving rows of arrays on the device, a bounded number at a time.
 
-Reading and writing are programs of their own: in one program XLA would copy the
-arrays, as it does not order the two.
+Reading and writing are programs of their own. In one program with both XLA
+would copy the arrays, as it does not order a read before a write in place.
 """
 
 import functools
@@ -12,16 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Bytes of rows in one call, and how much smaller the smaller calls are.
+# Bytes of rows in the largest call, and by how much smaller calls are divided.
 _CALL_BYTES = 2**24
 _SMALLER = (1, 8, 64)
 
 
 def calls(num_rows: int, row_bytes: int) -> Iterator[tuple[slice, int]]:
-  """Cuts rows into calls of few sizes, so that few programs are compiled.
+  """Cuts rows into calls of three sizes, so that few programs are compiled.
+
+  Args:
+    num_rows: how many rows there are.
+    row_bytes: the bytes of one row in all arrays together.
 
   Yields:
-    A slice of the rows, and the size of the call, which may be larger.
+    A slice of the rows, and the size of the call, which is larger than the
+    slice if fewer rows are left than the smallest call takes.
   """
   largest = max(2, _CALL_BYTES // row_bytes)
   sizes = sorted({max(2, largest // by) for by in _SMALLER})
@@ -35,7 +40,11 @@ def calls(num_rows: int, row_bytes: int) -> Iterator[tuple[slice, int]]:
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:
-  """Row numbers <int32>[size]: beyond all rows, each of its own, at the end."""
+  """Row numbers as `put` and `get` take them, <int32>[size].
+
+  Unused places at the end get numbers beyond all rows, each another one, as
+  `unique_indices` promises.
+  """
   beyond = np.iinfo(np.int32).max - np.arange(size)
   beyond[: len(rows)] = rows
   return beyond.astype(np.int32)
@@ -45,12 +54,13 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
 def get(
   arrays: Any, rows: jax.Array, sharding: jax.sharding.Sharding | None = None
 ) -> Any:
-  """Rows [n, ...] of arrays [rows, ...]; anything where there is no such row.
+  """Reads rows: a tree of arrays [n, ...].
 
   Args:
-    arrays: a tree of them.
-    rows: <int32>[n].
-    sharding: of the results; None: as XLA likes.
+    arrays: a tree of arrays [rows, ...].
+    rows: <int32>[n], the rows to read; for a number beyond all rows the result
+      is any row.
+    sharding: the sharding of the results; None leaves it to XLA.
   """
   taken = jax.tree.map(
     lambda array: jnp.take(array, rows, axis=0, mode='clip'), arrays
@@ -62,7 +72,13 @@ def get(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put(arrays: Any, rows: jax.Array, values: Any) -> Any:
-  """The arrays, changed in place; numbers beyond them are left out."""
+  """Writes rows in place, and returns the arrays.
+
+  Args:
+    arrays: a tree of arrays [rows, ...]; donated.
+    rows: <int32>[n], distinct rows; numbers beyond all rows write nothing.
+    values: a tree of arrays [n, ...].
+  """
   return jax.tree.map(
     lambda array, value: array.at[rows].set(
       value, mode='drop', unique_indices=True

@@ -1,4 +1,8 @@
-"""Which expert lies in which slot of the device's tables, step by step."""
+"""Which expert lies in which slot of the tables on the device, step by step.
+
+The schedule is made on the host, ahead of the device, and moves nothing itself:
+it says what must be moved before each step.
+"""
 
 from typing import NamedTuple
 
@@ -11,9 +15,9 @@ class Move(NamedTuple):
   """What changes before a step.
 
   Attributes:
-    slots: <int64>[n], slots that get another expert.
-    entering: <int64>[n], the experts that come into them.
-    leaving: <int64>[n], those that were there; -1: none.
+    slots: <int64>[n], the slots that get another expert, ascending.
+    entering: <int64>[n], the expert that comes into each of them.
+    leaving: <int64>[n], the expert that was in each of them; -1 for none.
   """
 
   slots: np.ndarray
@@ -22,23 +26,29 @@ class Move(NamedTuple):
 
 
 class SlotSchedule:
-  """Gives the experts of each batch slots; the least recently used leave.
-
-  The schedule runs ahead of the device: it only decides.
+  """Gives the experts of each batch slots; the least recently used ones leave.
 
   Args:
-    num_experts: of the whole table.
+    num_experts: how many experts there are.
     num_slots: rows of the tables on the device.
   """
 
   def __init__(self, num_experts: int, num_slots: int):
+    # The slot of each expert and the expert in each slot, -1 for none; and the
+    # number of the batch that used a slot last.
     self._slot_of = np.full(num_experts, -1, np.int32)
     self._expert_in = np.full(num_slots, -1, np.int64)
     self._last_use = np.zeros(num_slots, np.int64)
     self._now = 0
 
   def take(self, experts: np.ndarray) -> Move:
-    """Makes sure that these experts, <int>[n] distinct, have slots.
+    """Gives slots to the experts of the next batch.
+
+    Args:
+      experts: <int>[n], the distinct experts of the batch.
+
+    Returns:
+      The changes; experts that have a slot already keep it.
 
     Raises:
       ValueError: there are more of them than slots.
@@ -55,7 +65,9 @@ class SlotSchedule:
     slots = self._slot_of[experts]
     self._last_use[slots[slots >= 0]] = self._now
     entering = experts[slots < 0].astype(np.int64)
-    # Slots that this batch does not use, the longest unused ones first.
+    # Those slots are taken that have not been used for longest. The slots of
+    # this batch count as used just now, so they would be the last to be taken,
+    # and there are enough others.
     count = len(entering)
     order = np.argpartition(self._last_use, count - 1)[:count]
     order.sort()
@@ -67,9 +79,10 @@ class SlotSchedule:
     return Move(order, entering, leaving)
 
   def in_slots(self, plan: batch_plans.ExpertPlan) -> batch_plans.ExpertPlan:
-    """The plan with slots in the place of experts.
+    """The plan of the last batch with slots in the place of experts.
 
-    Numbers of unused places stay beyond all slots, each of its own.
+    Numbers of unused places, which begin at `num_experts` there, begin at
+    `num_slots` here, so that a scatter drops them still. They stay distinct.
     """
     num_experts, num_slots = len(self._slot_of), len(self._expert_in)
 

@@ -5,12 +5,15 @@ One folder per step, `checkpoint_1000`, as in T5X:
   state/          the arrays, written by Orbax in the background
   metadata.json   what must still hold on resume: config, digests of data
   metrics.json    metrics of this step, for `best_step`
-  experts.0.npz   where word experts lie in experts.0.rows, beside the folder
+  experts.0.npz   where word experts lie in experts.0.rows, beside the folder;
+                  written by the caller of `save`, see `attach` there
   manifest.json   sha256 of every other file; written last
 
 The manifest is what makes a checkpoint: a folder without one is unfinished and
-is never read. Its digests are compared before a restore, because Orbax restores
-flipped bits in silence.
+is never read. So a process may be killed at any moment: while it saves, before
+the manifest is written, or while it removes an old checkpoint, whose manifest
+it removes first. The digests of a manifest are compared before a restore,
+because Orbax restores flipped bits in silence.
 """
 
 import json
@@ -24,6 +27,7 @@ from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -36,7 +40,7 @@ _FOLDER_NAME = re.compile(_PREFIX + r'(\d+)')
 
 
 class NoCheckpointError(FileNotFoundError):
-  """There is no finished checkpoint where one was asked for."""
+  """There is no finished checkpoint where one was expected."""
 
 
 class CheckpointMismatchError(ValueError):
@@ -54,10 +58,12 @@ class Checkpoints:
   the same calls; process 0 writes all but the arrays.
 
   Attributes:
-    folder: where the run lives; made if it is not there.
-    keep_last: finished checkpoints kept, the newest ones; None keeps all.
-    best_metric: the best checkpoint by this metric is kept besides.
-    best_mode: 'max' or 'min'.
+    folder: the folder of the run; made if it is not there.
+    keep_last: how many of the newest finished checkpoints are kept; None keeps
+      all.
+    best_metric: name of a metric; the checkpoint with the best value is kept as
+      well, however old it is. None keeps none for that reason.
+    best_mode: 'max' if a larger value of `best_metric` is better, or 'min'.
 
   Raises:
     ValueError: `keep_last` below 1, or another `best_mode`.
@@ -85,9 +91,11 @@ class Checkpoints:
     self.best_metric = best_metric
     self.best_mode = best_mode
     self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-    # Not Orbax's own callback: it runs before the folder has its final name.
+    # A thread of our own waits for the arrays and writes the manifest. Orbax's
+    # callback would run before its folder has its final name.
     self._finisher = futures.ThreadPoolExecutor(1, 'checkpoint_finisher')
     self._finishing: futures.Future[None] | None = None
+    # The step that this object saved or restored last.
     self._own_step: int | None = None
 
   def save(
@@ -103,13 +111,15 @@ class Checkpoints:
     Args:
       step: the number of the checkpoint, above all others in the folder.
       state: any pytree of jax arrays.
-      metrics: numbers of this step; must hold `best_metric` if there is one.
-        None is a checkpoint that is never the best.
-      metadata: anything JSON holds; see `check_metadata`.
-      attach: called with the folder, to put more into it at once.
+      metrics: numbers of this step by name, with `best_metric` among them if
+        there is one. A checkpoint with None is never the best.
+      metadata: anything that JSON can hold; see `check_metadata`.
+      attach: called with the folder of the checkpoint, to put more files into
+        it before this returns. None puts nothing more into it.
 
     Returns:
-      Whether it was saved: False if this very step was saved or restored last.
+      Whether the step is being saved. It is not if it is the one that was saved
+      or restored last, as it is on disk then.
 
     Raises:
       ValueError: `metrics` lacks `best_metric`.
@@ -121,26 +131,17 @@ class Checkpoints:
         f'metrics must hold best_metric {self.best_metric!r}, but has '
         f'{sorted(metrics)}. Save with it, or with metrics=None.'
       )
-    latest = self.latest_step()
-    if latest is not None and step <= latest:
-      if step == latest == self._own_step:
-        return False
-      raise CheckpointMismatchError(
-        f'A new checkpoint must be later than all in {self.folder}, but step '
-        f'{step} was to be saved and step {latest} is there. Restore that '
-        'one to continue its run, or give another folder.'
-      )
+    if not self._is_new(step):
+      return False
     path = self._path(step)
     if jax.process_index() == 0:
-      # What a killed process left of this step.
+      # A killed process may have left a part of this step.
       shutil.rmtree(path, ignore_errors=True)
       path.mkdir(parents=True)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'checkpoint_folder_{step}')
+    _wait_for_all_processes(f'checkpoint_folder_{step}')
     if attach is not None:
       attach(path)
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f'checkpoint_attached_{step}')
+      _wait_for_all_processes(f'checkpoint_attached_{step}')
     self._checkpointer.save(path / 'state', args=ocp.args.StandardSave(state))
     texts = {
       'metadata.json': _to_json(metadata or {}),
@@ -151,7 +152,7 @@ class Checkpoints:
     return True
 
   def wait(self) -> None:
-    """Returns when all is on disk; raises what went wrong in the background."""
+    """Returns when all is on disk; raises errors of the background threads."""
     if self._finishing is not None:
       finishing, self._finishing = self._finishing, None
       finishing.result()
@@ -184,7 +185,7 @@ class Checkpoints:
     """Returns the folder of a finished step, by default the latest.
 
     Raises:
-      NoCheckpointError: there is none, or not of this step.
+      NoCheckpointError: no step is finished, or this one is not.
     """
     steps = self.all_steps()
     if not steps or (step is not None and step not in steps):
@@ -200,7 +201,7 @@ class Checkpoints:
   def best_step(self) -> int | None:
     """Returns the best finished step by `best_metric`, or None.
 
-    Of equal ones the later. NaN is never the best.
+    Of equally good steps it is the later one. NaN is never the best.
     """
     if self.best_metric is None:
       return None
@@ -229,12 +230,13 @@ class Checkpoints:
     Args:
       expected: what holds now, such as digests of vocabulary and data, and the
         part of the config that must not change. Nested names are compared one
-        by one; names that are not in it are free to differ.
-      step: by default the latest.
+        by one; names that are not in it may differ.
+      step: the step to compare with, by default the latest.
 
     Raises:
-      CheckpointMismatchError: names each difference, old and new.
-      NoCheckpointError: there is none.
+      CheckpointMismatchError: something differs; the message names each
+        difference, with the old and the new value.
+      NoCheckpointError: there is no such checkpoint.
     """
     path = self.finished(step)
     old = _flatten(_from_json(path / 'metadata.json'))
@@ -258,14 +260,16 @@ class Checkpoints:
 
     Args:
       abstract_state: the tree with `jax.ShapeDtypeStruct` leaves (or arrays);
-        their shardings say where the arrays go, on any number of devices.
-        Without sharding an array goes to where it was saved from.
-      step: by default the latest.
+        their shardings say where the arrays go, on any number of devices. An
+        array without a sharding goes to where it was saved from.
+      step: the step to restore, by default the latest.
 
     Raises:
-      NoCheckpointError: there is none, or not of this step.
-      DamagedCheckpointError: a file is not what was written; says which.
-      CheckpointMismatchError: other parameters or shapes; names the first.
+      NoCheckpointError: no step is finished, or this one is not.
+      DamagedCheckpointError: a file is not what was written; the message says
+        which.
+      CheckpointMismatchError: the checkpoint has other parameters or shapes;
+        the message names the first ones.
     """
     path = self._verified(step)
     self._check_shapes(path, abstract_state, whole=True)
@@ -277,12 +281,12 @@ class Checkpoints:
   def restore_parameters(
     self, abstract_parts: Mapping[str, PyTree], step: int | None = None
   ) -> dict[str, PyTree]:
-    """Returns some parts of a state, say params; see `restore`.
+    """Returns some parts of a state, such as `params`; see `restore`.
 
     Args:
-      abstract_parts: field of the saved state to its abstract tree, such as
+      abstract_parts: field of the saved state -> its abstract tree, such as
         {'params': ...}; nothing else is read from the disk.
-      step: by default the latest.
+      step: the step to restore, by default the latest.
 
     Raises:
       The errors of `restore`.
@@ -309,17 +313,40 @@ class Checkpoints:
     manifests.write(path)
     self._remove_old(step)
 
+  def _is_new(self, step: int) -> bool:
+    """Whether a step can be saved; False if it is on disk already.
+
+    Raises:
+      CheckpointMismatchError: the folder holds a later step of another run.
+    """
+    latest = self.latest_step()
+    if latest is None or step > latest:
+      return True
+    if step == latest == self._own_step:
+      return False
+    raise CheckpointMismatchError(
+      f'A new checkpoint must be later than all in {self.folder}, but step '
+      f'{step} was to be saved and step {latest} is there. Restore that '
+      'one to continue its run, or give another folder.'
+    )
+
   def _remove_old(self, newest: int) -> None:
+    """Removes steps up to `newest` that are not kept, or were not finished."""
     keep = self.all_steps()
     if self.keep_last is not None:
       keep = keep[-self.keep_last :] + [self.best_step()]
     for step, path in self._step_folders():
       if step not in keep and step <= newest:
-        # Manifest first: half removed must look unfinished.
+        # The manifest goes first, so that a checkpoint that is half removed
+        # looks unfinished.
         (path / manifests.FILE_NAME).unlink(missing_ok=True)
         shutil.rmtree(path)
 
   def _check_shapes(self, path: pathlib.Path, abstract: PyTree, whole: bool):
+    """Raises unless the saved arrays have the shapes of an abstract tree.
+
+    With `whole` there must be no other arrays in the checkpoint.
+    """
     saved_tree = self._checkpointer.metadata(path / 'state').item_metadata.tree
     saved, wanted = _shapes(saved_tree), _shapes(abstract)
     differences = [
@@ -339,6 +366,7 @@ class Checkpoints:
       )
 
   def _verified(self, step: int | None) -> pathlib.Path:
+    """Returns the folder of a finished step, after comparing all digests."""
     self.wait()
     path = self.finished(step)
     manifests.verify(path)
@@ -348,6 +376,7 @@ class Checkpoints:
     return self.folder / f'{_PREFIX}{step}'
 
   def _step_folders(self) -> list[tuple[int, pathlib.Path]]:
+    """Returns the steps that have a folder, finished or not, in order."""
     if not self.folder.is_dir():
       return []
     paths = [
@@ -356,6 +385,12 @@ class Checkpoints:
       if path.is_dir() and _FOLDER_NAME.fullmatch(path.name)
     ]
     return sorted((_step_of(path), path) for path in paths)
+
+
+def _wait_for_all_processes(point: str) -> None:
+  """Returns when every process of the run has come to this point."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(point)
 
 
 def _step_of(path: pathlib.Path) -> int:
@@ -370,14 +405,14 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-  # On disk a typed random key is the integers it is made of.
+  # A typed random key is saved as the integers that it is made of.
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.eval_shape(jax.random.key_data, leaf)
   return tuple(leaf.shape)
 
 
 def _flatten(tree: Any, name: str = '') -> dict[str, Any]:
-  """Returns dotted names of a JSON tree; lists are values."""
+  """Returns the values of a JSON tree by dotted names; lists are values."""
   if not isinstance(tree, dict) or not tree:
     return {name: tree}
   return {
@@ -395,7 +430,7 @@ def _to_json(tree: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> Any:
   """Makes a Python number of a numpy or jax scalar."""
-  if hasattr(value, 'item'):
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
     return value.item()
   raise TypeError(
     f'Metadata and metrics must be JSON, but hold a {type(value).__name__}. '

@@ -16,22 +16,24 @@ from jax.experimental import multihost_utils
 
 from mowe.training import progress_lines, train_metrics, train_state
 
-# Steps between two times at which the processes of a run ask each other: it
-# makes them wait for the device.
+# Steps between two times at which the processes of a run ask each other whether
+# one of them got a signal. Asking makes them wait for the device.
 _AGREE_PERIOD = 10
 
-# Steps that the host may hand to the device beyond the one being done. Without
-# a limit it runs ahead until a log period makes it wait, and a stop, which
-# comes after what was handed over, takes as long as all of that.
+# Steps that the host may hand to the device beyond the one that is being done.
+# Without a limit the host runs ahead until it waits at the end of a log period,
+# and a stop, which comes after all steps that were handed over, takes as long
+# as they do.
 _MOST_AHEAD = 2
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# What the line of progress shows of what there is.
+# The metrics that the line of progress shows, where there are any of them, and
+# the names by which it shows them.
 _SHOWN = {
   'loss': 'loss',
   'accuracy': 'accuracy',
-  # Of experts that do not all lie on the device.
+  # These two are of experts in host memory or on disk.
   'experts/hit_rate': 'hits',
   'experts/wait_ms': 'wait ms',
 }
@@ -42,17 +44,25 @@ class Every:
   """An action that is due every `period` steps, and after the last one.
 
   Attributes:
-    period: steps; 0 for never but at the end.
+    period: the number of steps between two calls; 0 calls it at the end alone.
     action: called with the number of steps done and the state.
-    at_stop: also due when a signal ends the run early: saving is, what takes
-      long is not, as who sends SIGTERM does not wait long.
+    at_stop: whether the action is also due when a signal ends the run early.
+      Saving is. What takes long is not, as a sender of SIGTERM kills a process
+      that has not ended after a short while.
   """
 
   period: int
   action: Callable[[int, train_state.TrainState], None]
   at_stop: bool = True
 
-  def is_due(self, step: int, is_end: bool, is_stop: bool = False) -> bool:
+  def is_due(self, step: int, *, is_end: bool, is_stop: bool = False) -> bool:
+    """Whether the action is due after a step.
+
+    Args:
+      step: the number of steps done.
+      is_end: whether it is the last step of the run.
+      is_stop: whether the run stops here because of a signal.
+    """
     is_period = self.period and step % self.period == 0
     return bool(is_end or is_period or (is_stop and self.at_stop))
 
@@ -60,13 +70,14 @@ class Every:
 class StopSignal:
   """Ends the loop after the step that is handed to the device next.
 
-  SIGINT (Ctrl-C) and SIGTERM set it, and it says at once after which step the
+  SIGINT (Ctrl-C) and SIGTERM set it, and it prints at once after which step the
   run will stop; a second Ctrl-C stops at once. In a run of several processes it
-  is enough that one of them gets the signal: all stop after the same step,
-  within ten.
+  is enough that one of them gets the signal: all stop after the same step, at
+  most ten steps later.
 
   Attributes:
-    requested: a stop was asked for. Code may set it instead of a signal.
+    requested: whether a stop was asked for. Code may set it instead of a
+      signal.
   """
 
   def __init__(self):
@@ -75,26 +86,28 @@ class StopSignal:
     self._is_handled = False
     self._num_interrupts = 0
     self._next_step = 0
-    # Its thread may be interrupted by `_catch`, which takes it again.
+    # Reentrant: Python may call `_catch` in a thread that holds the lock, and
+    # `_catch` takes it again.
     self._lock = threading.RLock()
 
   @contextlib.contextmanager
   def listening(self, step: int) -> Iterator[None]:
     """Catches the signals as long as the context lasts.
 
-    Only the main thread of a process can; in another one, as of a notebook's
-    executor, signals do what they did before.
+    Only the main thread of a process can catch signals. In another thread, such
+    as that of a notebook's executor, signals do what they did before.
 
     Args:
-      step: steps that are done.
+      step: the number of steps done.
     """
     self._next_step = step + 1
     if threading.current_thread() is not threading.main_thread():
       yield
       return
-    # Python calls a handler only between two of its own instructions: not
-    # while XLA compiles, or while the host waits for the device. So a thread
-    # reads the numbers of signals, and answers meanwhile.
+    # Python calls a handler only between two of its own instructions: not while
+    # XLA compiles, nor while the host waits for the device. So Python is told
+    # to write the number of each signal to a socket at once, and a thread reads
+    # it and answers meanwhile.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
@@ -109,7 +122,7 @@ class StopSignal:
       signal.set_wakeup_fd(old_descriptor)
       for number, handler in old.items():
         signal.signal(number, handler)
-      # The end of what it reads ends the thread.
+      # The end of the stream ends the thread that reads it.
       writer.close()
       watcher.join()
       reader.close()
@@ -126,6 +139,7 @@ class StopSignal:
       return self.requested
 
   def _request(self):
+    """Asks for a stop, and says once when it will come."""
     with self._lock:
       self.requested = True
       if self._is_told:
@@ -137,6 +151,7 @@ class StopSignal:
     print(f'Stopping {step}, then saving.', flush=True)
 
   def _watch(self, reader):
+    """Reads the numbers of signals until the stream ends; in a thread."""
     while number := reader.recv(1):
       if number[0] == signal.SIGINT:
         self._num_interrupts += 1
@@ -144,8 +159,10 @@ class StopSignal:
         self._request()
 
   def _catch(self, number, frame):
+    """Handles a signal for Python; a second Ctrl-C interrupts at once."""
     del frame
-    # Python handles several signals that come while it waits as one.
+    # Several signals that come while Python waits are handled as one, so the
+    # interrupts that the thread has read count as well.
     is_second = self._is_handled or self._num_interrupts > 1
     self._is_handled = True
     if is_second and number == signal.SIGINT:
@@ -154,7 +171,7 @@ class StopSignal:
 
 
 class DivergedError(FloatingPointError):
-  """The loss or the gradients are no longer numbers."""
+  """The loss, the gradients or the logits of a router are no longer finite."""
 
 
 def run(
@@ -173,18 +190,18 @@ def run(
   """Trains until `total_steps` updates are made or a stop is asked for.
 
   Args:
-    state: where to begin; donated.
+    state: the state to begin with; it is donated.
     train_step: `(state, batch, plan) -> (state, metrics)`; brings batch and
       plan to the devices.
     batches: batches with their plans, beginning at `state.step`.
     total_steps: updates of the whole run, those before this call included.
     actions: what is done between steps.
-    writers: get the metrics of each log period.
-    progress: shows them.
-    log_period: steps between two lines of metrics.
-    stop: asked after every step.
-    most_ahead: steps that are handed to the device beyond the one being done;
-      None: as many as there are in a log period.
+    writers: write the metrics of each log period.
+    progress: shows some of these metrics, and how far the run is.
+    log_period: the number of steps between two lines of metrics.
+    stop: asked after every step; None listens to signals.
+    most_ahead: how many steps are handed to the device beyond the one that is
+      being done; None for as many as there are in a log period.
 
   Returns:
     The last state.
@@ -195,8 +212,7 @@ def run(
   """
   stop = stop or StopSignal()
   step = int(state.step)
-  pending = []
-  in_flight = collections.deque()
+  unlogged, in_flight = [], collections.deque()
   with stop.listening(step), progress:
     for batch, plan in batches:
       # A stop that came since the last step is seen after this one: leaving
@@ -206,29 +222,27 @@ def run(
       num_tokens = _num_tokens(batch)
       state, metrics = train_step(state, batch, plan)
       step += 1
-      pending.append(metrics)
+      unlogged.append(metrics)
       in_flight.append(metrics)
       if most_ahead is not None and len(in_flight) > most_ahead:
         jax.block_until_ready(in_flight.popleft())
       is_end, is_stop = step == total_steps, stop.is_due(step)
       is_logged = step % log_period == 0 or is_end or is_stop
-      due = [one for one in actions if one.is_due(step, is_end, is_stop)]
+      due = [
+        one
+        for one in actions
+        if one.is_due(step, is_end=is_end, is_stop=is_stop)
+      ]
       shown = None
       if is_logged or due:
-        # Here the host waits for all steps. Before every action, so that no
-        # checkpoint is saved of a run that has diverged.
-        values = _mean_values(pending)
+        # Here the host waits for all steps. It does so before every action, so
+        # that no checkpoint is saved of a run that has diverged.
+        values = _mean_values(unlogged)
         _check_finite(step, values)
         in_flight.clear()
       if is_logged:
-        pending = []
-        for writer in writers:
-          writer.write(step, values)
-        shown = {
-          label: values[name]
-          for name, label in _SHOWN.items()
-          if name in values
-        }
+        unlogged = []
+        shown = _write(writers, step, values)
       progress.update(step, num_tokens, shown)
       for action in due:
         action.action(step, state)
@@ -237,20 +251,39 @@ def run(
   return state
 
 
-def _mean_values(pending) -> dict[str, train_metrics.Value]:
+def _write(
+  writers: Sequence[train_metrics.Writer],
+  step: int,
+  values: dict[str, train_metrics.Value],
+) -> dict[str, train_metrics.Value]:
+  """Writes the metrics of a log period; returns those to show, by label."""
+  for writer in writers:
+    writer.write(step, values)
+  return {
+    label: values[name] for name, label in _SHOWN.items() if name in values
+  }
+
+
+def _mean_values(unlogged) -> dict[str, train_metrics.Value]:
+  """The means over the steps since the last line; waits for the device."""
   totals: dict[str, train_metrics.Mean] = {}
-  for metrics in jax.device_get(pending):
+  for metrics in jax.device_get(unlogged):
     totals = train_metrics.merge(totals, metrics)
   return train_metrics.compute(totals)
 
 
 def _num_tokens(batch) -> int:
+  """How many tokens of a batch on the host are not padding."""
   names = ('encoder_input_tokens', 'decoder_target_tokens')
   return int(sum(np.count_nonzero(batch[n]) for n in names if n in batch))
 
 
 def _check_finite(step, values):
-  """Raises DivergedError; a loss is that of the parameters before its step."""
+  """Raises DivergedError if a metric says that the run has diverged.
+
+  The loss of a step is that of the parameters before it, and a step whose
+  gradients are not finite changes no expert table.
+  """
   for name in ('loss', 'gradient_norm', 'expert_gradient_bound'):
     if not math.isfinite(values.get(name, 0)):
       raise DivergedError(

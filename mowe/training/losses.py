@@ -23,12 +23,13 @@ def cross_entropy(
 
   Args:
     logits: <float32>[batch, length, vocab].
-    targets: <int32>[batch, length].
-    label_smoothing: probability mass of all wrong tokens.
-    z_loss: coefficient.
+    targets: <int32>[batch, length], the right tokens.
+    label_smoothing: probability that the target distribution gives to all wrong
+      tokens together.
+    z_loss: coefficient of the z-loss.
 
   Returns:
-    <float32>[batch, length] cross entropy and z-loss, not yet weighted.
+    Cross entropy and z-loss, each <float32>[batch, length], not yet weighted.
   """
   return _cross_entropy(logits, targets, label_smoothing, z_loss)
 
@@ -41,7 +42,8 @@ def _cross_entropy(logits, targets, label_smoothing, z_loss):
 def _cross_entropy_forward(logits, targets, label_smoothing, z_loss):
   log_z = jax.scipy.special.logsumexp(logits, axis=-1)
   confidence, low = _probabilities(logits.shape[-1], label_smoothing)
-  # The smoothed target sums to one, so log_z appears once.
+  # -sum_v target_v * (logits_v - log_z), where target_v is `confidence` for the
+  # right token and `low` for all others; it sums to one, so log_z appears once.
   loss = log_z - (confidence - low) * _of_targets(logits, targets)
   if label_smoothing:
     entropy = -(
@@ -53,7 +55,8 @@ def _cross_entropy_forward(logits, targets, label_smoothing, z_loss):
 
 
 def _cross_entropy_backward(label_smoothing, z_loss, residuals, cotangents):
-  # One pass: a comparison, as the transpose of a gather would be a scatter.
+  # One pass over [batch, length, vocab]: targets are found by a comparison, as
+  # the transpose of a gather would be a scatter.
   logits, targets, log_z = residuals
   d_loss, d_z_loss = cotangents
   confidence, low = _probabilities(logits.shape[-1], label_smoothing)
@@ -68,9 +71,10 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def is_right(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Whether the target is the argmax, <bool>[batch, length].
+  """Whether the target is the argmax of the logits, <bool>[batch, length].
 
-  Ties go to the lower index, as in argmax, which is ten times slower on CPU.
+  Ties go to the lower index, as in `jnp.argmax`, which is ten times slower on
+  CPU than these comparisons.
   """
   right = _of_targets(logits, targets)[..., None]
   is_before = jnp.arange(logits.shape[-1])[None, None] < targets[..., None]
@@ -79,9 +83,10 @@ def is_right(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _of_targets(logits, targets):
+  """The logits of the targets, [batch, length]."""
   return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
 def _probabilities(vocab, label_smoothing):
-  """Of the right token, and of each wrong one."""
+  """Smoothed probabilities of the right token, and of each wrong one."""
   return 1.0 - label_smoothing, label_smoothing / (vocab - 1)

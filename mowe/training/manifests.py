@@ -1,4 +1,4 @@
-"""A manifest of a folder: the sha256 digest of every file in it."""
+"""The manifest of a folder: the sha256 digests of all files in it."""
 
 import hashlib
 import json
@@ -9,11 +9,14 @@ FILE_NAME = 'manifest.json'
 
 
 class DamagedCheckpointError(ValueError):
-  """Files of a checkpoint are not what was written."""
+  """Files of a checkpoint are not as they were written."""
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes the manifest, all at once, after everything else is on disk."""
+  """Writes the manifest of a folder whose other files are all written.
+
+  It appears under its name only when it is whole and on disk.
+  """
   digests = {name: digest(folder / name) for name in _files(folder)}
   temporary = folder / (FILE_NAME + '.tmp')
   with temporary.open('w', encoding='utf-8') as file:
@@ -27,7 +30,8 @@ def verify(folder: pathlib.Path) -> None:
   """Compares every file with the manifest.
 
   Raises:
-    DamagedCheckpointError: says which files are changed, missing or new.
+    DamagedCheckpointError: files are changed, missing or new; the message says
+      which.
   """
   try:
     text = (folder / FILE_NAME).read_text(encoding='utf-8')
@@ -53,7 +57,7 @@ def digest(path: pathlib.Path) -> str:
 
 
 def _files(folder: pathlib.Path) -> list[str]:
-  """Returns the names below the folder, without the manifest itself."""
+  """Returns the names of all files below the folder but the manifest."""
   own = (FILE_NAME, FILE_NAME + '.tmp')
   names = [
     path.relative_to(folder).as_posix()

@@ -12,7 +12,8 @@ from mowe.words import sharded_plan
 
 MESH_AXES = ('data', 'expert', 'model')
 
-# Logical axis -> mesh axis. A new sharding is a new row.
+# Logical axis -> mesh axis, or None for an axis that is not split. A new
+# sharding is a new row.
 LOGICAL_AXIS_RULES = (
   ('batch', ('data', 'expert')),
   ('vocab', 'model'),
@@ -30,18 +31,21 @@ LOGICAL_AXIS_RULES = (
 
 
 def make_mesh(
+  *,
   data: int | None = None,
   expert: int = 1,
   model: int = 1,
   devices: list[Any] | None = None,
 ) -> Mesh:
-  """Mesh with axes data, expert and model.
+  """Returns a mesh with the axes data, expert and model.
 
   Args:
-    data: devices along which the batch is split; by default all that are left.
-    expert: devices along which expert tables are split; splits the batch too.
-    model: devices along which kernels are split.
-    devices: all devices by default.
+    data: how many parts the batch is split into along this axis; None for as
+      many as there are devices for.
+    expert: how many parts expert tables are split into. The batch is split
+      along this axis as well.
+    model: how many parts kernels are split into.
+    devices: the devices of the mesh; None for all devices.
 
   Raises:
     ValueError: the product of the axes is not the number of devices.
@@ -55,7 +59,8 @@ def make_mesh(
       f'{len(devices)}, but is {data} x {expert} x {model} = '
       f'{data * expert * model}. Leave out `data` or change the others.'
     )
-  # Auto: explicit axes, jax's default, refuse gathers from a sharded table.
+  # Axes of the type Auto, as explicit axes, jax's default, refuse gathers from
+  # a sharded table.
   return jax.make_mesh(
     (data, expert, model),
     MESH_AXES,
@@ -65,11 +70,12 @@ def make_mesh(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of an array that every device has whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch go to the data and expert axes together."""
+  """The sharding of a batch: its rows go to data and expert axes together."""
   return NamedSharding(mesh, PartitionSpec(('data', 'expert')))
 
 
@@ -87,7 +93,11 @@ def check_batch_size(
 
 
 def parameter_axes(params_axes: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
-  """Logical axes of every parameter, by path, from the model's `params_axes`."""
+  """Logical axes of every parameter by its path.
+
+  Args:
+    params_axes: the collection of that name of the model's variables.
+  """
   names = flax_partitioning.get_axis_names(params_axes)
   return {
     path: tuple(spec)
@@ -98,7 +108,7 @@ def parameter_axes(params_axes: Any) -> dict[tuple[str, ...], tuple[str, ...]]:
 
 
 def sharding_of_axes(axes: tuple[str, ...], mesh: Mesh) -> NamedSharding:
-  """Sharding of an array with these logical axes."""
+  """The sharding of an array with these logical axes."""
   spec = flax_partitioning.logical_to_mesh_axes(axes, LOGICAL_AXIS_RULES)
   return NamedSharding(mesh, spec)
 
@@ -106,12 +116,17 @@ def sharding_of_axes(axes: tuple[str, ...], mesh: Mesh) -> NamedSharding:
 def state_shardings(
   state: Any, axes: dict[tuple[str, ...], tuple[str, ...]], mesh: Mesh
 ) -> Any:
-  """Shardings of a train state's leaves.
+  """The sharding of every leaf of a train state, as a tree like the state.
 
-  A leaf that ends with the path of a parameter and has its shape (the
-  parameter, or a moment of it) is sharded like it. Row state, with the rows of
-  its table, is split by expert. The memory of earlier batches is split as
-  batches are. Everything else is replicated.
+  A leaf whose path ends with that of a parameter, and which has as many axes,
+  is the parameter or a moment of it, and is sharded like the parameter. Row
+  state is split by expert, as its table is. The memory of earlier batches is
+  split as batches are. Everything else is replicated.
+
+  Args:
+    state: the state, or one of abstract arrays.
+    axes: path of a parameter -> the names of its logical axes.
+    mesh: the mesh.
 
   Raises:
     ValueError: an axis does not divide evenly over its part of the mesh.
@@ -130,7 +145,7 @@ def state_shardings(
     return placed
 
   def sharding(path, leaf):
-    keys = '/'.join(_key_name(key) for key in path)
+    keys = jax.tree_util.keystr(path, simple=True, separator='/')
     for name, names in by_name.items():
       if f'/{keys}'.endswith(f'/{name}') and len(names) == leaf.ndim:
         return checked(keys, leaf, sharding_of_axes(names, mesh))
@@ -144,15 +159,8 @@ def state_shardings(
   return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _key_name(key) -> str:
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
-
-
 def put_batch(batch: Any, sharding: NamedSharding) -> Any:
-  """Host arrays to global device arrays; each process keeps its own rows."""
+  """Puts arrays of the host on the devices; each process keeps its own rows."""
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
   return jax.tree.map(
@@ -164,9 +172,9 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
 
 
 def put_plan(plan: Any, mesh: Mesh) -> Any:
-  """As `put_batch`, for the plan of a batch, or None.
+  """Puts the plan of a batch, or None, on the devices.
 
-  The plan of one device goes everywhere, each part of a ShardedPlan to its
+  An ExpertPlan goes to all devices, and each part of a ShardedPlan to its own
   device.
   """
   if not isinstance(plan, sharded_plan.ShardedPlan):
@@ -178,6 +186,7 @@ def put_plan(plan: Any, mesh: Mesh) -> Any:
   def put_stream(stream):
     if stream is None:
       return None
+    # Plans of several microbatches have another axis before those of devices.
     is_cut = stream.places.ndim > 3
     return put(stream, *[None] * is_cut, *sharded_plan.DEVICE_AXES)
 
@@ -189,9 +198,9 @@ def put_plan(plan: Any, mesh: Mesh) -> Any:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-  """The function with the mesh as jax's current one, where it is traced or run.
+  """Returns the function with the mesh as jax's current one while it is traced.
 
-  Layers with experts then exchange tokens along its axis `expert`; see
+  Layers with experts then exchange tokens along the mesh axis `expert`; see
   `mowe.layers.dispatch.expert_parallel`.
   """
 

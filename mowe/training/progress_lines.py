@@ -1,7 +1,7 @@
 """One line that says how training goes: step, loss, tokens/s, time left.
 
-In a terminal it is a live bar; elsewhere (a log file, a notebook's pipe) there
-is one plain line per log period.
+In a terminal it is a live bar. Elsewhere, as in a log file or the pipe of a
+notebook, there is one plain line per log period.
 """
 
 import sys
@@ -17,11 +17,13 @@ class Progress:
   """Shows the progress of a run; a context manager.
 
   Attributes:
-    total_steps: where the run ends.
-    first_step: where it starts; a resumed run does not count what was there.
-    log_period: steps between two plain lines; the last step has one always.
-    stream: where to show it; a bar if it is a terminal.
-    clock: seconds, for tests.
+    total_steps: the step at which the run ends.
+    first_step: the step at which it starts; the time that is left follows from
+      the steps after it, as earlier ones were done by another process.
+    log_period: steps between two plain lines; the last step always has one.
+    stream: where to show the progress, as a bar if it is a terminal; None for
+      the standard output.
+    clock: returns the time in seconds; another one is for tests.
   """
 
   def __init__(
@@ -49,7 +51,8 @@ class Progress:
     self._bar = _Bar(self) if self._stream.isatty() else None
 
   def __enter__(self) -> 'Progress':
-    # From here, not from the making of it: compilation comes in between.
+    # Time counts from here, as the program may be compiled between the making
+    # of this object and the first step.
     self._start = self._clock()
     self._period_start = self._start
     if self._bar:
@@ -66,13 +69,13 @@ class Progress:
     num_tokens: int = 0,
     values: Mapping[str, float] | None = None,
   ) -> None:
-    """Tells that a step is done.
+    """Shows that a step is done.
 
     Args:
-      step: number of steps done, so `total_steps` after the last.
+      step: the number of steps done, so `total_steps` after the last.
       num_tokens: tokens since the last update.
-      values: numbers to show, such as the loss. None shows the last ones again,
-        so that a loop need not wait for the device at each step.
+      values: numbers to show by name, such as the loss. None shows the last
+        ones again, so that a loop need not wait for the device at each step.
     """
     self._tokens += num_tokens
     self._values.update(values or {})
@@ -90,7 +93,7 @@ class Progress:
     return f'step {step}/{self.total_steps}  {self._numbers(step)}'
 
   def _numbers(self, step: int) -> str:
-    """Returns values, tokens/s since the last period, and the time left."""
+    """Returns the values, tokens/s of this log period, and the time left."""
     now = self._clock()
     parts = [f'{name} {value:.4g}' for name, value in self._values.items()]
     if self._tokens and now > self._period_start:

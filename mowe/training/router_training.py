@@ -1,7 +1,7 @@
 """What routers add to a step: losses, metrics, and their balancing bias.
 
-Layers with a router sow `router_losses.RouterStats`. Here alone they are summed
-and divided.
+Each layer with a router sows sums and counts, `router_losses.RouterStats`, into
+a collection of the model. All means over layers and tokens are formed here.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from mowe.layers.routers import router_losses, routing
+from mowe.layers.routers import router_base, router_losses
 from mowe.models import model_config
 from mowe.training.train_metrics import Mean
 
-# Path of a layer -> its stats.
+# Path of a layer, which begins with its stream -> what its router counted.
 LayerStats = dict[tuple[str, ...], router_losses.RouterStats]
 
 
@@ -23,24 +23,27 @@ LayerStats = dict[tuple[str, ...], router_losses.RouterStats]
 class RouterLossConfig:
   """Coefficients of the routers' losses.
 
-  The first three and the last are means over routers and tokens; all others are
-  added up over routers, those of attention among them.
+  `load_balance`, `z_loss`, `importance` and `takeover` multiply means over
+  routers and tokens. The others multiply losses that are added up over all
+  routers, those of attention among them, as in the papers they are from.
 
   Attributes:
-    load_balance: of the loss that is 1 at perfect balance.
-    z_loss: of the squared log-sum-exp of the router's logits.
-    importance: of the squared variation of the experts' total probability.
-    entropy: of the negative entropy of the experts' mean probability. It is
-      added up over layers, as in sigma-MoE, where it is 0.001 or less; with
-      microbatches the mean is over the tokens of each.
-    mutual_information: of the negative mutual information of tokens and
-      experts, added up likewise, as in ModuleFormer: 0.0002 to 0.0006 in the
-      models of arXiv 2404.05567.
-    load_concentration: of the entropy of the experts' mean probability, added
-      up likewise: a task then crowds into few modules, as in ModuleFormer's
-      finetuning. It is the opposite of `entropy`.
-    takeover: of the probability that modules that were added take from old
-      ones, as -log of what old ones keep; a mean over layers and tokens.
+    load_balance: coefficient of the load-balancing loss, which is 1 at perfect
+      balance.
+    z_loss: coefficient of the squared log-sum-exp of a router's logits.
+    importance: coefficient of the squared variation of the experts' total
+      probability.
+    entropy: coefficient of the negative entropy of the experts' mean
+      probability, as in sigma-MoE, where it is 0.001 or less. With microbatches
+      the mean probability is over the tokens of each microbatch.
+    mutual_information: coefficient of the negative mutual information of tokens
+      and experts, as in ModuleFormer; 0.0002 to 0.0006 in the models of
+      arXiv 2404.05567.
+    load_concentration: coefficient of the entropy of the experts' mean
+      probability, with which a task crowds into few modules, as in
+      ModuleFormer's finetuning. It is the opposite of `entropy`.
+    takeover: coefficient of -log of the probability that old modules keep
+      beside those that were added.
   """
 
   load_balance: float = 0.01
@@ -53,22 +56,23 @@ class RouterLossConfig:
 
 
 def layer_stats(variables: Any) -> LayerStats:
-  """Stats by layer, from what the model left in its collections."""
+  """Stats by the path of their layer, from the collections of the model."""
   sown = variables.get(router_losses.COLLECTION, {})
   flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown))
   return {path[:-1]: stats for path, stats in flat.items()}
 
 
 def loss(
-  stats: LayerStats, config: RouterLossConfig, shares: dict[str, jax.Array]
+  stats: LayerStats, config: RouterLossConfig, *, shares: dict[str, jax.Array]
 ) -> jax.Array:
-  """The weighted losses of all layers; see `RouterLossConfig`.
+  """The weighted losses of all layers, <float32>[]; see `RouterLossConfig`.
 
   Args:
-    stats: of one microbatch.
-    config: coefficients.
-    shares: `encoder`, `decoder` -> this microbatch's share of the tokens of
-      the batch: with them microbatches add up to the mean over the batch.
+    stats: what the routers counted in one microbatch.
+    config: the coefficients.
+    shares: stream -> <float32>[], the share of this microbatch in the stream's
+      tokens of the batch. With these weights the losses of microbatches add up
+      to the mean over the batch.
   """
   total = jnp.zeros(())
   regularizer = jnp.zeros(())
@@ -92,7 +96,7 @@ def loss(
 
 
 def metrics(stats: LayerStats) -> dict[str, Mean]:
-  """Every metric of every layer, as `encoder/layers_1/mlp/load`."""
+  """Every metric of every layer, named as `encoder/layers_1/mlp/load` is."""
   return {
     '/'.join((*path, name)): Mean(*mean)
     for path, one in stats.items()
@@ -103,21 +107,23 @@ def metrics(stats: LayerStats) -> dict[str, Mean]:
 def balance(
   params: Any,
   old_params: Any,
+  *,
   stats: LayerStats,
   config: model_config.ModelConfig,
 ) -> Any:
   """`params` with the next selection bias of every router that has one.
 
   Args:
-    params: after the optimizer, which knows nothing of these biases.
-    old_params: before it.
-    stats: of the whole batch.
-    config: of the model; its layers know the rate.
+    params: the parameters after the optimizer, which knows nothing of these
+      biases.
+    old_params: the parameters before the optimizer.
+    stats: what the routers counted in the whole batch.
+    config: the config of the model, whose layers know the rate of the bias.
   """
   flat = flax.traverse_util.flatten_dict(params)
   old = flax.traverse_util.flatten_dict(old_params)
   for path, one in stats.items():
-    name = (*path, 'router', routing.SELECTION_BIAS)
+    name = (*path, 'router', router_base.SELECTION_BIAS)
     if name in flat:
       attention = config.attentions().get(path[-1])
       layer = attention or config.sparse_layers()[path[0]]

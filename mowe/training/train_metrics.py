@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What a metric is when it is written.
+# A metric as it is written: a number, or an array of one number per expert.
 Value = float | np.ndarray
 
 
 class Mean(NamedTuple):
-  """A mean that can still be merged, or one for each of many things.
+  """A mean that can still be merged; or n of them, such as one per expert.
 
   Attributes:
-    total: <float32>[], the sum; or <float32>[n], as of the load of n experts.
-    count: of that shape, what it will be divided by.
+    total: the sum, <float32>[] or <float32>[n].
+    count: what the sum will be divided by, in the same shape.
   """
 
   total: jax.Array | float
@@ -36,7 +36,8 @@ class Mean(NamedTuple):
 
     Args:
       values: <float>[...].
-      weights: of the shape of `values`; padding has 0. None is all ones.
+      weights: <float>[...], in the shape of `values`; padding has 0. None gives
+        each value the weight 1.
     """
     values = jnp.asarray(values, jnp.float32)
     if weights is None:
@@ -59,7 +60,7 @@ class Mean(NamedTuple):
 def merge(
   metrics: Mapping[str, Mean], others: Mapping[str, Mean]
 ) -> dict[str, Mean]:
-  """Merges by name; a name in one of them only is kept."""
+  """Merges metrics by name; those that only one side has stay as they are."""
   merged = {**metrics, **others}
   for name in metrics.keys() & others.keys():
     merged[name] = metrics[name].merge(others[name])
@@ -67,14 +68,14 @@ def merge(
 
 
 def compute(metrics: Mapping[str, Mean]) -> dict[str, Value]:
-  """Brings all metrics to the host at once and returns their numbers."""
+  """Brings all metrics to the host at once, and returns their values."""
   return {
     name: mean.compute() for name, mean in jax.device_get(dict(metrics)).items()
   }
 
 
 class Writer(Protocol):
-  """Where the numbers of a step go."""
+  """Writes the metrics of steps to a file."""
 
   def write(self, step: int, values: Mapping[str, Value]) -> None:
     """Writes the values of a step."""
@@ -89,13 +90,14 @@ class Writer(Protocol):
 class JsonLinesWriter:
   """Appends one line of JSON per step: {"step": 10, "loss": 2.5}.
 
+  An array is written as a list, and a NaN as null, so that every line is JSON
+  for any reader.
+
   Attributes:
     path: the file; made with its folder if it is not there.
-    resume_step: lines of later steps are removed first, as is a half-written
-      last line: these steps are about to be done again. None keeps all lines.
-
-  An array is a list. A NaN is written as null, so that every line is JSON for
-  any reader.
+    resume_step: the step from which a run continues. Lines of later steps are
+      removed first, as these steps will be done again. None keeps all lines. A
+      last line that is half written is always removed.
 
   Raises:
     ValueError: a line of the file, other than the last, is not such a line.
@@ -132,14 +134,14 @@ class TensorBoardWriter:
 
   Attributes:
     folder: the folder of the event files.
-    resume_step: TensorBoard then hides what an earlier process wrote for later
-      steps.
+    resume_step: the step from which a run continues; TensorBoard then hides
+      what an earlier process wrote for later steps. None hides nothing.
   """
 
   def __init__(
     self, folder: str | os.PathLike[str], resume_step: int | None = None
   ):
-    # Here, as only this class needs it and it takes a while to import.
+    # Imported here, as only this class needs it and importing takes a while.
     import tensorboardX
 
     purge_step = None if resume_step is None else resume_step + 1
@@ -153,7 +155,8 @@ class TensorBoardWriter:
       if np.ndim(value):
         self._writer.add_histogram(name, np.nan_to_num(value), int(step))
       elif math.isfinite(value):
-        # A mean of nothing is no point, and a warning each time.
+        # NaN, the mean of nothing, is left out: it would be a point without
+        # a place, and a warning each time.
         self._writer.add_scalar(name, float(value), int(step))
 
   def flush(self) -> None:
@@ -172,19 +175,20 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _finite(value):
-  """A number, or None; a list of them."""
+  """The value with None in place of what is not finite; lists are walked."""
   if isinstance(value, list):
     return [_finite(one) for one in value]
   return value if math.isfinite(value) else None
 
 
 def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
-  """Drops a half-written last line, and lines beyond the resumed step."""
+  """Removes a half-written last line, and lines after the resumed step."""
   lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
   kept = []
   for number, line in enumerate(lines, start=1):
     if not line.endswith('\n'):
-      break  # A killed process; only the last line can lack its end.
+      # The process was killed while it wrote its last line.
+      break
     try:
       step = json.loads(line)['step']
     except (ValueError, KeyError, TypeError) as error:
@@ -195,7 +199,7 @@ def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
     if resume_step is None or step <= resume_step:
       kept.append(line)
   if kept != lines:
-    # Beside it and then in its place: a kill here loses no line.
+    # Written beside the file and then renamed: a kill here loses no line.
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(''.join(kept), encoding='utf-8')
     temporary.replace(path)

@@ -16,18 +16,19 @@ from mowe.training.optimization import row_optimizers
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a checkpoint has to hold to continue to the same bits.
+  """All that a checkpoint has to hold to continue with the same bits.
 
   Attributes:
-    step: <int32>[], number of updates made.
-    params: ordinary parameters, nested as in the model.
+    step: <int32>[], the number of updates made.
+    params: the ordinary parameters, nested as in the model.
     opt_state: the optax state of `params`.
-    tables: path of a table, such as `experts` -> its kernels
-      [num_experts, ...] by name, <float32> or bits of bfloat16; or the experts
-      that are on the device, [num_slots, ...]. Empty when experts are frozen,
-      and in checkpoints, which keep experts beside it.
-    table_state: path of a table -> state of the row optimizer, every leaf with
-      a leading axis of experts.
+    tables: path of a table, such as `experts` -> its kernels by name,
+      [num_experts, ...] in float32 or <uint16>, the bits of bfloat16. With
+      experts in host memory or on disk, those in the slots of the device,
+      [num_slots, ...]. {} if experts are frozen, and in checkpoints, which keep
+      experts in a file of their own.
+    table_state: path of a table -> the state of the row optimizer, every leaf
+      with a leading axis of experts, or of slots.
   """
 
   step: jax.Array
@@ -42,7 +43,8 @@ class RememberingState(TrainState):
   """The state of a model with a memory of earlier batches.
 
   Attributes:
-    memory: the collection `model_config.MEMORY`, rows of the next batch.
+    memory: the collection `model_config.MEMORY` that the next batch reads,
+      arrays [batch, ...].
   """
 
   memory: Any
@@ -59,10 +61,10 @@ def create(
 
   Args:
     model: the model.
-    key: seed of the parameters.
-    optimizer: of the ordinary parameters.
-    row_optimizer: of the expert tables; None if they are frozen: they have no
-      state then, and are to be taken out of the state that is trained.
+    key: the random key of the parameters, one of `threefry.key`.
+    optimizer: updates the ordinary parameters.
+    row_optimizer: updates the expert tables. None if they are frozen: they have
+      no state then, and are to be taken out of the state that is trained.
   """
   params, tables = parameters.split_tables(
     initialization.initial_parameters(model, key)
@@ -79,9 +81,17 @@ def begin(
   shardings: TrainState | None = None,
   make_memory: Callable[[], Any] | None = None,
 ) -> TrainState:
-  """The state at step 0 of training these parameters; see `create`.
+  """The state at step 0 of training these parameters.
 
-  `make_memory` gives the memory before the first batch, if the model has one.
+  Args:
+    params: the ordinary parameters.
+    tables: the expert tables; {} if there are none, or they are frozen.
+    optimizer: updates the ordinary parameters.
+    row_optimizer: updates the expert tables; None if they are frozen.
+    shardings: a state with the sharding of each array in its place; None leaves
+      the places to jax.
+    make_memory: returns the memory before the first batch; None for a model
+      without a memory.
   """
 
   def make_rest(params, tables):

@@ -1,8 +1,8 @@
 """One training step: differentiate, update parameters, update experts in place.
 
 `make_train_step` returns the step. Inside of it a *pass* is one application of
-the model to a batch, or to one microbatch of it: `_part_gradients` does the pass
-and differentiates it, `_batch_gradients` adds up the microbatches, and
+the model to a batch, or to one microbatch of it: `_part_gradients` does the
+pass and differentiates it, `_batch_gradients` adds up the microbatches, and
 `_apply_gradients` updates the state.
 """
 
@@ -326,7 +326,9 @@ def _part_gradients(
     )
     # Divided here rather than in the gradients: one number, not all of them.
     total = results.total / counts.targets
-    total += router_training.loss(results.stats, setup.loss.router, shares)
+    total += router_training.loss(
+      results.stats, setup.loss.router, shares=shares
+    )
     return total, results
 
   factors = {}
@@ -365,8 +367,8 @@ def _apply_gradients(
   params = router_training.balance(
     optax.apply_updates(state.params, updates),
     state.params,
-    stats,
-    setup.model.config,
+    stats=stats,
+    config=setup.model.config,
   )
   tables, table_state = _update_tables(
     setup, factors, state=state, plan=plan, usable=usable, key=key

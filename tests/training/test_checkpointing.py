@@ -208,13 +208,15 @@ def test_keeps_the_last_and_the_best(tmp_path, mode, best):
   with checkpointing.Checkpoints(tmp_path, 2, 'em', mode) as checkpoints:
     assert checkpoints.best_step() is None
     for step, score in scores.items():
-      checkpoints.save(step, {'w': jnp.ones(2)}, {'em': np.float32(score)})
+      checkpoints.save(
+        step, {'w': jnp.ones(2)}, metrics={'em': np.float32(score)}
+      )
     checkpoints.wait()
     assert checkpoints.all_steps() == [best, 4, 5]
     assert checkpoints.best_step() == best
     assert checkpoints.metrics(4)['em'] == pytest.approx(0.3)
     with pytest.raises(ValueError, match='or with metrics=None'):
-      checkpoints.save(6, {'w': jnp.ones(2)}, {'f1': 1.0})
+      checkpoints.save(6, {'w': jnp.ones(2)}, metrics={'f1': 1.0})
 
 
 def test_nothing_there(tmp_path):

@@ -143,7 +143,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
       loss_normalizing_factor=divisor,
     )
     stats = router_training.layer_stats(variables)
-    router_loss = router_training.loss(stats, self._router_loss, _WHOLE)
+    router_loss = router_training.loss(stats, self._router_loss, shares=_WHOLE)
     router_loss *= weight_sum / (1.0 if divisor is None else divisor)
     metrics = self._compute_metrics(
       logits=logits,

@@ -29,14 +29,14 @@ def edit(
 ) -> Any:
   """The state after an edit; what is appended has statistics of zero.
 
-  Moments in the shape of their parameter (Adam's, or momentum) are edited as the
-  parameter is. Adafactor's means of the parameters of experts keep the axis of
-  modules, and are edited along it. With another number of modules a router's
+  Moments in the shape of their parameter (Adam's, or momentum) are edited as
+  the parameter is. Adafactor's means of the parameters of experts keep the axis
+  of modules, and are edited along it. With another number of modules a router's
   kernel may be factored in another way; its statistics begin anew then.
 
   Args:
-    opt_state: the state as it was saved: a tree of arrays, with None where there
-      is nothing.
+    opt_state: the state as it was saved: a tree of arrays, with None where
+      there is nothing.
     edits: path of a parameter -> how it is edited.
     old_shapes: path of every parameter -> its shape before the edit.
     axes: path of every parameter -> the names of its logical axes.

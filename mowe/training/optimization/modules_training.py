@@ -27,9 +27,9 @@ class TrainAdded(optimizers.Optimizer):
   Attributes:
     optimizer: updates what is trained.
     model: the config of the model, which says what was added.
-    also: regular expression of the whole names of parameters that are trained as
-      well, with all of their entries: '.*/router/.*' for routers, '.*scale' for
-      norms, '.*' for everything. '' adds none.
+    also: regular expression of the whole names of parameters that are trained
+      as well, with all of their entries: '.*/router/.*' for routers, '.*scale'
+      for norms, '.*' for everything. '' adds none.
   """
 
   optimizer: optimizers.Optimizer

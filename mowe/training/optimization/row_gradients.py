@@ -7,8 +7,8 @@ Of an outer product all of these follow from its two vectors, so that the
 gradient [a, b] need not be written to memory.
 
 `Matrix` and `Outer` have the same methods. An object stands for the gradient of
-one kernel of one expert; `jax.vmap` over it reaches several experts, whose arrays
-then have a leading axis [rows].
+one kernel of one expert; `jax.vmap` over it reaches several experts, whose
+arrays then have a leading axis [rows].
 """
 
 from collections.abc import Mapping

@@ -6,9 +6,9 @@ row state come in here: the caller gathers them and scatters the results.
 
 Each expert has a clock of its own. It is updated only in the steps in which it
 is present, its *visits*, and has its own count of them. So its trajectory is
-that of the dense optimizer, run on this expert alone over those steps. (With one
-count for all experts, Adam's step at a first visit late in training would be
-3.2 times too large.) The learning rate alone follows the global step.
+that of the dense optimizer, run on this expert alone over those steps. (With
+one count for all experts, Adam's step at a first visit late in training would
+be 3.2 times too large.) The learning rate alone follows the global step.
 """
 
 import dataclasses

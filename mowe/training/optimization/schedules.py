@@ -1,9 +1,9 @@
 """Learning rate schedules: functions of the step, as optax expects them.
 
 `warmed_up_rsqrt` and `constant` are T5's own. Where T5X's
-`create_learning_rate_scheduler` has the same schedule, values agree with it, and
-the docstring names its factors there. All schedules take Python integers and
-traced steps, and compute in float32.
+`create_learning_rate_scheduler` has the same schedule, values agree with it,
+and the docstring names its factors there. All schedules take Python integers
+and traced steps, and compute in float32.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
 """Updating the experts of a batch in their tables, in place.
 
 The gradient of all present experts would be as large as they are. Instead the
-backward pass leaves its factors (`layers/memory/grouped.py`), the inputs and the
-cotangents of every product with an expert's kernel. Here, for a few experts at
-a time, the gradient over all layers that share the table is formed from them,
-the row optimizer is applied, and the new rows are written back.
+backward pass leaves its factors (`layers/memory/grouped.py`), the inputs and
+the cotangents of every product with an expert's kernel. Here, for a few experts
+at a time, the gradient over all layers that share the table is formed from
+them, the row optimizer is applied, and the new rows are written back.
 
 Source: deferred weight gradients; the sum over layers is exact, because the
 gradient of a shared kernel is the sum over its uses.
@@ -361,7 +361,8 @@ class _Chunks:
   for all classes, is compiled once. Chunks without any expert are left out.
 
   Attributes:
-    number: <int32>[], chunks with at least one expert, which are the first ones.
+    number: <int32>[], chunks with at least one expert, which are the first
+      ones.
   """
 
   def __init__(
