@@ -1,18 +1,19 @@
-"""`mowe quickstart`: T5 and MoWE of equal FLOPs, from text to answers.
+"""`mowe quickstart` compares a T5 and a MoWE of equal FLOPs, from text on.
 
-An experiment of `mowe compare` that needs no gin file of its own: data are
-generated or taken from a folder, and models are those of the options.
+It is an experiment of `mowe compare` that needs no gin file of its own: the
+data are generated or read from a folder, and the options choose the models.
 """
 
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mowe.commands import gin_config
 from mowe.comparison import budgets, compare, experiment_data, experiments
 from mowe.comparison.report import answer_comparison, report_tables
 
+# Each stage of a run, and how the gin file of its recipe ends.
 _STAGES = {'pretrained': 'pretrain', 'finetuned': 'finetune'}
 _NUM_SAMPLES = 3
 
@@ -37,63 +38,42 @@ def quickstart(
   """Pretrains, finetunes, asks and compares a T5 and a MoWE.
 
   Args:
-    output: the folder of everything that is made.
-    data_dir: documents, qa_train and qa_validation as .jsonl or .jsonl.gz, or
-      what else `experiment_data.Files` takes; None generates a world.
-    documents: a file of text for a data_dir that has none.
-    recipe: first word of the gin files in gin_configs/examples.
-    vocabulary: SentencePiece model; None trains one on the text.
-    vocabulary_size: pieces of a vocabulary that is trained.
-    num_experts: experts of the MoWE.
-    names_files: the routing vocabulary keeps the words of these names only.
-    num_seeds: runs of each model; the report shows their means.
-    with_longer_t5: also a T5 that is pretrained three times as long.
-    with_larger_t5: also a T5 with as many parameters in all as the MoWE.
-    with_moe: also these mixtures of experts: 'switch', 'top2', ...
-    steps: of pretraining, instead of the recipe's.
-    finetune_steps: instead of the recipe's.
+    output: the folder where everything is written.
+    data_dir: a folder with documents, qa_train and qa_validation as .jsonl or
+      .jsonl.gz, or with other files that `experiment_data.Files` takes; None
+      generates a world.
+    documents: a file of text, for a data_dir without documents; None reads the
+      documents of data_dir.
+    recipe: the first word of the names of gin files in gin_configs/examples.
+    vocabulary: path of a SentencePiece model; None trains one on the text.
+    vocabulary_size: number of pieces of a vocabulary that is trained.
+    num_experts: number of word experts of the MoWE.
+    names_files: files of names, whose words alone the routing vocabulary keeps;
+      empty keeps all words.
+    num_seeds: number of runs of each model; the report shows their means.
+    with_longer_t5: adds a T5 that is pretrained three times as long.
+    with_larger_t5: adds a T5 with as many parameters in total as the MoWE.
+    with_moe: kinds of mixtures of experts to add, such as 'switch' and 'top2'.
+    steps: steps of pretraining; None takes those of the recipe.
+    finetune_steps: steps of finetuning; None takes those of the recipe.
 
   Returns:
-    The numbers of the last line.
+    The numbers that the last line prints: exact matches of both models as
+    fractions, the ratio of their FLOPs, and the seconds of the whole run.
   """
   start = time.monotonic()
   steps = {'pretrained': steps, 'finetuned': finetune_steps}
   stages = _stages(recipe, steps)
-  model = lambda name, kind, **fields: experiments.Model(
-    name,
-    gin_files=(f'gin_configs/models/{kind}_tiny.gin',),
-    **({'stages': stages} | fields),
-  )
   words = experiment_data.Words(num_experts, names_files=tuple(names_files))
-  models = [model('T5', 't5'), model('MoWE', 'mowe', words=words)]
+  models = [
+    _model('T5', 't5', stages=stages),
+    _model('MoWE', 'mowe', stages=stages, words=words),
+  ]
   if with_longer_t5:
-    longer = {
-      **steps,
-      'pretrained': 3 * (steps['pretrained'] or _steps_of(recipe)),
-    }
-    models.append(model('T5, 3x longer', 't5', stages=_stages(recipe, longer)))
+    models.append(_longer_t5(recipe, steps))
   if with_larger_t5:
-    larger = model(
-      'T5, equal size',
-      't5',
-      width='mowe.models.t5.t5_config.T5Config.mlp_dim',
-      granule=1,
-      budget=budgets.EqualParameters('MoWE'),
-    )
-    models.append(larger)
-  # Their experts are trained in finetuning, too, as in their papers.
-  trained = [
-    dataclasses.replace(
-      stage, bindings=(*stage.bindings, 'FREEZE_EXPERTS = False')
-    )
-    if stage.name == 'finetuned'
-    else stage
-    for stage in stages
-  ]
-  models += [
-    model(f'MoE {kind}', f'moe_{kind}', stages=tuple(trained))
-    for kind in with_moe
-  ]
+    models.append(_larger_t5(stages))
+  models += _mixtures(with_moe, stages)
   compared = compare.compare(
     experiments.Experiment(
       title=f'T5 and MoWE: {recipe}',
@@ -116,6 +96,50 @@ def quickstart(
     'flops_ratio={flops_ratio:.3f} seconds={seconds:.0f}'.format(**numbers)
   )
   return numbers
+
+
+def _mixtures(
+  kinds: Sequence[str], stages: Sequence[experiments.Stage]
+) -> list[experiments.Model]:
+  # Mixtures of experts train their experts in finetuning, too, as in their
+  # papers; word experts are frozen then.
+  trained = tuple(
+    dataclasses.replace(
+      stage, bindings=(*stage.bindings, 'FREEZE_EXPERTS = False')
+    )
+    if stage.name == 'finetuned'
+    else stage
+    for stage in stages
+  )
+  return [
+    _model(f'MoE {kind}', f'moe_{kind}', stages=trained) for kind in kinds
+  ]
+
+
+def _longer_t5(
+  recipe: str, steps: Mapping[str, int | None]
+) -> experiments.Model:
+  pretrained = 3 * (steps['pretrained'] or _steps_of(recipe))
+  longer = {**steps, 'pretrained': pretrained}
+  return _model('T5, 3x longer', 't5', stages=_stages(recipe, longer))
+
+
+def _larger_t5(stages: tuple[experiments.Stage, ...]) -> experiments.Model:
+  return _model(
+    'T5, equal size',
+    't5',
+    stages=stages,
+    width='mowe.models.t5.t5_config.T5Config.mlp_dim',
+    granule=1,
+    budget=budgets.EqualParameters('MoWE'),
+  )
+
+
+def _model(name: str, kind: str, **fields) -> experiments.Model:
+  """Returns a model of `gin_configs/models/<kind>_tiny.gin`."""
+  return experiments.Model(
+    name, gin_files=(f'gin_configs/models/{kind}_tiny.gin',), **fields
+  )
 
 
 def _data(data_dir, documents, vocabulary, size) -> experiment_data.Data:
@@ -152,7 +176,7 @@ def _steps_of(recipe: str) -> int:
 
 
 def _show(compared: compare.Compared) -> None:
-  """The first tables, and some questions with all answers."""
+  """Prints the first tables, and some questions with the models' answers."""
   for table in compared.tables[:2]:
     print(f'\n{report_tables.markdown_table(table.rows)}')
   print()
@@ -165,8 +189,9 @@ def _show(compared: compare.Compared) -> None:
 
 
 def _samples(questions: Sequence[answer_comparison.Question]) -> list[int]:
-  """Questions spread over all of them."""
-  # One further each time, as questions go round the relations.
+  """Returns indices of a few questions, spread over all of them."""
+  # Questions go round the relations in turn: one further each time, and the
+  # samples ask about different relations.
   return [
     (i * len(questions) // _NUM_SAMPLES + i) % len(questions)
     for i in range(_NUM_SAMPLES)

@@ -1,8 +1,8 @@
 """Builds a routing vocabulary from texts.
 
-Count the chunks between white space, encode each distinct chunk once, cut it
-into words by the rule of `lookup`, and keep the most frequent words. The result
-does not depend on the number of processes.
+The builder counts the chunks of text between white space, encodes each
+distinct chunk once, cuts it into words by the rule of `lookup`, and keeps the
+most frequent words. The result does not depend on the number of processes.
 """
 
 import collections
@@ -15,7 +15,8 @@ import numpy as np
 
 from mowe.words import base_vocabulary, lookup, routing_vocabulary
 
-# Reports progress: the name of the phase and how much of it is done.
+# Called to report progress: with the name of the phase, and how many texts,
+# chunks or words of it are done.
 Progress = Callable[[str, int], None]
 
 _MAX_SPELLINGS = 8
@@ -25,19 +26,22 @@ _CHUNKS_PER_BLOCK = 20_000
 
 @dataclasses.dataclass(frozen=True)
 class BuildReport:
-  """What a build saw and left out.
+  """What a build of a routing vocabulary saw and left out.
 
   Attributes:
-    num_texts: texts read.
-    num_chunks: distinct chunks between white space that were kept.
-    num_pruned_chunks: rare chunks forgotten to bound the memory (a chunk that
-      came back counts again).
-    num_pruned_occurrences: their occurrences, missing in all counts.
-    num_distinct_words: words found, lower-cased.
-    num_kept_words: words that became entries.
-    known_share: share of the counted tokens in a kept word; the rest backs off
-      to pieces, punctuation included.
-    num_collisions: spellings that lost their key to a more frequent word.
+    num_texts: number of texts that were read.
+    num_chunks: number of distinct chunks between white space that were kept.
+    num_pruned_chunks: number of rare chunks that were forgotten to bound the
+      memory. A chunk that is forgotten, met again and forgotten again counts
+      twice.
+    num_pruned_occurrences: how often the forgotten chunks had occurred; these
+      occurrences are missing in all counts.
+    num_distinct_words: number of distinct words that were found, lower-cased.
+    num_kept_words: number of words that became entries.
+    known_share: fraction of the counted tokens that lie in a kept word. All
+      other tokens, punctuation included, back off to their pieces.
+    num_collisions: number of pairs of words with a spelling of equal hash; the
+      more frequent word kept the key.
   """
 
   num_texts: int
@@ -52,7 +56,14 @@ class BuildReport:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkCounts:
-  """Occurrences of the chunks between white space, and what was forgotten."""
+  """Occurrences of the chunks between white space, and what was forgotten.
+
+  Attributes:
+    counts: how often each kept chunk occurred.
+    num_texts: number of texts that were read.
+    num_pruned_chunks: as in BuildReport.
+    num_pruned_occurrences: as in BuildReport.
+  """
 
   counts: dict[str, int]
   num_texts: int
@@ -62,13 +73,13 @@ class ChunkCounts:
 
 @dataclasses.dataclass(frozen=True)
 class _Sequences:
-  """Distinct piece sequences of words.
+  """The distinct piece sequences of words.
 
   Attributes:
-    pieces: <int32>, all sequences one after the other.
-    offsets: <int64>[n + 1], where each begins.
-    counts: <int64>[n], occurrences.
-    texts: n lower-cased words.
+    pieces: <int32>[pieces], all sequences one after the other.
+    offsets: <int64>[n + 1], where each sequence begins in `pieces`.
+    counts: <int64>[n], how often each sequence occurred.
+    texts: the n sequences as lower-cased words.
   """
 
   pieces: np.ndarray
@@ -93,22 +104,28 @@ def build_routing_vocabulary(
   max_chunks: int = 20_000_000,
   progress: Progress | None = None,
 ) -> tuple[routing_vocabulary.RoutingVocabulary, BuildReport]:
-  """Counts words and returns their routing vocabulary.
+  """Counts the words of texts and returns their routing vocabulary.
 
   Args:
-    texts: texts, or lists of texts; a list goes to a worker as it is.
+    texts: single texts, or lists of texts; a list goes to a worker as it is.
     vocabulary: the subword vocabulary of the model.
-    num_words: the most frequent words to keep. Every piece has an entry of its
-      own besides.
+    num_words: how many words to keep, the most frequent ones. Every piece has
+      an entry of its own besides.
     num_experts: number of experts.
-    names: keep words of these names only, as the paper does with Wikidata; all
-      words when None.
-    assign: the map of entries to experts.
-    num_skipped: the most frequent entries, which get no expert.
-    num_workers: processes that count and encode; 0 for this one. They are
-      spawned: a script needs `if __name__ == '__main__'`.
-    max_chunks: distinct chunks held in memory; rare ones are forgotten beyond.
-    progress: called with the phase and a count of what is done.
+    names: names whose words alone are kept, as the paper does with Wikidata;
+      None keeps all words.
+    assign: the function that maps entries to experts.
+    num_skipped: how many of the most frequent entries get no expert.
+    num_workers: number of processes that count and encode; 0 works in this
+      process. Processes are spawned, so a script needs
+      `if __name__ == '__main__'`.
+    max_chunks: number of distinct chunks that are held in memory; beyond it
+      the rare ones are forgotten.
+    progress: called with the name of the phase and how much of it is done;
+      None reports nothing.
+
+  Returns:
+    The routing vocabulary, and the report on its build.
 
   Raises:
     ValueError: the texts hold no word, or a number is out of range.
@@ -125,8 +142,7 @@ def build_routing_vocabulary(
     allowed = None
     if names is not None:
       named = collections.Counter(part for n in names for part in n.split())
-      found = _cut_chunks(named, vocabulary, run, progress)
-      allowed = frozenset(found.texts)
+      allowed = frozenset(_cut_chunks(named, vocabulary, run, progress).texts)
   if not sequences.texts:
     raise ValueError(
       'The texts must hold at least one word, but all were empty. Check the '
@@ -152,21 +168,33 @@ def build_routing_vocabulary(
     subwords_sha256=vocabulary.sha256,
     subwords_size=vocabulary.size,
   )
-  known = int(built.counts[~built.is_piece].sum())
   progress('done', built.num_words)
-  return built, BuildReport(
+  return built, _report(
+    built, chunks, num_distinct=num_distinct, num_kept=len(words)
+  )
+
+
+def _report(
+  built: routing_vocabulary.RoutingVocabulary,
+  chunks: ChunkCounts,
+  *,
+  num_distinct: int,
+  num_kept: int,
+) -> BuildReport:
+  known = int(built.counts[~built.is_piece].sum())
+  return BuildReport(
     num_texts=chunks.num_texts,
     num_chunks=len(chunks.counts),
     num_pruned_chunks=chunks.num_pruned_chunks,
     num_pruned_occurrences=chunks.num_pruned_occurrences,
     num_distinct_words=num_distinct,
-    num_kept_words=len(words),
+    num_kept_words=num_kept,
     known_share=known / max(1, int(built.counts.sum())),
-    num_collisions=len(collisions),
+    num_collisions=len(built.collisions),
   )
 
 
-# Counting.
+# Functions that count chunks.
 
 
 def _count_chunks(
@@ -175,7 +203,7 @@ def _count_chunks(
   max_chunks: int,
   progress: Progress,
 ) -> ChunkCounts:
-  """Counts block by block; the order of merging is that of the texts."""
+  """Counts the chunks of texts; blocks are merged in the order of the texts."""
   counts: dict[str, int] = {}
   num_texts = num_pruned = occurrences = 0
   for block, size in run(_count_block, _blocks(texts)):
@@ -183,7 +211,8 @@ def _count_chunks(
     for chunk, count in block.items():
       counts[chunk] = counts.get(chunk, 0) + count
     threshold = 0
-    # Down to half, or the next block would prune again.
+    # Prune to half of the limit, because the next block would otherwise prune
+    # again.
     target = max_chunks // 2 if len(counts) > max_chunks else max_chunks
     while len(counts) > target:
       threshold += 1
@@ -215,7 +244,7 @@ def _blocks(texts: Iterable[str] | Iterable[list[str]]) -> Iterator[list[str]]:
     yield block
 
 
-# Cutting into words.
+# Functions that cut chunks into words.
 
 
 def _cut_chunks(
@@ -224,8 +253,8 @@ def _cut_chunks(
   run: Callable,
   progress: Progress,
 ) -> _Sequences:
-  """Distinct piece sequences of the words in the chunks."""
-  # Sorted: a dict's order would depend on how texts came in lists.
+  """Returns the distinct piece sequences of the words in the chunks."""
+  # Sorted, because the order of the dict depends on how texts came in lists.
   items = sorted(counts.items())
   blocks = (
     items[i : i + _CHUNKS_PER_BLOCK]
@@ -267,9 +296,13 @@ def _cut_block(
 def cut_words(
   encoded: list[list[int]], kinds: np.ndarray
 ) -> Iterator[tuple[bytes, int]]:
-  """Yields the pieces of each word, as int32 bytes, and its row.
+  """Yields each word's pieces, as the bytes of int32 ids, and its row.
 
-  The rule is `lookup.word_starts`, on rows of any length.
+  The rule is that of `lookup.word_starts`, for rows of any length.
+
+  Args:
+    encoded: rows of piece ids.
+    kinds: <uint8>[subwords], as from `Vocabulary.piece_kinds`.
   """
   lengths = np.array([len(row) for row in encoded], np.int64)
   pieces = np.array([i for row in encoded for i in row], np.int32)
@@ -292,7 +325,7 @@ def cut_words(
     yield content[bounds[i] : bounds[i + 1]], row
 
 
-# Words and their spellings.
+# Functions that choose words and their spellings.
 
 
 def _select(
@@ -301,10 +334,13 @@ def _select(
   num_words: int,
   allowed: frozenset[str] | None,
 ) -> tuple[list[str], int]:
-  """The most frequent words, by falling count and then by text."""
+  """Returns the most frequent words, and how many distinct words there are.
+
+  Words are ordered by falling count and then by text.
+  """
   kinds = vocabulary.piece_kinds()
-  # A word of one ALONE piece is what its piece's entry stands for already, and
-  # a bare word-start mark has no text.
+  # A word of one ALONE piece is left out because the entry of the piece stands
+  # for it already. A bare word-start mark is left out because it has no text.
   is_word = (
     kinds[sequences.pieces[sequences.offsets[:-1]]] < base_vocabulary.ALONE
   )
@@ -323,11 +359,12 @@ def _spellings(
   sequences: _Sequences,
   vocabulary: base_vocabulary.Vocabulary,
 ) -> list[list[bytes]]:
-  """Up to 8 piece sequences of each word.
+  """Returns up to 8 piece sequences of each word.
 
-  The usual spellings come first (lower, Capitalised, UPPER, as after a space):
-  a model meets them even where the counted text did not. Then the observed
-  ones by falling count: other capitals, or after punctuation.
+  The usual spellings come first (lower, Capitalised, UPPER, each as after a
+  space), because a model may meet them even if the counted text has none of
+  them. The spellings that were observed follow by falling count: those with
+  other capitals, and those after punctuation.
   """
   word_ids = {word: i for i, word in enumerate(words)}
   spellings: list[dict[bytes, None]] = [{} for _ in words]
@@ -341,8 +378,9 @@ def _spellings(
     block = variants[begin : begin + _CHUNKS_PER_BLOCK]
     encoded = vocabulary.encode_batch([variant for _, variant in block])
     for sequence, row in cut_words(encoded, kinds):
-      # A spelling may be cut (an unknown letter) or be another word (the upper
-      # case of one letter can be two).
+      # A variant is no spelling of the word if it was cut in two (it has an
+      # unknown letter) or spells another word (the upper case of one letter
+      # can be two letters).
       i = block[row][0]
       ids = np.frombuffer(sequence, np.int32).tolist()
       if ids == encoded[row] and vocabulary.spell(ids).lower() == words[i]:
@@ -357,7 +395,14 @@ def _spellings(
 def _keys(
   spellings: list[list[bytes]], vocabulary: base_vocabulary.Vocabulary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Rising keys, the rank of the word of each, and pairs (kept, lost)."""
+  """Returns the keys of words, and the collisions between them.
+
+  Returns:
+    keys: <uint32>[num_keys], rising, the hashes of the spellings.
+    key_words: <int>[num_keys], the rank of the word of each key.
+    collisions: <int>[n, 2], ranks of the word that kept a key and of the word
+      that lost it.
+  """
   flat = [sequence for of_word in spellings for sequence in of_word]
   words = np.repeat(
     np.arange(len(spellings)), [len(of_word) for of_word in spellings]
@@ -367,7 +412,8 @@ def _keys(
   pieces = np.frombuffer(b''.join(flat), np.int32)
   piece_hashes = lookup.hash_pieces(vocabulary.size)
   hashes = lookup.hash_words(piece_hashes, pieces, offsets)
-  # Punctuation and specials are words of one piece: no key may catch them.
+  # Punctuation and specials are words of one piece and keep their own entries,
+  # so that a key with the hash of one of them has to go.
   alone = piece_hashes[vocabulary.piece_kinds() >= base_vocabulary.ALONE]
   free = ~np.isin(hashes, alone)
   hashes, words = hashes[free], words[free]
@@ -381,7 +427,7 @@ def _keys(
   return hashes[is_first], words[is_first], collisions
 
 
-# Entries.
+# Functions that number the entries.
 
 
 def _number_entries(
@@ -392,7 +438,7 @@ def _number_entries(
   sequences: _Sequences,
   vocabulary: base_vocabulary.Vocabulary,
 ) -> dict[str, np.ndarray]:
-  """The fields of a RoutingVocabulary that depend on the entries' order."""
+  """Returns the fields of a RoutingVocabulary that need the entries' order."""
   kinds = vocabulary.piece_kinds()
   pieces = np.flatnonzero(kinds != base_vocabulary.SPECIAL)
   counts = _tokens_of_entries(
@@ -425,7 +471,10 @@ def _tokens_of_entries(
   sequences: _Sequences,
   vocab_size: int,
 ) -> np.ndarray:
-  """<int64>[num_words + vocab]: tokens that each word and piece receives."""
+  """Returns the tokens that each word and piece receives, <int64>[entries].
+
+  The entries are the words by rank, then all pieces of the vocabulary by id.
+  """
   piece_hashes = lookup.hash_pieces(vocab_size)
   hashes = lookup.hash_words(piece_hashes, sequences.pieces, sequences.offsets)
   lengths = np.diff(sequences.offsets)
@@ -440,8 +489,9 @@ def _tokens_of_entries(
   return counts
 
 
-# Processes.
+# Worker processes.
 
+# The vocabulary of this process, and the kinds of its pieces.
 _state: dict[str, tuple[base_vocabulary.Vocabulary, np.ndarray]] = {}
 
 
@@ -454,10 +504,11 @@ def _start_worker(vocabulary: base_vocabulary.Vocabulary) -> None:
 
 
 class _Workers:
-  """Context: `run(function, items)` yields results in the order of the items.
+  """A context manager that gives `run`, a map over several processes.
 
-  At most two items for each process are on their way, so that reading never
-  runs ahead of counting.
+  `run(function, items)` yields the results in the order of the items. At most
+  two items for each process are under way, so that reading never runs ahead of
+  counting.
   """
 
   def __init__(self, vocabulary: base_vocabulary.Vocabulary, num_workers: int):
@@ -471,7 +522,7 @@ class _Workers:
       return map
     self._pool = concurrent.futures.ProcessPoolExecutor(
       self._num_workers,
-      # Not fork: the parent may run the threads of jax.
+      # Not by fork, because the parent may run the threads of JAX.
       mp_context=multiprocessing.get_context('spawn'),
       initializer=_start_worker,
       initargs=(self._vocabulary,),
