@@ -1,15 +1,15 @@
 """T5 and Switch of Hugging Face transformers: reading and writing models.
 
-Read from transformers 5.23.0, models/t5 and models/switch_transformers. Its
-Switch differs from ours in that an expert has room for a fixed number of tokens
-of each sequence, and that padding is routed like any token: give routing ids of
-0 for that. Weights are safetensors files alone, which cannot run code.
+Source: transformers 5.23.0, models/t5 and models/switch_transformers. In its
+Switch an expert has room for a fixed number of tokens of each sequence, and
+padding is routed like any token, which our layers do if all routing ids are 0.
+Weights are read from safetensors files alone, which cannot run code.
 
-Tied embeddings, as transformers 5 has them: every T5 with one array for inputs
-and logits, or two equal ones, shares it. Whether logits are scaled by
-d_model ** -0.5 is another matter (`huggingface_config`). With scaling, we keep
-one parameter (T5 1.0); without it, the logits have a kernel of their own, which
-is read from the embedding where the file has no other.
+Tied embeddings: in transformers 5 every T5 with one array for inputs and
+logits, or with two equal ones, shares one parameter. Whether logits are scaled
+by d_model ** -0.5 is another matter (`huggingface_config`). A model that scales
+them has one parameter here, too (T5 1.0). Without scaling our logits have a
+kernel of their own, which is read from the embedding if the file has no other.
 """
 
 import functools
@@ -41,7 +41,8 @@ _SHORT = {'query': 'q', 'key': 'k', 'value': 'v', 'out': 'o'}
 # Linear weights are [out, in] there and [in, out] here.
 _COMMON = (
   Rule(_SHARED, _EMBEDDING),
-  # Switch with separate embeddings in its config keeps the same array thrice.
+  # A Switch whose config says that embeddings are separate has the same array
+  # three times.
   *(Rule(name, _EMBEDDING, is_copy=True) for name in _COPIES),
   *(
     rule
@@ -55,7 +56,7 @@ _COMMON = (
       ),
     )
   ),
-  # Old T5 checkpoints hold it, and no model ever read it.
+  # Old T5 checkpoints have this tensor, which no model ever read.
   Rule(
     'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
     None,
@@ -92,7 +93,7 @@ _COMMON = (
 def _mlp(
   theirs: str, ours: str, is_transposed: bool = True
 ) -> tuple[Rule, ...]:
-  """A rule for each stack, below the block's feed-forward."""
+  """Returns a rule for each stack, for a tensor of its feed-forwards."""
   return tuple(
     Rule(f'{block}.{number}.{theirs}', f'{path}/mlp/{ours}', is_transposed)
     for block, path, number in zip(_THEIRS, _OURS, (1, 2), strict=True)
@@ -100,6 +101,7 @@ def _mlp(
 
 
 def _kernels(theirs: str, ours: str, names: Sequence[str]) -> tuple[Rule, ...]:
+  """Returns rules for kernels of feed-forwards in both stacks."""
   return tuple(
     rule
     for name in names
@@ -130,18 +132,18 @@ DTYPES = {
 
 
 def load(folder: str | os.PathLike) -> tuple[t5_config.T5Config, Any]:
-  """Config and float32 parameters of a folder of `save_pretrained`.
+  """Reads a folder of `save_pretrained`: the config, and float32 parameters.
 
   Raises:
     FileNotFoundError: the folder, its config or its weights are not there.
-    ValueError: an architecture that is not ours; weights that are damaged, of
-      another format, missing, too many, or of another shape.
+    ValueError: the architecture is not ours, or weights are damaged, of another
+      format, missing, too many, or of another shape.
   """
   described, tensors = safetensors_folder.read(folder)
   config = huggingface_config.make_config(described)
   num_blocks = config.num_encoder_layers + config.num_decoder_layers
   if num_blocks > len(tensors):
-    # Seen before a model of that depth is built.
+    # A wrong depth is found here, before a model of that depth is built.
     raise ValueError(
       'config.json must describe the weights beside it, but has '
       f'{num_blocks} blocks for {len(tensors)} tensors. Take both from the '
@@ -174,17 +176,19 @@ def save(
   is there complete or not at all.
 
   Args:
-    folder: where; must not be there.
-    config: of the model.
-    params: of the model.
+    folder: the folder to write; it must not exist.
+    config: the config of the model.
+    params: the parameters of the model, nested.
     dtype: 'float32', or 'bfloat16', to which weights are rounded.
-    max_file_bytes: bytes of weights in one file.
-    attach: called with the folder, to put more into it.
+    max_file_bytes: bytes of weights in one file; a larger tensor has a file of
+      its own.
+    attach: called with the folder before it is complete, to put more files into
+      it; None puts no more into it.
 
   Raises:
     FileExistsError: the folder is there.
-    ValueError: a model that transformers does not have, parameters of another
-      model, or another dtype.
+    ValueError: transformers has no such model, the parameters are those of
+      another model, or the dtype is another one.
   """
   if dtype not in DTYPES:
     raise ValueError(
@@ -205,7 +209,8 @@ def save(
     for name, tensor in tensors.items()
   }
   if is_switch and not config.logits_via_embedding:
-    # Untied, transformers has three parameters, and would draw two afresh.
+    # A Switch that is not tied has three parameters in transformers, which
+    # would draw at random those that the file lacks.
     tensors |= dict.fromkeys(_COPIES, tensors[_SHARED])
   safetensors_folder.write(
     folder, described, tensors, max_file_bytes=max_file_bytes, attach=attach
@@ -213,6 +218,7 @@ def save(
 
 
 def _rules(config: t5_config.T5Config, is_switch: bool) -> tuple[Rule, ...]:
+  """Returns the rules of a model."""
   head = _TIED if config.logits_via_embedding else _UNTIED
   return (*(_SWITCH if is_switch else _T5), head)
 
@@ -220,7 +226,7 @@ def _rules(config: t5_config.T5Config, is_switch: bool) -> tuple[Rule, ...]:
 def _expected_tensors(
   config: t5_config.T5Config, table: Sequence[Rule]
 ) -> Mapping[str, np.ndarray]:
-  """Zeros that take no memory, in the shapes of the model's tensors."""
+  """Returns zeros in the shapes of the model's tensors; they take no memory."""
   shapes = jax.eval_shape(
     functools.partial(parameters.initial_variables, t5.T5(config)),
     jax.random.key(0),

@@ -1,12 +1,12 @@
 """config.json of T5 and Switch in Hugging Face transformers, and our T5Config.
 
-Read from transformers 5.23.0, models/t5 and models/switch_transformers, and from
-models/mt5 of 5.18.0. ByT5 and T5 1.1 are of the type `t5`.
+Source: transformers 5.23.0, models/t5 and models/switch_transformers, and
+5.18.0, models/mt5. ByT5 and T5 1.1 are of the type `t5`.
 
-Vocabulary: rows of the embedding stay as they are. The released models have
-32128 rows for 32100 ids (32000 pieces and 100 sentinels, rounded up to a
-multiple of 128), some later ones 32100: both are read and written unchanged.
-Rows beyond the vocabulary are never an input, but have logits as there.
+The rows of the embedding are read and written as they are. The released models
+have 32128 rows for 32100 ids (32000 pieces and 100 sentinels, rounded up to a
+multiple of 128), and some later models have 32100. Rows beyond the vocabulary
+are never an input, but have logits, here as in transformers.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ MT5 = 'mt5'
 SWITCH = 'switch_transformers'
 KINDS = (MT5, SWITCH, T5)
 
-# feed_forward_proj of T5, and what transformers makes of it.
+# `feed_forward_proj` of T5 -> the activations that transformers makes of it.
 _PROJECTIONS = {
   'relu': ('relu',),
   'gelu_new': ('gelu',),
@@ -35,12 +35,12 @@ _PROJECTIONS = {
   'gated-gelu': ('gelu', 'linear'),
   'gated-silu': ('silu', 'linear'),
 }
-# dense_act_fn of Switch, whose feed-forwards cannot be gated.
+# `dense_act_fn` of Switch, whose feed-forwards cannot be gated -> likewise.
 _PLAIN = {
   name: parts for name, parts in _PROJECTIONS.items() if len(parts) == 1
 }
 
-# What our T5 has built in.
+# Settings that our T5 cannot change.
 _FIXED = {
   'relative_attention_num_buckets': 32,
   'relative_attention_max_distance': 128,
@@ -48,22 +48,24 @@ _FIXED = {
   'is_encoder_decoder': True,
   'router_dtype': 'float32',
 }
-# Likewise; null stands for it in some configs.
+# Ids that our T5 cannot change; in some configs null stands for them.
 _IDS = {'pad_token_id': 0, 'eos_token_id': 1, 'decoder_start_token_id': 0}
 
 _SIZES = ('vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_heads', 'num_layers')
 
 _TAKE = 'Take the config.json that was saved with the weights.'
 
-# Above those of every model, and so small that a wrong one fills no memory.
+# The largest size that is accepted: no model has a larger one, and a wrong one
+# up to here fills no memory.
 _LARGEST = 2**24
 
-# So small that the least number of slots is the number of slots.
+# A capacity factor so small that the least number of slots, which is the fixed
+# number of transformers, is always the number of slots.
 _NO_SHARE = 1e-9
 
 
 def make_config(config: Mapping[str, Any]) -> t5_config.T5Config:
-  """The model that a `config.json` describes.
+  """Returns the model that a `config.json` describes.
 
   Raises:
     ValueError: another architecture, or a setting that our T5 does not have.
@@ -106,7 +108,7 @@ def make_config(config: Mapping[str, Any]) -> t5_config.T5Config:
 
 
 def describe(config: t5_config.T5Config, dtype: str) -> dict[str, Any]:
-  """The `config.json` of a model, with weights in `dtype`.
+  """Returns the `config.json` of a model, with weights in `dtype`.
 
   Raises:
     ValueError: transformers has no such model.
@@ -138,13 +140,20 @@ def describe(config: t5_config.T5Config, dtype: str) -> dict[str, Any]:
 
 
 def sparse_blocks(depth: int, step: int) -> tuple[int, ...]:
-  """Blocks with experts: the second of every `step`, none if it is 0."""
+  """Returns the numbers of the blocks with experts, as transformers has them.
+
+  Args:
+    depth: the number of blocks.
+    step: the second of every `step` blocks has experts; with 1 all have, and
+      with 0 none.
+  """
   if step == 0:
     return ()
   return tuple(i for i in range(depth) if step == 1 or i % step == 1)
 
 
 def _size(config, name):
+  """Returns a size of config.json, after a check."""
   value = config.get(name)
   if type(value) is not int or not 1 <= value <= _LARGEST:
     raise ValueError(
@@ -155,6 +164,7 @@ def _size(config, name):
 
 
 def _rate(config, name, default):
+  """Returns a rate of config.json, or the default, after a check."""
   value = config.get(name, default)
   if type(value) not in (int, float) or not 0 <= value < 1:
     raise ValueError(
@@ -165,6 +175,7 @@ def _rate(config, name, default):
 
 
 def _activations(config, kind):
+  """Returns the activations of the feed-forwards, after a check."""
   known = _PLAIN if kind == SWITCH else _PROJECTIONS
   default = 'gated-gelu' if kind == MT5 else 'relu'
   field = 'dense_act_fn' if kind == SWITCH else 'feed_forward_proj'
@@ -185,7 +196,7 @@ def _activations(config, kind):
 
 
 def _described_activations(name):
-  """What transformers derives from feed_forward_proj, and saves beside it."""
+  """Returns what transformers derives from feed_forward_proj, and saves too."""
   act_fn = name.split('-')[-1]
   return {
     'dense_act_fn': 'gelu_new' if name == 'gated-gelu' else act_fn,
@@ -196,17 +207,19 @@ def _described_activations(name):
 def _scales_logits(config, kind):
   """Whether logits are scaled, which only models with a tied head do."""
   if kind == MT5:
-    # Not in transformers 5, whatever the flag says.
+    # transformers 5 does not scale them in mT5, whatever the flag says.
     return False
   tied = config.get('tie_word_embeddings', True) is not False
   if kind == SWITCH:
     return tied
-  # Where transformers 5 keeps what T5's flag once meant: it ties every T5
-  # whose two arrays are equal, or which has one only.
+  # In older files the flag said both that a T5 is tied and that it is scaled.
+  # transformers 5 ties every T5 with one array or two equal ones, and has a
+  # flag of its own for scaling, whose default is the old flag.
   return bool(config.get('scale_decoder_outputs', tied))
 
 
 def _with_experts(dense, config):
+  """Returns a Switch: a dense T5, with experts in some of its blocks."""
   layers = tuple(
     sparse_blocks(depth, _sparse_step(config, stack, depth))
     for stack, depth in (
@@ -239,7 +252,10 @@ def _with_experts(dense, config):
 
 
 def _sparse_step(config, stack, depth):
-  """The step that is saved, or what transformers would make of the number."""
+  """Returns the saved step between blocks with experts.
+
+  Where there is none, transformers makes it of the number of such blocks.
+  """
   step = config.get(f'{stack}_sparse_step')
   number = config.get(f'num_sparse_{stack}_layers', 3)
   value = number if step is None else step
@@ -254,6 +270,7 @@ def _sparse_step(config, stack, depth):
 
 
 def _describe_t5(config):
+  """Returns the part of config.json that only a T5 has."""
   name = _name_of(config.mlp_activations, _PROJECTIONS)
   return _described_activations(name) | {
     'architectures': ['T5ForConditionalGeneration'],
@@ -265,6 +282,7 @@ def _describe_t5(config):
 
 
 def _describe_experts(config):
+  """Returns the part of config.json that only a Switch has."""
   layer, _ = config.make_sparse_layers()
   is_ours = (
     isinstance(layer, moe.MoeLayer)
@@ -277,14 +295,10 @@ def _describe_experts(config):
       f'number of tokens, but sparse_feed_forward is {_parts(layer)}. Save the '
       'model in our own format.'
     )
-  steps = {}
-  for stack, depth in (
-    ('encoder', config.num_encoder_layers),
-    ('decoder', config.num_decoder_layers),
-  ):
-    layers = getattr(config, f'sparse_{stack}_layers')
-    steps[f'num_sparse_{stack}_layers'] = len(layers)
-    steps[f'{stack}_sparse_step'] = _step_of(layers, depth)
+  steps, depths = {}, config.depths()
+  for stack, blocks in config.sparse_blocks().items():
+    steps[f'num_sparse_{stack}_layers'] = len(blocks)
+    steps[f'{stack}_sparse_step'] = _step_of(blocks, depths[stack])
   return steps | {
     'add_cross_attention': False,
     'add_router_probs': False,
@@ -304,23 +318,31 @@ def _describe_experts(config):
 
 
 def _parts(layer):
-  parts = (layer, *(getattr(layer, x, None) for x in ('routing', 'dispatch')))
-  return ' with '.join(type(x).__name__ for x in parts if x is not None)
+  """Returns the classes of a layer and of its parts, for a message."""
+  parts = [layer]
+  if isinstance(layer, moe.MoeLayer):
+    parts += [layer.routing, layer.dispatch]
+  return ' with '.join(type(part).__name__ for part in parts)
 
 
-def _step_of(layers, depth):
-  """The step that gives these blocks, the usual one where several do."""
-  usual = depth // len(layers) if layers else 0
+def _step_of(blocks, depth):
+  """Returns the step that gives these blocks.
+
+  Where several steps do, it is the one that transformers would make of their
+  number.
+  """
+  usual = depth // len(blocks) if blocks else 0
   for step in (usual, *range(1, depth + 1)):
-    if sparse_blocks(depth, step) == tuple(layers):
+    if sparse_blocks(depth, step) == tuple(blocks):
       return step
   raise ValueError(
     'Sparse blocks must be the second of every so many, as in transformers, '
-    f'but are {layers} of {depth}. Save the model in our own format.'
+    f'but are {blocks} of {depth}. Save the model in our own format.'
   )
 
 
 def _name_of(activations, known):
+  """Returns the name of activations in a table of names."""
   for name, parts in known.items():
     if parts == tuple(activations):
       return name
@@ -332,7 +354,7 @@ def _name_of(activations, known):
 
 
 def _check_same(config, described):
-  """Raises unless a reader of the config makes the model again."""
+  """Raises ValueError unless `make_config` makes the same model again."""
   given = saved_config.to_json(config)
   again = saved_config.to_json(make_config(described))
   different = [

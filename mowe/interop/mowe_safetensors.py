@@ -1,13 +1,15 @@
 """Our own folder of safetensors: every model of this package, and its words.
 
-config.json             "model_type": "mowe", and what model.json of a model
-                        folder holds: config, digests of the vocabularies
+config.json             "model_type": "mowe", and what is in model.json of a
+                        model folder: config, digests of the vocabularies
 model.safetensors       the parameters by their names, whole or in parts
-vocabulary.model        a copy (unless bytes are read)
-routing_vocabulary.npz  a copy, for models with word experts
+vocabulary.model        a copy of the vocabulary (unless the model reads bytes)
+routing_vocabulary.npz  a copy of the routing vocabulary, for models with word
+                        experts
 
-It is all that a model needs to answer. Tables of word experts are written and
-read a piece at a time. There is nothing in it that runs: see `saved_config`.
+The folder has all that a model needs to answer. Tables of word experts are
+written and read a piece at a time. Nothing in it is executed: see
+`saved_config`.
 """
 
 import os
@@ -24,8 +26,8 @@ def load(folder: str | os.PathLike) -> weights.Weights:
 
   Raises:
     FileNotFoundError: the folder, or a file of it, is not there.
-    ValueError: weights that are damaged, missing, too many or of another
-      shape, or vocabularies that are not those of the model.
+    ValueError: weights are damaged, missing, too many or of another shape, or
+      the vocabularies are not those of the model.
   """
   described, tensors = safetensors_folder.read(folder)
   described = dict(described)
@@ -56,13 +58,14 @@ def save(
   """Writes a new folder, which is there complete or not at all.
 
   Args:
-    folder: where; must not be there.
-    given: the model, with its vocabulary; moments are left out.
-    max_file_bytes: bytes of weights in one file; a larger table has its own.
+    folder: the folder to write; it must not exist.
+    given: the model, with its vocabulary; moments are not written.
+    max_file_bytes: bytes of weights in one file; a larger table has a file of
+      its own.
 
   Raises:
     FileExistsError: the folder is there.
-    ValueError: no vocabulary.
+    ValueError: the vocabulary is not known.
   """
   vocabulary = weights.needs_vocabulary(given)
   described = model_description.describe(given.config, vocabulary)

@@ -1,4 +1,4 @@
-"""A new folder that is there complete or not at all."""
+"""Writing a new folder so that it is there complete or not at all."""
 
 import contextlib
 import os
@@ -8,7 +8,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-# Writers of an interrupted save go on for seconds at most.
+# How often `remove` tries, the pause between two tries in seconds, and after
+# how many tries in a row that find nothing it is done. Threads of an
+# interrupted save go on writing for seconds at most.
 _ATTEMPTS = 100
 _PAUSE = 0.05
 _ABSENT = 10
@@ -16,12 +18,12 @@ _ABSENT = 10
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Gives a folder beside `folder` to write to, which is renamed at the end.
+  """Yields a folder beside `folder` to write to, and renames it at the end.
 
-  Nothing is left when the body fails.
+  Nothing of it is left when the body fails.
 
   Args:
-    folder: where; its parents are made.
+    folder: the folder that is there at the end; its parents are made.
 
   Raises:
     FileExistsError: the folder is there.
@@ -34,7 +36,8 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   )
   try:
     yield partial
-    # mkdtemp gives 0700; other users of a shared folder must read it.
+    # mkdtemp makes a folder for its owner alone (0700), but other users must be
+    # able to read one that they share.
     umask = os.umask(0)
     os.umask(umask)
     partial.chmod(0o777 & ~umask)
@@ -46,14 +49,15 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def remove(folder: str | os.PathLike) -> None:
-  """Removes a folder, to which threads may be writing for a while.
+  """Removes a folder to which threads may be writing for a while.
 
-  Raises nothing, so that the error that led here is the one that is seen.
+  It raises nothing, so that the error that led here is the one that is seen.
   """
   absent = 0
   for _ in range(_ATTEMPTS):
     shutil.rmtree(folder, ignore_errors=True)
-    # A file that was on its way makes its folders anew, even of none.
+    # A thread that writes another file makes the folders above it again, even
+    # if all of them are gone.
     time.sleep(_PAUSE)
     absent = 0 if os.path.lexists(folder) else absent + 1
     if absent == _ABSENT:
@@ -61,7 +65,7 @@ def remove(folder: str | os.PathLike) -> None:
 
 
 def check_new(folder: str | os.PathLike) -> None:
-  """Raises FileExistsError if the folder is there."""
+  """Raises FileExistsError if the folder, or anything of its name, is there."""
   if os.path.lexists(folder):
     raise FileExistsError(
       f'{folder} must not be there yet, but is. Choose another folder, or '

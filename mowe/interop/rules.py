@@ -1,7 +1,7 @@
-"""Names of another framework to ours and back, as a table of rules.
+"""Translating names of another framework to ours and back, by a table of rules.
 
-A table is applied by functions that refuse a name that no rule or more than one
-rule matches: nothing of a checkpoint is lost without a word.
+The functions that apply a table refuse a name that no rule matches, or more
+than one, so that nothing of a checkpoint is lost without a message.
 """
 
 import functools
@@ -11,24 +11,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Names in an error; a checkpoint may have thousands.
+# How many names an error shows; a checkpoint may have thousands.
 _SHOWN = 10
 
 Path = tuple[str, ...]
 
 
 class Rule(NamedTuple):
-  """Where the tensors of some names belong.
+  """Says where the tensors of some names belong.
 
   Attributes:
-    theirs: whole names of tensors. `{layer}` stands for a number, and so does
-      any other word in braces; `{expert}` is the position of the tensor in an
-      array of all experts.
-    ours: path of our parameter, with the same numbers but `{expert}`; None for
-      a tensor that is not needed.
-    is_transposed: the tensor is the transpose of ours.
-    is_copy: the tensor holds once more what another rule's does. It is read in
-      place of that one, or must equal it, and is not written.
+    theirs: the whole names of tensors. `{layer}` stands for a number, and so
+      does any other word in braces; `{expert}` is the position of the tensor in
+      an array of all experts.
+    ours: the path of our parameter, with the same numbers except `{expert}`;
+      None for a tensor that is not needed.
+    is_transposed: whether the tensor is the transpose of ours.
+    is_copy: whether the tensor is a copy of the tensor of another rule. If both
+      are there they must be equal, and if only the copy is there it is read in
+      place of the other. Copies are not written.
   """
 
   theirs: str
@@ -38,12 +39,13 @@ class Rule(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where one tensor belongs.
+  """The place of one tensor among our parameters.
 
   Attributes:
-    path: of our parameter; None: nowhere.
-    expert: position on its first axis; None: the tensor is all of it.
-    rule: the rule that says so.
+    path: the path of our parameter; None if the tensor is not needed.
+    expert: the position of the tensor on the first axis of the parameter; None
+      if it is the whole parameter.
+    rule: the rule that matches the name of the tensor.
   """
 
   path: Path | None
@@ -52,10 +54,10 @@ class Place(NamedTuple):
 
 
 def places(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Place]:
-  """The place of every name.
+  """Returns the place of every tensor by its name.
 
   Raises:
-    ValueError: names that no rule matches, or two do.
+    ValueError: no rule matches a name, or more than one does.
   """
   found, unknown = {}, []
   for name in names:
@@ -89,10 +91,11 @@ def places(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Place]:
 def without_copies(
   tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]
 ) -> dict[str, np.ndarray]:
-  """The tensors that are needed, each once, under the name that is written.
+  """Returns the tensors that are needed, each once, by the name of the
+  original.
 
   Raises:
-    ValueError: the errors of `places`, or copies that are not equal.
+    ValueError: copies are not equal; and the errors of `places`.
   """
   kept, copies = {}, {}
   for name, place in places(tensors, rules).items():
@@ -121,9 +124,9 @@ def check_names(
   """Raises ValueError unless names and shapes are those that are wanted.
 
   Args:
-    given: name to something with a shape.
-    wanted: likewise.
-    source: what describes the model.
+    given: name -> what was found, with a shape.
+    wanted: name -> what the model has, with a shape.
+    source: what describes the model, for the error.
   """
   missing = sorted(set(wanted) - set(given))
   surplus = sorted(set(given) - set(wanted))
@@ -151,9 +154,9 @@ def check_names(
 def to_ours(
   tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]
 ) -> dict[Path, np.ndarray]:
-  """Float32 parameters by path; those of experts are put together.
+  """Returns float32 parameters by path; tensors of experts become one array.
 
-  Takes what `check_names` let pass: each expert must be there.
+  Every expert must be there, which `check_names` makes sure of.
   """
   shapes: dict[Path, tuple[int, ...]] = {}
   found = places(tensors, rules)
@@ -173,10 +176,10 @@ def to_ours(
 def to_theirs(
   params: Mapping[Path, np.ndarray], rules: Sequence[Rule]
 ) -> dict[str, np.ndarray]:
-  """Inverse of `to_ours`: tensors by name, as views of the parameters.
+  """Returns tensors by name, as views of the parameters; inverse of `to_ours`.
 
   Raises:
-    ValueError: parameters that no rule or two rules are for.
+    ValueError: no rule matches a parameter, or more than one does.
   """
   tensors = {}
   for path, value in params.items():
@@ -199,13 +202,13 @@ def to_theirs(
 
 
 def listed(names: Sequence[str]) -> str:
-  """The first names, and how many more there are."""
+  """Returns the first names as text, and how many more there are."""
   more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
   return ', '.join(names[:_SHOWN]) + more
 
 
 def _names(path, rules):
-  """The rules by which a parameter is written."""
+  """Returns the rules by which a parameter is written."""
   return [
     rule
     for rule in rules
@@ -217,7 +220,10 @@ def _names(path, rules):
 
 @functools.lru_cache(maxsize=1024)
 def _regex(template):
-  """Numbers are written without zeros in front, so that names are unique."""
+  """Returns the regular expression of the names that a rule matches.
+
+  Numbers have no leading zeros, so that no two names stand for one tensor.
+  """
   parts = re.split(r'\{(\w+)\}', template)
   return re.compile(
     ''.join(

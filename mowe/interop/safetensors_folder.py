@@ -1,6 +1,6 @@
 """A folder of `save_pretrained`: config.json and weights in safetensors files.
 
-config.json                        what the model is
+config.json                        describes the model
 model.safetensors                  all weights, or
 model-00001-of-00003.safetensors   a part of them, and
 model.safetensors.index.json       which tensor is in which part
@@ -21,19 +21,19 @@ CONFIG = 'config.json'
 _WHOLE = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
 
-# Endings of files that hold weights as pickles.
+# Endings of files in which weights are pickles.
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 
 def read(
   folder: str | os.PathLike,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The config, and tensors by name as read-only views of the files.
+  """Reads the config, and tensors by name as read-only views of the files.
 
   Raises:
     FileNotFoundError: the folder, its config or its weights are not there.
-    ValueError: weights in another format, damaged files, or an index that
-      names a file outside the folder or disagrees with the files.
+    ValueError: weights are in another format, files are damaged, or an index
+      names a file outside of the folder or disagrees with the files.
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -67,12 +67,13 @@ def write(
   """Writes a new folder, which is there complete or not at all.
 
   Args:
-    folder: where; its parents are made.
-    config: for config.json.
-    tensors: by name.
+    folder: the folder to write, which must not exist; its parents are made.
+    config: the contents of config.json.
+    tensors: the tensors by name.
     max_file_bytes: bytes of tensors in one file; a larger tensor has a file of
       its own.
-    attach: called with a folder, to put more into it.
+    attach: called with the folder before it is complete, to put more files into
+      it; None puts no more into it.
 
   Raises:
     FileExistsError: the folder is there.
@@ -85,9 +86,9 @@ def write(
 
 
 def is_candidate(names: Sequence[str]) -> bool:
-  """Whether a folder with these files is one for `read`, damaged maybe.
+  """Whether a folder with these files is one for `read`, though maybe damaged.
 
-  A folder of pickles is one: `read` says why it is refused.
+  A folder of pickles is one, too: `read` says why it refuses it.
   """
   return any(
     name == CONFIG or name.endswith(('.safetensors', *_PICKLES))
@@ -96,6 +97,7 @@ def is_candidate(names: Sequence[str]) -> bool:
 
 
 def _read_parts(folder):
+  """Reads the tensors of a model whose weights are in several files."""
   index = _read_json(folder / _INDEX)
   parts = index.get('weight_map')
   if not isinstance(parts, dict) or not all(
@@ -107,7 +109,8 @@ def _read_parts(folder):
     )
   tensors: dict[str, np.ndarray] = {}
   for part in sorted(set(parts.values())):
-    # A link is fine: a cache of downloads is made of them.
+    # A name beside the index, which may be a link: in a cache of downloads all
+    # files are links.
     is_beside = not set('/\\\0') & set(part) and part.endswith('.safetensors')
     if not is_beside:
       raise ValueError(
@@ -132,6 +135,7 @@ def _read_parts(folder):
 
 
 def _read_json(path):
+  """Reads a JSON object."""
   try:
     tree = json.loads(path.read_text('utf-8'))
   except (ValueError, RecursionError) as error:
@@ -147,6 +151,7 @@ def _read_json(path):
 
 
 def _nothing_to_read(folder):
+  """Returns the error for a folder that lacks its config or its weights."""
   names = sorted(path.name for path in folder.iterdir())
   pickles = [name for name in names if name.endswith(_PICKLES)]
   if pickles and not any(name.endswith('.safetensors') for name in names):
@@ -164,6 +169,7 @@ def _nothing_to_read(folder):
 
 
 def _write_weights(folder, tensors, max_file_bytes):
+  """Writes tensors to one file, or to several with an index."""
   files: list[dict[str, np.ndarray]] = [{}]
   room = max_file_bytes
   for name in sorted(tensors):
@@ -194,6 +200,7 @@ def _write_weights(folder, tensors, max_file_bytes):
 
 
 def _write_json(path, tree):
+  """Writes a new file, which is on disk when this returns."""
   with open(path, 'x', encoding='utf-8') as file:
     json.dump(tree, file, indent=2, sort_keys=True)
     file.write('\n')

@@ -1,8 +1,10 @@
-"""One file of the safetensors format: arrays by name, and nothing that runs.
+"""One file of the safetensors format: arrays by name, and no code.
 
-Eight bytes with the length of a header, little-endian; the header, JSON; the
-arrays, row by row. Every byte belongs to one array. Source: the format's
-description at github.com/huggingface/safetensors.
+A file begins with eight bytes, the length of the header, little-endian. The
+header follows, which is JSON, and then the arrays, row by row. After the header
+every byte belongs to exactly one array.
+
+Source: the description of the format at github.com/huggingface/safetensors.
 """
 
 import json
@@ -17,7 +19,7 @@ import numpy as np
 
 from mowe.interop import weights
 
-# float32 holds the values of all of them.
+# The dtypes that are read and written. float32 can hold the values of all.
 DTYPES = {
   'F32': np.dtype('<f4'),
   'F16': np.dtype('<f2'),
@@ -25,7 +27,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Of the format, so that a damaged length cannot fill the memory.
+# A limit of the format, so that a damaged length cannot fill the memory.
 _LONGEST_HEADER = 100_000_000
 
 _PICKLES = {
@@ -35,13 +37,14 @@ _PICKLES = {
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Arrays by name, as read-only views of the file.
+  """Reads arrays by name, as read-only views of the file.
 
-  The whole header is checked first; an array's bytes are read when it is used.
+  The whole header is checked first; the bytes of an array are read when it is
+  used.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is damaged, cut short, of another format, or holds
+    ValueError: the file is damaged, cut short or of another format, or has
       arrays that are not of floating point.
   """
   path = pathlib.Path(path)
@@ -53,7 +56,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     for name, entry in header.items()
   }
   _check_places(path, entries, length - start)
-  # An empty file part cannot be mapped.
+  # A file without any bytes of arrays cannot be mapped.
   content = np.empty(0, np.uint8)
   if length > start:
     content = np.memmap(path, np.uint8, 'r', offset=start)
@@ -66,11 +69,11 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def write(path: str | os.PathLike, arrays: Mapping[str, weights.Array]) -> None:
   """Writes a new file, with arrays in the order of their names.
 
-  An array that is elsewhere is read a piece at a time.
+  An array that is not in memory is read a piece at a time.
 
   Raises:
     FileExistsError: the file is there.
-    ValueError: an array of a dtype that is not written.
+    ValueError: an array has a dtype that is not written.
   """
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   at = 0
@@ -88,7 +91,7 @@ def write(path: str | os.PathLike, arrays: Mapping[str, weights.Array]) -> None:
     }
     at += size
   described = json.dumps(header, separators=(',', ':')).encode()
-  # Arrays start at a multiple of 8.
+  # Spaces, so that the arrays start at a multiple of 8 bytes.
   described += b' ' * (-len(described) % 8)
   with open(path, 'xb') as file:
     file.write(len(described).to_bytes(8, 'little'))
@@ -101,7 +104,7 @@ def write(path: str | os.PathLike, arrays: Mapping[str, weights.Array]) -> None:
 
 
 def _read_header(path, length) -> tuple[dict[str, Any], int]:
-  """The header, and where arrays start."""
+  """Returns the header, and the byte at which the arrays start."""
   with open(path, 'rb') as file:
     first = file.read(9)
     size = int.from_bytes(first[:8], 'little')
@@ -124,6 +127,7 @@ def _read_header(path, length) -> tuple[dict[str, Any], int]:
 
 
 def _refuse_pickles(path, first):
+  """Raises ValueError if a file begins as a pickle does."""
   for magic, kind in _PICKLES.items():
     if first.startswith(magic):
       raise ValueError(
@@ -134,6 +138,7 @@ def _refuse_pickles(path, first):
 
 
 def _unique(pairs):
+  """Returns a dict of pairs; raises ValueError if a name is there twice."""
   found = dict(pairs)
   if len(found) != len(pairs):
     raise ValueError('a name is there twice')
@@ -141,7 +146,7 @@ def _unique(pairs):
 
 
 def _check_entry(path, name, entry, length):
-  """Dtype, shape, first byte and the one after the last."""
+  """Returns dtype, shape, first byte, and the one after the last."""
   is_whole = isinstance(entry, dict) and set(entry) == {
     'dtype',
     'shape',
@@ -181,7 +186,7 @@ def _are_sizes(values):
 
 
 def _check_places(path, entries, length):
-  """Raises unless arrays follow each other to the end of the file."""
+  """Raises ValueError unless arrays fill the file without gaps."""
   at = 0
   for name, (_, _, first, last) in sorted(
     entries.items(), key=lambda item: item[1][2:]
@@ -198,6 +203,7 @@ def _check_places(path, entries, length):
 
 
 def _damaged(path, found):
+  """Returns the error for a damaged file."""
   return ValueError(
     f'{path} must be a whole safetensors file, but {found}. It was damaged or '
     'cut short: fetch it again.'

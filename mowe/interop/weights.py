@@ -1,4 +1,4 @@
-"""What every format is read into and written from: a model and its arrays."""
+"""A model and its arrays: what all formats are read into, and written from."""
 
 import dataclasses
 import hashlib
@@ -15,9 +15,9 @@ from mowe.models import initialization, model_config
 from mowe.models.families import families
 from mowe.words import base_vocabulary
 
-# Of a piece of a large array that is on its way.
+# Bytes of a piece of a large array, of which one is in memory at a time.
 _PIECE_BYTES = 2**26
-# As an int32 holds it, which training counts in.
+# Training counts steps in an int32.
 _LAST_STEP = 2**31 - 1
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -33,7 +33,7 @@ class Array(Protocol):
   dtype: np.dtype
 
   def __getitem__(self, rows: slice) -> np.ndarray:
-    """Rows of the first axis; all of it for `...`."""
+    """Returns rows of the first axis, or the whole array for `...`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Weights:
   """A model with its parameters, and what else a checkpoint may have.
 
   Attributes:
-    config: of the model.
-    params: all parameters by path, in the model's dtypes; tables of bfloat16
+    config: the config of the model.
+    params: all parameters by path, in the model's dtypes; tables in bfloat16
       are arrays of bfloat16, not of its bits.
     step: how many updates were made.
-    moments: state of Adafactor: `v_row`, `v_col`, `v`, `m`, each with an array
-      for every parameter; None: not known.
-    vocabulary: the subword vocabulary; None: not known.
-    has_other_state: whether what was read has the state of an optimizer that
-      is not in `moments`.
+    moments: the state of Adafactor: `v_row`, `v_col`, `v`, `m`, each with an
+      array for every parameter; None if it is not known.
+    vocabulary: the subword vocabulary; None if it is not known.
+    has_other_state: whether the checkpoint that was read has the state of an
+      optimizer that is not in `moments`.
   """
 
   config: model_config.ModelConfig
@@ -63,10 +63,10 @@ class Weights:
 def shapes(
   config: model_config.ModelConfig,
 ) -> dict[Path, jax.ShapeDtypeStruct]:
-  """Shape and dtype of every parameter of a model, in `Weights`."""
+  """Returns the shape and dtype of every parameter, as `Weights` has them."""
   abstract = initialization.abstract_variables(families.build(config))['params']
   flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(abstract))
-  # A table of bfloat16 is an array of its bits in the model.
+  # In the model a table in bfloat16 is an array of its bits.
   return {
     path: jax.ShapeDtypeStruct(
       leaf.shape, BFLOAT16 if leaf.dtype == np.uint16 else leaf.dtype
@@ -78,23 +78,20 @@ def shapes(
 def for_model(
   params: Mapping[Path, Array], config: model_config.ModelConfig, source: str
 ) -> dict[Path, Array]:
-  """The parameters in the order and in the precision of the model.
+  """Returns the parameters in the order and in the precision of the model.
 
   Args:
-    params: by path.
-    config: of the model.
+    params: the parameters by path.
+    config: the config of the model.
     source: what describes the model, for errors.
 
   Raises:
-    ValueError: parameters that are missing, too many, of another shape or of a
-      dtype that the model's cannot hold.
+    ValueError: parameters are missing, too many, of another shape, or of a
+      dtype whose values the model's dtype cannot hold.
   """
-  blocks = sum(
-    getattr(config, name, 0)
-    for name in ('num_layers', 'num_encoder_layers', 'num_decoder_layers')
-  )
+  blocks = sum(config.depths().values())
   if blocks > len(params):
-    # Seen before a model of that depth is built.
+    # A wrong depth is found here, before a model of that depth is built.
     raise ValueError(
       f'Parameters must be those of the model that {source} describes, but '
       f'there are {len(params):,} arrays for {blocks:,} blocks. Take both from '
@@ -119,7 +116,11 @@ def for_model(
 
 
 def check_step(step: Any, source: str) -> int:
-  """The number of updates that a source names.
+  """Returns the number of updates that a checkpoint says, after a check.
+
+  Args:
+    step: what was found.
+    source: where it was found, for the error.
 
   Raises:
     ValueError: it is not an integer from 0 to 2**31 - 1.
@@ -136,14 +137,14 @@ def check_step(step: Any, source: str) -> int:
 
 
 def pieces(array: Array, rows: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
-  """An array in slices of its first axis, so many megabytes at a time.
+  """Yields an array in slices of its first axis, some megabytes at a time.
 
   Args:
-    array: of any rank.
-    rows: the number of rows of a slice is a multiple of it.
+    array: an array of any rank.
+    rows: the number of rows of every slice but the last is a multiple of it.
 
   Yields:
-    The slice, `...` for an array without axes, and its rows.
+    The slice, or `...` for an array without axes; and the array's rows there.
   """
   if not array.shape:
     yield ..., np.asarray(array[...])
@@ -157,20 +158,25 @@ def pieces(array: Array, rows: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def num_bytes(array: Array) -> int:
-  """Bytes of an array, wherever it is."""
+  """Returns the bytes that an array has, wherever it is."""
   return int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Cast:
-  """An array in another precision, made when it is read."""
+  """An array in another precision, which is converted when it is read.
+
+  Attributes:
+    array: the array as it is.
+    dtype: the dtype in which it is read.
+  """
 
   array: Array
   dtype: np.dtype
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the array."""
+    """The shape of the array."""
     return self.array.shape
 
   def __getitem__(self, rows: slice) -> np.ndarray:
@@ -179,10 +185,10 @@ class Cast:
 
 
 def needs_vocabulary(given: Weights) -> base_vocabulary.Vocabulary:
-  """The subword vocabulary of a model.
+  """Returns the subword vocabulary of a model.
 
   Raises:
-    ValueError: it is not known, or has more ids than the model.
+    ValueError: the vocabulary is not known, or has more ids than the model.
   """
   vocabulary, rows = given.vocabulary, given.config.vocab_size
   if vocabulary is None:
@@ -201,7 +207,7 @@ def needs_vocabulary(given: Weights) -> base_vocabulary.Vocabulary:
 
 
 def digest(params: Mapping[Path, Array]) -> str:
-  """A sha256 of names, shapes, dtypes and bits of parameters."""
+  """Returns a sha256 of the names, shapes, dtypes and bits of parameters."""
   sha256 = hashlib.sha256()
   for path in sorted(params):
     array = params[path]
@@ -213,5 +219,5 @@ def digest(params: Mapping[Path, Array]) -> str:
 
 
 def rounded(params: Mapping[Path, Array]) -> dict[Path, Array]:
-  """The parameters in bfloat16."""
+  """Returns the parameters in bfloat16."""
   return {path: Cast(array, BFLOAT16) for path, array in params.items()}

@@ -137,7 +137,7 @@ class RowFile:
     self._lock = threading.Lock()
     # Of each place in the file of this process: how many checkpoints refer to
     # it, and whether it has the present version of an expert. The lock
-    # guards these arrays, the free places, and the checkpoints that hold places.
+    # guards these arrays, the free places and the checkpoints that hold some.
     self._held = np.zeros(0, np.int32)
     self._is_current = np.zeros(0, bool)
     self._free = np.zeros(0, np.int64)

@@ -1,8 +1,10 @@
-"""The arrays of a tree that Orbax saved, without building the tree first.
+"""Reading the arrays of a tree that Orbax saved, without Orbax.
 
-Read by tensorstore, which Orbax itself reads them with: an Orbax that fails in
-the middle leaves tasks that go on. Flipped bits are read in silence, as by
-Orbax; what is missing or cut short is an error.
+Orbax needs to know the tree before it reads it, and if it fails half-way, some
+of its tasks go on. So the names of arrays are taken from a file of the
+checkpoint, and each array is read by tensorstore, with which Orbax reads as
+well. Flipped bits are read in silence, as by Orbax; what is missing or cut
+short is an error.
 """
 
 import json
@@ -15,7 +17,9 @@ METADATA = '_METADATA'
 
 
 def read(folder: pathlib.Path) -> dict[weights.Path, weights.Array]:
-  """Arrays by path, such as ('params', 'token_embedder', 'embedding').
+  """Reads arrays by path, such as ('params', 'token_embedder', 'embedding').
+
+  An array is read when it is used.
 
   Raises:
     ValueError: the folder is not whole, or names something outside of it.
@@ -39,7 +43,7 @@ def read(folder: pathlib.Path) -> dict[weights.Path, weights.Array]:
 
 
 def _read_metadata(file):
-  """What Orbax says of the tree, and the paths of its arrays."""
+  """Returns the description of the tree, and the paths of its arrays."""
   try:
     described = json.loads(file.read_text('utf-8'))
     entries = [
@@ -54,7 +58,7 @@ def _read_metadata(file):
       f'{file} must describe the arrays of Orbax, but reading it failed: '
       f'{type(error).__name__}: {error}. {zarr_array.AGAIN}'
     ) from None
-  # Parts of an optimizer may have nothing: they are no arrays.
+  # Empty parts of an optimizer have an entry, but are no arrays.
   paths = [path for path, kind in entries if kind not in ('None', 'Dict')]
   for path in paths:
     for part in path:

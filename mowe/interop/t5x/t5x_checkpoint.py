@@ -1,8 +1,9 @@
 """Checkpoints of T5X, read and written without t5x.
 
-Both layouts hold the same tree (`t5x_tree`): the legacy one, which all released
-checkpoints have (`t5x_legacy`), and Orbax, today's default (`t5x_orbax`). A
-checkpoint is a folder `checkpoint_<step>` in the folder of a run.
+There are two layouts of the same tree (`t5x_tree`): the legacy one, which all
+released checkpoints have (`t5x_legacy`), and that of Orbax, which is today's
+default (`t5x_orbax`). A checkpoint is a folder `checkpoint_<step>` in the
+folder of a run.
 """
 
 import os
@@ -18,17 +19,18 @@ _NAME = re.compile(r'checkpoint_(\d+)')
 
 
 class Layout(Protocol):
-  """A module that writes a checkpoint: `t5x_legacy` or `t5x_orbax`."""
+  """A module that writes checkpoints: `t5x_legacy` or `t5x_orbax`."""
 
   def write(self, folder, state):
-    """Writes the arrays of a tree, by path, to a new folder."""
+    """Writes the arrays of a tree, which are given by path, to a new folder."""
 
 
 def find(path: str | os.PathLike) -> pathlib.Path | None:
-  """The checkpoint that a path means, None if it is not of T5X.
+  """Returns the folder of a checkpoint of T5X, or None if there is none.
 
   Args:
-    path: of a checkpoint, or of a folder with some, of which it is the latest.
+    path: the folder of a checkpoint, or a folder with several, of which the
+      latest is taken.
   """
   folder = pathlib.Path(path)
   if _is_checkpoint(folder):
@@ -49,21 +51,22 @@ def load(
   """Reads a model, its step, and the state of Adafactor where there is one.
 
   Args:
-    path: as for `find`.
-    config: of the model; None: the dense T5 that its arrays are those of.
+    path: the folder of a checkpoint, or of several; see `find`.
+    config: the config of the model; None if it is a dense T5, whose config
+      follows from the shapes of the arrays.
 
   Raises:
-    ValueError: a checkpoint of another model; and the errors of `read`.
+    ValueError: the checkpoint is of another model; and the errors of `read`.
   """
   return t5x_tree.to_weights(read(path), config)
 
 
 def read(path: str | os.PathLike) -> dict[weights.Path, weights.Array]:
-  """All arrays by path, such as ('target', 'token_embedder', 'embedding').
+  """Reads all arrays by path, as ('target', 'token_embedder', 'embedding').
 
   Raises:
     FileNotFoundError: there is no checkpoint, or a part of it is missing.
-    ValueError: it is damaged, or not finished.
+    ValueError: the checkpoint is damaged, or was not finished.
   """
   folder = find(path)
   if folder is None:
@@ -82,12 +85,12 @@ def save(
   """Writes a new folder with one checkpoint, which t5x and `load` read.
 
   Args:
-    folder: where; must not be there.
-    given: the model; moments are written where there are some.
+    folder: the folder to write; it must not exist.
+    given: the model; its moments are written if they are known.
     layout: `t5x_legacy` or `t5x_orbax`.
 
   Returns:
-    The checkpoint in it.
+    The folder of the checkpoint in it.
 
   Raises:
     FileExistsError: the folder is there.

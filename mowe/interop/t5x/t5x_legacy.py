@@ -2,11 +2,12 @@
 
 checkpoint                               msgpack: the tree, with small arrays
 target.encoder.layers_0.mlp.wo.kernel/   a zarr array; the tree has its spec
-state.param_states...scale.v/            likewise
+state.param_states...scale.v/            a zarr array; the tree has its spec
 
-Source: t5x/checkpoints.py, version 3 (version 2 differs in bfloat16 alone, and
-all released checkpoints are one of the two). msgpack is data: reading it makes
-numbers, texts and arrays. Of a spec only the name of the folder is used.
+Source: t5x/checkpoints.py, version 3. Version 2 differs in bfloat16 alone, and
+all released checkpoints are of one of the two. msgpack is data: reading it
+makes numbers, texts and arrays, and runs nothing. A spec says how tensorstore
+opens an array; only the name of the folder is used of it.
 """
 
 import os
@@ -25,13 +26,15 @@ from mowe.interop.t5x import zarr_array
 Path = weights.Path
 
 FILE_NAME = 'checkpoint'
+# Versions of the layout that are read; the last one is written.
 _VERSIONS = (2, 3)
+# The most bytes of a chunk of a zarr array that is written.
 _CHUNK_BYTES = 2**26
 _PICKLES = (b'PK\x03\x04', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
 
 
 def read(folder: str | os.PathLike) -> dict[Path, weights.Array]:
-  """Arrays by path, such as ('target', 'token_embedder', 'embedding').
+  """Reads arrays by path, such as ('target', 'token_embedder', 'embedding').
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -69,10 +72,14 @@ def read(folder: str | os.PathLike) -> dict[Path, weights.Array]:
 
 
 def write(folder: pathlib.Path, state: Mapping[Path, weights.Array]) -> None:
-  """Writes a checkpoint, a new folder.
+  """Writes a checkpoint to a new folder.
 
-  Parameters and whole second moments become zarr arrays, and the rest a part
-  of the msgpack file, as t5x does it.
+  Parameters, and second moments that are not factored, become zarr arrays. The
+  rest becomes a part of the msgpack file. t5x writes the same.
+
+  Args:
+    folder: the folder of the checkpoint.
+    state: the arrays by path.
   """
   folder.mkdir()
   leaves: dict[Path, Any] = {}
@@ -94,6 +101,7 @@ def write(folder: pathlib.Path, state: Mapping[Path, weights.Array]) -> None:
 
 
 def _read_msgpack(file):
+  """Reads the tree; refuses pickles."""
   with open(file, 'rb') as opened:
     content = opened.read()
   if content.startswith(_PICKLES):
@@ -103,7 +111,7 @@ def _read_msgpack(file):
     )
   try:
     return serialization.msgpack_restore(content)
-  # Of msgpack, flax and numpy, for one damage or another.
+  # msgpack, flax and numpy raise many kinds of errors, each for another damage.
   except Exception as error:
     raise ValueError(
       f'{file} must be msgpack, as t5x writes it, but reading it failed: '
@@ -112,16 +120,20 @@ def _read_msgpack(file):
 
 
 def _is_spec(value):
+  """Whether a node of the tree stands for a zarr array."""
   return isinstance(value, dict) and {'driver', 'kvstore', 'metadata'} <= set(
     value
   )
 
 
 def _open(folder, name, spec):
-  """The array that a spec names, wherever it was when it was written."""
+  """Opens the array that a spec names, in the folder of this checkpoint.
+
+  The spec may have the path that the checkpoint had when it was written.
+  """
   kvstore = spec['kvstore']
   given = kvstore.get('path') if isinstance(kvstore, dict) else None
-  # Older specs have it here.
+  # Older specs have the path here.
   given = spec.get('path') if given is None else given
   part = given.rstrip('/') if isinstance(given, str) else ''
   if not part or part in ('.', '..') or set('/\\\0') & set(part):
@@ -148,6 +160,7 @@ def _open(folder, name, spec):
 
 
 def _array(file, name, leaf):
+  """Returns a small array of the msgpack file, after a check."""
   if not isinstance(leaf, np.ndarray | np.generic | int | float):
     raise ValueError(
       f'{file} must hold arrays and numbers, but {name} is a '
@@ -187,7 +200,7 @@ def _write_zarr(folder, name, array):
 
 
 def _chunks(array):
-  """The whole array, or the largest axis halved until it is 64 MiB."""
+  """Returns the shape of a chunk: the largest axis is halved until it fits."""
   chunks = list(array.shape)
   itemsize = np.dtype(array.dtype).itemsize
   while chunks and int(np.prod(chunks)) * itemsize > _CHUNK_BYTES:

@@ -2,10 +2,10 @@
 
 A run of `python -m t5x.train`, `t5x.eval` or `t5x.infer` takes its model from
 gin_configs/t5x/; nothing of T5X is changed. Expert tables are ordinary
-parameters here, with ordinary gradients as large as themselves, and routing ids
-are looked up inside the model. This file alone imports T5X.
+parameters here, with ordinary gradients as large as themselves, and the model
+looks up its routing ids itself. No other file of the package imports T5X.
 
-Read from google-research/t5x at commit cc342d4.
+Source: google-research/t5x at commit cc342d4.
 """
 
 import hashlib
@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from mowe.interop.t5x import t5x_rules
+from mowe.layers import feed_forward_base
+from mowe.layers.memory import word_experts
+from mowe.layers.mixtures import moe
 from mowe.layers.routers import router_losses
 from mowe.models import parameters
 from mowe.models.t5 import t5, t5_config
@@ -38,10 +41,12 @@ except ImportError as error:
 Batch = Mapping[str, jax.Array]
 Metrics = MutableMapping[str, clu_metrics.Metric]
 
-# One microbatch is a whole batch here: T5X adds up their losses.
+# The share of a microbatch in the tokens of its batch: T5X adds up the losses
+# of microbatches itself, and gives each to the model as if it were a whole
+# batch.
 _WHOLE = {'encoder': 1.0, 'decoder': 1.0}
 
-# T5X's name of a metric of all layers together, and ours of each layer.
+# T5X's name of a metric over all layers -> our name of the metric of a layer.
 _OF_ALL_LAYERS = {
   'auxiliary_loss': 'load_balance_loss',
   'router_z_loss': 'router_z_loss',
@@ -54,26 +59,28 @@ _OF_ALL_LAYERS = {
 class EncoderDecoderModel(models.EncoderDecoderModel):
   """T5X's encoder-decoder model around `mowe.models.t5.t5.T5`.
 
-  The loss is T5X's, a sum over target tokens, unless it is normalised. Losses
-  of routers weigh as in `mowe train`: as parts of the mean loss of a token,
-  whatever the normalising factor and the number of microbatches.
+  The loss is T5X's: a sum over target tokens, unless it is normalised. The
+  losses of routers weigh as in `mowe train`, as parts of the mean loss of a
+  token, whatever the normalising factor and the number of microbatches are.
 
-  Metrics are T5X's; those of t5x/contrib/moe, `experts/...`, over all layers
-  and without coefficients; those of each router under its name, as
-  `encoder/layers_1/mlp/dropped`; and with a routing vocabulary the shares
-  `encoder_routed`, `encoder_skipped`, `encoder_padding`, likewise `decoder_`.
+  There are these metrics: those of T5X; those of t5x/contrib/moe, named
+  `experts/...`, over all layers and without coefficients; those of each router
+  under the name of its layer, as `encoder/layers_1/mlp/dropped`; and with a
+  routing vocabulary the shares of tokens `encoder_routed`, `encoder_skipped`
+  and `encoder_padding`, and the same of the decoder.
 
   Attributes:
-    module: a `mowe.models.t5.t5.T5`.
-    input_vocabulary: of T5X's tasks.
-    output_vocabulary: likewise.
+    module: the model.
+    input_vocabulary: the subwords of the inputs of T5X's tasks.
+    output_vocabulary: the subwords of the targets of T5X's tasks.
     optimizer_def: one of T5X's optimizers, or `freeze_experts` of one.
-    decode_fn: as in T5X, like all that is not named here.
+    decode_fn: T5X's function that generates text. It and the arguments that
+      are not named here are those of T5X's class.
     router_loss: coefficients of the losses of learned routers.
 
   Raises:
-    ValueError: a part of the model that T5X cannot train, or a routing
-      vocabulary that was built for other subwords.
+    ValueError: a part of the model cannot be trained by T5X, or the routing
+      vocabulary was built for other subwords.
   """
 
   def __init__(
@@ -112,10 +119,10 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     input_shapes: Mapping[str, Any],
     input_types: Mapping[str, Any] | None = None,
   ) -> flax.core.FrozenDict:
-    """Parameters and their logical axes; no shape depends on the inputs.
+    """Returns parameters and their logical axes.
 
-    Statistics of routers, which Linen's `init` gives as well, would become a
-    part of the train state.
+    No shape depends on the inputs. Linen's `init` gives statistics of routers
+    as well, which are left out, as they would become a part of the train state.
     """
     del input_shapes, input_types
     variables = parameters.initial_variables(self.module, rng)
@@ -126,7 +133,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
   def loss_fn(
     self, params: Any, batch: Batch, dropout_rng: jax.Array | None
   ) -> tuple[jax.Array, Metrics]:
-    """The loss <float32>[] and metrics; see the class."""
+    """Returns the loss, <float32>[], and the metrics; see the class."""
     logits, variables = self._compute_logits(
       params, batch, dropout_rng, mutable=[router_losses.COLLECTION]
     )
@@ -153,6 +160,7 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
       z_loss=z_loss,
       segment_ids=_segments(batch),
     )
+    # T5X takes these two from the loss, of which routers' losses are a part.
     for name in ('cross_ent_loss', 'cross_ent_loss_per_all_target_tokens'):
       metrics[name] = metrics[name].replace(
         total=metrics[name].total - router_loss
@@ -160,8 +168,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     metrics |= _router_metrics(stats) | self._routing_metrics(batch)
     return loss + router_loss, metrics
 
-  # Gin binds methods class by class: without this one, a gin file could not set
-  # the number of beams.
+  # Gin binds the arguments of methods class by class: without a method of this
+  # class, a gin file could not set the number of beams.
   def predict_batch_with_aux(
     self,
     params: Any,
@@ -172,7 +180,12 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     num_decodes: int = 1,
     prompt_with_targets: bool = False,
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """As T5X's: tokens <int32>[batch, targets] and {'scores': [batch]}."""
+    """Returns what T5X's does: tokens <int32>[batch, targets], and their
+    scores.
+
+    Returns:
+      The tokens, and {'scores': <float32>[batch]}.
+    """
     return super().predict_batch_with_aux(
       params,
       batch,
@@ -184,10 +197,11 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
     )
 
   def _routing_metrics(self, batch):
+    """Returns the shares of tokens with and without an expert."""
     routing = self.module.config.routing
     if routing is None:
       return {}
-    # The model looks up the same: XLA does it once.
+    # The model looks up the same ids, and XLA does it once.
     ids = {
       'encoder_routing_ids': routing.encoder_ids(
         batch['encoder_input_tokens'], batch.get('encoder_segment_ids')
@@ -203,9 +217,11 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
 class _FrozenExperts(optimizers.MultiOptimizer):
   """An Adafactor for all parameters that leaves experts as they are.
 
-  A MultiOptimizer that gives experts to nobody would keep no state for them,
-  and T5X could not restore a checkpoint of a run that trained them. Its
-  partitioners, too, know the state of their own classes only.
+  A MultiOptimizer that gives experts to no optimizer would keep no state for
+  them, so that T5X could not restore a checkpoint of a run that trained them.
+  This one has the state of an ordinary Adafactor, and puts back the parameters
+  and statistics of experts after each update. It is a MultiOptimizer because
+  T5X's partitioners know the state of T5X's own classes only.
   """
 
   def __init__(self, optimizer):
@@ -239,28 +255,30 @@ class _FrozenExperts(optimizers.MultiOptimizer):
 def freeze_experts(
   optimizer: optimizers.OptimizerDefType,
 ) -> optimizers.OptimizerDefType:
-  """The optimizer for all parameters but experts, which do not change.
+  """Returns an optimizer for all parameters but experts, which do not change.
 
-  Word experts and those of MoeLayers keep their statistics too, so that
-  checkpoints of runs with and without this fit each other. Routers are trained.
+  Word experts, and those of MoeLayers, keep their statistics as well, so that
+  checkpoints of runs with and without frozen experts fit each other. Routers
+  are trained.
 
   Raises:
-    ValueError: not an Adafactor of T5X; or later, when it is given parameters,
-      none of them belongs to an expert.
+    ValueError: the optimizer is not T5X's Adafactor; or, when it is given
+      parameters, none of them belongs to an expert.
   """
   if not isinstance(optimizer, adafactor.Adafactor):
     raise ValueError(
       "freeze_experts needs T5X's Adafactor, but got a "
       f'{type(optimizer).__name__}. With optax, wrap '
-      'mowe.training.optimization.optimizers.freeze in t5x.optimizers.OptaxWrapper.'
+      'mowe.training.optimization.optimizers.freeze in '
+      't5x.optimizers.OptaxWrapper.'
     )
   return _FrozenExperts(optimizer)
 
 
 def _where_expert(experts: Any, others: Any) -> Any:
-  """Experts from the first tree, all else from the second.
+  """Returns experts of the first tree, and all else of the second.
 
-  Both are parameters, or what an optimizer keeps of each parameter.
+  Both are trees of parameters, or of what an optimizer keeps of each parameter.
   """
   flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(others))
   of_experts = flax.traverse_util.flatten_dict(flax.core.unfreeze(experts))
@@ -275,7 +293,7 @@ def _where_expert(experts: Any, others: Any) -> Any:
 
 
 def _segments(batch):
-  """What T5X counts padding and packed examples in."""
+  """Returns the arrays in which T5X counts padding and packed examples."""
   streams = ('encoder', 'decoder')
   if 'encoder_segment_ids' in batch:
     return {name: batch[f'{name}_segment_ids'] for name in streams}
@@ -284,11 +302,11 @@ def _segments(batch):
 
 
 def _router_metrics(stats) -> Metrics:
-  """Of each layer, and of all layers together."""
+  """Returns the metrics of each layer, and of all layers together."""
   means = {
     name: mean
     for name, mean in router_training.metrics(stats).items()
-    # T5X writes numbers only, and has no place for one per expert.
+    # T5X writes single numbers, and has no place for one of each expert.
     if jnp.ndim(mean.total) == 0
   }
   found = {name: _average(mean) for name, mean in means.items()}
@@ -305,22 +323,24 @@ def _average(mean) -> clu_metrics.Average:
 
 
 def _check_layers(config: t5_config.T5Config) -> None:
-  """Raises ValueError if a layer has what T5X cannot train."""
+  """Raises ValueError if a layer has a part that T5X cannot train."""
   for layer in config.sparse_layers().values():
-    reads_tokens = getattr(layer, 'reads_token_ids', False)
+    reads_tokens = feed_forward_base.contract(layer).reads_token_ids
     if not reads_tokens and config.routing is None:
       raise ValueError(
         'In T5X a model with word experts looks words up itself and needs a '
         'routing vocabulary, but T5Config.routing is None. Set '
         'ROUTING_VOCABULARY to a file of `mowe build-routing-vocabulary`.'
       )
-    if getattr(layer, 'table_dtype', 'float32') != 'float32':
+    is_mowe = isinstance(layer, word_experts.MoweLayer)
+    if is_mowe and layer.table_dtype != 'float32':
       raise ValueError(
         "In T5X table_dtype must be 'float32', but is "
         f'{layer.table_dtype!r}, which is kept as bits without a gradient. '
         'Set it to float32, or train with `mowe train`.'
       )
-    if getattr(getattr(layer, 'routing', None), 'bias_rate', 0) > 0:
+    is_learned = isinstance(layer, moe.MoeLayer) and layer.routing.is_learned
+    if is_learned and layer.routing.bias_rate > 0:
       raise ValueError(
         "In T5X a router's bias_rate must be 0, but is "
         f'{layer.routing.bias_rate}: its selection bias follows from counts, '
@@ -333,13 +353,13 @@ def _check_routing(
   routing: routing_vocabulary.RoutingVocabulary | None,
   vocabulary: seqio.Vocabulary,
 ) -> None:
-  """Raises ValueError if ids would stand for other words."""
+  """Raises ValueError if the routing vocabulary is for other subwords."""
   if routing is None:
     return
   if isinstance(vocabulary, seqio.ByteVocabulary):
     digest = byte_vocabulary.ByteVocabulary(vocabulary.extra_ids).sha256
   elif isinstance(vocabulary, seqio.SentencePieceVocabulary):
-    # Not sp_model, to which seqio has added the sentinels.
+    # The file, and not `sp_model`, to which seqio has added the sentinels.
     with tf.io.gfile.GFile(vocabulary.sentencepiece_model_file, 'rb') as file:
       digest = hashlib.sha256(file.read()).hexdigest()
   else:

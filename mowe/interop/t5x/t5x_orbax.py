@@ -1,4 +1,5 @@
-"""T5X's checkpoints by Orbax: the tree of the legacy layout under `state/`.
+"""T5X's checkpoints by Orbax: the same tree as in the legacy layout, in
+`state/`.
 
 Source: t5x/checkpoints.py, OrbaxCheckpointManagerInterface.
 """
@@ -19,7 +20,7 @@ STATE = 'state'
 
 
 def read(folder: pathlib.Path) -> dict[Path, weights.Array]:
-  """Arrays by path, such as ('target', 'token_embedder', 'embedding').
+  """Reads arrays by path, such as ('target', 'token_embedder', 'embedding').
 
   Raises:
     ValueError: the checkpoint is not whole, or names something outside of it.
@@ -28,7 +29,7 @@ def read(folder: pathlib.Path) -> dict[Path, weights.Array]:
 
 
 def write(folder: pathlib.Path, state: Mapping[Path, weights.Array]) -> None:
-  """Writes a checkpoint, a new folder; all arrays are in memory at once."""
+  """Writes a checkpoint to a new folder; all arrays are in memory at once."""
   tree = flax.traverse_util.unflatten_dict(
     {path: np.asarray(array[...]) for path, array in state.items()}
   )

@@ -1,9 +1,11 @@
-"""The state of a T5X checkpoint: which model it is, and the moments beside it.
+"""The tree of a T5X checkpoint: the parameters of a model, and its optimizer.
+
+The names of our T5's parameters are those of t5x, so that no table of rules is
+needed: `target/<name>` is the parameter <name>, and
+`state/param_states/<name>/{v_row,v_col,v,m}` are Adafactor's statistics of it.
 
 Source: t5x, examples/t5/network.py for names and shapes, train_state.py and
-adafactor.py for the state. The names of our T5 are the same, so that the rule
-table is the identity: `target/<name>` is the parameter <name>, and
-`state/param_states/<name>/{v_row,v_col,v,m}` is what Adafactor has for it.
+adafactor.py for the state.
 """
 
 import re
@@ -25,7 +27,8 @@ _STEP = ('state', 'step')
 
 _LAYER = re.compile(r'layers_(\d+)')
 
-# T5 1.1 as it was released, and Flan-T5; vocabulary 32128.
+# T5 1.1 as it was released, and Flan-T5, with a vocabulary of 32128: emb_dim,
+# num_heads, head_dim, mlp_dim, and the blocks of each stack.
 _SIZES = {
   'small': (512, 6, 64, 1024, 8),
   'base': (768, 12, 64, 2048, 12),
@@ -51,14 +54,16 @@ def to_weights(
   state: Mapping[Path, weights.Array],
   config: model_config.ModelConfig | None = None,
 ) -> weights.Weights:
-  """A model of the arrays of a checkpoint.
+  """Returns the model whose arrays a checkpoint has.
 
   Args:
     state: arrays by path, such as ('target', 'token_embedder', 'embedding').
-    config: of the model; None: the T5 that has arrays of these shapes.
+    config: the config of the model; None for the T5 that has arrays of these
+      names and shapes.
 
   Raises:
-    ValueError: not a T5 of t5x/examples/t5, or not the model of `config`.
+    ValueError: the arrays are not those of a T5 of t5x/examples/t5, or of the
+      model of `config`.
   """
   params = _below(state, _TARGET)
   if not params:
@@ -94,7 +99,10 @@ def to_weights(
 
 
 def from_weights(given: weights.Weights) -> dict[Path, weights.Array]:
-  """Inverse of `to_weights`; without moments there are parameters and step."""
+  """Returns the arrays of a checkpoint by path; inverse of `to_weights`.
+
+  Without moments there are the parameters and the step.
+  """
   state = {(*_TARGET, *path): array for path, array in given.params.items()}
   state[_STEP] = np.asarray(given.step, np.int32)
   for name, arrays in (given.moments or {}).items():
@@ -104,13 +112,13 @@ def from_weights(given: weights.Weights) -> dict[Path, weights.Array]:
 
 
 def infer_config(params: Mapping[Path, weights.Array]) -> t5_config.T5Config:
-  """The dense T5 that has parameters of these names and shapes.
+  """Returns the dense T5 that has parameters of these names and shapes.
 
-  Activations have no shape: two kernels are taken for a gated GELU (T5 1.1,
-  Flan, mT5, ByT5), one for ReLU (T5 1.0).
+  Activations have no shape, so they are guessed: two input kernels are taken
+  for a gated GELU (T5 1.1, Flan, mT5, ByT5), one for a ReLU (T5 1.0).
 
   Raises:
-    ValueError: a parameter that says a size is not there.
+    ValueError: a parameter that a size follows from is not there.
   """
 
   def shape(name, rank):
@@ -150,13 +158,13 @@ def infer_config(params: Mapping[Path, weights.Array]) -> t5_config.T5Config:
 
 
 def released_name(config: t5_config.T5Config) -> str | None:
-  """The name of a released model of these sizes, if there is one."""
+  """Returns the name of a released model of these sizes, or None."""
   names = [name for name, one in RELEASED.items() if one == config]
   return names[0] if names else None
 
 
 def _depth(params, stack):
-  """How many different layers a stack has; their numbers are checked later."""
+  """Counts the layers of a stack; their numbers are checked with the names."""
   return len(
     {
       path[1]
@@ -167,6 +175,7 @@ def _depth(params, stack):
 
 
 def _below(state, prefix):
+  """Returns the arrays whose paths begin so, by the rest of their paths."""
   size = len(prefix)
   return {
     path[size:]: array for path, array in state.items() if path[:size] == prefix
@@ -174,7 +183,7 @@ def _below(state, prefix):
 
 
 def _moments(states, params):
-  """The state of Adafactor; None if it is that of another optimizer."""
+  """Returns the state of Adafactor, or None if it is another optimizer's."""
   wanted = {(*path, name) for path in params for name in MOMENTS}
   if not wanted & set(states):
     return None
@@ -195,9 +204,10 @@ def _moments(states, params):
 
 
 def _check_moment(path, name, param, moment):
-  """Raises unless a moment has a shape that it can have."""
+  """Raises ValueError unless a moment has a shape that it can have."""
   left = iter(param.shape)
-  # A row or column lacks axes of the parameter; [1] is of what is not used.
+  # `v_row` and `v_col` have some of the parameter's axes, in their order. The
+  # shape of a statistic that is not used is [1].
   fits = (
     tuple(param.shape) == tuple(moment.shape)
     if name in ('v', 'm')

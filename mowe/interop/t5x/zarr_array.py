@@ -1,4 +1,4 @@
-"""Reading an array of zarr, in whichever store it lies."""
+"""Reading a zarr array, in any store that tensorstore knows."""
 
 import os
 from typing import Any
@@ -15,13 +15,18 @@ class ZarrArray:
   """An array that is read when it is used; see `weights.Array`.
 
   Args:
-    place: where it lies, for errors.
-    kvstore: where it lies, as tensorstore has it.
+    place: the path of the array, for errors.
+    kvstore: the store of the array, as tensorstore describes it.
     driver: 'zarr' or 'zarr3'.
 
+  Attributes:
+    place: the path of the array.
+    shape: its shape.
+    dtype: its dtype.
+
   Raises:
-    ValueError: there is none, it is damaged (when that is met), or is not of
-      floating point or signed integers.
+    ValueError: there is no array, it is not of floating point or signed
+      integers, or it is damaged; the last may be raised when it is read.
   """
 
   def __init__(
@@ -34,7 +39,8 @@ class ZarrArray:
     spec = {
       'driver': driver,
       'kvstore': kvstore,
-      # All of an array is written, zeros too: what is not there is lost.
+      # All chunks of an array are written, also those of zeros. So one that is
+      # missing was lost, and must not be read as zeros.
       'fill_missing_data_reads': False,
     }
     self._store = self._result(lambda: tensorstore.open(spec, read=True))
@@ -47,6 +53,7 @@ class ZarrArray:
     return self._result(lambda: self._store[rows].read())
 
   def _result(self, start):
+    """Returns the result of a task of tensorstore; explains its errors."""
     try:
       return start().result()
     except ValueError as error:
@@ -58,7 +65,7 @@ class ZarrArray:
 
 
 def check_dtype(place: str | os.PathLike, dtype: np.dtype) -> None:
-  """Raises ValueError for what is neither a weight nor a step."""
+  """Raises ValueError for a dtype that neither weights nor steps have."""
   if dtype not in weights.FLOATS and dtype not in (np.int32, np.int64):
     raise ValueError(
       f'{place} must be of floating point or signed integers, but is {dtype}. '
