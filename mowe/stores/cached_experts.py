@@ -119,13 +119,15 @@ class CachedExperts:
     )
     self._is_trained = is_trained
     self._schedule = slot_schedule.SlotSchedule(backing.num_experts, num_slots)
-    # Of each slot, its expert (-1: none) and whether that differs from its
-    # version in the backing. The steps that were made ready decide this, while
-    # the schedule is ahead of them.
+    # Each slot has an expert, or -1 for none, and a flag that says whether that
+    # expert differs from its version in the backing. Both are as the steps that
+    # were made ready have left them, while the schedule is ahead of these
+    # steps.
     self._expert_in = np.full(num_slots, -1, np.int64)
     self._is_changed = np.zeros(num_slots, bool)
-    # Of each expert the number of the move in which it left last (-1: never),
-    # and of each move that is not known to be done yet, when it will be.
+    # Each expert has the number of the move in which it left last, or -1 if it
+    # never did. A move has a future, which is done when all that left in it is
+    # in the backing; futures of moves that are known to be done are forgotten.
     self._went_in = np.full(backing.num_experts, -1, np.int64)
     self._gone: dict[int, concurrent.futures.Future] = {}
     self._num_moves = 0

@@ -63,8 +63,8 @@ def to_arrays(
 
   Args:
     records: a structured array [n].
-    tables: as for `record_dtype`.
-    table_state: as for `record_dtype`.
+    tables: the tables, which may be abstract; see `record_dtype`.
+    table_state: the row state, which may be abstract; see `record_dtype`.
   """
   treedef = jax.tree.structure((tables, table_state))
   names = [name for name, _ in _named(tables, table_state)]

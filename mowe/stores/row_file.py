@@ -135,9 +135,10 @@ class RowFile:
     self._own = slice(ends[process], ends[process + 1])
     self._reader = row_index.RowReader(self._folder, index)
     self._lock = threading.Lock()
-    # Of each place in the file of this process: how many checkpoints refer to
-    # it, and whether it has the present version of an expert. The lock
-    # guards these arrays, the free places and the checkpoints that hold some.
+    # For each place in the file of this process: how many checkpoints refer to
+    # it (it is held), and whether it has the present version of an expert (it
+    # is current). The lock guards these two arrays, the free places, and the
+    # checkpoints that hold places.
     self._held = np.zeros(0, np.int32)
     self._is_current = np.zeros(0, bool)
     self._free = np.zeros(0, np.int64)
@@ -169,7 +170,8 @@ class RowFile:
       return
     places, left = self._places_for(experts)
     if (np.diff(places) < 0).any():
-      # In the order of their places, so that neighbours are written together.
+      # They are sorted by their places, so that neighbours are written
+      # together.
       order = np.argsort(places)
       experts, places, records = experts[order], places[order], records[order]
     records = np.ascontiguousarray(records)

@@ -76,7 +76,7 @@ class PassInputs(NamedTuple):
     plans: `encoder_plan` and `decoder_plan` -> the plan of that stream's
       tokens; {} without word experts, or where the model looks up its experts
       itself.
-    key: of dropout; None turns dropout off.
+    key: the random key of dropout; None turns dropout off.
   """
 
   tables: parameters.Tables
@@ -180,8 +180,9 @@ def make_train_step(
     optimizer: updates the ordinary parameters.
     row_optimizer: updates the planned rows of the expert tables; None if the
       tables are frozen.
-    loss: what is minimised.
-    seed: of dropout; the random numbers of a step depend on (seed, step) alone.
+    loss: says what is minimised.
+    seed: the seed of dropout, whose random numbers depend on (seed, step)
+      alone.
     num_microbatches: parts of the batch that are computed one after another.
 
   Returns:
@@ -354,8 +355,9 @@ def _apply_gradients(
   factors, memory = gradients.kept
   metrics |= router_training.metrics(stats)
   metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
-  # Also a dependency: the backward pass reads the tables, and would be given
-  # a copy of them if it could end after they change.
+  # Updates of tables depend on `usable`, so that they come after the backward
+  # pass. That reads the tables, and XLA would give it a copy of them if it
+  # could end after they change.
   usable = jnp.isfinite(metrics['gradient_norm'].total)
   if state.tables:
     bound = table_updates.gradient_bound(factors)

@@ -21,8 +21,8 @@ class ZarrArray:
 
   Attributes:
     place: the path of the array.
-    shape: its shape.
-    dtype: its dtype.
+    shape: the shape of the array.
+    dtype: the dtype of the array.
 
   Raises:
     ValueError: there is no array, it is not of floating point or signed

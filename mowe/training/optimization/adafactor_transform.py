@@ -254,9 +254,7 @@ def _factored_step(
   """Returns the factors of a step, and the next statistics."""
   gradient = gradient.astype(jnp.float32)
   param = param.astype(jnp.float32)
-  v_row, v_col = factored_moments(
-    gradient, v_row, v_col, factoring, now.decay, now.settings.epsilon1
-  )
+  v_row, v_col = _factored_moments(now, gradient, v_row, v_col, factoring)
   row, column = inverse_roots(v_row, v_col, factoring)
   size = _step_size(now, gradient * row * column, param, factoring.averaged)
   return _Factors(size * row, column, v_row, v_col)
@@ -283,15 +281,15 @@ def second_moment_decay(num_updates: jax.Array, decay_rate: float) -> jax.Array:
   return 1.0 - jnp.asarray(num_updates, jnp.float32) ** -decay_rate
 
 
-def factored_moments(
+def _factored_moments(
+  now: _Update,
   gradient: jax.Array,
   v_row: jax.Array,
   v_col: jax.Array,
   factoring: Factoring,
-  decay: jax.Array,
-  epsilon1: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the next `v_row` (mean over columns) and `v_col` (over rows)."""
+  decay, epsilon1 = now.decay, now.settings.epsilon1
 
   def mean_square(axes):
     if axes == (0,) and gradient.ndim == 2 and gradient.size >= _WIDE:
@@ -304,11 +302,12 @@ def factored_moments(
 
 
 def _mean_square_of_columns(matrix: jax.Array) -> jax.Array:
-  """Mean of squares over the first axis."""
+  """Returns the mean of squares over the first axis, [columns]."""
 
   def block_by_block(matrix):
-    # Row by row, as they lie in memory. XLA on CPU goes down each column: for
-    # the logits' kernel, [512, 32128], that took 40 times longer.
+    # Row by row, in the order in which they lie in memory. XLA on CPU goes down
+    # each column: for the logits' kernel, [512, 32128], that took 40 times as
+    # long.
     add = lambda total, rows: (sum(list(rows**2), total), None)
     blocks = matrix.reshape(-1, _BLOCK, matrix.shape[1])
     total = jnp.zeros(matrix.shape[1:], matrix.dtype)
@@ -325,7 +324,8 @@ def inverse_roots(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns row and column: `row column = 1 / sqrt(v_row v_col / mean(v_row))`.
 
-  Both keep all axes of the parameter.
+  Both have all axes of the parameter, so that a step is gradient * row *
+  column: `row` has size 1 along the columns, and `column` along the rows.
   """
   row = jnp.expand_dims(v_row, factoring.columns)
   column = jnp.expand_dims(v_col, factoring.rows)
@@ -336,7 +336,13 @@ def inverse_roots(
 def excess(
   update: jax.Array, threshold: float, averaged: Sequence[int]
 ) -> jax.Array:
-  """Returns the root mean square relative to the threshold, at least 1."""
+  """Returns by how much the root mean square exceeds a threshold, at least 1.
+
+  Args:
+    update: <float32>, the update of a parameter.
+    threshold: the largest root mean square that is left alone.
+    averaged: the axes of the mean; they are kept with size 1.
+  """
   rms = jnp.sqrt(jnp.mean(update**2, axis=tuple(averaged), keepdims=True))
   return jnp.maximum(1.0, rms / threshold)
 
@@ -344,7 +350,13 @@ def excess(
 def parameter_scale(
   param: jax.Array, epsilon2: float, averaged: Sequence[int]
 ) -> jax.Array:
-  """Returns the root mean square of the parameter, at least `epsilon2`."""
+  """Returns the root mean square of a parameter, at least `epsilon2`.
+
+  Args:
+    param: <float32>, the parameter.
+    epsilon2: the smallest result.
+    averaged: the axes of the mean; they are kept with size 1.
+  """
   rms = jnp.sqrt(jnp.mean(param**2, axis=tuple(averaged), keepdims=True))
   return jnp.maximum(rms, epsilon2)
 
@@ -393,7 +405,8 @@ def _call_in_parts(
   # [*batch, ...] -> [matrices, ...]
   flat = [x.reshape(-1, *x.shape[num_batch:]) for x in arrays]
 
-  # Not a map over the arrays themselves: parts would be cut from copies.
+  # The map is over numbers of parts, as with a map over the arrays themselves
+  # XLA would cut the parts from copies.
   def part(number):
     cut = [jax.lax.dynamic_slice_in_dim(x, number * size, size) for x in flat]
     return function(*cut, factoring=own)

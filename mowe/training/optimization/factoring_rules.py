@@ -125,7 +125,7 @@ def _factoring(name, shape, axes, rules, min_size) -> Factoring:
     return _by_size(shape, min_size)
   dims = _rules_of_axes(name, shape, axes, rules)
   if len(shape) <= 2 and FactorDim.BATCH not in dims:
-    # As in T5X: the size decides, rules of plain matrices are ignored.
+    # T5X lets the size decide here, and ignores the rules of plain matrices.
     return _by_size(shape, min_size)
   where = {
     kind: tuple(i for i, dim in enumerate(dims) if dim is kind)

@@ -26,6 +26,7 @@ def constant(base_learning_rate: float) -> Schedule:
 
 def warmed_up_rsqrt(
   base_learning_rate: float = 1.0,
+  *,
   warmup_steps: int = 10_000,
   step_offset: int = 0,
 ) -> Schedule:
@@ -55,6 +56,7 @@ def warmed_up_rsqrt(
 
 def linear_warmup_rsqrt(
   base_learning_rate: float = 0.5,
+  *,
   warmup_steps: int = 1_000,
   step_offset: int = 0,
 ) -> Schedule:
@@ -70,7 +72,9 @@ def linear_warmup_rsqrt(
   Raises:
     ValueError: `base_learning_rate` or `warmup_steps` is not positive.
   """
-  rsqrt = warmed_up_rsqrt(base_learning_rate, warmup_steps, step_offset)
+  rsqrt = warmed_up_rsqrt(
+    base_learning_rate, warmup_steps=warmup_steps, step_offset=step_offset
+  )
 
   def schedule(step):
     since = _steps_since(step, step_offset)
@@ -82,6 +86,7 @@ def linear_warmup_rsqrt(
 def linear_warmup_linear_decay(
   base_learning_rate: float,
   total_steps: int,
+  *,
   warmup_steps: int = 0,
   final_fraction: float = 0.0,
   step_offset: int = 0,
@@ -115,6 +120,7 @@ def linear_warmup_linear_decay(
 def linear_warmup_cosine_decay(
   base_learning_rate: float,
   total_steps: int,
+  *,
   warmup_steps: int = 0,
   final_fraction: float = 0.0,
   step_offset: int = 0,

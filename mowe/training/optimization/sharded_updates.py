@@ -82,7 +82,7 @@ def _update_own_rows(
     rows: the experts of this device.
     factors: arrays [microbatches, 1, 1, rows, width], those of this device.
     updates: the plan of this device, with a leading axis [1].
-    step: with the keys [1] of this device.
+    step: the values of the step, with the key [1] of this device.
   """
   gathered = jax.tree.map(_of_all_rows, factors)
   own_updates = jax.tree.map(lambda x: x[0], updates)

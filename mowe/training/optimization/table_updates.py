@@ -53,7 +53,8 @@ class BatchFactors(NamedTuple):
       other.
     classes: the experts to update, by the room that their tokens need. Their
       `sources` count the tokens of the encoder, then those of the decoder.
-    num_tokens: how many tokens the encoder has, and the decoder.
+    num_tokens: the numbers of tokens of the encoder and of the decoder, in all
+      microbatches together.
   """
 
   of_layers: parameters.TableFactors
@@ -110,7 +111,7 @@ class _Layers(NamedTuple):
   """The layers that share a table.
 
   Attributes:
-    factors: of each layer, over the tokens of both streams.
+    factors: the factors of each layer, over the tokens of both streams.
     first: the first token of a stream with such a layer.
     last: the token after the last one of a stream with such a layer.
   """
@@ -379,16 +380,16 @@ class _Chunks:
       numbers_of_one: how many numbers the kernels of one expert have together.
     """
     sizes = [experts.size for experts in classes.experts]
-    # Half of what a product takes: the row optimizer goes several times over
-    # gradients and rows.
+    # A chunk has half as many experts as a product takes at a time, because the
+    # row optimizer goes several times over gradients and rows.
     cached = grouped.experts_at_once(numbers_of_one) // 2
-    # And few enough that the last chunks of the classes, which are not full,
-    # cost little beside the others.
+    # It also has so few that the last chunks of the classes, which are not
+    # full, cost little beside the others.
     even = -(-sum(sizes) // (2 * len(sizes)))
     # XLA compiles the update of a single expert to code 50 times slower.
     self._size = max(2, min(cached, even))
     self._classes = classes
-    # For every chunk its class, and its first place in that class.
+    # Every chunk has a class, and a first place in that class.
     of_class = [-(-size // self._size) for size in sizes]
     self._class = np.repeat(np.arange(len(sizes)), of_class)
     self._first = self._size * np.concatenate(

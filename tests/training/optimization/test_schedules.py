@@ -70,8 +70,12 @@ def test_rsqrt_by_hand():
 
 
 def test_decays_by_hand():
-  linear = schedules.linear_warmup_linear_decay(2.0, 30, 10, 0.5)
-  cosine = schedules.linear_warmup_cosine_decay(2.0, 30, 10, 0.5)
+  linear = schedules.linear_warmup_linear_decay(
+    2.0, 30, warmup_steps=10, final_fraction=0.5
+  )
+  cosine = schedules.linear_warmup_cosine_decay(
+    2.0, 30, warmup_steps=10, final_fraction=0.5
+  )
   steps = (0, 5, 10, 20, 30, 1000)
   # Half way down, line and cosine meet at (1 + 0.5) / 2 of the base rate.
   expected = (0.0, 1.0, 2.0, 1.5, 1.0, 1.0)
@@ -86,15 +90,18 @@ def test_decays_by_hand():
   'factors, schedule',
   [
     ('constant', schedules.constant(0.5)),
-    ('constant * rsqrt_decay', schedules.warmed_up_rsqrt(0.5, 10)),
+    ('constant * rsqrt_decay', schedules.warmed_up_rsqrt(0.5, warmup_steps=10)),
     (
       'constant * linear_warmup * rsqrt_decay',
-      schedules.linear_warmup_rsqrt(0.5, 10),
+      schedules.linear_warmup_rsqrt(0.5, warmup_steps=10),
     ),
-    ('linear_decay', schedules.linear_warmup_linear_decay(0.5, 110, 10)),
+    (
+      'linear_decay',
+      schedules.linear_warmup_linear_decay(0.5, 110, warmup_steps=10),
+    ),
     (
       'constant * linear_warmup * cosine_decay',
-      schedules.linear_warmup_cosine_decay(0.5, 110, 10),
+      schedules.linear_warmup_cosine_decay(0.5, 110, warmup_steps=10),
     ),
   ],
 )
@@ -105,8 +112,8 @@ def test_equals_t5x(factors, schedule):
 
 
 def test_offset_shifts_the_steps():
-  shifted = schedules.linear_warmup_rsqrt(0.5, 10, step_offset=100)
-  plain = schedules.linear_warmup_rsqrt(0.5, 10)
+  shifted = schedules.linear_warmup_rsqrt(0.5, warmup_steps=10, step_offset=100)
+  plain = schedules.linear_warmup_rsqrt(0.5, warmup_steps=10)
   np.testing.assert_array_equal(
     _values(shifted, [100 + step for step in _STEPS]), _values(plain)
   )
@@ -117,7 +124,7 @@ def test_traced_steps_and_dtype():
   for schedule in (
     schedules.constant(0.1),
     schedules.warmed_up_rsqrt(),
-    schedules.linear_warmup_cosine_decay(0.1, 20, 5),
+    schedules.linear_warmup_cosine_decay(0.1, 20, warmup_steps=5),
   ):
     traced = jax.jit(schedule)(jnp.int32(7))
     assert traced.dtype == jnp.float32 and traced.shape == ()
@@ -130,6 +137,8 @@ def test_errors_say_what_to_do():
   with pytest.raises(ValueError, match='Take 1 for none'):
     schedules.warmed_up_rsqrt(1.0, warmup_steps=0)
   with pytest.raises(ValueError, match='total_steps counts the warm-up'):
-    schedules.linear_warmup_linear_decay(1.0, 10, 10)
+    schedules.linear_warmup_linear_decay(1.0, 10, warmup_steps=10)
   with pytest.raises(ValueError, match='relative to base_learning_rate'):
-    schedules.linear_warmup_cosine_decay(1.0, 10, 1, final_fraction=2.0)
+    schedules.linear_warmup_cosine_decay(
+      1.0, 10, warmup_steps=1, final_fraction=2.0
+    )
