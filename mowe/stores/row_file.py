@@ -15,10 +15,10 @@ experts that changed after it.
 A place is *held* by checkpoints, and is *current* if it has the present version
 of an expert; it is free if it is neither:
 
-  written, not saved   current             may be overwritten in place
-  saved                current and held    the next version goes elsewhere
-  saved, then changed  held                waits for its checkpoints to be
-  removed checkpoints removed  free                takes another record
+  written, not saved    current             may be overwritten in place
+  saved                 current and held    the next version goes elsewhere
+  saved, then changed   held                waits until no checkpoint holds it
+  checkpoints removed   free                takes another record
 """
 
 import errno

@@ -1,8 +1,8 @@
 """Reading the arrays of a tree that Orbax saved, without Orbax.
 
-Orbax needs to know the tree before it reads it, and if it fails half-way, some
-of its tasks go on. So the names of arrays are taken from a file of the
-checkpoint, and each array is read by tensorstore, with which Orbax reads as
+Orbax would read the whole tree at once, and if it fails half-way, some of its
+tasks go on. So the names of arrays are taken from a file of the checkpoint, and
+each array is read when it is used, by tensorstore, with which Orbax reads as
 well. Flipped bits are read in silence, as by Orbax; what is missing or cut
 short is an error.
 """

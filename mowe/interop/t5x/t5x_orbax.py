@@ -1,5 +1,4 @@
-"""T5X's checkpoints by Orbax: the same tree as in the legacy layout, in
-`state/`.
+"""T5X's checkpoints by Orbax, with the tree of the legacy layout in `state/`.
 
 Source: t5x/checkpoints.py, OrbaxCheckpointManagerInterface.
 """

@@ -217,6 +217,18 @@ def test_frozen_parameters_have_no_state_and_stay(inner):
   assert np.all(np.asarray(updates['decoder']['kernel']) < 0)
 
 
+def test_the_number_of_frozen_entries_passes_through_wrappers():
+  frozen = optimizers.ClipByGlobalNorm(
+    optimizers.Freeze(
+      optimizers.Freeze(optimizers.Adafactor(0.1), 'encoder/.*'), 'decoder/.*'
+    )
+  )
+  # [2, 3] has six entries.
+  assert frozen.num_frozen(('encoder', 'kernel'), (2, 3)) == 6
+  assert frozen.num_frozen(('decoder', 'kernel'), (2, 3)) == 6
+  assert frozen.num_frozen(('norm', 'scale'), (3,)) == 0
+
+
 def test_a_pattern_that_freezes_nothing_is_an_error():
   optimizer = optimizers.freeze('encodr/.*', optax.sgd(0.1))
   with pytest.raises(ValueError, match='matches none of encoder/kernel'):
