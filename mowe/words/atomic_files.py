@@ -1,4 +1,4 @@
-"""Files that are there complete or not at all."""
+"""Writes files that exist complete or not at all."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import tempfile
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-  """Writes a file that is there complete or not at all."""
+  """Writes a file, which exists complete or not at all."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -15,7 +15,8 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
       file.write(content)
       file.flush()
       os.fsync(file.fileno())
-    # mkstemp gives 0600; other users of a shared folder must read the file.
+    # mkstemp gives the mode 0600, but other users of a shared folder must be
+    # able to read the file.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(partial, 0o666 & ~umask)

@@ -1,25 +1,32 @@
-"""What all kinds of vocabulary share: ids, sentinels and kinds of pieces."""
+"""The base of all subword vocabularies: ids, sentinels, kinds of pieces."""
 
 from collections.abc import Iterator, Sequence
 
-# What a piece says about words. A word is a STARTS or CONTINUES piece and the
-# CONTINUES pieces after it; ALONE and SPECIAL pieces are words of their own,
-# so a CONTINUES piece after one of them starts a word.
+# The kinds of pieces. A word is a STARTS or CONTINUES piece and the CONTINUES
+# pieces after it. ALONE and SPECIAL pieces are words of their own, so that a
+# CONTINUES piece after one of them starts a word.
 CONTINUES, STARTS, ALONE, SPECIAL = range(4)
 
-
+# The ids of padding, end of sequence, and what is unknown, as in T5.
 PAD_ID, EOS_ID, UNK_ID = range(3)
 
-
+# The id of byte 0 in a vocabulary of bytes, as in ByT5.
 BYTE_OFFSET = 3
 
 
 class Vocabulary:
-  """What all kinds of vocabulary share: sentinels and batches."""
+  """Base of all subword vocabularies.
+
+  Attributes:
+    size: number of ids, sentinels included.
+    extra_ids: number of sentinels, which are the last ids.
+    sha256: hex digest of the file or the description of the vocabulary.
+  """
 
   pad_id, eos_id, unk_id = PAD_ID, EOS_ID, UNK_ID
   size: int
   extra_ids: int
+  sha256: str
 
   def sentinel_id(self, index: int) -> int:
     """Returns the id of `<extra_id_{index}>`: size - 1 - index, as in T5."""
@@ -31,10 +38,11 @@ class Vocabulary:
     return self.size - 1 - index
 
   def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without EOS."""
     raise NotImplementedError
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text."""
+    """Returns the ids of each text, without EOS."""
     return [self.encode(text) for text in texts]
 
   def _runs(self, ids: Sequence[int]) -> Iterator[list[int] | str]:
@@ -57,4 +65,5 @@ class Vocabulary:
 
 
 def byte_kind(byte: int) -> int:
+  """Returns the kind of a piece that is one byte of UTF-8."""
   return CONTINUES if byte >= 128 or chr(byte).isalnum() else ALONE

@@ -1,24 +1,29 @@
-"""Routing ids and the plan of a batch, made on the host before its step."""
+"""Makes routing ids and plans of batches, on the host and before the step."""
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
-from mowe.words import batch_plans, sharded_plan
+from mowe.words import batch_plans, routing_vocabulary, sharded_plan
 
 Batch = dict[str, np.ndarray]
 
 
-def add_routing_ids(batch: Batch, routing: Any) -> Batch:
-  """The batch with routing ids, `decoder_routing_ids` and those of an encoder.
-
-  The same function of the tokens that the model would apply itself.
+def add_routing_ids(
+  batch: Batch, routing: routing_vocabulary.RoutingVocabulary
+) -> Batch:
+  """Returns a batch with routing ids, those that the model would find itself.
 
   Args:
-    batch: as in docs/architecture.md.
-    routing: a RoutingVocabulary.
+    batch: arrays <int32>[batch, length] by name, among them
+      `decoder_input_tokens`, and `encoder_input_tokens` if the model has an
+      encoder; with `decoder_segment_ids` and so on if the batch is packed.
+    routing: the routing vocabulary of the model.
+
+  Returns:
+    The batch with `decoder_routing_ids`, and with `encoder_routing_ids` if it
+    has inputs of an encoder; both are <int32>[batch, length].
   """
   batch = batch | {
     'decoder_routing_ids': routing.decoder_ids(
@@ -36,24 +41,28 @@ class BatchRouter:
   """Adds routing ids to batches and plans their experts.
 
   Args:
-    routing: a RoutingVocabulary.
+    routing: the routing vocabulary of the model.
     streams: which of 'encoder' and 'decoder' have sparse layers.
-    trial_batches: from which the capacity profiles are made: some twenty
-      training batches.
-    num_microbatches: parts into which a step cuts the batch.
-    devices: along the mesh axes (data, expert). Experts on more than one get
-      a ShardedPlan.
+    trial_batches: training batches, some twenty, from which the profiles of
+      plans are made.
+    num_microbatches: number of parts into which a step cuts the batch.
+    devices: number of devices along the mesh axes (data, expert). With more
+      than one along `expert`, plans are ShardedPlans.
 
   Attributes:
-    seen_loads: <int64>[num_experts], tokens of each in the trial batches.
+    seen_loads: <int64>[num_experts], tokens of each expert in the trial
+      batches.
+    experts_at_once: number of experts that the first profile has places for,
+      which are those of an ordinary batch and some slack.
+    planner: makes the plans, and counts which profiles it used.
 
-  Call: a batch to (the batch with routing ids, its plan). May be called from
-    several threads.
+  Call: takes a batch, returns the batch with routing ids and its plan. It may
+    be called from several threads.
   """
 
   def __init__(
     self,
-    routing: Any,
+    routing: routing_vocabulary.RoutingVocabulary,
     *,
     streams: tuple[str, ...],
     trial_batches: Iterable[Batch],
@@ -74,7 +83,6 @@ class BatchRouter:
       routing.num_experts,
       num_microbatches=num_microbatches,
     )
-    # Of an ordinary batch, with some slack.
     self.experts_at_once = ladder[0].updates.num_experts
     self.planner = batch_plans.Planner(
       ladder,

@@ -11,11 +11,12 @@ from mowe.words import base_vocabulary
 class ByteVocabulary(base_vocabulary.Vocabulary):
   """The 256 bytes of UTF-8 as ids 3..258, then sentinels, as in ByT5.
 
-  A space is a word of its own and the byte after it starts a word. Bytes from
-  128 on count as letters, since no single one tells which character it is in.
+  A space is a word of its own, and the byte after it starts a word. Bytes from
+  128 on count as letters, since one byte does not tell which character it is
+  in.
 
   Attributes:
-    size: 259 and the sentinels.
+    size: number of ids, 259 and the sentinels.
     extra_ids: number of sentinels.
     sha256: hex digest of a description of the ids, since there is no file.
   """
@@ -38,7 +39,10 @@ class ByteVocabulary(base_vocabulary.Vocabulary):
   def encode_with_offsets(
     self, text: str
   ) -> tuple[list[int], list[int], list[int]]:
-    """Returns the ids; each is a byte of the character `text[start:end]`."""
+    """Returns the ids of a text, and the character that each is a byte of.
+
+    Id i is a byte of the character `text[starts[i]:ends[i]]`.
+    """
     starts = [
       index
       for index, char in enumerate(text)
@@ -63,7 +67,7 @@ class ByteVocabulary(base_vocabulary.Vocabulary):
     return chr(byte) if 32 < byte < 127 else f'<0x{byte:02X}>'
 
   def spell(self, ids: Sequence[int]) -> str:
-    """Returns the text of the bytes of one word; broken characters are lost."""
+    """Returns the text of the bytes of a word, without broken characters."""
     kept = bytes(
       i - base_vocabulary.BYTE_OFFSET
       for i in ids
@@ -72,7 +76,7 @@ class ByteVocabulary(base_vocabulary.Vocabulary):
     return kept.decode('utf-8', 'ignore')
 
   def piece_kinds(self) -> np.ndarray:
-    """Returns CONTINUES, ALONE or SPECIAL, <uint8>[size]."""
+    """Returns the kind of each id, <uint8>[size]; no id is STARTS."""
     kinds = np.full(self.size, base_vocabulary.SPECIAL, np.uint8)
     kinds[base_vocabulary.UNK_ID] = base_vocabulary.ALONE
     for byte in range(256):

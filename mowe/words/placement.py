@@ -1,12 +1,12 @@
-"""Which experts share a device: blocks of equal count and even load.
+"""Places experts on devices, in blocks of equal size and about equal load.
 
 Tables are split over devices in contiguous blocks of experts. Words are far
-from equally frequent, so the blocks are packed by expected load: experts,
-heaviest first, go to the lightest part that has room. It is done from the top:
-all experts in a few parts, each of these again in parts, down to the blocks. So
-the blocks of one placement can also be taken together, neighbours with
-neighbours, for fewer devices; and the light experts gather around a heavy one
-already in the large parts.
+from equally frequent, so that blocks are packed by expected load: the experts,
+the heaviest first, each go to the lightest part that still has room. Packing
+proceeds from the top: all experts are packed into a few parts, each of these
+again into parts, and so on down to the blocks. Neighbouring blocks can
+therefore be joined for fewer devices and remain even; and light experts gather
+around a heavy one already in the large parts.
 
 Source: greedy packing, longest processing time first (Graham, 1969).
 """
@@ -18,16 +18,16 @@ import numpy as np
 
 from mowe.words import routing_vocabulary
 
-# Hot words that are named.
+# Number of hot words that a message names.
 _MOST_NAMED = 3
 
 
 def in_blocks(
   vocabulary: routing_vocabulary.RoutingVocabulary, num_blocks: int
 ) -> routing_vocabulary.RoutingVocabulary:
-  """The same words on the same experts, numbered by `place_experts`."""
+  """Returns the vocabulary with its experts renumbered by `place_experts`."""
   numbers = place_experts(vocabulary.loads().shares, num_blocks)
-  # The number of experts itself stands for no expert.
+  # The id `num_experts` stands for no expert and stays as it is.
   numbers = np.append(numbers, np.int32(vocabulary.num_experts))
   return dataclasses.replace(vocabulary, experts=numbers[vocabulary.experts])
 
@@ -35,14 +35,15 @@ def in_blocks(
 def describe_hot_words(
   vocabulary: routing_vocabulary.RoutingVocabulary, num_blocks: int
 ) -> str:
-  """Names the words that are too frequent for a block; '' if none is."""
+  """Returns a warning that names words too frequent for a block, or ''."""
   shares = vocabulary.loads().shares
   hot = balance(shares, num_blocks).hot_experts
   if not hot:
     return ''
   named = []
   for expert in hot[:_MOST_NAMED]:
-    # Entries are in the order of their counts.
+    # Entries are in the order of their counts: the first entry of the expert is
+    # its most frequent one.
     entry = int(np.flatnonzero(vocabulary.experts[:-1] == expert)[0])
     share = shares[expert] / shares.sum()
     named.append(
@@ -59,13 +60,14 @@ def describe_hot_words(
 
 
 def place_experts(loads: np.ndarray, num_blocks: int) -> np.ndarray:
-  """New numbers of experts, so that contiguous blocks are evenly loaded.
+  """Renumbers experts so that contiguous blocks are evenly loaded.
 
   Args:
-    loads: <float>[num_experts], expected tokens of each.
-    num_blocks: of as many experts each. Every number that divides it has even
-      blocks as well, best if it does so prime by prime: of 24 those of 2, 4, 8
-      and 24 are packed, those of 3 are made of whole blocks.
+    loads: <float>[num_experts], expected tokens of each expert.
+    num_blocks: number of blocks, which have equally many experts. Every divisor
+      of it gives even blocks as well, best if it is a product of its first
+      prime factors: of 24 blocks, divisions into 2, 4, 8 and 24 are packed,
+      and a division into 3 is made of whole blocks.
 
   Returns:
     <int32>[num_experts], the new number of each expert. Experts of one block
@@ -78,6 +80,7 @@ def place_experts(loads: np.ndarray, num_blocks: int) -> np.ndarray:
   check_num_blocks(num_experts, num_blocks)
   loads = np.asarray(loads, np.float64)
   parts = [np.arange(num_experts)]
+  # The loop divides every part again, by one prime factor at a time.
   for number in _prime_factors(num_blocks):
     parts = [
       block for part in parts for block in _pack(part, loads[part], number)
@@ -102,10 +105,10 @@ class Balance:
   """How evenly tokens fall on contiguous blocks of experts.
 
   Attributes:
-    num_blocks: of as many experts each.
+    num_blocks: number of blocks, which have equally many experts.
     max_over_mean: load of the busiest block in units of the mean.
-    hot_experts: those that alone have more than the mean of a block, busiest
-      first; no placement makes their blocks even.
+    hot_experts: the experts that alone have more than the mean load of a block,
+      busiest first. No placement makes their blocks even.
   """
 
   num_blocks: int
@@ -114,7 +117,7 @@ class Balance:
 
 
 def balance(loads: np.ndarray, num_blocks: int) -> Balance:
-  """Balance of `loads` <float>[num_experts] over contiguous blocks."""
+  """Returns how evenly loads <float>[num_experts] fall on contiguous blocks."""
   mean = loads.sum() / num_blocks
   blocks = loads.reshape(num_blocks, -1).sum(axis=1)
   order = np.argsort(-loads, kind='stable')
@@ -126,7 +129,16 @@ def balance(loads: np.ndarray, num_blocks: int) -> Balance:
 
 
 def _pack(experts, loads, number):
-  """The experts in so many parts, in each of them ascending."""
+  """Packs experts into parts of equal size and about equal load.
+
+  Args:
+    experts: <int>[experts], the experts to be packed.
+    loads: <float>[experts], their loads.
+    number: number of parts.
+
+  Returns:
+    A list of `number` arrays of experts, each ascending.
+  """
   room = len(experts) // number
   parts: list[list[int]] = [[] for _ in range(number)]
   lightest = [(0.0, part) for part in range(number)]
@@ -136,6 +148,7 @@ def _pack(experts, loads, number):
   ):
     total, part = lightest[0]
     parts[part].append(expert)
+    # A full part leaves the heap.
     if len(parts[part]) == room:
       heapq.heappop(lightest)
     else:

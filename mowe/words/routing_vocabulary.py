@@ -1,9 +1,9 @@
-"""The routing vocabulary: which words have which experts, in one file.
+"""The routing vocabulary says which words have which experts, in one file.
 
-An entry is a word (with the piece sequences of its spellings as keys) or a
-piece of the subword vocabulary, to which unknown words back off. Entries are
-numbered by falling count; the map from entries to experts is data, so that it
-can be hashed or balanced without a change in any model.
+An entry is a word, with hashes of the piece sequences of its spellings as keys,
+or a piece of the subword vocabulary, to which unknown words back off. Entries
+are numbered by falling count. The map from entries to experts is data, so that
+it can be hashed or balanced without a change in any model.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def assign_by_hash(
   Source: MoWE, arXiv 2311.10768, section 2.
 
   Args:
-    loads: <int64>[V], tokens of each entry; not looked at.
+    loads: <int64>[V], tokens of each entry; this function ignores them.
     num_experts: number of experts.
     skipped: <bool>[V], entries without an expert, which get `num_experts`.
   """
@@ -59,16 +59,17 @@ def assign_by_hash(
 def assign_balanced(
   loads: np.ndarray, num_experts: int, skipped: np.ndarray
 ) -> np.ndarray:
-  """As `assign_by_hash`, but gives the heaviest entry to the lightest expert.
+  """Returns experts <int32>[V] that are about equally loaded.
 
-  Greedy, heaviest first. Entries with equal load go to experts with equal load
-  in the order of their numbers.
+  Entries are taken by falling load, and each goes to the expert with the least
+  load so far. Entries with equal loads go to experts with equal loads in the
+  order of their numbers. The arguments are those of `assign_by_hash`.
   """
   experts = np.full(len(loads), num_experts, np.int32)
   order = np.argsort(-loads, kind='stable')
   order = order[~skipped[order]]
-  # Entries never seen weigh nothing: counted as one token in total, they are
-  # spread out rather than all given to the one lightest expert.
+  # Entries that were never seen have no load, so that all of them would go to
+  # the one lightest expert. Counted as one token in total, they spread out.
   unseen = 1.0 / max(1, len(loads))
   lightest = [(0.0, expert) for expert in range(num_experts)]
   for word_id, load in zip(order.tolist(), loads[order].tolist(), strict=True):
@@ -83,8 +84,8 @@ class ExpertLoads:
   """How the tokens of the counted text fall on the experts.
 
   Attributes:
-    shares: <float64>[num_experts], fraction of all tokens for each expert.
-    without_expert: fraction of all tokens that are skipped.
+    shares: <float64>[num_experts], fraction of all tokens that each expert has.
+    without_expert: fraction of all tokens that have no expert.
     max_over_mean: load of the busiest expert in units of the mean.
   """
 
@@ -95,15 +96,15 @@ class ExpertLoads:
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedPiece:
-  """One row of `RoutingVocabulary.explain`.
+  """How one piece of a text is routed, as `RoutingVocabulary.explain` says.
 
   Attributes:
     piece: the piece as the subword vocabulary writes it.
-    word: the word it is in, lower-cased.
-    word_id: the entry, or None for specials.
-    count: tokens of that entry in the counted text.
-    expert: the expert, or None when the piece has none.
-    reason: how the entry was found, or why there is no expert.
+    word: the word that the piece is in, lower-cased.
+    word_id: the entry of the piece; None for specials.
+    count: number of tokens of that entry in the counted text.
+    expert: the expert of the piece; None if it has none.
+    reason: how the entry was found, or why the piece has no expert.
   """
 
   piece: str
@@ -118,26 +119,32 @@ class ExplainedPiece:
 class RoutingVocabulary:
   """Words and pieces, their counts, keys and experts.
 
-  V is the number of entries, `num_words`. Made by
-  `build.build_routing_vocabulary` or `load`.
+  V is the number of entries, `num_words`. A routing vocabulary is made by
+  `vocabulary_builder.build_routing_vocabulary` or read by `load`.
 
   Attributes:
-    words_utf8: <uint8>, the texts of all entries, one after the other.
-    word_offsets: <int64>[V + 1], where each begins.
-    counts: <int64>[V], falling: tokens that the encoder routes to the entry in
-      the counted text. A word of three pieces adds three at each occurrence.
-    is_piece: <bool>[V], the entry is a piece, for words that are not known.
-    keys: <uint32>[num_keys], rising: hashes of the spellings of the words.
-    key_word_ids: <int32>[num_keys].
-    piece_kinds: <uint8>[subwords_size].
-    piece_word_ids: <int32>[subwords_size]; V for specials.
-    experts: <int32>[V + 1], `num_experts` for entries without one.
+    words_utf8: <uint8>[bytes], the texts of all entries, one after the other.
+    word_offsets: <int64>[V + 1], where each text begins in `words_utf8`.
+    counts: <int64>[V], falling, the number of tokens that the encoder routes to
+      each entry in the counted text. A word of three pieces adds three at each
+      occurrence.
+    is_piece: <bool>[V], whether an entry is a piece, to which unknown words
+      back off, and not a word.
+    keys: <uint32>[num_keys], rising, the hashes of the spellings of the words.
+    key_word_ids: <int32>[num_keys], the entry of each key.
+    piece_kinds: <uint8>[subwords_size], the kind of each piece, as from
+      `Vocabulary.piece_kinds`.
+    piece_word_ids: <int32>[subwords_size], the entry of each piece; V for
+      specials.
+    experts: <int32>[V + 1], the expert of each entry; `num_experts` for an
+      entry without an expert, and in the last place, which is that of specials.
     collisions: <int32>[n, 2], pairs of words with a spelling of equal hash; the
-      first kept it.
+      first word of a pair kept the key.
     num_experts: number of experts.
-    num_skipped: the most frequent entries, which have no expert.
-    subwords_sha256: digest of the subword vocabulary it was built for.
-    subwords_size: its size with sentinels.
+    num_skipped: number of the most frequent entries, which have no expert.
+    subwords_sha256: digest of the subword vocabulary that this one was built
+      for.
+    subwords_size: size of that subword vocabulary, with sentinels.
   """
 
   words_utf8: np.ndarray
@@ -157,11 +164,11 @@ class RoutingVocabulary:
 
   @property
   def num_words(self) -> int:
-    """Entries: words and pieces."""
+    """Number of entries, both words and pieces."""
     return len(self.counts)
 
   def word(self, i: int) -> str:
-    """Returns the text of an entry: lower-case words, pieces as written."""
+    """Returns the text of an entry: a word in lower case, or a piece."""
     if not 0 <= i < self.num_words:
       raise ValueError(
         f'A word id must be in 0..{self.num_words - 1}, but is {i}. Ids come '
@@ -172,7 +179,7 @@ class RoutingVocabulary:
 
   @functools.cached_property
   def sha256(self) -> str:
-    """Hex digest of the content; equal for equal vocabularies."""
+    """Hex digest of the content, which is equal for equal vocabularies."""
     digest = hashlib.sha256()
     for name in _SCALARS:
       digest.update(f'{name}={getattr(self, name)}\n'.encode())
@@ -184,7 +191,7 @@ class RoutingVocabulary:
 
   @functools.cached_property
   def tables(self) -> lookup.LookupTables:
-    """The tables of `lookup`, as numpy arrays."""
+    """The tables that `lookup` reads, as NumPy arrays."""
     keys, key_word_ids, bucket_starts, num_probes = lookup.index_keys(
       self.keys, self.key_word_ids
     )
@@ -203,11 +210,12 @@ class RoutingVocabulary:
   def encoder_ids(
     self, tokens: Array, segment_ids: Array | None = None
   ) -> Array:
-    """Returns routing ids <int32>[batch, length], each by its whole word.
+    """Returns routing ids <int32>[batch, length] by the word of each token.
 
     Args:
-      tokens: [batch, length], numpy or jax.
-      segment_ids: <int32>[batch, length] of a packed batch, or None.
+      tokens: <int>[batch, length], a NumPy or JAX array.
+      segment_ids: <int32>[batch, length], the segments of a packed batch; None
+        if each row is one text.
     """
     word_ids = lookup.whole_words(self.tables, tokens, segment_ids)
     return lookup.to_experts(self.tables, tokens, word_ids)
@@ -215,19 +223,26 @@ class RoutingVocabulary:
   def decoder_ids(
     self, tokens: Array, segment_ids: Array | None = None
   ) -> Array:
-    """As `encoder_ids`, each by the word so far. Takes decoder inputs."""
+    """Returns routing ids <int32>[batch, length] by the word up to each token.
+
+    Args:
+      tokens: <int>[batch, length], the inputs of the decoder.
+      segment_ids: <int32>[batch, length], the segments of a packed batch; None
+        if each row is one text.
+    """
     word_ids = lookup.words_so_far(self.tables, tokens, segment_ids)
     return lookup.to_experts(self.tables, tokens, word_ids)
 
   def decoder_step(self, tokens: Array, state: Array) -> tuple[Array, Array]:
-    """Routing ids of one step of decoding.
+    """Returns the routing ids of one step of decoding.
 
     Args:
-      tokens: [batch, 1].
-      state: <uint32>[batch, 2] of the step before, or `initial_state`.
+      tokens: <int>[batch, 1], the tokens of this step.
+      state: <uint32>[batch, 2], the state that the step before returned, or
+        `initial_state`.
 
     Returns:
-      routing ids <int32>[batch, 1] and the state for the next step.
+      Routing ids <int32>[batch, 1], and the state for the next step.
     """
     word_ids, state = lookup.next_word_so_far(self.tables, tokens, state)
     return lookup.to_experts(self.tables, tokens, word_ids), state
@@ -250,7 +265,7 @@ class RoutingVocabulary:
       )
 
   def check_num_experts(self, num_experts: int) -> None:
-    """Raises ValueError unless its experts are those of the model."""
+    """Raises ValueError unless a model has as many experts as it."""
     if num_experts != self.num_experts:
       raise ValueError(
         'The model must have as many experts as its routing vocabulary, '
@@ -266,13 +281,13 @@ class RoutingVocabulary:
     assign: Assign = assign_by_hash,
     num_skipped: int | None = None,
   ) -> 'RoutingVocabulary':
-    """Returns the same words on other experts.
+    """Returns a vocabulary of the same words with other experts.
 
     Args:
       num_experts: number of experts.
       assign: `assign_by_hash`, `assign_balanced`, or a function like them.
-      num_skipped: the most frequent entries, which have no expert; as before
-        when None.
+      num_skipped: number of the most frequent entries that get no expert; None
+        leaves it as it is.
     """
     if num_skipped is None:
       num_skipped = self.num_skipped
@@ -282,7 +297,7 @@ class RoutingVocabulary:
     )
 
   def loads(self) -> ExpertLoads:
-    """Returns the expected load of each expert, by whole words."""
+    """Returns the load of each expert that is expected in the encoder."""
     per_expert = np.bincount(
       self.experts[:-1], weights=self.counts, minlength=self.num_experts + 1
     )
@@ -341,7 +356,7 @@ class RoutingVocabulary:
     return reason
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes one .npz without pickles; it appears only when complete."""
+    """Writes an .npz file without pickles, which appears only when complete."""
     header = {
       'format': _FORMAT,
       'version': _VERSION,
@@ -358,7 +373,17 @@ class RoutingVocabulary:
 def assign_experts(
   counts: np.ndarray, num_experts: int, assign: Assign, num_skipped: int
 ) -> np.ndarray:
-  """Returns `RoutingVocabulary.experts` <int32>[V + 1] for counts [V]."""
+  """Returns the field `experts` of a vocabulary, <int32>[V + 1].
+
+  Args:
+    counts: <int64>[V], falling, tokens of each entry.
+    num_experts: number of experts.
+    assign: the function that maps entries to experts.
+    num_skipped: number of the most frequent entries that get no expert.
+
+  Raises:
+    ValueError: a number is out of range.
+  """
   if num_experts < 1 or not 0 <= num_skipped <= len(counts):
     raise ValueError(
       'num_experts must be at least 1 and num_skipped from 0 to the number of '
@@ -374,8 +399,8 @@ def load(path: str | os.PathLike) -> RoutingVocabulary:
   """Reads a file of `RoutingVocabulary.save` and verifies its digest.
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: another format or version, or a damaged file.
+    FileNotFoundError: there is no file at `path`.
+    ValueError: the file has another format or version, or it is damaged.
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
@@ -391,7 +416,7 @@ def load(path: str | os.PathLike) -> RoutingVocabulary:
       arrays = {name: file[name] for name in _ARRAYS}
   except _Refused:
     raise
-  # A flipped bit can raise nearly anything in the zip and npy readers.
+  # A flipped bit can make the readers of zip and npy raise nearly anything.
   except Exception as error:
     raise ValueError(_unreadable(path, repr(error))) from error
   for name, dtype in _ARRAYS.items():
@@ -427,7 +452,7 @@ def format_explanation(rows: list[ExplainedPiece]) -> str:
   lines = []
   for row in table:
     cells = [
-      # Numbers to the right.
+      # Columns of numbers are aligned to the right.
       cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width)
       for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
@@ -436,7 +461,7 @@ def format_explanation(rows: list[ExplainedPiece]) -> str:
 
 
 class _Refused(ValueError):
-  """A refusal of `load` that already says everything."""
+  """An error of `load` whose message needs nothing added."""
 
 
 def _check_format(header: Any, path: str) -> None:

@@ -1,4 +1,4 @@
-"""SentencePiece models as vocabularies, and their training."""
+"""Reads SentencePiece models as vocabularies, and trains them."""
 
 import hashlib
 import io
@@ -13,10 +13,9 @@ import sentencepiece
 
 from mowe.words import atomic_files, base_vocabulary
 
-_WORD_START = '\u2581'  # The mark SentencePiece puts where a space was.
+_WORD_START = '\u2581'  # The mark that SentencePiece puts where a space was.
 
-
-# What releases of sentencepiece raise for a text with lone surrogates.
+# The errors that releases of sentencepiece raise for lone surrogates in a text.
 _NOT_UTF8 = (RuntimeError, TypeError, UnicodeEncodeError)
 
 
@@ -29,13 +28,13 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
 
   Attributes:
     path: the file it was read from.
-    size: pieces of the file and sentinels.
+    size: number of ids, which are the pieces of the file and the sentinels.
     extra_ids: number of sentinels.
-    sha256: hex digest of the file. The sentinels are not part of it: compare
-      `size` too.
+    sha256: hex digest of the file. It does not cover the number of sentinels,
+      so compare `size` too.
 
   Raises:
-    FileNotFoundError: no file at `path`.
+    FileNotFoundError: there is no file at `path`.
     ValueError: the file is not a SentencePiece model, or its padding, EOS and
       unknown pieces do not have the ids 0, 1, 2.
   """
@@ -48,7 +47,7 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
         'The subword vocabulary must be a SentencePiece model file, but there '
         f"is no file at {self.path!r}. Give the path of a spiece.model, 'bytes'"
         ' for a byte vocabulary, or train one with '
-        'mowe.words.subword_vocabularies.train_sentencepiece.'
+        '`mowe train-vocabulary`.'
       )
     model = pathlib.Path(self.path).read_bytes()
     self.sha256 = hashlib.sha256(model).hexdigest()
@@ -78,8 +77,7 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
       raise ValueError(
         'The ids of padding, EOS and unknown must be 0, 1 and 2 as in T5, but '
         f'are {found} in {self.path!r} (-1: absent). Train the vocabulary with '
-        'mowe.words.subword_vocabularies.train_sentencepiece, or with pad_id=0, eos_id=1, '
-        'unk_id=2.'
+        '`mowe train-vocabulary`, or with pad_id=0, eos_id=1, unk_id=2.'
       )
     self._texts = [self._piece_text(i) for i in range(num_pieces)]
 
@@ -97,7 +95,7 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
     """Returns the ids of each text, without EOS."""
     texts = list(texts)
     try:
-      # One thread: callers that want more run in several processes already.
+      # One thread, because callers that want more use several processes.
       return self._processor.encode(texts, num_threads=1)
     except _NOT_UTF8:
       return [self.encode(text) for text in texts]
@@ -149,11 +147,11 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
     return ''.join([self._texts[i] for i in ids])
 
   def piece_kinds(self) -> np.ndarray:
-    """Returns CONTINUES, STARTS, ALONE or SPECIAL, <uint8>[size].
+    """Returns the kind of each id, <uint8>[size].
 
-    A bare word-start mark is STARTS: T5 writes it before a word whose first
-    letter has no piece with a mark, and the letters that follow continue it.
-    The unknown piece stands for text that is not seen: ALONE.
+    A bare word-start mark is STARTS, because T5 writes it before a word whose
+    first letter has no piece with a mark; the letters that follow continue it.
+    The unknown piece is ALONE, because the text that it stands for is lost.
     """
     kinds = np.full(self.size, base_vocabulary.SPECIAL, np.uint8)
     for i in range(self.size - self.extra_ids):
@@ -199,18 +197,19 @@ def train_sentencepiece(
   The same texts give the same file.
 
   Args:
-    texts: texts of any length.
+    texts: texts of any length to train on.
     model_path: the file to write; it appears only when it is complete.
-    vocab_size: ids of the file: pieces, padding, EOS and unknown. Sentinels
-      come on top when it is loaded.
+    vocab_size: number of ids in the file: pieces, padding, EOS and unknown.
+      Sentinels are added when the file is loaded.
     model_type: 'unigram' as in T5, or 'bpe'.
-    character_coverage: share of the characters that get a piece; 0.9995 suits
-      scripts with thousands of characters.
-    max_lines: lines of text looked at; the rest is not read.
-    byte_fallback: write characters without a piece as bytes, not as unknown.
+    character_coverage: fraction of the characters that get a piece; 0.9995
+      suits scripts with thousands of characters.
+    max_lines: number of lines of text to train on; the rest is not read.
+    byte_fallback: encode characters without a piece as bytes, not as unknown.
 
   Raises:
-    ValueError: no text, or more or fewer pieces asked than the text can fill.
+    ValueError: there is no text, or vocab_size is larger or smaller than what
+      the text can fill.
   """
   model = io.BytesIO()
   try:
@@ -227,7 +226,7 @@ def train_sentencepiece(
       unk_id=base_vocabulary.UNK_ID,
       bos_id=-1,
       pad_piece='<pad>',
-      num_threads=4,  # A fixed number: sums of floats depend on it.
+      num_threads=4,  # Fixed, because the sums of floats depend on it.
       minloglevel=3,
     )
   except RuntimeError as error:
@@ -237,7 +236,7 @@ def train_sentencepiece(
 
 
 def _lines(texts: Iterable[str], max_lines: int) -> Iterator[str]:
-  """Lines of at most 2,000 characters: the trainer skips long ones."""
+  """Yields lines of at most 2,000 characters; the trainer skips longer ones."""
   num_lines = 0
   for text in texts:
     for paragraph in _without_surrogates(text).splitlines():
@@ -275,5 +274,5 @@ def _training_problem(message: str, vocab_size: int) -> str:
 
 
 def _without_surrogates(text: str) -> str:
-  """Lone surrogates, as JSON can hold, are no text: they become '?'."""
+  """Replaces lone surrogates, which JSON can hold but UTF-8 cannot, by '?'."""
   return text.encode('utf-8', 'replace').decode('utf-8')

@@ -1,15 +1,16 @@
-"""The plan of a batch whose experts are split over devices.
+"""Plans batches whose experts are split over devices.
 
-Devices stand in rows and columns, [data, expert]. Device (i, j) has the tokens
-of its part of the batch, rows of `data` first, and the experts of block j. It
-sends every token to the device (i, owner) that has the expert, in a buffer of
-static capacity for each owner, and gets the result back. What is received is
-planned as if it were a batch of its own (`words/batch_plans.py`), with experts counted
-from the first of the block.
+The devices form a mesh [data, expert]. Device (i, j) holds the experts of block
+j, and the tokens of part i * num_expert_devices + j of the batch. It sends each
+token to the device (i, owner) that holds its expert, in a buffer of static
+capacity for each owner, and gets the result back. The owner plans what it
+receives as if it were a batch of its own (`words/batch_plans.py`), with experts
+counted from the first of its block.
 
-Received rows are in the order of their senders, so that an expert sees its
+Received tokens are in the order of their senders, so that an expert sees its
 tokens in the order of the whole batch, and its gradient is summed as on one
-device. As there, a batch that does not fit takes the next larger profile.
+device. As on one device, a batch that does not fit takes the next larger
+profile.
 """
 
 import dataclasses
@@ -21,21 +22,22 @@ import numpy as np
 
 from mowe.words import batch_plans
 
-# Mesh axes of the leading axes of a plan's arrays.
+# The mesh axes over which the leading axes of a plan's arrays are split.
 DEVICE_AXES = ('data', 'expert')
 
 
 class ShardedStreamPlan(NamedTuple):
-  """Slots of one stream of tokens, on every device.
+  """The slots of one stream of tokens, on every device.
 
   Attributes:
     sent: <int32>[data, expert, owners, capacity], the token in each place of
-      the buffers, counted over those of the device; the number of its tokens
-      if it is empty.
-    places: <int32>[data, expert, tokens], the place of each token in all
-      buffers of its device; the number of places for one without an expert.
-    received: the plan of what comes, owners * capacity rows; its arrays have
-      leading axes [data, expert].
+      the buffers of a device, counted over the tokens of the device; the
+      number of its tokens for an empty place.
+    places: <int32>[data, expert, tokens], the place of each token, counted
+      over all buffers of its device; the number of places for a token without
+      an expert.
+    received: the plan of the owners * capacity places that a device receives.
+      Its arrays have leading axes [data, expert].
   """
 
   sent: np.ndarray
@@ -44,15 +46,18 @@ class ShardedStreamPlan(NamedTuple):
 
 
 class ShardedPlan(NamedTuple):
-  """As `plans.ExpertPlan`, for experts split over devices.
+  """The counterpart of `batch_plans.ExpertPlan` for experts split over devices.
 
   Attributes:
-    encoder: of the encoder's tokens, or None without sparse layers there.
-    decoder: of the decoder's tokens, or None.
-    updates: experts of all streams, microbatches and rows of devices, each
-      once; arrays have a leading axis [expert]. Tokens count through what the
-      owner received: the encoder's, then the decoder's, in each microbatch by
-      microbatch, in each of these through the rows of devices.
+    encoder: the plan of the encoder's tokens; None if the encoder has no
+      sparse layers.
+    decoder: the plan of the decoder's tokens; None if the decoder has no
+      sparse layers.
+    updates: the experts that all streams, microbatches and rows of devices
+      use, each once; arrays have a leading axis [expert]. Tokens are counted
+      over what the owner received: the encoder's tokens, then the decoder's,
+      in each stream microbatch by microbatch, and in each microbatch along the
+      mesh axis `data`.
   """
 
   encoder: ShardedStreamPlan | None
@@ -60,14 +65,18 @@ class ShardedPlan(NamedTuple):
   updates: batch_plans.SizeClasses
 
   def present_experts(self, num_experts: int) -> np.ndarray:
-    """Experts of the batch, <int32>[n], ascending, counted over all blocks."""
+    """Returns the experts that the batch uses, <int32>[n], ascending.
+
+    Experts are counted over all blocks.
+    """
+    # [expert, places]; numbers from `own` on are unused places.
     experts = np.concatenate(self.updates.experts, axis=1)
     own = num_experts // len(experts)
     first = own * np.arange(len(experts), dtype=np.int32)[:, None]
     return np.sort((experts + first)[experts < own])
 
   def num_tokens(self) -> int:
-    """Tokens that have an expert."""
+    """Returns the number of tokens that have an expert."""
     return sum(
       batch_plans.count_tokens(stream.received)
       for stream in (self.encoder, self.decoder)
@@ -77,11 +86,11 @@ class ShardedPlan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StreamProfile:
-  """Static sizes of one stream.
+  """The static sizes of one stream.
 
   Attributes:
-    capacity: places in the buffer of a sender for one owner.
-    classes: of what an owner receives.
+    capacity: number of places in the buffer of a sender for one owner.
+    classes: the sizes for what an owner receives.
   """
 
   capacity: int
@@ -90,11 +99,11 @@ class StreamProfile:
 
 @dataclasses.dataclass(frozen=True)
 class ShardedProfile:
-  """Static sizes of a plan; the same on every device.
+  """The static sizes of a plan, which are the same on every device.
 
   Attributes:
-    streams: sizes of each planned stream, by name.
-    updates: sizes for the experts of one owner, over all streams.
+    streams: the name and the sizes of each planned stream.
+    updates: the sizes for the experts of one owner, over all streams.
   """
 
   streams: tuple[tuple[str, StreamProfile], ...]
@@ -119,7 +128,23 @@ def profile_ladder(
   devices: tuple[int, int],
   num_microbatches: int = 1,
 ) -> tuple[ShardedProfile, ...]:
-  """As `plans.profile_ladder`, for devices [data, expert]."""
+  """Makes profiles of growing size from trial batches.
+
+  Args:
+    batches: trial batches, each as routing ids <int32>[batch, length] by the
+      name of the stream.
+    num_experts: number of experts of all devices together.
+    devices: number of devices along the mesh axes (data, expert).
+    num_microbatches: number of parts into which a step cuts the batch.
+
+  Returns:
+    Profiles as from `batch_plans.profile_ladder`: the first fits all trial
+    batches, and the last fits every batch of their shape.
+
+  Raises:
+    ValueError: there is no trial batch, or its rows or the experts do not
+      divide evenly.
+  """
   check_num_experts(num_experts, devices[1])
   need = _Need(num_experts // devices[1])
   for batch in batches:
@@ -141,11 +166,18 @@ def make_plan(
   devices: tuple[int, int],
   num_microbatches: int = 1,
 ) -> ShardedPlan | None:
-  """As `plans.make_plan`, for devices [data, expert].
+  """Plans a batch in the sizes of a profile.
+
+  Args:
+    batch: routing ids <int32>[batch, length] by the name of the stream.
+    profile: the static sizes of the plan.
+    num_experts: number of experts of all devices together.
+    devices: number of devices along the mesh axes (data, expert).
+    num_microbatches: number of parts into which the step cuts the batch.
 
   Returns:
     The plan, or None if the batch does not fit. With more than one microbatch,
-    the streams' arrays get a leading axis [num_microbatches].
+    the arrays of the streams get a leading axis [num_microbatches].
   """
   own = num_experts // devices[1]
   streams, came = {}, []
@@ -161,7 +193,7 @@ def make_plan(
         return None
       parts.append(ShardedStreamPlan(sent, places, planned))
       came.append(received)
-    streams[name] = parts[0] if num_microbatches == 1 else _stack(parts)
+    streams[name] = parts[0] if num_microbatches == 1 else _stack_streams(parts)
   # [data, expert, rows] of each stream and microbatch -> [expert, rows]
   of_owners = np.concatenate(
     [ids.swapaxes(0, 1).reshape(devices[1], -1) for ids in came], axis=1
@@ -174,12 +206,25 @@ def make_plan(
   return ShardedPlan(
     streams.get('encoder'),
     streams.get('decoder'),
-    _stack([one.classes for one in updates]),
+    batch_plans.stack_classes([one.classes for one in updates]),
   )
 
 
 class _Need:
-  """The most that trial batches needed, anywhere."""
+  """The most that any device needed for any of the trial batches.
+
+  Args:
+    num_experts: number of experts of one owner.
+
+  Attributes:
+    capacities: the most tokens of a stream that one device sends to one owner,
+      by the name of the stream.
+    counts: the most experts in each size class that one owner needs,
+      <int64>[classes], by the name of the stream, or 'updates'.
+    num_local: number of tokens of a stream on one device, by its name.
+    num_tokens: number of tokens of which an owner may receive all, by the name
+      of the stream, or 'updates'.
+  """
 
   def __init__(self, num_experts: int):
     self.num_experts = num_experts
@@ -189,16 +234,19 @@ class _Need:
     self.num_tokens: dict[str, int] = {}
 
   def see_sent(self, name: str, counts: np.ndarray, num_tokens: int) -> None:
+    """Takes note of how many tokens devices send to each owner."""
     most = max(self.capacities.get(name, 0), int(counts.max()))
     self.capacities[name] = most
     self.num_local[name] = num_tokens
 
   def see_experts(self, name: str, ids: np.ndarray) -> None:
+    """Takes note of the tokens that an owner receives, by its own experts."""
     counts = batch_plans.count_classes(ids, self.num_experts)
     self.counts[name] = np.maximum(self.counts.get(name, 0), counts)
     self.num_tokens[name] = ids.size
 
   def profile(self, factor: float) -> ShardedProfile:
+    """Returns the profile with `factor` times the room that was needed."""
     return self._profile(
       lambda name: min(
         self.num_local[name], max(1, math.ceil(factor * self.capacities[name]))
@@ -209,6 +257,7 @@ class _Need:
     )
 
   def largest(self) -> ShardedProfile:
+    """Returns the profile that fits every batch of this shape."""
     return self._profile(
       lambda name: self.num_local[name],
       lambda name: batch_plans.largest_sizes(
@@ -227,15 +276,17 @@ class _Need:
 
 
 def _see(need, batch, devices, num_microbatches):
-  """Takes note of what one trial batch needs."""
+  """Takes note in `need` of what one trial batch needs."""
   num_owners = devices[1]
   names = tuple(name for name in batch_plans.STREAMS if name in batch)
   for name in names:
     for part in batch_plans.microbatches(batch[name], num_microbatches):
-      ids = _split(part, devices)
+      ids = _split(part, devices)  # [data, expert, tokens]
       owners = _owners(ids, need.num_experts, num_owners)
       counts = [(owners == owner).sum(axis=-1) for owner in range(num_owners)]
       need.see_sent(name, np.stack(counts), ids.shape[-1])
+      # An owner receives tokens from the devices of its own row alone. Ids
+      # that fall below 0 belong to experts of the blocks before.
       for row in ids:
         for owner in range(num_owners):
           need.see_experts(name, row - owner * need.num_experts)
@@ -245,7 +296,7 @@ def _see(need, batch, devices, num_microbatches):
 
 
 def _split(ids, devices):
-  """Tokens of each device: [batch, length] -> [data, expert, tokens]."""
+  """Gives each device its tokens: [batch, length] -> [data, expert, tokens]."""
   if ids.shape[0] % math.prod(devices):
     raise ValueError(
       'The rows of a batch must be a multiple of data x expert devices, '
@@ -256,30 +307,38 @@ def _split(ids, devices):
 
 
 def _owners(ids, num_own, num_owners):
-  """Device of each token's expert; `num_owners` for no expert."""
+  """Returns the owner of each token's expert, `num_owners` if it has none."""
   has_expert = (ids >= 0) & (ids < num_own * num_owners)
   return np.where(has_expert, ids // num_own, num_owners)
 
 
 def _send(ids, capacity, num_experts, devices):
-  """Buffers of one stream, or None without room.
+  """Puts the tokens of one stream into the buffers for their owners.
 
   Returns:
-    `sent` and `places` as in ShardedStreamPlan, and the experts of the rows
-    that come, <int32>[data, expert, rows], counted from the first of the
-    block; -1 for an empty row.
+    None if an owner gets more than `capacity` tokens of one device; otherwise
+    sent: as in ShardedStreamPlan.
+    places: as in ShardedStreamPlan.
+    received: <int32>[data, expert, owners * capacity], the experts of the
+      places that a device receives, counted from the first of its block; -1
+      for an empty place.
   """
   num_owners = devices[1]
   num_own = num_experts // num_owners
   ids = _split(ids, devices)
   num_tokens = ids.shape[-1]
+  # [data, expert, tokens] -> [devices, tokens]. A stable sort keeps the tokens
+  # for one owner in the order of the batch.
   owners = _owners(ids, num_own, num_owners).reshape(-1, num_tokens)
   order = np.argsort(owners, axis=1, kind='stable')
+  # [devices, owners + 1]; the last column counts tokens without an expert.
   counts = np.stack(
     [np.bincount(row, minlength=num_owners + 1) for row in owners]
   )
   if counts[:, :-1].max() > capacity:
     return None
+  # Within its buffer, a token has the place of its rank among the tokens for
+  # the same owner.
   first = np.cumsum(counts, axis=1) - counts
   device = np.arange(len(owners))[:, None]
   by_owner = owners[device, order]
@@ -290,12 +349,14 @@ def _send(ids, capacity, num_experts, devices):
   )
   places = np.empty(owners.shape, np.int32)
   places[device, order] = place
-  # One place more, for all tokens that are not sent.
+  # A place more than there are takes all tokens that are not sent.
   sent = np.full((len(owners), num_places + 1), num_tokens, np.int32)
   sent[device, place] = order
   sent = sent[:, :-1]
+  # A column more than there are tokens, because empty places point to it.
   padded = np.pad(ids.reshape(-1, num_tokens), ((0, 0), (0, 1)))
   experts = np.where(sent < num_tokens, padded[device, sent] % num_own, -1)
+  # This is what the all-to-all does along the axis `expert`:
   # [data, sender, owner, capacity] -> [data, owner, sender, capacity]
   experts = experts.reshape(*devices, num_owners, capacity).swapaxes(1, 2)
   return (
@@ -306,20 +367,20 @@ def _send(ids, capacity, num_experts, devices):
 
 
 def _by_device(received, sizes, num_experts):
-  """StreamPlan of the rows that every device receives, or None."""
+  """Plans what every device receives; returns None if it does not fit."""
   rows = []
   for row in received:
     parts = [batch_plans.place_tokens(ids, sizes, num_experts) for ids in row]
     if any(part is None for part in parts):
       return None
-    rows.append(_stack(parts))
-  return _stack(rows)
+    rows.append(batch_plans.stack_streams(parts))
+  return batch_plans.stack_streams(rows)
 
 
-def _stack(trees):
-  """Stacks the arrays of trees of (named) tuples."""
-  first = trees[0]
-  if isinstance(first, np.ndarray):
-    return np.stack(trees)
-  parts = [_stack(same) for same in zip(*trees, strict=True)]
-  return type(first)(*parts) if hasattr(first, '_fields') else tuple(parts)
+def _stack_streams(parts):
+  """Stacks plans of microbatches along a new leading axis."""
+  return ShardedStreamPlan(
+    np.stack([part.sent for part in parts]),
+    np.stack([part.places for part in parts]),
+    batch_plans.stack_streams([part.received for part in parts]),
+  )

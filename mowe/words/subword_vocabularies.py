@@ -1,4 +1,4 @@
-"""The vocabulary of a path: SentencePiece pieces, bytes, or whole words."""
+"""Loads a vocabulary of SentencePiece pieces, of bytes, or of whole words."""
 
 import os
 
@@ -18,8 +18,8 @@ def load_subwords(
   A file holds a SentencePiece model, or words (see `word_vocabulary`).
 
   Raises:
-    FileNotFoundError: no file at `path`.
-    ValueError: a number of sentinels below 0, or another file.
+    FileNotFoundError: there is no file at `path`.
+    ValueError: extra_ids is negative, or the file is no vocabulary.
   """
   if extra_ids < 0:
     raise ValueError(

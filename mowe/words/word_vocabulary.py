@@ -1,4 +1,4 @@
-"""Vocabulary of whole words, as of WikiText: white space separates them."""
+"""A vocabulary of whole words between white space, as WikiText has."""
 
 import collections
 import hashlib
@@ -10,11 +10,11 @@ import numpy as np
 
 from mowe.words import atomic_files, base_vocabulary
 
-# The first line of a file; after it one word in each line.
+# The first line of a file; each line after it is one word.
 _HEADER = 'mowe words 1'
-_FIRST = 3  # The id of the first word: padding, EOS and unknown come before it.
+_FIRST = 3  # The id of the first word, after padding, EOS and unknown.
 
-# How WikiText writes a word that it leaves out.
+# WikiText writes this for a word that it leaves out.
 UNKNOWN = '<unk>'
 
 
@@ -25,13 +25,13 @@ class WordVocabulary(base_vocabulary.Vocabulary):
 
   Attributes:
     path: the file it was read from.
-    size: words, padding, EOS, unknown and sentinels.
+    size: number of ids: words, padding, EOS, unknown and sentinels.
     extra_ids: number of sentinels.
     sha256: hex digest of the file.
 
   Raises:
-    FileNotFoundError: no file at `path`.
-    ValueError: the file is not one of `build_word_vocabulary`.
+    FileNotFoundError: there is no file at `path`.
+    ValueError: the file was not written by `build_word_vocabulary`.
   """
 
   def __init__(self, path: str | os.PathLike, extra_ids: int = 100):
@@ -60,7 +60,7 @@ class WordVocabulary(base_vocabulary.Vocabulary):
   def encode_with_offsets(
     self, text: str
   ) -> tuple[list[int], list[int], list[int]]:
-    """Returns the ids; each is the word `text[start:end]`."""
+    """Returns the ids of a text; id i is the word `text[starts[i]:ends[i]]`."""
     starts, ends, place = [], [], 0
     words = text.split()
     for word in words:
@@ -91,7 +91,7 @@ class WordVocabulary(base_vocabulary.Vocabulary):
     return ''.join(map(self.piece, ids))
 
   def piece_kinds(self) -> np.ndarray:
-    """Returns STARTS for words, else SPECIAL and ALONE, <uint8>[size]."""
+    """Returns the kind of each id, <uint8>[size]; all words are STARTS."""
     kinds = np.full(self.size, base_vocabulary.SPECIAL, np.uint8)
     kinds[base_vocabulary.UNK_ID] = base_vocabulary.ALONE
     kinds[_FIRST : self.size - self.extra_ids] = base_vocabulary.STARTS
@@ -99,7 +99,7 @@ class WordVocabulary(base_vocabulary.Vocabulary):
 
 
 def is_word_vocabulary(path: str | os.PathLike) -> bool:
-  """Whether a file is one of `build_word_vocabulary`."""
+  """Returns whether a file was written by `build_word_vocabulary`."""
   with open(path, 'rb') as file:
     return file.read(len(_HEADER) + 1) == f'{_HEADER}\n'.encode()
 
@@ -110,16 +110,17 @@ def build_word_vocabulary(
   size: int | None = None,
   extra_ids: int = 100,
 ) -> WordVocabulary:
-  """Writes the words of texts, the most frequent first.
+  """Writes the words of texts to a file, the most frequent first.
 
   Args:
-    texts: their words are separated by white space.
+    texts: texts whose words are separated by white space.
     path: the file to write; it appears only when it is complete.
-    size: ids of the file: words, padding, EOS and unknown; None: all words.
-    extra_ids: sentinels of the vocabulary that is returned.
+    size: number of ids in the file: words, padding, EOS and unknown; None keeps
+      all words.
+    extra_ids: number of sentinels of the vocabulary that is returned.
 
   Raises:
-    ValueError: no word, or no room for one.
+    ValueError: the texts have no word, or size leaves no room for one.
   """
   counts: collections.Counter[str] = collections.Counter()
   for text in texts:
@@ -130,7 +131,7 @@ def build_word_vocabulary(
       'A word vocabulary must have room for words and find some, but there are '
       f'{len(counts)} and size is {size}. Give text, and a size above {_FIRST}.'
     )
-  # Equally frequent ones in the order of the alphabet: the same file again.
+  # Equally frequent words are sorted: the same texts give the same file.
   words = sorted(counts, key=lambda word: (-counts[word], word))
   words = words[: None if size is None else size - _FIRST]
   content = '\n'.join([_HEADER, *words]) + '\n'

@@ -150,7 +150,7 @@ def test_training_problems(tmp_path, texts, num_texts, size, message):
 
 
 def test_files_that_are_no_vocabulary(tmp_path, model_path):
-  with pytest.raises(FileNotFoundError, match='no file at .*train_sentence'):
+  with pytest.raises(FileNotFoundError, match='no file at .*train-vocabulary'):
     subword_vocabularies.load_subwords(tmp_path / 'absent.model')
   for name, content in {
     'text': b'hello, world',
