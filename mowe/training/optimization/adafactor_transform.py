@@ -124,7 +124,7 @@ class _Update(NamedTuple):
   decay: jax.Array
 
 
-class _Factors(NamedTuple):
+class _FactoredStep(NamedTuple):
   """A factored step, which is gradient * row * column, and its statistics.
 
   Attributes:
@@ -250,14 +250,14 @@ def _factored_step(
   v_row: jax.Array,
   v_col: jax.Array,
   factoring: Factoring,
-) -> _Factors:
+) -> _FactoredStep:
   """Returns the factors of a step, and the next statistics."""
   gradient = gradient.astype(jnp.float32)
   param = param.astype(jnp.float32)
   v_row, v_col = _factored_moments(now, gradient, v_row, v_col, factoring)
   row, column = inverse_roots(v_row, v_col, factoring)
   size = _step_size(now, gradient * row * column, param, factoring.averaged)
-  return _Factors(size * row, column, v_row, v_col)
+  return _FactoredStep(size * row, column, v_row, v_col)
 
 
 def _step_size(
