@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import mowe
 from mowe.cli import main
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -158,6 +159,13 @@ def test_every_page_is_in_the_navigation():
     if page.is_relative_to(_ROOT / 'docs'):
       name = page.relative_to(_ROOT / 'docs').as_posix()
       assert re.search(rf' {re.escape(name)}$', navigation, re.MULTILINE), name
+
+
+def test_all_public_names_are_on_the_api_page():
+  text = (_ROOT / 'docs' / 'api.md').read_text(encoding='utf-8')
+  assert {
+    name for name in mowe.__all__ if f'`mowe.{name}`' not in text
+  } == set()
 
 
 def test_modules_of_the_api_page_exist():
