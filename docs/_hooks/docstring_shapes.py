@@ -22,6 +22,12 @@ class DocstringShapes(griffe.Extension):
     """Changes the docstring of one object, before it is parsed."""
     del kwargs
     if obj.docstring is not None:
-      obj.docstring.value = _CODE_OR_SHAPE.sub(
-        lambda match: match['code'] or f'`{match[0]}`', obj.docstring.value
-      )
+      text = _CODE_OR_SHAPE.sub(_as_code, obj.docstring.value)
+      # Our section of what a layer maps to what; to the parser of docstrings
+      # it would be a box whose title is the first line.
+      obj.docstring.value = re.sub(r'^Call: ', '**Call:** ', text, flags=re.M)
+
+
+def _as_code(match):
+  # A shape may go on in the next line, where its entry might not.
+  return match['code'] or f'`{" ".join(match[0].split())}`'
