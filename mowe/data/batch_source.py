@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), packed or not."""
+"""Makes batches, packed or not, as a pure function of the seed and the step."""
 
 import dataclasses
 import math
@@ -15,28 +15,30 @@ Example = tuple[np.ndarray, np.ndarray]
 class Batches:
   """Training batches of a task or a mixture of tasks, without end.
 
-  Every example of a task comes once per epoch of that task, in an order drawn
-  anew each epoch. `batches(step)` depends on nothing but the arguments here and
-  the step, so resuming needs only the step.
+  Every example of a task comes once per epoch of that task, in an order that is
+  drawn anew for each epoch. `batches(step)` depends on nothing but the
+  arguments of this class and the step, so that resuming needs only the step.
 
-  With packing, examples of one task share rows: the grouping is made once, the
-  rows are shuffled each epoch. Rates are of examples in both cases; with
-  packing they hold on average.
+  With packing, examples of one task share rows. They are grouped once, and the
+  rows are shuffled in each epoch. The rates of a mixture are rates of examples;
+  with packing they hold on average.
 
   Args:
-    tasks: one task, or pairs (task, rate). Rates need not sum to one.
-    batch_size: rows of a batch.
-    feature_lengths: tokens of 'inputs' and 'targets' in a row, EOS included.
-    seed: from 0.
-    pack: several examples in a row, with segment ids and positions.
-    of_rows: makes a batch; None: `make_batch`. For a model with one stack it
-      is `lm_batches.make_batch`.
+    tasks: one task, or pairs of a task and its rate. Rates need not sum to one.
+    batch_size: number of rows of a batch.
+    feature_lengths: number of tokens of 'inputs' and 'targets' in a row, EOS
+      included.
+    seed: seed of all orders and of the tasks' noise, at least 0.
+    pack: puts several examples into a row, with segment ids and positions.
+    of_rows: function that makes a batch of rows; None takes `make_batch`. A
+      model with one stack needs `lm_batches.make_batch`.
 
-  Call: step from 0, to the batch of docs/architecture.md.
+  Call: takes a step from 0 on, returns its batch (see docs/architecture/data.md
+    for the fields).
 
   Raises:
-    ValueError: no task, a batch size below 1, a rate that is not positive, or
-      a task whose examples are longer than the feature lengths.
+    ValueError: there is no task, the batch size is below 1, a rate is not
+      positive, or examples of a task are longer than the feature lengths.
   """
 
   def __init__(
@@ -48,7 +50,7 @@ class Batches:
     pack: bool = False,
     of_rows: Callable[..., Batch] | None = None,
   ):
-    pairs = [(tasks, 1.0)] if hasattr(tasks, 'example') else list(tasks)
+    pairs = list(tasks) if isinstance(tasks, Sequence) else [(tasks, 1.0)]
     if not pairs or batch_size < 1 or seed < 0:
       raise ValueError(
         'Batches need at least one task, a batch_size of at least 1 and a '
@@ -64,8 +66,8 @@ class Batches:
     for task in self.tasks:
       _check_fit(task, self.feature_lengths)
     self._rows = [self._pack(number) for number in range(len(pairs))]
-    # A row of a task holds several of its examples: dealing rows out at
-    # rate / (examples per row) deals examples out at the rate.
+    # A packed row of a task holds several of its examples. Rows that are dealt
+    # out at rate / (examples per row) deal examples out at the rate.
     rates = [
       rate * _num_rows(rows, task) / task.num_examples
       for (task, rate), rows in zip(pairs, self._rows, strict=True)
@@ -74,7 +76,7 @@ class Batches:
 
   @property
   def steps_per_epoch(self) -> int:
-    """Steps after which as many rows were seen as all tasks have."""
+    """Number of steps that take as many rows as all tasks have together."""
     rows = sum(map(_num_rows, self._rows, self.tasks))
     return math.ceil(rows / self.batch_size)
 
@@ -91,17 +93,17 @@ class Batches:
     return self._make_batch(rows, self.feature_lengths, segments=self.pack)
 
   def from_step(self, first_step: int = 0) -> Iterator[Batch]:
-    """The batches from `first_step` on, without end."""
+    """Yields the batches from `first_step` on, without end."""
     while True:
       yield self(first_step)
       first_step += 1
 
   def eval_batches(self) -> Iterator[Batch]:
-    """Every example once, task after task, in order, one to a row.
+    """Yields batches with every example once, in order, task after task.
 
-    Never packed, so that row r of batch b is example b * batch_size + r. The
-    last batch is filled up with rows of padding, whose loss weights are zero.
-    Random tasks draw the same noise each time.
+    Rows are never packed, so that row r of batch b is example
+    b * batch_size + r. The last batch is filled up with rows of padding, whose
+    loss weights are zero. Tasks with noise draw the same noise at each call.
     """
     rows = []
     for number, task in enumerate(self.tasks):
@@ -115,11 +117,11 @@ class Batches:
       yield self._make_batch(rows, self.feature_lengths)
 
   def num_eval_examples(self) -> int:
-    """Real rows of all `eval_batches` together."""
+    """Returns the number of rows of all `eval_batches` that are not padding."""
     return sum(task.num_examples for task in self.tasks)
 
   def report(self) -> dict[str, dict[str, int]]:
-    """What each task trimmed or left out, and its rows, by its name."""
+    """Returns, by the name of each task, its report and its number of rows."""
     return {
       task.name: {**task.report(), 'rows': _num_rows(rows, task)}
       for task, rows in zip(self.tasks, self._rows, strict=True)
@@ -128,7 +130,7 @@ class Batches:
   def _task_rows(
     self, number: int, ranks: np.ndarray
   ) -> Iterator[list[Example]]:
-    """The rows of one task, `ranks` counting on over its epochs."""
+    """Yields rows of one task; `ranks` count its rows over all its epochs."""
     task, packed = self.tasks[number], self._rows[number]
     num_rows = _num_rows(packed, task)
     epochs, places = ranks // num_rows, ranks % num_rows
@@ -161,7 +163,7 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-  """Tokens, segments and positions of one side of a batch."""
+  """Tokens, segments and positions of one side, all <int32>[batch, length]."""
 
   tokens: np.ndarray
   segments: np.ndarray
@@ -189,10 +191,14 @@ def make_batch(
   """Pads rows of examples into one batch.
 
   Args:
-    rows: of each row its examples; [] is a row of padding. Their tokens must
-      fit the feature lengths.
-    feature_lengths: tokens of 'inputs' and 'targets'.
-    segments: add segment ids (from 1) and positions.
+    rows: the examples of each row; [] is a row of padding. The tokens of a row
+      must fit the feature lengths.
+    feature_lengths: number of tokens of 'inputs' and 'targets' in a row.
+    segments: adds segment ids, which count from 1, and positions.
+
+  Returns:
+    The fields of a batch, <int32>[batch, length], but for the loss weights,
+    which are <float32>[batch, length].
   """
   inputs = [[example[0] for example in row] for row in rows]
   targets = [[example[1] for example in row] for row in rows]
@@ -201,8 +207,9 @@ def make_batch(
   shifted = np.zeros_like(decoder.tokens)
   shifted[:, 1:] = decoder.tokens[:, :-1]
   if segments:
-    # Each segment begins with 0 instead of the EOS before it. As in seqio, the
-    # EOS of an unpacked row stands in its first place of padding.
+    # Each segment begins with 0 instead of the EOS of the segment before. In a
+    # row that is not packed, the EOS stands in the first place of padding, as
+    # in seqio.
     ends = decoder.segments[:, 1:] != decoder.segments[:, :-1]
     shifted[:, 1:][ends] = 0
   batch = {

@@ -1,4 +1,4 @@
-"""Batches of a model with one stack: inputs and targets in one row."""
+"""Makes batches for models with one stack: inputs and targets in one row."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +13,20 @@ def make_batch(
   feature_lengths: Mapping[str, int],
   segments: bool = False,
 ) -> batch_source.Batch:
-  """Pads rows of examples into one batch; see `batches.make_batch`.
+  """Pads rows of examples into one batch.
 
-  The targets of an example stand after its inputs, if it has some. A row is as
-  long as the lengths of both together. Loss weights are those of targets;
-  'decoder_causal_attention' marks where inputs go in, if there may be any.
+  The targets of an example stand after its inputs, if it has some.
+
+  Args:
+    rows: the examples of each row; [] is a row of padding.
+    feature_lengths: number of tokens of 'inputs', which may be missing, and
+      'targets'. A row is as long as both together.
+    segments: adds segment ids, which count from 1, and positions.
+
+  Returns:
+    The fields of a batch, [batch, length]. Loss weights are 1 for targets
+    alone. If there may be inputs, 'decoder_causal_attention' is 1 where the
+    model reads one.
   """
   num_inputs = feature_lengths.get('inputs', 0)
   length = num_inputs + feature_lengths['targets']
@@ -34,12 +43,13 @@ def make_batch(
       positions[row, start:end] = np.arange(len(sequence))
       is_target[row, start + inputs : end] = True
       if inputs:
-        # One place more: its input is the last of the inputs.
+        # One place more than there are inputs. At the place of the first
+        # target, the model reads the last of the inputs: tokens are shifted.
         is_input[row, start : start + inputs + 1] = True
       start = end
   shifted = np.zeros_like(tokens)
   shifted[:, 1:] = tokens[:, :-1]
-  # Each segment begins with 0 instead of the end of the one before.
+  # Each segment begins with 0 instead of the last token of the one before.
   shifted[:, 1:][segment_ids[:, 1:] != segment_ids[:, :-1]] = 0
   batch = {
     'decoder_input_tokens': shifted,
@@ -60,15 +70,17 @@ class ContiguousBatches:
   """Running text in its order, for models with a memory of earlier batches.
 
   The text is cut into as many parts as a batch has rows. Row r of batch b + 1
-  continues row r of batch b; the token before a row is its first input. When
-  the parts have ended, all rows begin anew, and 'decoder_begins_part'
-  <bool>[batch] is True: the memory of the batch before is of another text.
+  continues row r of batch b, and the first input of a row is the token before
+  it. When the parts have ended, all rows begin anew. In such a batch
+  'decoder_begins_part' <bool>[batch] is True: a model must not use its memory,
+  which is of another text.
 
   Args:
-    task: the text.
-    batch_size: rows of a batch.
+    task: the task whose text is read.
+    batch_size: number of rows of a batch.
 
-  Call: step from 0, to the batch of docs/architecture.md.
+  Call: takes a step from 0 on, returns its batch (see docs/architecture/data.md
+    for the fields).
 
   Raises:
     ValueError: the text does not fill one batch.
@@ -78,7 +90,8 @@ class ContiguousBatches:
     self.task = task
     self.batch_size = batch_size
     self._length = task.row_length
-    # A last row that is not full is for evaluation only.
+    # Each of the `batch_size` parts has this many whole rows. What does not fill
+    # a row is left to evaluation.
     self.steps_per_epoch = len(task.stream) // self._length // batch_size
     if not self.steps_per_epoch:
       raise ValueError(
@@ -95,13 +108,13 @@ class ContiguousBatches:
     return batch
 
   def from_step(self, first_step: int = 0) -> Iterator[batch_source.Batch]:
-    """The batches from `first_step` on, without end."""
+    """Yields the batches from `first_step` on, without end."""
     while True:
       yield self(first_step)
       first_step += 1
 
   def report(self) -> dict[str, dict[str, int]]:
-    """Rows of the task, and tokens that do not fill a batch."""
+    """Returns counts of the task, and of tokens that do not fill a batch."""
     used = self.steps_per_epoch * self.batch_size * self._length
     return {
       self.task.name: {
@@ -114,12 +127,16 @@ class ContiguousBatches:
 def rows_of_stream(
   stream: np.ndarray, starts: np.ndarray, length: int
 ) -> batch_source.Batch:
-  """Rows of running text, each after the token before it.
+  """Makes a batch of rows of running text.
+
+  The first input of a row is the token before the row, 0 at the beginning of
+  the stream.
 
   Args:
-    stream: <int>[total].
-    starts: <int>[rows]; beyond the end of the stream is padding.
-    length: tokens of a row.
+    stream: <int>[total], all tokens of the text.
+    starts: <int>[rows], the place in the stream where each row begins. What
+      lies beyond the end of the stream is padding.
+    length: number of tokens of a row.
   """
   places = np.asarray(starts)[:, None] + np.arange(length)
   is_real = places < len(stream)
@@ -137,9 +154,15 @@ def rows_of_stream(
 def segments(
   stream: np.ndarray, batch_size: int, length: int
 ) -> Iterator[batch_source.Batch]:
-  """Every token once, in order: rows that continue each other.
+  """Yields batches with every token once, in rows that continue each other.
 
-  As ContiguousBatches, with nothing left out: the last rows are padded.
+  They are those of ContiguousBatches, but nothing is left out: the last rows
+  are padded.
+
+  Args:
+    stream: <int>[total], all tokens of the text.
+    batch_size: number of rows of a batch.
+    length: number of tokens of a row.
   """
   num_rows = math.ceil(len(stream) / length)
   steps = math.ceil(num_rows / batch_size)
@@ -151,20 +174,23 @@ def segments(
 def sliding_windows(
   stream: np.ndarray, batch_size: int, length: int, stride: int
 ) -> Iterator[batch_source.Batch]:
-  """Every token once, each but the first ones after enough others.
+  """Yields batches in which every token counts once, after enough others.
 
-  A window is a row of its own and begins with id 0. It moves by `stride`
-  tokens, and only those count that are new, so that each has at least
+  A row is a window over the text, and its first input is the id 0. The window
+  moves by `stride` tokens, and only its new tokens have a loss weight, so that
+  each of them (but for those of the first window) has at least
   `length - stride` tokens before it in its window.
 
   Args:
-    stream: <int>[total].
-    batch_size: windows of a batch; the last one is filled with padding.
-    length: tokens of a window.
-    stride: from 1 to `length`; `length` for windows side by side.
+    stream: <int>[total], all tokens of the text.
+    batch_size: number of windows of a batch; the last batch is filled with
+      padding.
+    length: number of tokens of a window.
+    stride: by how many tokens the window moves, from 1 to `length`. `length`
+      gives windows side by side.
 
   Raises:
-    ValueError: the stride is out of its range.
+    ValueError: the stride is out of range.
   """
   if not 1 <= stride <= length:
     raise ValueError(
@@ -177,7 +203,7 @@ def sliding_windows(
     starts = np.where(numbers < num_windows, numbers * stride, len(stream))
     batch = rows_of_stream(stream, starts, length)
     batch['decoder_input_tokens'][:, 0] = 0
-    # What the window before has counted.
+    # The first tokens of a window were counted in the window before.
     seen = np.where(numbers > 0, length - stride, 0)
     batch['decoder_loss_weights'] *= np.arange(length) >= seen[:, None]
     yield batch

@@ -1,6 +1,6 @@
-"""Tasks of language models over a token cache: its texts are the targets.
+"""Tasks of language models over a token cache, whose texts are the targets.
 
-They have the surface of `tasks`, and no inputs.
+They are tasks in the sense of `text_tasks.Task`, and have no inputs.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ class LanguageModelTask:
   """Running text: all texts, one after another, cut into rows.
 
   Attributes:
-    cache: of kind 'text' or 'language_model'.
-    feature_lengths: tokens of 'targets' in a row.
-    name: for logs.
+    cache: a cache of kind 'text' or 'language_model'.
+    feature_lengths: number of tokens of 'targets' in a row.
+    name: name of the task in logs.
 
   Raises:
-    ValueError: another kind of cache, no length, or no text.
+    ValueError: the cache is of another kind, or no length is given.
   """
 
   cache: token_cache.TokenCache
   feature_lengths: Mapping[str, int]
   name: str = 'language_model'
 
-  # Whether a row of a batch must continue that of the batch before.
+  # Whether a row of a batch must continue the same row of the batch before.
   is_contiguous = False
 
   def __post_init__(self):
@@ -44,7 +44,7 @@ class LanguageModelTask:
 
   @functools.cached_property
   def stream(self) -> np.ndarray:
-    """All tokens <uint16 or int32>[total]."""
+    """All tokens of the text, <uint16 or int32>[total]."""
     return self.cache.flat('targets')
 
   @property
@@ -75,9 +75,9 @@ class LanguageModelTask:
 
 @dataclasses.dataclass(frozen=True)
 class ContiguousText(LanguageModelTask):
-  """Running text in its order: each row of a batch continues the last batch's.
+  """Running text in its order, for models with a memory.
 
-  What models with a memory are trained on.
+  Each row of a batch continues the same row of the batch before.
   """
 
   is_contiguous = True
@@ -85,17 +85,19 @@ class ContiguousText(LanguageModelTask):
 
 @dataclasses.dataclass(frozen=True)
 class SeparateTexts:
-  """One text, or a piece of a long one, in each example; to be packed.
+  """One text, or one piece of a long text, in each example; to be packed.
 
-  A token sees nothing of other texts, nor of earlier pieces.
+  A token sees nothing of other texts, nor of earlier pieces of its text.
 
   Attributes:
-    cache: of kind 'text' or 'language_model', with an EOS after each text.
-    feature_lengths: most tokens of 'targets'.
-    name: for logs.
+    cache: a cache of kind 'text' or 'language_model', with an EOS after each
+      text.
+    feature_lengths: the most tokens of 'targets' in an example; a longer text
+      is cut into pieces.
+    name: name of the task in logs.
 
   Raises:
-    ValueError: another kind of cache, no length, or no text.
+    ValueError: the cache is of another kind, or no length is given.
   """
 
   cache: token_cache.TokenCache
@@ -110,7 +112,10 @@ class SeparateTexts:
 
   @functools.cached_property
   def _starts(self) -> np.ndarray:
-    """Where each example begins in the stream, and the end of all."""
+    """Where each example begins in the stream, and where the last one ends.
+
+    <int64>[num_examples + 1].
+    """
     offsets, most = (
       self.cache.offsets('targets'),
       self.feature_lengths['targets'],

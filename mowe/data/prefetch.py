@@ -1,4 +1,4 @@
-"""Prefetching: the next batches are made by threads while a step runs."""
+"""Prefetching makes the next batches in threads while a step runs."""
 
 import collections
 import concurrent.futures
@@ -10,20 +10,23 @@ from typing import Any
 class Prefetcher:
   """Iterates over `transform(batches(step))`, made ahead in the background.
 
-  Steps come in their order, whatever the number of threads and the depth, as
-  every batch is a function of its step. An exception in the background is
-  raised where its batch would have come. Use as a context manager, or `close`.
+  Batches come in the order of steps, whatever the number of threads and the
+  depth, because every batch is a function of its step. An exception in the
+  background is raised where its batch would have come. Use a prefetcher as a
+  context manager, or `close` it.
 
   Args:
-    batches: called with a step, in several threads at once.
-    first_step: where to begin.
-    last_step: where to end, itself left out; None: never.
-    transform: applied in the background, for example to plan experts.
-    depth: batches that are ready or being made ahead of the consumer.
-    num_threads: that make them.
+    batches: function that makes the batch of a step; it is called in several
+      threads at once.
+    first_step: step of the first batch.
+    last_step: step before which iteration ends; None never ends.
+    transform: function that is applied to each batch in the background, for
+      example to plan experts; None applies nothing.
+    depth: number of batches that are ready or being made ahead of the consumer.
+    num_threads: number of threads that make batches.
 
   Raises:
-    ValueError: depth or num_threads below 1.
+    ValueError: depth or num_threads is below 1.
   """
 
   def __init__(
@@ -70,7 +73,7 @@ class Prefetcher:
       raise
 
   def close(self) -> None:
-    """Stops: waits for batches being made, forgets those not begun."""
+    """Stops: batches being made are waited for, others are never begun."""
     self._closed = True
     self._waiting.clear()
     self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,7 @@
-"""Which example comes when: pseudo-random orders and mixtures in closed form.
+"""Pseudo-random orders of examples and mixtures of tasks, in closed form.
 
-Nothing here has state: the order of a million examples is a function of the
-seed and the epoch, evaluated where it is asked for.
+Nothing here has state. The order of a million examples is a function of the
+seed and the epoch, which is evaluated at the places that are asked for.
 """
 
 import functools
@@ -9,23 +9,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BLOCK = 4096  # Examples of a mixture that are dealt out together.
-_NUM_ROUNDS = 6
+BLOCK = 4096  # Number of examples of a mixture that are dealt out together.
+_NUM_ROUNDS = 6  # Rounds of the Feistel network.
 
 
 def permute(indices: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
-  """The places that a pseudo-random permutation of range(size) gives indices.
+  """Returns what a pseudo-random permutation of range(size) maps indices to.
 
-  A Feistel network over the next power of four, walked until the result is
-  below `size` (Black and Rogaway 2002, cycle walking): constant memory.
+  The permutation is a Feistel network over the next power of four, which is
+  applied again until the result is below `size` (cycle walking, Black and
+  Rogaway 2002). It needs no memory for the permutation.
 
   Args:
-    indices: <int>[...] in 0 .. size - 1.
-    size: number of things permuted.
-    key: numbers from 0 that name the permutation, such as (seed, epoch).
+    indices: <int>[...], from 0 to size - 1.
+    size: number of things that are permuted.
+    key: numbers from 0 on that name the permutation, such as (seed, epoch).
 
   Returns:
-    <int64>[...], all different where the indices are.
+    <int64>[...], from 0 to size - 1; different indices give different results.
 
   Raises:
     ValueError: an index is outside 0 .. size - 1.
@@ -51,7 +52,7 @@ def permute(indices: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
 def _feistel(
   values: np.ndarray, half: np.uint64, keys: np.ndarray
 ) -> np.ndarray:
-  """One bijection of [0, 4 ** half)."""
+  """Applies a bijection of [0, 4 ** half)."""
   mask = (np.uint64(1) << half) - np.uint64(1)
   left, right = values >> half, values & mask
   for key in keys:
@@ -60,7 +61,7 @@ def _feistel(
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-  """The finaliser of splitmix64: every bit depends on every other."""
+  """Applies the finaliser of splitmix64: every bit depends on all bits."""
   values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return values ^ (values >> np.uint64(31))
@@ -69,14 +70,19 @@ def _mix(values: np.ndarray) -> np.ndarray:
 class Mixture:
   """Deals a stream of numbers out to several tasks at fixed rates.
 
-  Each block of 4096 numbers gives every task its share, rounded by largest
-  remainder, in an order shuffled by seed and block.
+  Each block of 4096 numbers gives every task its share, rounded by the largest
+  remainder, in an order that is shuffled by the seed and the block.
+
+  Args:
+    rates: the rate of each task; they need not sum to one.
+    seed: seed of the shuffled orders.
 
   Attributes:
-    counts: numbers per task in one block.
+    counts: <int64>[tasks], how many numbers of a block each task has.
 
   Raises:
-    ValueError: a rate is not positive, or so low that a block has none of it.
+    ValueError: a rate is not positive, or so low that a block gives the task
+      nothing.
   """
 
   def __init__(self, rates: Sequence[float], seed: int):
@@ -89,7 +95,7 @@ class Mixture:
     exact = shares / shares.sum() * BLOCK
     self.counts = np.floor(exact).astype(np.int64)
     missing = BLOCK - self.counts.sum()
-    # A stable sort: of equal remainders the earlier task gets more.
+    # The sort is stable: of equal remainders the earlier task gets more.
     self.counts[np.argsort(self.counts - exact, kind='stable')[:missing]] += 1
     if not self.counts.all():
       raise ValueError(
@@ -100,13 +106,14 @@ class Mixture:
     self._block = functools.lru_cache(maxsize=8)(self._deal)
 
   def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The task of each number, and how many of that task came before.
+    """Returns the task of each number, and its rank among those of the task.
 
     Args:
-      numbers: <int>[...] from 0.
+      numbers: <int>[...], from 0 on.
 
     Returns:
-      tasks <int64>[...] and task-local numbers <int64>[...] from 0 without end.
+      tasks: <int64>[...], the task of each number.
+      ranks: <int64>[...], how many smaller numbers the task has.
     """
     numbers = np.asarray(numbers, dtype=np.int64)
     tasks, ranks = np.empty_like(numbers), np.empty_like(numbers)
@@ -120,12 +127,12 @@ class Mixture:
     return tasks, ranks
 
   def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Task of each place of a block, and its rank among those of its task."""
+    """Returns the task of each place of a block, and its rank in the task."""
     dealt = np.repeat(np.arange(len(self.counts)), self.counts)
     rank = np.concatenate([np.arange(count) for count in self.counts.tolist()])
     order = np.random.default_rng([self._seed, block]).permutation(BLOCK)
     dealt = dealt[order]
-    # Ranks follow the order of the places, whatever the shuffle.
+    # The ranks of a task follow the order of its places after the shuffle.
     by_task = np.argsort(dealt, kind='stable')
     ranks = np.empty(BLOCK, np.int64)
     ranks[by_task] = rank

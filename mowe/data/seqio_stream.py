@@ -1,8 +1,8 @@
-"""Any seqio task or mixture as batches, and as a token cache.
+"""Reads a seqio task or mixture as batches, or writes it to a token cache.
 
-TensorFlow and seqio are imported inside the functions: importing this module
-costs nothing, and training from a token cache never loads them. TensorFlow is
-kept off the accelerators, which belong to JAX.
+TensorFlow and seqio are imported inside of functions, so that importing this
+module costs nothing, and training from a token cache never loads them.
+TensorFlow is kept off the accelerators, which belong to JAX.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Batch = dict[str, np.ndarray]
 
 
 def import_seqio() -> tuple[types.ModuleType, types.ModuleType]:
-  """TensorFlow, without accelerators, and seqio.
+  """Returns the modules tensorflow, without its accelerators, and seqio.
 
   Raises:
     ImportError: one of them is not installed.
@@ -43,13 +43,13 @@ def import_seqio() -> tuple[types.ModuleType, types.ModuleType]:
     tf.config.set_visible_devices([], 'GPU')
     tf.config.set_visible_devices([], 'TPU')
   except RuntimeError:
-    # TensorFlow was used before and has taken its devices already.
+    # TensorFlow was used before and has already taken its devices.
     pass
   return tf, seqio
 
 
 def seqio_vocabulary(subwords: base_vocabulary.Vocabulary) -> Any:
-  """The seqio vocabulary with the same ids as ours."""
+  """Returns the seqio vocabulary with the same ids as `subwords`."""
   _, seqio = import_seqio()
   if isinstance(subwords, byte_vocabulary.ByteVocabulary):
     return seqio.ByteVocabulary(extra_ids=subwords.extra_ids)
@@ -68,22 +68,24 @@ def seqio_vocabulary(subwords: base_vocabulary.Vocabulary) -> Any:
 class SeqioBatches:
   """Batches of a seqio task or mixture, read as a stream.
 
-  A stream has no random access: starting at a step reads and drops all batches
-  before it. A token cache starts anywhere at once.
+  A stream has no random access: to start at a step, all batches before it are
+  read and dropped. A token cache can start anywhere at once.
 
   Attributes:
-    name: of a registered task or mixture.
-    batch_size: rows of a batch.
-    feature_lengths: tokens of 'inputs' and 'targets', EOS included.
-    split: of the task.
-    seed: of shuffling and of random preprocessing.
-    pack: several examples in a row.
-    is_one_stack: inputs, if the task has some, and targets are in one row.
-    shuffle: read in a random order.
-    use_cached: read seqio's own offline cache.
+    name: name of a registered task or mixture.
+    batch_size: number of rows of a batch.
+    feature_lengths: number of tokens of 'inputs' and 'targets' in a row, EOS
+      included.
+    split: name of the split to read.
+    seed: seed of shuffling and of random preprocessing.
+    pack: puts several examples into a row.
+    is_one_stack: makes batches for a model with one stack, with inputs, if the
+      task has some, and targets in one row.
+    shuffle: reads examples in a random order.
+    use_cached: reads seqio's own offline cache.
 
   Raises:
-    ValueError: no task or mixture of this name, or no such split.
+    ValueError: no task or mixture has this name, or it has no such split.
   """
 
   name: str
@@ -100,7 +102,7 @@ class SeqioBatches:
     _find(self.name, self.split)
 
   def from_step(self, first_step: int = 0) -> Iterator[Batch]:
-    """The batches from `first_step` on, without end.
+    """Yields the batches from `first_step` on, without end.
 
     Raises:
       ValueError: the stream holds no example.
@@ -119,7 +121,10 @@ class SeqioBatches:
       )
 
   def eval_batches(self) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is filled with padding."""
+    """Yields batches with every example once, in order.
+
+    The last batch is filled up with padding.
+    """
     dataset = self._dataset(num_epochs=1, shuffle=False)
     for batch in dataset.batch(self.batch_size).as_numpy_iterator():
       batch = _as_batch(batch)
@@ -166,25 +171,29 @@ def cache_seqio_task(
 ) -> token_cache.TokenCache:
   """Writes the token cache of a seqio task.
 
-  What is cached are the features at the task's CacheDatasetPlaceholder, before
-  any noise; without one, the finished and untrimmed features. EOS is added
-  where it is missing. Other fields, such as 'answers', are kept as records.
-  A seqio source has no digest: the fingerprint knows it by its name and split.
+  The cache holds the features at the task's CacheDatasetPlaceholder, before any
+  noise; if the task has no placeholder, the finished and untrimmed features.
+  EOS is added where it is missing. Other fields, such as 'answers', are kept as
+  records. A seqio source has no digest, so that the fingerprint names its task
+  and split alone.
 
   Args:
-    name: of a registered task; a mixture is cached task by task.
+    name: name of a registered task. A mixture is cached task by task.
     path: the folder to write.
     subwords: the vocabulary of the task.
-    split: of the task.
-    seed: of random preprocessing before the placeholder, if there is any.
-    overwrite: replace a cache that was made from other things.
-    progress: called with the number of examples done so far.
+    split: name of the split to read.
+    seed: seed of random preprocessing before the placeholder, if there is any.
+    overwrite: replaces a cache at `path` that was made from other things.
+    progress: called with the number of examples done so far; None reports
+      nothing.
 
   Returns:
-    The cache, opened; an existing one if it was made from the same things.
+    The cache, opened. An existing cache is opened if it was made from the same
+    things.
 
   Raises:
-    ValueError: no such task or split, another vocabulary, or no example.
+    ValueError: there is no such task or split, the task has another vocabulary,
+      or it has no example.
   """
   _, seqio = import_seqio()
   task = _find(name, split)
@@ -194,17 +203,8 @@ def cache_seqio_task(
       f'{[part.name for part in task.tasks]}. Cache each of these tasks.'
     )
   _check_same_vocabulary(task, subwords)
-  recipe = {
-    'format_version': token_cache.FORMAT_VERSION,
-    'kind': 'seqio',
-    'vocabulary': token_cache.describe_vocabulary(subwords),
-    'sources': [{'seqio_task': name, 'split': split, 'seed': seed}],
-    'fields': sorted(task.output_features),
-  }
-  # Metrics of other tasks may be objects without a name.
-  names = [getattr(one, '__name__', '') for one in task.metric_fns]
-  if 'trivia_qa' in names:
-    recipe['metric'] = 'trivia_qa'
+  source = {'seqio_task': name, 'split': split, 'seed': seed}
+  recipe = _recipe(task, source, subwords)
   finished = token_cache.find_finished(path, recipe, overwrite)
   if finished is not None:
     return finished
@@ -225,6 +225,27 @@ def cache_seqio_task(
       if progress is not None:
         progress(done)
   return token_cache.TokenCache.open(path)
+
+
+def _recipe(
+  task: Any, source: dict[str, Any], subwords: base_vocabulary.Vocabulary
+) -> dict[str, Any]:
+  recipe = {
+    'format_version': token_cache.FORMAT_VERSION,
+    'kind': 'seqio',
+    'vocabulary': token_cache.describe_vocabulary(subwords),
+    'sources': [source],
+    'fields': sorted(task.output_features),
+  }
+  # A metric of another task may be an object that is no function.
+  functions = [
+    metric
+    for metric in task.metric_fns
+    if isinstance(metric, types.FunctionType)
+  ]
+  if any(function.__name__ == 'trivia_qa' for function in functions):
+    recipe['metric'] = 'trivia_qa'
+  return recipe
 
 
 def _find(name: str, split: str) -> Any:
@@ -258,12 +279,15 @@ def _as_batch(batch: Mapping[str, np.ndarray]) -> Batch:
 def _check_same_vocabulary(
   task: Any, subwords: base_vocabulary.Vocabulary
 ) -> None:
-  tf, _ = import_seqio()
+  tf, seqio = import_seqio()
   for feature in task.output_features.values():
     vocabulary = feature.vocabulary
-    path = getattr(vocabulary, 'sentencepiece_model_file', None)
-    # The file and not sp_model: seqio adds the sentinels to what it loads.
-    model = path and tf.io.gfile.GFile(path, 'rb').read()
+    model = None
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+      # The digest is that of the file and not of sp_model, because seqio adds
+      # the sentinels to what it loads.
+      path = vocabulary.sentencepiece_model_file
+      model = tf.io.gfile.GFile(path, 'rb').read()
     same = vocabulary.vocab_size == subwords.size and (
       model is None or token_cache.digest_of(model) == subwords.sha256
     )
@@ -299,7 +323,10 @@ def _groups(examples: Iterator[dict], size: int = 512) -> Iterator[list[dict]]:
 
 
 def _cached_features(task: Any, example: Mapping[str, Any]) -> list[str]:
-  """Before its noise a pretraining task has no inputs, or empty ones (T5)."""
+  """Returns the names of the features to be cached.
+
+  A pretraining task has no inputs before its noise, or empty ones (as in T5).
+  """
   return [
     name
     for name in task.output_features
@@ -312,7 +339,7 @@ def _split_example(
   example: Mapping[str, Any],
   subwords: base_vocabulary.Vocabulary,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """Features with EOS, and the other fields as JSON can hold them."""
+  """Returns the features with EOS, and the other fields as JSON values."""
   features = {}
   for name in names:
     tokens = np.asarray(example[name], np.int32)
@@ -328,7 +355,7 @@ def _split_example(
 
 
 def as_json(value: Any) -> Any:
-  """A field of an example as JSON can hold it: texts, numbers, lists."""
+  """Returns a field of an example as a value of JSON: texts, numbers, lists."""
   if isinstance(value, bytes):
     return value.decode('utf-8', 'replace')
   if isinstance(value, np.ndarray | np.generic):

@@ -1,11 +1,7 @@
-"""Tasks over a token cache: from an example's number to inputs and targets.
+"""Tasks over a token cache make inputs and targets of an example's number.
 
-All tasks have one surface, which `batches.Batches` reads:
-  name: for logs.
-  num_examples: in one epoch.
-  length_bounds(): <int64>[num_examples, 2], most tokens of inputs and targets.
-  example(index, rng): inputs <int32>[n], targets <int32>[m], EOS at both ends.
-  report(): what was trimmed or left out, as counts.
+`Task` is what all of them have in common, and all that
+`batch_source.Batches` needs.
 """
 
 import dataclasses
@@ -23,36 +19,55 @@ _logger = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-  """What a batch needs to know of a task."""
+  """What batches need of a task.
+
+  Attributes:
+    name: name of the task in logs.
+    num_examples: number of examples in one epoch.
+  """
 
   name: str
   num_examples: int
 
-  def length_bounds(self) -> np.ndarray: ...
+  def length_bounds(self) -> np.ndarray:
+    """Returns the most tokens of the inputs and targets of each example.
+
+    <int64>[num_examples, 2], EOS included.
+    """
+    ...
 
   def example(
     self, index: int, rng: np.random.Generator
-  ) -> tuple[np.ndarray, np.ndarray]: ...
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the inputs <int32>[n] and the targets <int32>[m] of an example.
 
-  def report(self) -> dict[str, int]: ...
+    Both end with EOS. All random choices are drawn from `rng`.
+    """
+    ...
+
+  def report(self) -> dict[str, int]:
+    """Returns counts of what was read, and of what was trimmed or left out."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruptionTask:
-  """T5's pretraining: random spans of fixed-size chunks of the text.
+  """T5's pretraining task: random spans of chunks of the text are masked.
 
-  The texts of the cache, each closed by EOS, form one stream, cut into chunks
-  whose corruption exactly fills the feature lengths. The last chunk is shorter.
+  The texts of the cache, with an EOS after each, follow each other and are cut
+  into chunks whose corruption exactly fills the feature lengths. The last chunk
+  is shorter.
 
   Attributes:
-    cache: of kind 'text'.
-    feature_lengths: tokens of 'inputs' and 'targets', EOS included.
-    noise_density: share of the tokens that is masked.
-    mean_span_length: mean tokens of a masked span.
-    name: for logs.
+    cache: a cache of kind 'text'.
+    feature_lengths: number of tokens of 'inputs' and 'targets', EOS included.
+    noise_density: fraction of the tokens that is masked.
+    mean_span_length: mean number of tokens of a masked span.
+    name: name of the task in logs.
 
   Raises:
-    ValueError: no room in the feature lengths, too few sentinels, no text.
+    ValueError: the feature lengths leave no room, the vocabulary has too few
+      sentinels, or there is no text.
   """
 
   cache: token_cache.TokenCache
@@ -79,7 +94,7 @@ class SpanCorruptionTask:
 
   @functools.cached_property
   def chunk_length(self) -> int:
-    """Tokens of a full chunk."""
+    """Number of tokens of a full chunk."""
     inputs, targets = _check_feature_lengths(self.feature_lengths)
     return span_corruption.tokens_that_fill(
       inputs, targets, self.noise_density, self.mean_span_length
@@ -88,7 +103,8 @@ class SpanCorruptionTask:
   @functools.cached_property
   def num_examples(self) -> int:
     full, rest = divmod(len(self._stream), self.chunk_length)
-    # One token alone cannot be corrupted: at most one token of all is unused.
+    # A chunk of one token cannot be corrupted, so that the last token of the
+    # text may remain unused.
     return full + (rest >= 2)
 
   @functools.cached_property
@@ -130,21 +146,23 @@ class SpanCorruptionTask:
 
 @dataclasses.dataclass(frozen=True)
 class SalientSpanTask:
-  """Salient span masking: one text, or a window of it, per example.
+  """Salient span masking of one text, or of a window of it, per example.
 
-  Each time other spans are drawn: at random until the noise budget is reached,
-  at least one. A text longer than the inputs is read through a window around
-  one of its spans, drawn anew each time. Texts without a span that can be
-  masked are left out and counted.
+  Spans are drawn anew each time, at random until the noise budget is reached,
+  and at least one. A text that is longer than the inputs is read through a
+  window around one of its spans, which is drawn anew each time as well. Texts
+  without a span that can be masked are left out and counted.
 
   Attributes:
-    cache: of kind 'text', with 'spans'.
-    feature_lengths: tokens of 'inputs' and 'targets', EOS included.
-    noise_density: share of the tokens not to be exceeded after the first span.
-    name: for logs.
+    cache: a cache of kind 'text' with the feature 'spans'.
+    feature_lengths: number of tokens of 'inputs' and 'targets', EOS included.
+    noise_density: fraction of the tokens that spans after the first one must
+      not exceed.
+    name: name of the task in logs.
 
   Raises:
-    ValueError: no room in the feature lengths, no spans, or no text is left.
+    ValueError: the feature lengths leave no room, there are no spans, or no
+      text is left.
   """
 
   cache: token_cache.TokenCache
@@ -180,7 +198,7 @@ class SalientSpanTask:
 
   @functools.cached_property
   def _span_sizes(self) -> np.ndarray:
-    """Tokens of every span of the cache, <int64>[all spans]."""
+    """Number of tokens of every span of the cache, <int64>[spans]."""
     spans = self.cache.flat('spans').reshape(-1, 2)
     return (spans[:, 1] - spans[:, 0]).astype(np.int64)
 
@@ -194,19 +212,28 @@ class SalientSpanTask:
 
   def length_bounds(self) -> np.ndarray:
     targets_length = self.feature_lengths['targets']
-    # Without its EOS, which is not part of the text to be masked.
+    # The EOS is not counted, because it is not part of the text to be masked.
     lengths = self.cache.lengths('targets')[self._kept] - 1
     lengths = np.minimum(lengths, self.feature_lengths['inputs'] - 1)
     budget = span_corruption.salient_budget(lengths, self.noise_density)
     longest, total, most = self._span_limits(budget)
-    # One long span, or several within the budget, each with its sentinel.
+    # The targets are one long span, or several spans within the budget, each
+    # with its sentinel; EOS comes last.
     targets = np.maximum(longest + 1, np.minimum(budget, total) + most) + 1
     return np.stack([lengths + 1, np.minimum(targets, targets_length)], axis=1)
 
   def _span_limits(
     self, budget: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each example's spans: longest, sum, and most that fit the budget."""
+    """Returns limits of the spans that can be masked in each example.
+
+    Args:
+      budget: <int64>[num_examples], masked tokens not to be exceeded.
+
+    Returns:
+      The tokens of the longest span, the tokens of all spans together, and the
+      most spans that fit the budget, each <int64>[num_examples].
+    """
     offsets = self.cache.offsets('spans') // 2
     examples = np.repeat(
       np.arange(self.num_examples), np.diff(offsets)[self._kept]
@@ -219,6 +246,7 @@ class SalientSpanTask:
     order = np.lexsort((sizes, examples))  # The smallest first.
     sizes = sizes[order]
     starts = np.searchsorted(examples, np.arange(self.num_examples))
+    # [spans]: the tokens of each span and the smaller ones of its example.
     sums = np.cumsum(sizes)
     sums -= np.repeat(
       sums[starts] - sizes[starts], np.diff(starts, append=len(sizes))
@@ -256,15 +284,15 @@ class SalientSpanTask:
 
 @dataclasses.dataclass(frozen=True)
 class TextToTextTask:
-  """Inputs and targets as they were cached: questions and answers.
+  """Inputs and targets as they were cached, such as questions and answers.
 
-  Examples longer than the feature lengths are trimmed at the end, keep their
-  EOS, and are counted.
+  Examples that are longer than the feature lengths are trimmed at the end, keep
+  their EOS, and are counted.
 
   Attributes:
-    cache: with 'inputs' and 'targets'.
-    feature_lengths: tokens of 'inputs' and 'targets', EOS included.
-    name: for logs.
+    cache: a cache with the features 'inputs' and 'targets'.
+    feature_lengths: number of tokens of 'inputs' and 'targets', EOS included.
+    name: name of the task in logs.
 
   Raises:
     ValueError: the cache lacks a feature, an example has no target, or a
@@ -292,7 +320,7 @@ class TextToTextTask:
 
   @functools.cached_property
   def _lengths(self) -> np.ndarray:
-    """Tokens with EOS, <int64>[num_examples, 2]."""
+    """Tokens of inputs and targets with EOS, <int64>[num_examples, 2]."""
     names = ('inputs', 'targets')
     return np.stack([self.cache.lengths(name) for name in names], axis=1)
 
@@ -346,7 +374,7 @@ def _check_feature_lengths(
 
 
 def _check_text(cache: token_cache.TokenCache) -> None:
-  # Masking the answers of a question cache would work, and teach nonsense.
+  # Masking the answers of a cache of questions would work, but teach nonsense.
   if cache.kind != 'text':
     raise ValueError(
       f"Masking needs a cache of kind 'text', but {cache.path} is of kind "

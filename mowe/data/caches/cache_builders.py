@@ -1,7 +1,7 @@
-"""Builds token caches from records: texts with salient spans, and questions.
+"""Builds token caches of texts with salient spans, and of questions.
 
-Every stored sequence ends with EOS, so that the flat array of a text cache is
-itself the stream that pretraining cuts into chunks.
+Every stored sequence ends with EOS, so that the flat array of a cache of text
+is itself the stream that pretraining cuts into chunks.
 """
 
 import collections
@@ -21,16 +21,25 @@ import numpy as np
 
 from mowe.data.caches import token_cache
 from mowe.data.text import passages
+from mowe.words import base_vocabulary
 
 QUESTION_PROMPT = 'question: {question}'
-_GROUP = 512  # Records tokenised together: few enough for smooth progress.
+_GROUP = 512  # Records tokenised together; few, so that progress is smooth.
 
+# Called to report progress, with the number of records that are done.
 Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedExamples:
-  """A group of tokenised records: what `CacheWriter.add` takes."""
+  """A group of tokenised records, as `CacheWriter.add` takes it.
+
+  Attributes:
+    features: for each feature all its tokens <int32>[total] and the length of
+      each example <int64>[group].
+    records: for each example the fields to be kept, possibly none.
+    totals: counts of the text before it was tokenised.
+  """
 
   features: dict[str, tuple[np.ndarray, np.ndarray]]
   records: list[dict[str, Any]]
@@ -40,7 +49,7 @@ class EncodedExamples:
 def cache_text(
   records: Iterable[Mapping[str, Any]],
   path: str | os.PathLike,
-  subwords: Any,
+  subwords: base_vocabulary.Vocabulary,
   *,
   sources: Sequence[Mapping[str, Any]] | None = None,
   field: str = 'text',
@@ -51,33 +60,38 @@ def cache_text(
 ) -> token_cache.TokenCache:
   """Caches texts as 'targets' with their salient 'spans', for pretraining.
 
-  Spans are the record's field 'spans' ([start, end] in characters) or those of
-  `salient_spans.find_salient_spans`. Other fields are not kept. A text without
-  any token is left out.
+  The spans of a text are the field 'spans' of its record ([start, end] in
+  characters), or else what `salient_spans.find_salient_spans` finds. Other
+  fields are not kept. A text without any token is left out.
 
   Args:
-    records: dicts with `field`; read only if the cache has to be built.
+    records: records that have `field`; they are read only if the cache has to
+      be built.
     path: the folder to write.
-    subwords: the vocabulary (mowe.words.subword_vocabularies).
-    sources: what the fingerprint says of the records
-      (`text_files.describe_sources`); None: a digest of the records, which
+    subwords: the vocabulary that tokenises the texts.
+    sources: the description of the records for the fingerprint, as from
+      `text_files.describe_sources`; None takes a digest of the records, which
       must then be a list.
-    field: holds the text.
-    cut: titles before texts, and how much of each is kept.
-    overwrite: replace a cache that was made from other things.
-    num_workers: processes that tokenise; with more than one, the vocabulary
-      must be picklable and the program's entry guarded by __main__.
-    progress: called with the number of records done so far.
+    field: name of the field that holds the text.
+    cut: whether titles are put before texts, and how much of a text is kept.
+    overwrite: replaces a cache at `path` that was made from other things.
+    num_workers: number of processes that tokenise. With more than one, the
+      vocabulary must be picklable, and the program's entry must be guarded by
+      `if __name__ == '__main__'`.
+    progress: called with the number of records done so far; None reports
+      nothing.
 
   Returns:
-    The cache, opened; an existing one if it was made from the same things.
+    The cache, opened. An existing cache is opened if it was made from the same
+    things.
 
   Raises:
     ValueError: another cache is at `path`, a record lacks the field or has bad
-      spans, or nothing is left.
+      spans, or no text is left.
   """
   recipe = _make_recipe('text', subwords, records, sources, fields=[field])
-  # Only where it says something: older caches stay what they are.
+  # The recipe names what is not the default alone, so that the fingerprints of
+  # older caches remain valid.
   if cut != passages.Passages():
     recipe['passages'] = dataclasses.asdict(cut)
   encode = functools.partial(
@@ -89,7 +103,7 @@ def cache_text(
 def cache_questions(
   records: Iterable[Mapping[str, Any]],
   path: str | os.PathLike,
-  subwords: Any,
+  subwords: base_vocabulary.Vocabulary,
   *,
   sources: Sequence[Mapping[str, Any]] | None = None,
   prompt: str = QUESTION_PROMPT,
@@ -101,14 +115,18 @@ def cache_questions(
 ) -> token_cache.TokenCache:
   """Caches questions as 'inputs' and their first answer as 'targets'.
 
-  The whole record is kept for evaluation, with 'answers' as a list. Arguments
-  and errors are those of `cache_text`, and:
+  The whole record is kept for evaluation, with 'answers' as a list. The other
+  arguments, the result and the errors are those of `cache_text`.
 
   Args:
-    prompt: the inputs, with the record's fields in braces.
-    answers_field: a list of answers, or one answer.
-    metric: name of the metric by which answers are scored, 'squad' or
-      'trivia_qa'; an evaluation takes it from the cache.
+    records: records with the fields of the prompt, and the answers.
+    path: the folder to write.
+    subwords: the vocabulary that tokenises questions and answers.
+    prompt: the text of the inputs, with fields of the record in braces.
+    answers_field: name of the field that holds a list of answers, or one
+      answer.
+    metric: name of the metric that scores answers, 'squad' or 'trivia_qa'. An
+      evaluation reads it from the cache.
   """
   names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name]
   if not names:
@@ -124,7 +142,7 @@ def cache_questions(
     fields=[*names, answers_field],
     prompt=prompt,
   )
-  # Only where it says something, as above.
+  # Again, the recipe names what is not the default alone.
   if metric != 'squad':
     recipe['metric'] = metric
   encode = functools.partial(
@@ -139,7 +157,7 @@ def cache_questions(
 
 def encode_text(
   records: Sequence[Mapping[str, Any]],
-  subwords: Any,
+  subwords: base_vocabulary.Vocabulary,
   field: str = 'text',
   cut: passages.Passages = passages.Passages(),
 ) -> EncodedExamples:
@@ -162,7 +180,7 @@ def encode_text(
 
 def encode_questions(
   records: Sequence[Mapping[str, Any]],
-  subwords: Any,
+  subwords: base_vocabulary.Vocabulary,
   prompt: str,
   names: Sequence[str],
   answers_field: str,
@@ -194,25 +212,28 @@ def token_spans(
   ids: Sequence[int],
   starts: Sequence[int],
   ends: Sequence[int],
-  subwords: Any,
+  subwords: base_vocabulary.Vocabulary,
 ) -> np.ndarray:
-  """Turns character spans into token spans: every token that touches one.
+  """Turns spans of characters into spans of all tokens that touch them.
 
   Args:
-    text: the text.
-    char_spans: sorted [start, end) in characters.
-    ids, starts, ends: tokens of the text and the characters they cover.
-    subwords: the vocabulary.
+    text: the text that was tokenised.
+    char_spans: sorted spans [start, end) in characters.
+    ids: the tokens of the text.
+    starts: for each token, the first character that it stands for.
+    ends: for each token, the end of the characters that it stands for.
+    subwords: the vocabulary that made the tokens.
 
   Returns:
-    <int32>[num_spans, 2], sorted; spans that share a token are one.
+    <int32>[num_spans, 2], sorted spans [start, end) in tokens. Spans that share
+    a token are joined.
   """
   starts, ends = np.asarray(starts), np.asarray(ends)
   spans = []
   for start, end in char_spans:
     first = int(np.searchsorted(ends, start, side='right'))
     last = int(np.searchsorted(starts, end, side='left'))
-    if first >= last:  # Only characters that normalisation removes.
+    if first >= last:  # The normalisation of the text removed the whole span.
       continue
     first = _with_leading_space(
       text[start:end], first, ids, text, starts, ends, subwords
@@ -231,11 +252,11 @@ def _with_leading_space(
   text: str,
   starts: np.ndarray,
   ends: np.ndarray,
-  subwords: Any,
+  subwords: base_vocabulary.Vocabulary,
 ) -> int:
   # SentencePiece may write ' 1981' as '▁' + '1981'. An answer on its own begins
-  # with that '▁' too, so it belongs to the span: what is masked in pretraining
-  # is then, token for token, what is asked for in finetuning.
+  # with that '▁' too. The '▁' therefore belongs to the span, so that what is
+  # masked in pretraining is, token for token, what finetuning asks for.
   before = first - 1
   if before < 0 or text[starts[before] : ends[before]].strip():
     return first
@@ -245,7 +266,7 @@ def _with_leading_space(
 
 def _make_recipe(
   kind: str,
-  subwords: Any,
+  subwords: base_vocabulary.Vocabulary,
   records: Iterable[Mapping[str, Any]],
   sources: Sequence[Mapping[str, Any]] | None,
   **options: Any,
@@ -280,7 +301,18 @@ def build(
   num_workers: int,
   progress: Progress | None,
 ) -> token_cache.TokenCache:
-  """The finished cache of a recipe, or a new one with the encoded records."""
+  """Returns the finished cache of a recipe, or builds it from records.
+
+  Args:
+    path: the folder to write.
+    recipe: what goes into the cache, for its fingerprint.
+    records: the records; they are read only if the cache has to be built.
+    encode: function that tokenises a group of records.
+    overwrite: replaces a cache at `path` that was made from other things.
+    num_workers: number of processes that tokenise.
+    progress: called with the number of records done so far; None reports
+      nothing.
+  """
   finished = token_cache.find_finished(path, recipe, overwrite)
   if finished is not None:
     return finished
@@ -299,12 +331,13 @@ def _encode_groups(
   encode: Callable[[Sequence[Mapping[str, Any]]], EncodedExamples],
   num_workers: int,
 ) -> Iterator[tuple[int, EncodedExamples]]:
-  """Encoded groups in the order of the records, whatever num_workers is."""
+  """Yields group sizes and encoded groups, in the order of the records."""
   groups = _groups(records)
   if num_workers <= 1:
     yield from ((len(group), encode(group)) for group in groups)
     return
-  # spawn: forking a process that has started JAX's threads may hang.
+  # Processes are spawned, because a fork of a process with JAX's threads may
+  # hang.
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(
     num_workers, context, _keep_encoder, (encode,)
@@ -312,7 +345,7 @@ def _encode_groups(
     waiting = collections.deque()
     for group in groups:
       waiting.append((len(group), pool.submit(_encode_kept, group)))
-      # A bounded queue: a corpus need not fit in memory.
+      # The queue is bounded, because a corpus may not fit in memory.
       if len(waiting) >= 4 * num_workers:
         size, future = waiting.popleft()
         yield size, future.result()
@@ -328,7 +361,8 @@ def _groups(
     yield group
 
 
-# Once per worker process: a vocabulary is too big to travel with each group.
+# The encoder of a worker process. It is sent once to each process, because its
+# vocabulary is too big to be sent with each group.
 _kept_encoder: list[Callable[..., EncodedExamples]] = []
 
 
@@ -350,7 +384,7 @@ def _need(record: Mapping[str, Any], field: str) -> Any:
 
 
 def flatten(sequences: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-  """All tokens <int32>[total], and the length of each sequence <int64>[...]."""
+  """Returns all tokens <int32>[total] and the sequences' lengths <int64>[n]."""
   lengths = np.asarray([len(s) for s in sequences], dtype=np.int64)
   flat = np.fromiter(itertools.chain.from_iterable(sequences), dtype=np.int32)
   return flat, lengths

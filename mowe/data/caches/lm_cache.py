@@ -1,7 +1,8 @@
-"""Token caches of running text, for language models and their evaluation.
+"""Builds token caches of running text, for language models.
 
-All text is kept, blank lines too, and counted as it was before it was cut into
-tokens: perplexity per word and bits per byte need these counts.
+All text is kept, blank lines too. Words and bytes are counted before the text
+is cut into tokens, because perplexity per word and bits per byte need these
+counts.
 """
 
 import functools
@@ -17,11 +18,11 @@ from mowe.words import base_vocabulary, byte_vocabulary
 
 KIND = 'language_model'
 
-# What is one text of a file: a record or line with an EOS after it, or the
+# What is one text of a file: a line or a record, which an EOS follows, or the
 # whole file as it is.
 UNITS = ('line', 'file')
 
-_BLOCK = 1 << 16  # Bytes of a file that are read at once.
+_BLOCK = 1 << 16  # Number of bytes of a file that are read at once.
 
 
 def cache_texts(
@@ -37,39 +38,31 @@ def cache_texts(
 ) -> token_cache.TokenCache:
   """Caches running text as 'targets'.
 
-  With unit 'line', a text is a line of a text file (WikiText) or a record of
-  JSON lines, and an EOS follows each: it stands for the line break, is
-  predicted, and counts as a word and as a byte. With unit 'file' the bytes of
-  all files follow each other, with no EOS (enwik8).
+  With unit 'line', a text is a line of a text file (as in WikiText) or a record
+  of JSON lines. An EOS follows each text. It stands for the line break: it is
+  predicted, and it counts as a word and as a byte. With unit 'file' the bytes
+  of all files follow each other, with no EOS (as in enwik8).
 
   Args:
-    files: paths or globs.
+    files: paths or globs of the files to read.
     path: the folder to write.
-    subwords: the vocabulary; a ByteVocabulary for unit 'file'.
-    field: of JSON records, holds the text.
-    unit: 'line' or 'file'.
-    overwrite, num_workers, progress: as in `cache_builders.cache_text`.
+    subwords: the vocabulary; it must be a ByteVocabulary for unit 'file'.
+    field: name of the field of JSON records that holds the text.
+    unit: what is one text, 'line' or 'file'.
+    overwrite: replaces a cache at `path` that was made from other things.
+    num_workers: number of processes that tokenise.
+    progress: called with the number of records done so far; None reports
+      nothing.
 
   Returns:
-    The cache, opened; an existing one if it was made from the same things. Its
-    `totals` are 'texts', 'words' (between white space) and 'bytes'.
+    The cache, opened. An existing cache is opened if it was made from the same
+    things. Its `totals` are 'texts', 'words' (between white space) and 'bytes'.
 
   Raises:
-    ValueError: an unknown unit or one that does not fit the vocabulary, or
-      another cache is at `path`.
+    ValueError: the unit is unknown or does not fit the vocabulary, or another
+      cache is at `path`.
   """
-  if unit not in UNITS:
-    raise ValueError(
-      f'unit must be one of {UNITS} for running text, but is {unit!r}. Choose '
-      'one of these.'
-    )
-  is_bytes = isinstance(subwords, byte_vocabulary.ByteVocabulary)
-  if unit == 'file' and not is_bytes:
-    raise ValueError(
-      'Whole files are cut into bytes, but the vocabulary is no byte '
-      f'vocabulary: it is {type(subwords).__name__}. Use --vocabulary bytes, '
-      "or unit 'line'."
-    )
+  _check_unit(unit, subwords)
   sources = text_files.describe_sources(files)
   recipe = {
     'format_version': token_cache.FORMAT_VERSION,
@@ -88,11 +81,26 @@ def cache_texts(
   )
 
 
+def _check_unit(unit: str, subwords: base_vocabulary.Vocabulary) -> None:
+  if unit not in UNITS:
+    raise ValueError(
+      f'unit must be one of {UNITS} for running text, but is {unit!r}. Choose '
+      'one of these.'
+    )
+  is_bytes = isinstance(subwords, byte_vocabulary.ByteVocabulary)
+  if unit == 'file' and not is_bytes:
+    raise ValueError(
+      'Whole files are cut into bytes, but the vocabulary is no byte '
+      f'vocabulary: it is {type(subwords).__name__}. Use --vocabulary bytes, '
+      "or unit 'line'."
+    )
+
+
 def encode_texts(
   records: Sequence[Mapping[str, str]],
   subwords: base_vocabulary.Vocabulary,
 ) -> cache_builders.EncodedExamples:
-  """Tokenises texts, an EOS after each, and counts words and bytes."""
+  """Tokenises texts, appends an EOS to each, and counts words and bytes."""
   texts = [record['text'] for record in records]
   ids = subwords.encode_batch(texts)
   targets = [[*of_text, subwords.eos_id] for of_text in ids]
@@ -109,7 +117,7 @@ def encode_texts(
 def encode_blocks(
   records: Sequence[Mapping[str, bytes]],
 ) -> cache_builders.EncodedExamples:
-  """Bytes as the ids of a ByteVocabulary, and how many."""
+  """Turns bytes into ids of a ByteVocabulary, and counts them."""
   blocks = [record['bytes'] for record in records]
   flat = np.frombuffer(b''.join(blocks), np.uint8).astype(np.int32)
   lengths = np.array([len(block) for block in blocks], np.int64)

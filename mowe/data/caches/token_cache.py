@@ -1,15 +1,15 @@
-"""Token caches: tokenised examples in a folder of memory-mapped arrays.
+"""Token caches keep tokenised examples in a folder of memory-mapped arrays.
 
-A cache is a folder:
+The files of a cache are:
   cache.json             the recipe (what went in), its fingerprint, and size,
                          dtype and sha256 of every array (what came out);
-  <feature>.tokens.bin   all examples of a feature one after another;
+  <feature>.tokens.bin   the tokens of all examples, one after another;
   <feature>.offsets.bin  <int64>[examples + 1], where each begins and ends;
-  records.jsonl          the fields that evaluation needs, one line an example,
-  records.offsets.bin    and where each line begins.
+  records.jsonl          the fields that evaluation needs, a line per example;
+  records.offsets.bin    <int64>[examples + 1], where each line begins and ends.
 
 The folder is written under another name beside its place and renamed at the
-end: a build that was interrupted never looks finished.
+end, so that a build that was interrupted never looks finished.
 """
 
 import contextlib
@@ -26,25 +26,28 @@ from typing import Any
 
 import numpy as np
 
+from mowe.words import base_vocabulary
+
 FORMAT_VERSION = 1
 _SUMMARY = 'cache.json'
-# Beyond uint16 a vocabulary needs int32. Both are read without a copy.
+# Vocabularies up to this size are stored as uint16, larger ones as int32. Both
+# are read without a copy.
 _SMALL = 1 << 16
 
 
 def digest_of(content: bytes) -> str:
-  """The sha256 of some bytes."""
+  """Returns the sha256 of some bytes as hex digits."""
   return hashlib.sha256(content).hexdigest()
 
 
 def fingerprint_of(recipe: Mapping[str, Any]) -> str:
-  """The sha256 of a recipe's canonical JSON."""
+  """Returns the sha256 of a recipe, written as JSON with sorted keys."""
   text = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
   return digest_of(text.encode())
 
 
-def describe_vocabulary(subwords: Any) -> dict[str, Any]:
-  """What of a vocabulary a cache depends on."""
+def describe_vocabulary(subwords: base_vocabulary.Vocabulary) -> dict[str, Any]:
+  """Returns what a cache depends on of its vocabulary, for its recipe."""
   return {
     'sha256': subwords.sha256,
     'size': int(subwords.size),
@@ -67,18 +70,22 @@ class TokenCache:
 
   @classmethod
   def open(
-    cls, path: str | os.PathLike, subwords: Any = None, verify: bool = False
+    cls,
+    path: str | os.PathLike,
+    subwords: base_vocabulary.Vocabulary | None = None,
+    verify: bool = False,
   ) -> 'TokenCache':
     """Opens a cache and checks that it is whole.
 
     Args:
-      path: the folder.
-      subwords: the vocabulary it must have been made with; None: any.
-      verify: also compare every array with its sha256, which reads it all.
+      path: the folder of the cache.
+      subwords: the vocabulary that it must have been made with; None accepts
+        any.
+      verify: also compares every array with its sha256, which reads all files.
 
     Raises:
-      ValueError: no finished cache, another format or vocabulary, or a file
-        that is not what cache.json says.
+      ValueError: there is no finished cache, it has another format or
+        vocabulary, or a file is not what cache.json says.
     """
     path = pathlib.Path(path)
     if not (path / _SUMMARY).is_file():
@@ -102,45 +109,52 @@ class TokenCache:
 
   @property
   def kind(self) -> str:
-    """'text', 'language_model', or with inputs 'questions', 'text_to_text'."""
+    """The kind of the examples.
+
+    Examples of 'text' and 'language_model' are texts; those of 'questions' and
+    'text_to_text' have inputs and targets.
+    """
     kind = self.summary['recipe']['kind']
-    if kind == 'seqio':  # Known only when its examples have been seen.
+    if kind == 'seqio':  # The recipe was written before any example was seen.
       kind = 'text_to_text' if 'inputs' in self.features else 'text'
     return kind
 
   @property
   def fingerprint(self) -> str:
+    """The sha256 of the recipe."""
     return self.summary['fingerprint']
 
   @property
   def vocabulary(self) -> Mapping[str, Any]:
-    """sha256, size, extra_ids and eos_id."""
+    """The vocabulary, by its sha256, size, extra_ids and eos_id."""
     return self.summary['recipe']['vocabulary']
 
   @property
   def metric(self) -> str:
-    """Name in `text_metrics.METRICS` of the metric of these questions."""
+    """The metric of these questions, by its name in `text_metrics.METRICS`."""
     return self.summary['recipe'].get('metric', 'squad')
 
   @property
   def num_examples(self) -> int:
+    """Number of examples."""
     return self.summary['num_examples']
 
   @property
   def features(self) -> tuple[str, ...]:
+    """Names of the features, such as 'inputs' and 'targets'."""
     names = [name.split('.')[0] for name in self.summary['arrays']]
     return tuple(dict.fromkeys(name for name in names if name != 'records'))
 
   @property
   def totals(self) -> Mapping[str, int]:
-    """Counts of the text before it was tokenised, {} where none were taken."""
+    """Counts of the text before it was tokenised; {} if none were taken."""
     return self.summary.get('totals', {})
 
   def sentinel_id(self, number: int) -> int:
-    """The id of the sentinel <extra_id_number>."""
+    """Returns the id of the sentinel <extra_id_{number}>."""
     return self.vocabulary['size'] - 1 - number
 
-  def check_vocabulary(self, subwords: Any) -> None:
+  def check_vocabulary(self, subwords: base_vocabulary.Vocabulary) -> None:
     """Raises ValueError unless the cache was made with this vocabulary."""
     wanted = describe_vocabulary(subwords)
     if dict(self.vocabulary) != wanted:
@@ -152,28 +166,28 @@ class TokenCache:
       )
 
   def flat(self, feature: str) -> np.ndarray:
-    """All examples of a feature in one array <uint16 or int32>[total]."""
+    """Returns all examples of a feature, <uint16 or int32>[total]."""
     return self._array(f'{feature}.tokens')
 
   def offsets(self, feature: str) -> np.ndarray:
-    """Bounds of the examples in `flat`, <int64>[num_examples + 1]."""
+    """Returns the bounds of examples in `flat`, <int64>[num_examples + 1]."""
     return self._array(f'{feature}.offsets')
 
   def lengths(self, feature: str) -> np.ndarray:
-    """Length of each example, <int64>[num_examples]."""
+    """Returns the length of each example, <int64>[num_examples]."""
     return np.diff(self.offsets(feature))
 
   def tokens(self, feature: str, index: int) -> np.ndarray:
-    """One example of a feature, <int32>[length], with its EOS."""
+    """Returns one example of a feature with its EOS, <int32>[length]."""
     start, end = self.offsets(feature)[index : index + 2]
     return self.flat(feature)[start:end].astype(np.int32)
 
   def spans(self, index: int) -> np.ndarray:
-    """Salient spans of one text in tokens, <int32>[num_spans, 2]."""
+    """Returns the salient spans of a text, in tokens, <int32>[num_spans, 2]."""
     return self.tokens('spans', index).reshape(-1, 2)
 
   def record(self, index: int) -> dict[str, Any]:
-    """The fields kept for evaluation, {} if there are none."""
+    """Returns the fields of an example kept for evaluation; {} if none are."""
     if 'records.offsets' not in self.summary['arrays']:
       return {}
     start, end = self.offsets('records')[index : index + 2].tolist()
@@ -182,7 +196,7 @@ class TokenCache:
       return json.loads(file.read(end - start))
 
   def records(self) -> Iterator[dict[str, Any]]:
-    """All records in order."""
+    """Yields the records of all examples in order."""
     if 'records.offsets' not in self.summary['arrays']:
       yield from ({} for _ in range(self.num_examples))
       return
@@ -231,7 +245,12 @@ class TokenCache:
 
 
 class CacheWriter:
-  """Writes a cache example by example; `build_cache` makes and finishes one."""
+  """Writes a cache group by group; `build_cache` makes and finishes a writer.
+
+  Args:
+    folder: the folder to write to.
+    recipe: what goes into the cache, for cache.json.
+  """
 
   def __init__(self, folder: pathlib.Path, recipe: Mapping[str, Any]):
     self._folder = folder
@@ -255,10 +274,11 @@ class CacheWriter:
     """Appends a group of examples.
 
     Args:
-      features: of each feature all tokens <int>[total] and the length of each
-        example <int>[group].
-      records: fields to be kept, one mapping per example, possibly empty.
-      totals: counts of what the group was made from, which are summed.
+      features: for each feature all tokens <int>[total] of the group, and the
+        length of each example <int>[group].
+      records: the fields to be kept of each example, possibly none.
+      totals: counts of the text that the group was made from, which are summed
+        over groups; None counts nothing.
     """
     for name, count in (totals or {}).items():
       self._summed[name] = self._summed.get(name, 0) + count
@@ -321,12 +341,12 @@ class CacheWriter:
       os.fsync(file.fileno())
 
   def close(self) -> None:
-    """Closes the files; harmless after `finish`."""
+    """Closes the files; it may be called after `finish`."""
     for file in self._files.values():
       file.close()
 
   def _dtype_of(self, name: str) -> np.dtype:
-    # Spans are positions in a text, which a small vocabulary does not bound.
+    # Spans are positions in a text, which the vocabulary's size does not bound.
     return np.dtype(np.int32) if name == 'spans' else self._token_dtype
 
   def _write(self, name: str, array: np.ndarray) -> dict[str, Any]:
@@ -351,10 +371,19 @@ class CacheWriter:
 def find_finished(
   path: str | os.PathLike, recipe: Mapping[str, Any], overwrite: bool
 ) -> TokenCache | None:
-  """The cache at `path` if it was made by this recipe; None if none is there.
+  """Returns the cache at `path` if it was made by this recipe.
+
+  Args:
+    path: the folder of the cache.
+    recipe: what the cache must have been made from.
+    overwrite: returns None for a cache of another recipe instead of raising.
+
+  Returns:
+    The cache, or None if there is none and one is to be built.
 
   Raises:
-    ValueError: something else is there, and `overwrite` is False.
+    ValueError: there is a cache of another recipe and `overwrite` is False, or
+      a folder that is no cache.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -363,7 +392,8 @@ def find_finished(
   if not summary.is_file():
     if path.is_dir() and not any(path.iterdir()):
       return None
-    # Never removed, not even to overwrite: it may be a folder of other things.
+    # The folder is never removed, not even to overwrite, because it may hold
+    # other things.
     raise ValueError(
       f'A cache is written to a new folder, but {path} exists and is no '
       'token cache. Choose another path, or remove it yourself.'
@@ -385,7 +415,7 @@ def find_finished(
 def build_cache(
   path: str | os.PathLike, recipe: Mapping[str, Any]
 ) -> Iterator[CacheWriter]:
-  """A writer whose folder takes its name `path` when the block ends well.
+  """Context of a writer whose cache appears at `path` when the block ends.
 
   An exception inside the block leaves `path` as it was.
   """
@@ -398,7 +428,7 @@ def build_cache(
   try:
     yield writer
     writer.finish()
-    folder.chmod(0o755)  # mkdtemp's is for one user only.
+    folder.chmod(0o755)  # Only one user can read a folder of mkdtemp.
     if path.exists():
       # A folder cannot be renamed over one that is not empty.
       old = folder.with_name(folder.name + '.old')

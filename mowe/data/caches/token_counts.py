@@ -1,4 +1,4 @@
-"""How often each token id occurs in a token cache."""
+"""Counts how often each token id occurs in a token cache."""
 
 import os
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from mowe.data.caches import token_cache
 
-# Tokens counted at a time: bounds the memory, whatever the cache's size.
+# Number of tokens counted at a time, which bounds the memory that is needed.
 _CHUNK = 1 << 22
 
 
@@ -15,14 +15,15 @@ def count_tokens(cache: str | os.PathLike, num_ids: int) -> np.ndarray:
 
   Args:
     cache: the folder of a token cache.
-    num_ids: ids to count, at least those of the cache's vocabulary. Sentinels
-      have no count: masking makes them, not the text.
+    num_ids: number of ids to count, at least the size of the cache's
+      vocabulary.
 
   Returns:
-    <int64>[num_ids].
+    <int64>[num_ids], the count of each id. Sentinels have the count 0, because
+    masking makes them and not the text.
 
   Raises:
-    ValueError: no cache, or its vocabulary has more ids.
+    ValueError: there is no cache, or its vocabulary has more ids.
   """
   opened = token_cache.TokenCache.open(cache)
   size = opened.vocabulary['size']
@@ -33,7 +34,7 @@ def count_tokens(cache: str | os.PathLike, num_ids: int) -> np.ndarray:
     )
   counts = np.zeros(num_ids, np.int64)
   for feature in opened.features:
-    if feature == 'spans':  # Positions, not ids.
+    if feature == 'spans':  # Spans are positions, not ids.
       continue
     tokens = opened.flat(feature)
     for start in range(0, len(tokens), _CHUNK):

@@ -1,6 +1,6 @@
-"""Claims to be checked, in the form of FEVER: a text and its label.
+"""Turns claims to be checked, as FEVER has them, into questions.
 
-Asked as questions: the claim after a prompt, and the label in words.
+The question is the claim after a prompt, and the answer is its label in words.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ TARGETS = {
 
 
 def as_question(record: Mapping[str, Any]) -> dict[str, Any]:
-  """A record with `FIELDS` as one with 'question' and 'answers' besides.
+  """Returns a record that has `FIELDS` with 'question' and 'answers' added.
 
   Raises:
-    ValueError: a label that is not one of TARGETS.
+    ValueError: the label is not one of TARGETS.
   """
   claim, label = record['claim'], record['label']
   if label not in TARGETS:

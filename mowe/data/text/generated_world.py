@@ -1,9 +1,9 @@
-"""A generated world: invented people, the facts about them, and questions.
+"""Generates a world: invented people, facts about them, and questions.
 
-A small test of memory with a known right answer: every fact stands in the
-documents in several wordings, and questions in other wordings are asked about
-it. Finetuning sees questions about some people; validation asks about the
-others, whose facts a model can only know from the documents.
+It is a small test of memory with known right answers. Every fact stands in the
+documents in several wordings, and questions ask about it in other wordings.
+Finetuning sees questions about some people; validation asks about the others,
+whose facts a model can only know from the documents.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ _HOBBIES = """
 
 @dataclasses.dataclass(frozen=True)
 class _Relation:
-  """Wordings of a relation. {n} is the name, {v} the value."""
+  """The wordings of a relation; {n} stands for the name, {v} for the value."""
 
   sentences: tuple[str, ...]
   questions: tuple[str, ...]
@@ -125,7 +125,8 @@ _RELATIONS = {
 }
 RELATIONS = tuple(_RELATIONS)
 
-# Openings of sentences, the commonest first: drawn with Zipf's frequencies.
+# Openings of sentences, the commonest first. They are drawn with Zipf's
+# frequencies.
 _OPENINGS = (
   'It is known that',
   'It is said that',
@@ -144,18 +145,19 @@ _MONTHS = """
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
-  """Size and seed of a world.
+  """The size and the seed of a world.
 
   Attributes:
-    num_people: with a unique last name each.
-    num_values: different values of each relation, at most 50.
-    relations: names from RELATIONS.
-    num_templates: sentences about each fact, at most 4, each a document.
-    num_extra_mentions: documents beyond that, spread over the people by Zipf's
-      law, each with two facts.
-    opening_rate: share of the documents that begin with an opening.
-    train_share: share of the people whom qa_train asks about.
-    seed: from 0.
+    num_people: number of people, who all have different last names.
+    num_values: number of different values of each relation, at most 50.
+    relations: the relations that people have, names from RELATIONS.
+    num_templates: number of sentences about each fact, at most 4; each is a
+      document.
+    num_extra_mentions: number of further documents with two facts each, which
+      are spread over the people by Zipf's law.
+    opening_rate: fraction of the sentences that begin with an opening.
+    train_share: fraction of the people whom qa_train asks about.
+    seed: seed of all random choices, at least 0.
 
   Raises:
     ValueError: a field is out of range.
@@ -196,12 +198,14 @@ class WorldConfig:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Records of a world.
+  """The records of a world.
 
   Attributes:
-    documents: text, spans (the answers in it, [start, end] in characters),
-      entity, relations.
-    qa_train, qa_validation: question, answers, relation, entity.
+    documents: records with the fields text, spans (the answers in the text,
+      [start, end] in characters), entity and relations.
+    qa_train: records with the fields question, answers, relation and entity,
+      for finetuning.
+    qa_validation: records with the same fields, about other people.
   """
 
   documents: list[dict[str, Any]]
@@ -210,7 +214,7 @@ class World:
 
 
 def make_world(config: WorldConfig) -> World:
-  """Generates a world; the same config gives the same world."""
+  """Generates a world. The same config gives the same world."""
   rng = np.random.default_rng([config.seed, 20231118])
   people = _draw_names(config.num_people, rng)
   values = {
@@ -241,23 +245,22 @@ def write_world(
 ) -> dict[str, pathlib.Path]:
   """Writes documents.jsonl, qa_train.jsonl, qa_validation.jsonl, world.json.
 
-  world.json holds the config and the sha256 of the other files; the same config
+  world.json holds the config and the sha256 of the other files. The same config
   gives the same bytes.
 
   Returns:
-    The paths of the three files by their names without ending.
+    The paths of the three .jsonl files, by their names without the ending.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   world = make_world(config)
   paths, digests = {}, {}
-  for field in dataclasses.fields(world):
-    records = getattr(world, field.name)
+  for name, records in vars(world).items():
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     content = ''.join(line + '\n' for line in lines).encode()
-    paths[field.name] = folder / f'{field.name}.jsonl'
-    paths[field.name].write_bytes(content)
-    digests[field.name] = hashlib.sha256(content).hexdigest()
+    paths[name] = folder / f'{name}.jsonl'
+    paths[name].write_bytes(content)
+    digests[name] = hashlib.sha256(content).hexdigest()
   summary = {'config': dataclasses.asdict(config), 'sha256': digests}
   (folder / 'world.json').write_text(json.dumps(summary, indent=2) + '\n')
   return paths
@@ -335,7 +338,7 @@ def _with_article(template: str, value: str) -> str:
 
 
 def _draw_names(count: int, rng: np.random.Generator) -> list[str]:
-  """First names by Zipf's law, last names all different."""
+  """Draws full names: first names by Zipf's law, different last names."""
   shapes = [(_FIRST_PIECES, _LAST_PIECES)]
   shapes += [(_FIRST_PIECES, _MIDDLE_PIECES, _LAST_PIECES)]
   last_names: dict[str, None] = {}  # A set would not keep the order.

@@ -1,10 +1,11 @@
-"""Texts cut to their first paragraphs, each after its title.
+"""Cuts texts to their first paragraphs and puts the title before each.
 
 A passage of an article often does not name what the article is about ('He made
-his debut ...'), and in a short window the name is missing even where the article
-has it. With the title before it, what a model is asked to fill in can be known
-from that name, as in the questions that follow. Passages of retrieval models have
-their titles before them for the same reason (arXiv 2004.04906, section 4.1).
+his debut ...'), and in a short window the name is missing even if the article
+has it. With the title before the passage, what a model is asked to fill in can
+be known from that name, as in the questions that follow. Passages of retrieval
+models have their titles before them for the same reason (arXiv 2004.04906,
+section 4.1).
 """
 
 import dataclasses
@@ -16,15 +17,16 @@ from mowe.data.text import salient_spans
 
 @dataclasses.dataclass(frozen=True)
 class Passages:
-  """How a text becomes what is read.
+  """How much of a text is read, and what is put before it.
 
   Attributes:
-    title_field: holds what is put before the text, and ': '. None: nothing.
-    max_paragraphs: lines of the text that are kept; blank ones do not count.
-      None: all.
+    title_field: name of the field of a record that holds the title, which is
+      put before the text with ': ' after it; None puts nothing there.
+    max_paragraphs: number of lines of the text that are kept, where blank lines
+      do not count; None keeps all.
 
   Raises:
-    ValueError: no paragraph is kept.
+    ValueError: no paragraph would be kept.
   """
 
   title_field: str | None = None
@@ -40,18 +42,18 @@ class Passages:
   def read(
     self, record: Mapping[str, Any], field: str = 'text'
   ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a record, and its salient spans.
+    """Returns the text of a record and its salient spans, in characters.
 
-    Spans are those of the record, or those of the rule in what is left of the
-    text. The title is never masked; nor is a span that holds it: it could be
-    copied.
+    The spans are those that the record gives, or else those that the rule finds
+    in what is kept of the text. Neither the title nor a span that contains it
+    is ever masked, because the answer could be copied.
 
     Args:
-      record: has `field` and the title.
-      field: of the text.
+      record: the record with the text and the title.
+      field: name of the field that holds the text.
 
     Raises:
-      ValueError: bad spans of the record.
+      ValueError: the record gives bad spans.
     """
     text = record[field]
     end = self._end(text)
@@ -72,7 +74,7 @@ class Passages:
     ]
 
   def _end(self, text: str) -> int:
-    """Characters of the paragraphs that are kept."""
+    """Returns where the paragraphs that are kept end, in characters."""
     if self.max_paragraphs is None:
       return len(text)
     position = number = 0

@@ -1,8 +1,8 @@
-"""Salient spans by rule: the names, numbers and dates worth remembering.
+"""Finds salient spans (names, numbers and dates) by a rule.
 
-Salient span masking (Guu et al. 2020, REALM) uses a trained tagger. A rule has
-no model to download and the same result everywhere; a record with better spans
-of its own carries them in its field 'spans'.
+Salient span masking (Guu et al. 2020, REALM) uses a trained tagger. A rule
+needs no model to be downloaded and has the same result everywhere. A record
+with better spans of its own carries them in its field 'spans'.
 """
 
 import re
@@ -17,7 +17,8 @@ _MONTH = (
 _DAY = r'(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?'
 _YEAR = r'[12]\d{3}'
 _DASH = r'\s?[-–—]\s?'
-# Longest first: the alternatives are tried in this order at each place.
+# The longest forms come first, because the alternatives are tried in this order
+# at each place.
 _DATES = (
   rf'{_DAY}(?:{_DASH}{_DAY})? (?:of )?{_MONTH}(?:,? {_YEAR})?',
   rf'{_MONTH} {_DAY}(?:{_DASH}{_DAY})?(?:,? {_YEAR})?(?![\d,]*\d)',
@@ -27,7 +28,7 @@ _DATES = (
   rf'{_YEAR}s',
 )
 _NUMBER = r'[$£€]?\d+(?:[.,]\d+)*(?:st|nd|rd|th|%)?'
-# An apostrophe joins (O'Brien), a possessive 's does not.
+# An apostrophe joins parts of a word (O'Brien), but a possessive 's ends it.
 _CAPITALISED = r"(?:[A-Z]\.)+|[^\W\d_a-z](?:[\w]|[-'’](?!s\b)\w)*"
 _JOINING = r'(?:of|the|de|da|di|du|del|la|le|van|von|der|den|and the|of the)'
 
@@ -55,13 +56,13 @@ _COMMON = frozenset(
 
 
 def find_salient_spans(text: str) -> list[tuple[int, int]]:
-  """Character spans [start, end) of names, numbers and dates, by rule.
+  """Finds names, numbers and dates, as spans [start, end) of characters.
 
-  Names are runs of capitalised words, also with 'of', 'the', 'de' and the like
-  inside. A common word at the start of a run ('The', 'In', 'However') is cut
-  off, and a run of one word that begins a sentence counts only if it stands
-  capitalised elsewhere in the text or is no plain word (has a capital or a
-  digit inside). A date, or a range of years, is one span.
+  Names are runs of capitalised words, which may have 'of', 'the', 'de' and the
+  like inside. Common words at the start of a run ('The', 'In', 'However') are
+  cut off. A run of one word that begins a sentence counts only if the word is
+  capitalised elsewhere in the text as well, or has a capital or a digit inside.
+  A date, or a range of years, is one span.
 
   Returns:
     Sorted spans that do not overlap.
@@ -75,10 +76,11 @@ def find_salient_spans(text: str) -> list[tuple[int, int]]:
 def spans_of_record(
   record: dict[str, Any], field: str = 'text'
 ) -> list[tuple[int, int]]:
-  """The record's own 'spans' when it has them, else those of the rule.
+  """Returns the record's own 'spans' if it has them, else those of the rule.
 
   Raises:
-    ValueError: a given span is not [start, end] inside the text, or overlaps.
+    ValueError: a given span is not [start, end] inside the text, or overlaps
+      another one.
   """
   text = record[field]
   if record.get('spans') is None:
@@ -113,7 +115,7 @@ def _check_span(span: Sequence[int], text: str) -> tuple[int, int]:
 def _add_free(
   spans: list[tuple[int, int]], more: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-  """`spans` and those of `more` that overlap none of them."""
+  """Returns `spans`, and those of `more` that overlap none of them."""
   taken = sorted(spans)
   result, position = list(taken), 0
   for start, end in sorted(more):
@@ -127,8 +129,8 @@ def _add_free(
 def _find_names(
   text: str, taken: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-  # Dates are blanked out, so that 'In March 1981' leaves no 'March' behind and
-  # a name before a date ends there.
+  # Dates are blanked out, so that 'In March 1981' leaves no 'March' behind, and
+  # a name before a date ends where the date begins.
   masked = text
   for start, end in taken:
     masked = masked[:start] + '\0' * (end - start) + masked[end:]
@@ -155,11 +157,11 @@ def _find_names(
 def _cut_common_words(
   text: str, start: int, end: int
 ) -> tuple[int, int] | None:
-  """The run without common words in front, or None if nothing is left."""
+  """Cuts common words off the start of a run; None if nothing is left."""
   joining = frozenset(_JOINING.strip('(?:)').split('|'))
   while start < end:
     word = text[start:end].split(' ', 1)[0]
-    # 'The Hague' keeps its article: within a sentence 'The' is part of a name.
+    # Within a sentence 'The' is part of a name: 'The Hague' keeps its article.
     within = word == 'The' and not _begins_sentence(text, start)
     lower = word.lower()
     if within or (lower not in _COMMON and word not in joining):

@@ -1,12 +1,13 @@
-"""Span corruption and salient span masking: from tokens to inputs and targets.
+"""Span corruption and salient span masking make inputs and targets of tokens.
 
-The format is T5's. Each masked span becomes one sentinel in the inputs; the
-targets hold every sentinel followed by the tokens it stands for. Sentinels fall
-from the last id of the vocabulary: size - 1, size - 2, ... Neither sequence has
-an EOS here: the task appends it.
+The format is T5's. Each masked span becomes one sentinel in the inputs. The
+targets hold every sentinel, followed by the tokens that it stands for. The ids
+of sentinels fall from the last id of the vocabulary: size - 1, size - 2, ...
+The functions here append no EOS to either sequence; the tasks do.
 
 Source: T5 (Raffel et al. 2020), section 3.1.4, and the arithmetic of its
-random_spans_noise_mask and random_spans_helper. Guu et al. 2020 for salience.
+random_spans_noise_mask and random_spans_helper. Salient spans are those of Guu
+et al. 2020.
 """
 
 import dataclasses
@@ -19,7 +20,13 @@ MEAN_SPAN_LENGTH = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedLengths:
-  """Numbers of tokens after corruption, each with its EOS counted."""
+  """Lengths of an example after corruption.
+
+  Attributes:
+    inputs: number of tokens of the inputs, EOS included.
+    targets: number of tokens of the targets, EOS included.
+    num_spans: number of masked spans, each with one sentinel.
+  """
 
   inputs: int
   targets: int
@@ -31,10 +38,18 @@ def count_noise(
   noise_density: float = NOISE_DENSITY,
   mean_span_length: float = MEAN_SPAN_LENGTH,
 ) -> tuple[int, int]:
-  """Numbers of masked tokens and of spans in a text of `length` tokens.
+  """Returns how many tokens and spans of a text are masked.
+
+  Args:
+    length: number of tokens of the text.
+    noise_density: fraction of the tokens that is masked.
+    mean_span_length: mean number of tokens of a masked span.
+
+  Returns:
+    The number of masked tokens, and the number of spans that they form.
 
   Raises:
-    ValueError: fewer than two tokens: one must be masked and one must stay.
+    ValueError: there are fewer than two tokens, one to mask and one to keep.
   """
   if length < 2:
     raise ValueError(
@@ -43,8 +58,8 @@ def count_noise(
     )
   num_noise = min(max(round(length * noise_density), 1), length - 1)
   num_spans = max(round(num_noise / mean_span_length), 1)
-  # Each span has a masked token and an unmasked one before it. T5 does not ask
-  # this, as its densities are low.
+  # Each span needs a masked token, and an unmasked token before it. T5 does not
+  # check this, as its densities are low.
   return num_noise, min(num_spans, num_noise, length - num_noise)
 
 
@@ -53,7 +68,7 @@ def lengths_after_corruption(
   noise_density: float = NOISE_DENSITY,
   mean_span_length: float = MEAN_SPAN_LENGTH,
 ) -> CorruptedLengths:
-  """Lengths of inputs and targets, EOS included, of `length` tokens."""
+  """Returns the lengths of a text of `length` tokens after corruption."""
   num_noise, num_spans = count_noise(length, noise_density, mean_span_length)
   return CorruptedLengths(
     inputs=length - num_noise + num_spans + 1,
@@ -68,10 +83,15 @@ def tokens_that_fill(
   noise_density: float = NOISE_DENSITY,
   mean_span_length: float = MEAN_SPAN_LENGTH,
 ) -> int:
-  """The largest number of tokens whose corruption fits the feature lengths.
+  """Returns the most tokens whose corruption fits the feature lengths.
 
-  With targets_length None only the inputs are limited: 512 gives 568 tokens and
-  114 targets, as T5's random_spans_helper does.
+  Args:
+    inputs_length: number of tokens of the inputs, EOS included.
+    targets_length: number of tokens of the targets, EOS included; None does not
+      limit them. 512 inputs then give 568 tokens and 114 targets, as with T5's
+      random_spans_helper.
+    noise_density: fraction of the tokens that is masked.
+    mean_span_length: mean number of tokens of a masked span.
 
   Raises:
     ValueError: not even two tokens fit.
@@ -89,7 +109,8 @@ def tokens_that_fill(
       f'targets, but they are {inputs_length} and {targets_length}. '
       'Make them longer.'
     )
-  # Both lengths never fall as the text grows, so bisection finds the last fit.
+  # Neither length falls as the text grows, so that bisection finds the longest
+  # text that fits.
   low, high = 2, 4
   while fits(high):
     low, high = high, 2 * high
@@ -107,11 +128,19 @@ def random_spans(
 ) -> np.ndarray:
   """Draws T5's random spans: unmasked and masked segments alternate.
 
+  Args:
+    length: number of tokens of the text.
+    rng: generator of all random choices.
+    noise_density: fraction of the tokens that is masked.
+    mean_span_length: mean number of tokens of a masked span.
+
   Returns:
-    <int64>[num_spans, 2] of [start, end), in order. The first token is never
-    masked and the last one always is, as in T5.
+    <int64>[num_spans, 2], the bounds [start, end) of the spans, in order. The
+    first token is never masked and the last one always is, as in T5.
   """
   num_noise, num_spans = count_noise(length, noise_density, mean_span_length)
+  # [num_spans] each: the lengths of the masked segments, and of the unmasked
+  # segments before them.
   noise = _random_segments(num_noise, num_spans, rng)
   kept = _random_segments(length - num_noise, num_spans, rng)
   ends = np.cumsum(noise + kept)
@@ -121,7 +150,7 @@ def random_spans(
 def salient_budget(
   length: np.ndarray | int, noise_density: float
 ) -> np.ndarray | int:
-  """Masked tokens that salient masking of `length` tokens aims at, from 1."""
+  """Returns how many tokens of `length` to mask as salient, at least 1."""
   return np.maximum(np.rint(np.multiply(length, noise_density)), 1).astype(int)
 
 
@@ -135,23 +164,24 @@ def salient_spans(
 ) -> np.ndarray:
   """Chooses spans in random order while they stay within a noise budget.
 
-  The first span drawn is always taken, however long, so that every example asks
-  something.
+  The first span that is drawn is always taken, however long it is, so that
+  every example asks something.
 
   Args:
-    spans: <int>[num_spans, 2], none empty, none overlapping.
-    rng: of this example.
-    budget: masked tokens not to be exceeded after the first span.
-    max_spans: at most so many (the number of sentinels).
-    max_targets: masked tokens plus sentinels not to be exceeded; spans that
-      are too long on their own are never taken.
+    spans: <int>[num_spans, 2], spans that are not empty and do not overlap.
+    rng: generator of the random choices of this example.
+    budget: number of masked tokens that spans after the first must not exceed.
+    max_spans: the most spans to choose, which is the number of sentinels.
+    max_targets: the most masked tokens and sentinels together. A span that is
+      too long on its own is never taken.
 
   Returns:
-    <int>[chosen, 2] in order of the text; [0, 2] if no span fits.
+    <int>[chosen, 2], in the order of the text; [0, 2] if no span fits.
   """
   chosen, masked = [], 0
   for index in rng.permutation(len(spans)):
     size = int(spans[index, 1] - spans[index, 0])
+    # Each span that was chosen, and this one, adds a sentinel to the targets.
     if masked + size + len(chosen) + 1 > max_targets:
       continue
     if chosen and masked + size > budget:
@@ -164,8 +194,9 @@ def salient_spans(
 
 
 def longest_salient_span(inputs_length: int, targets_length: int) -> int:
-  """Tokens of the longest span that salient masking can ask for."""
-  # Its sentinel and EOS share the targets with it.
+  """Returns the most tokens that a span may have to be masked as salient."""
+  # The targets hold its sentinel and EOS besides. A window of a long text has
+  # one token less than the inputs, as in `draw_salient`.
   return min(targets_length - 2, inputs_length - 1)
 
 
@@ -179,27 +210,32 @@ def draw_salient(
   max_spans: int,
   noise_density: float = NOISE_DENSITY,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Draws the text and the spans of one salient example.
+  """Draws the tokens and the spans of one salient example.
 
   A text that is longer than the inputs is read through a window around one of
-  its spans, drawn at random.
+  its spans, which is drawn at random.
 
   Args:
-    tokens: <int>[length], without EOS.
-    spans: <int>[num_spans, 2], its salient spans.
-    rng: of this example.
-    inputs_length, targets_length: with EOS.
-    max_spans: number of sentinels.
-    noise_density: share of masked tokens not to be exceeded after one span.
+    tokens: <int>[length], the text without EOS.
+    spans: <int>[num_spans, 2], the salient spans of the text.
+    rng: generator of the random choices of this example.
+    inputs_length: number of tokens of the inputs, EOS included.
+    targets_length: number of tokens of the targets, EOS included.
+    max_spans: the most spans to mask, which is the number of sentinels.
+    noise_density: fraction of the tokens that spans after the first must not
+      exceed.
 
   Returns:
-    The tokens to use and the spans to mask, which are [0, 2] if none fits.
+    The tokens to use, <int>[at most inputs_length - 1], and the spans to mask,
+    <int>[chosen, 2], which are [0, 2] if no span fits.
   """
   longest = longest_salient_span(inputs_length, targets_length)
   spans = spans[spans[:, 1] - spans[:, 0] <= longest]
-  # k spans of m >= k tokens leave size - m + k + 1 <= size + 1 inputs.
+  # k masked spans have m >= k tokens, so that a window of `size` tokens gives
+  # size - m + k inputs and EOS, which are at most inputs_length.
   size = inputs_length - 1
   if len(tokens) > size and len(spans):
+    # The window begins anywhere where it contains the whole drawn span.
     start, end = spans[rng.integers(len(spans))].tolist()
     first, last = max(0, end - size), min(start, len(tokens) - size)
     begin = int(rng.integers(first, last + 1))
@@ -221,14 +257,15 @@ def mask_spans(
   """Replaces spans by sentinels.
 
   Args:
-    tokens: <int>[length].
-    spans: <int>[num_spans, 2] of [start, end), in order, not overlapping.
-    first_sentinel: id of the first sentinel; the next ones fall from it.
+    tokens: <int>[length], the text.
+    spans: <int>[num_spans, 2], bounds [start, end), in order, not overlapping.
+    first_sentinel: id of the first sentinel; those of the next ones fall.
 
   Returns:
-    inputs <int32>[...] and targets <int32>[...], neither with EOS.
+    The inputs <int32>[n] and the targets <int32>[m], both without EOS.
   """
-  inputs, targets, position = [], [tokens[:0]], 0  # There may be no span.
+  # The targets begin with an empty array, because there may be no span.
+  inputs, targets, position = [], [tokens[:0]], 0
   for number, (start, end) in enumerate(np.asarray(spans).tolist()):
     sentinel = [first_sentinel - number]
     inputs += [tokens[position:start], sentinel]
@@ -241,7 +278,7 @@ def mask_spans(
 def restore(
   inputs: np.ndarray, targets: np.ndarray, first_sentinel: int, num_spans: int
 ) -> np.ndarray:
-  """The tokens that `mask_spans` was given; used to look at examples."""
+  """Returns the tokens that `mask_spans` was given, to look at examples."""
   parts, position = [], 0
   marks = [first_sentinel - number for number in range(num_spans)]
   starts = [int(np.flatnonzero(targets == mark)[0]) for mark in marks]
@@ -257,7 +294,7 @@ def restore(
 def _random_segments(
   num_items: int, num_segments: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Lengths of a uniformly random cut into segments that are not empty."""
+  """Cuts items into non-empty segments at random, and returns their lengths."""
   cuts = rng.choice(num_items - 1, num_segments - 1, replace=False) + 1
   return np.diff(np.sort(cuts), prepend=0, append=num_items)
 

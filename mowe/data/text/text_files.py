@@ -1,4 +1,4 @@
-"""Reading records from text and JSON-lines files, plain or gzipped."""
+"""Reads records from text files and JSON-lines files, plain or gzipped."""
 
 import glob
 import gzip
@@ -13,7 +13,7 @@ _UNITS = ('line', 'paragraph')
 
 
 def match_files(patterns: str | Sequence[str]) -> list[str]:
-  """The files that match one or more paths or globs, sorted, without doubles.
+  """Returns the files that match paths or globs, sorted, each once.
 
   Raises:
     ValueError: a pattern matches no file.
@@ -26,7 +26,7 @@ def match_files(patterns: str | Sequence[str]) -> list[str]:
     )
   paths = set()
   for pattern in map(os.fspath, patterns):
-    # A name that exists is taken as it is: it may contain a bracket.
+    # A name that exists is taken as it is, because it may contain a bracket.
     found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
     found = [path for path in found if os.path.isfile(path)]
     if not found:
@@ -39,7 +39,7 @@ def match_files(patterns: str | Sequence[str]) -> list[str]:
 
 
 def describe_sources(patterns: str | Sequence[str]) -> list[dict[str, Any]]:
-  """Name, size in bytes and sha256 of each file, for a cache's fingerprint."""
+  """Returns name, bytes and sha256 of each file, for a cache's fingerprint."""
   sources = []
   for path in match_files(patterns):
     with open(path, 'rb') as file:
@@ -61,33 +61,34 @@ def read_records(
 ) -> Iterator[dict[str, Any]]:
   """Yields one dict per record, file after file in the order of their names.
 
-  `.jsonl`, `.json`, and either with `.gz`: one JSON object per line. All other
-  files are text (`.gz`: gzipped) and give {'text': ...}. Blank lines are
-  skipped everywhere.
+  A file that ends in `.jsonl` or `.json`, or in one of these and `.gz`, has one
+  JSON object per line. All other files are text, gzipped if they end in `.gz`,
+  and give records {'text': ...}. Blank lines are skipped.
 
   Args:
-    patterns: paths or globs.
-    fields: what every record must have.
-    unit: of text files: 'line', or 'paragraph' (lines up to a blank line,
-      joined by a space).
+    patterns: paths or globs of the files.
+    fields: names of the fields that every record must have.
+    unit: what is one record of a text file: 'line', or 'paragraph', the lines
+      up to a blank line, joined by spaces.
 
   Raises:
-    ValueError: no file matches, a file holds no record, or a line is damaged;
-      with the file's name and the line number.
+    ValueError: no file matches, a file holds no record, or a line is damaged.
+      The message has the file's name and the number of the line.
   """
   if unit not in _UNITS:
     raise ValueError(
       f'unit must be one of {_UNITS}, but is {unit!r}. Choose one of them.'
     )
-  # Not a generator itself, so that a missing file is reported at the call.
+  # This function is no generator, so that a missing file is reported by the
+  # call itself.
   return _records_of(match_files(patterns), tuple(fields), unit)
 
 
 def read_lines(path: str) -> Iterator[str]:
-  """The lines of a text file, blank ones too, each without its line break.
+  """Yields the lines of a text file, also blank ones, without line breaks.
 
   Raises:
-    ValueError: the file is not UTF-8, or no whole gzip file.
+    ValueError: the file is not UTF-8, or not a whole gzip file.
   """
   return (line for _, line in _read_lines(path, stripped='\r\n'))
 
@@ -126,7 +127,7 @@ def _records_of(
 def _read_lines(
   path: str, stripped: str | None = None
 ) -> Iterator[tuple[int, str]]:
-  """Line numbers from 1 and stripped lines, blank ones as ''."""
+  """Yields line numbers, from 1 on, and stripped lines."""
   number = 0
   opener = gzip.open if path.endswith('.gz') else open
   try:
