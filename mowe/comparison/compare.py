@@ -1,8 +1,8 @@
-"""`mowe compare`: models of one experiment, from text to a report.
+"""`mowe compare` compares the models of an experiment, from text to a report.
 
-Data are prepared, models are sized, and each run (a model with a seed) is
-trained and measured in a process of its own. What is finished is not done
-again, so that a stopped comparison goes on where it was.
+It prepares the data, sizes the models, and trains and measures each run (a
+model with a seed) in a process of its own. What is finished is not done again,
+so that a comparison that was stopped continues where it was.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ class Compared:
   """What a comparison made.
 
   Attributes:
-    results: of each model.
-    questions: that were asked.
-    tables: of the report.
+    results: the results of each model, in the order of the experiment.
+    questions: the questions that the report is about.
+    tables: the tables of the report.
     page: path of the report's index.html.
   """
 
@@ -52,16 +52,17 @@ def compare(
   """Does all runs of an experiment that are not done, and writes the report.
 
   Args:
-    experiment: what is compared.
-    dry_run: prepare data, size the models, say what would be run, and stop.
+    experiment: the experiment whose models are compared.
+    dry_run: prepares the data, sizes the models, prints what would be run, and
+      stops.
 
   Returns:
-    What was found; None after a dry run.
+    The results; None after a dry run.
 
   Raises:
-    ValueError: settings that cannot work, before anything is trained; or a run
-      that failed.
-    KeyboardInterrupt: a signal came. The same call continues.
+    ValueError: a setting cannot work, before anything is trained; or a run
+      failed.
+    KeyboardInterrupt: a signal was received. The same call continues.
   """
   folder = pathlib.Path(experiment.output)
   folder.mkdir(parents=True, exist_ok=True)
@@ -79,18 +80,21 @@ def compare(
       for name, tries in plan.tries.items():
         _do(runner, tries)
         chosen[name] = _choose(experiment, tries)
-      # The other seeds come last: one run of every model is worth more.
+      # The other seeds come last, because a run of every model is worth more
+      # than all seeds of one.
       for name, choice in chosen.items():
         _do(runner, plan.runs(name, choice.number))
     return _report(experiment, prepared, plan, chosen)
 
 
 def show(compared: Compared) -> None:
-  """Prints the first tables, and where everything is."""
-  # Answers, costs, tries if there are any, and the tests against the first.
+  """Prints the first tables, and where the report is."""
+  # They are answers, costs, tries if there are any, and tests against the first
+  # model.
   has_tries = any(result.tries for result in compared.results)
   for table in compared.tables[: 3 + has_tries]:
-    # One model alone has no third table if its questions have no relations.
+    # With one model alone, the third table is that of relations, and is empty
+    # if the questions have none.
     if table.rows:
       print(f'\n{report_tables.markdown_table(table.rows)}')
   print(f'\nTables, figures and page: {compared.page}')
@@ -120,7 +124,7 @@ def _say(plan: planned_runs.Plan) -> None:
     name, cost = sized.model.name, sized.cost
     note = sized.note and f'; {sized.note}'
     tries = plan.tries[name]
-    # Which other runs there are is known when all tries are done.
+    # The runs with other seeds are not known before all tries are done.
     done = sum(map(single_run.is_finished, tries))
     tried = f' {len(tries)} learning rates,' if len(tries) > 1 else ''
     print(
@@ -169,7 +173,7 @@ def _result(
   questions: Sequence[answer_comparison.Question],
   choice: rate_choice.Choice,
 ) -> answer_comparison.ModelResult:
-  """The answers of all seeds; curves and loads are of the first."""
+  """Joins the runs of a model; curves and loads are those of the first seed."""
   of_seeds = [
     json.loads(
       (pathlib.Path(run.folder) / measurements.RESULTS).read_text('utf-8')
@@ -177,7 +181,7 @@ def _result(
     for run in runs
   ]
   measured = of_seeds[0]
-  # Seeds mask other spans: one may have met none of a rare kind.
+  # Each seed masks other spans, and one may have met none of a rare kind.
   recall = {
     kind: tuple(
       sum(one['recall'].get(kind, {}).get(name, 0) for one in of_seeds)
@@ -215,14 +219,14 @@ def _result(
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-  """None where one of them was not measured."""
+  """Returns the mean of values, or None if one was not measured."""
   return None if None in values else sum(values) / len(values)
 
 
 def _word_experts(
   runs, results, questions, vocabulary
 ) -> dict[int, Mapping[str, report_contents.WordExperts]]:
-  """The experts of the words of those questions that the report shows."""
+  """Returns the experts of the words of the questions that the report shows."""
   shown = answer_comparison.differing_questions(results)
   experts: dict[int, dict[str, report_contents.WordExperts]] = {
     i: {} for i in shown
@@ -234,7 +238,8 @@ def _word_experts(
       continue
     for index in shown:
       rows = routing.explain(questions[index].text, vocabulary)
-      # All pieces of a known word are one entry; others are their own.
+      # All pieces of a known word have one entry, which is shown once. Pieces
+      # of other words have an entry each.
       words = dict.fromkeys(
         (routing.word(row.word_id), row.expert)
         for row in rows

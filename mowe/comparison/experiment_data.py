@@ -1,11 +1,12 @@
-"""The data of an experiment: text, questions, vocabularies and token caches.
+"""Prepares the data of an experiment: text, questions, vocabularies, caches.
 
 Each source of data makes, or finds, the same things: a subword vocabulary, and
-token caches called as in `CACHES`. What is there already is not made again.
+token caches with the names in `CACHES`. What is there already is not made
+again.
 
-Validation questions are split once, by a hash of the entity that they are
-about, into two caches: learning rates and checkpoints may be chosen by the
-questions of `qa_choosing`, and `qa_reported` are those that a report is about.
+Validation questions are split into two caches, by a hash of the entity that
+they are about. Learning rates and checkpoints may be chosen by the questions of
+`qa_choosing`; a report is about the questions of `qa_reported`.
 """
 
 import dataclasses
@@ -20,26 +21,27 @@ from mowe.commands import build_routing_vocabulary, cache_task, train_vocabulary
 from mowe.data.text import generated_world, passages, text_files
 from mowe.words import atomic_files, subword_vocabularies
 
-# Text to be pretrained on, questions to be finetuned on, those by which rates
-# and checkpoints are chosen, and those that are reported.
+# The names of token caches: text for pretraining, questions for finetuning,
+# questions by which rates and checkpoints are chosen, and reported questions.
 CHOOSING, REPORTED = 'qa_choosing', 'qa_reported'
 CACHES = ('documents', 'qa_train', CHOOSING, REPORTED)
-# Text that no model was trained on, which may be missing.
+# The name of the token cache of text that no model is trained on. There may be
+# no such text.
 HELD_OUT = 'held_out'
 
-# Files that a source of data has.
+# The files that a source of data has.
 _SOURCES = ('documents', 'qa_train', 'qa_validation')
-# One validation question in so many is for choosing.
+# One in so many entities has its validation questions among those for choosing.
 _CHOOSING_PART = 3
 
-# Under which names a folder of one's own may have them.
+# The names that these files may have in a user's own folder.
 _NAMES = {
   'documents': ('documents', 'paragraphs', 'evidence'),
   'qa_train': ('qa_train', 'claims_train'),
   'qa_validation': ('qa_validation', 'claims_validation'),
 }
 
-# Enough for a loss with three digits.
+# The most held-out documents, which are enough for a loss with three digits.
 _MOST_HELD_OUT = 500
 
 
@@ -49,12 +51,13 @@ class Words:
 
   Attributes:
     num_experts: number of experts.
-    num_words: the most frequent words that are kept; 0: words have the experts
-      of their pieces, as in a hash layer.
-    num_skipped: the most frequent entries, which have no expert.
-    names_files: only words of these names are kept. '{data}' is the folder of
-      the experiment's data: a generated world has names.txt there.
-    balanced: experts by expected load.
+    num_words: how many words to keep, the most frequent ones. With 0, tokens
+      have the experts of their pieces, as in a hash layer.
+    num_skipped: number of the most frequent entries, which get no expert.
+    names_files: files of names, whose words alone are kept; empty keeps all
+      words. '{data}' is replaced by the folder of the experiment's data, where
+      a generated world has names.txt.
+    balanced: gives entries to experts by expected load, not by hash.
   """
 
   num_experts: int
@@ -66,15 +69,15 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """Data that is ready.
+  """Data that is ready for training.
 
   Attributes:
     vocabulary: path of the subword vocabulary, or 'bytes'.
     cache_dir: folder of the token caches.
-    documents: files of the text that words are counted in.
-    folder: gets routing vocabularies.
-    has_held_out: whether there is a cache HELD_OUT.
-    notes: what the report says of the data.
+    documents: files of the text in which words are counted.
+    folder: folder where routing vocabularies are written.
+    has_held_out: whether there is a cache of held-out text.
+    notes: sentences that the report says about the data.
   """
 
   vocabulary: str
@@ -85,13 +88,13 @@ class Prepared:
   notes: tuple[str, ...] = ()
 
   def vocab_size(self) -> int:
-    """Rows of an embedding for it, a multiple of 128."""
+    """Returns the rows of an embedding for it, a multiple of 128."""
     return (
       -(-subword_vocabularies.load_subwords(self.vocabulary).size // 128) * 128
     )
 
   def routing_vocabulary(self, words: Words) -> str:
-    """Path of a routing vocabulary; built where it is not there yet."""
+    """Returns the path of a routing vocabulary, which is built if missing."""
     settings = json.dumps(
       [dataclasses.asdict(words), self.documents, self.vocabulary]
     )
@@ -127,22 +130,23 @@ class Prepared:
 
 
 class Data(Protocol):
-  """Where the data of an experiment comes from."""
+  """A source of the data of an experiment."""
 
   def prepare(self, folder: pathlib.Path) -> Prepared:
-    """Makes what is not in the folder yet."""
+    """Makes, in a folder, what is not there yet."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedWorld:
   """Invented people and facts about them.
 
-  Held-out text are the facts in a wording that pretraining never has.
+  The held-out text has the same facts in wordings that pretraining never has.
 
   Attributes:
-    config: size and seed.
-    vocabulary: SentencePiece model, or 'bytes'; None trains one on the text.
-    vocabulary_size: pieces of a vocabulary that is trained.
+    config: size and seed of the world.
+    vocabulary: path of a SentencePiece model, or 'bytes'; None trains one on
+      the text.
+    vocabulary_size: number of pieces of a vocabulary that is trained.
   """
 
   config: generated_world.WorldConfig = generated_world.WorldConfig()
@@ -150,7 +154,7 @@ class GeneratedWorld:
   vocabulary_size: int = 1000
 
   def prepare(self, folder: pathlib.Path) -> Prepared:
-    """Generates the world, its vocabulary and caches."""
+    """Generates the world, its vocabulary and its caches."""
     config = self.config
     paths = generated_world.write_world(config, folder / 'world')
     files = {name: str(paths[name]) for name in _SOURCES}
@@ -179,19 +183,23 @@ class GeneratedWorld:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """Files of one's own.
+  """A user's own files.
 
   Attributes:
-    folder: holds documents (or paragraphs, or evidence), qa_train and
-      qa_validation, each .jsonl or .jsonl.gz, with the fields text, or question
-      and answers (and relation and entity for the breakdowns of the report);
-      or claims_train and claims_validation, with claim and label as FEVER's.
-    vocabulary: SentencePiece model, or 'bytes'; None trains one on the text.
-    vocabulary_size: pieces of a vocabulary that is trained.
-    held_out: a file of documents to measure the loss of pretraining on; those
-      that are in the pretraining text are left out. None: it is not measured.
-    documents: a file of text elsewhere, for a folder without; None: it has one.
-    cut: titles before texts, and how much of each text is read.
+    folder: folder with the files documents (or paragraphs, or evidence),
+      qa_train and qa_validation, each .jsonl or .jsonl.gz. Documents have the
+      field text; questions have question and answers, and relation and entity
+      for the breakdowns of the report. In place of questions there may be
+      claims_train and claims_validation, with claim and label as in FEVER.
+    vocabulary: path of a SentencePiece model, or 'bytes'; None trains one on
+      the text.
+    vocabulary_size: number of pieces of a vocabulary that is trained.
+    held_out: a file of documents on which the loss of pretraining is measured,
+      without those that are in the pretraining text; None measures no such
+      loss.
+    documents: a file of text elsewhere, for a folder without documents; None
+      reads the documents of the folder.
+    cut: whether titles are put before texts, and how much of a text is read.
   """
 
   folder: str
@@ -202,7 +210,7 @@ class Files:
   cut: passages.Passages = passages.Passages()
 
   def prepare(self, folder: pathlib.Path) -> Prepared:
-    """Makes vocabulary and caches."""
+    """Makes the vocabulary and the caches."""
     files = {
       name: self.documents
       if name == 'documents' and self.documents
@@ -239,12 +247,12 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Caches:
-  """Token caches that are there already, such as those of seqio tasks.
+  """Token caches that exist already, such as those of seqio tasks.
 
   Attributes:
-    cache_dir: their folder; stages and questions name those in it. One called
-      'held_out' is the held-out text.
-    vocabulary: of the caches.
+    cache_dir: folder of the caches; stages and questions name caches in it. A
+      cache with the name 'held_out' is the held-out text.
+    vocabulary: path of the subword vocabulary of the caches, or 'bytes'.
     documents: text files in which words are counted for routing vocabularies.
   """
 
@@ -253,7 +261,7 @@ class Caches:
   documents: tuple[str, ...] = ()
 
   def prepare(self, folder: pathlib.Path) -> Prepared:
-    """Looks at what is there."""
+    """Looks at which caches exist."""
     folder.mkdir(parents=True, exist_ok=True)
     caches = pathlib.Path(self.cache_dir)
     return Prepared(
@@ -267,7 +275,7 @@ class Caches:
 
 
 def say(verb: str, *arguments: Any, **options: Any) -> None:
-  """Prints a command that does what is being done."""
+  """Prints the command that does what is about to be done."""
   words = ['mowe', verb, *map(str, arguments)]
   for name, value in options.items():
     values = value if isinstance(value, tuple) else (value,)
@@ -276,7 +284,7 @@ def say(verb: str, *arguments: Any, **options: Any) -> None:
 
 
 def print_command(words: Sequence[str]) -> None:
-  """Prints a command as it can be typed; texts of gin have quotes in them."""
+  """Prints a command as it can be typed, with gin's own quotes in it."""
   print('$', *map(_quoted, words), flush=True)
 
 
@@ -299,7 +307,8 @@ def _prepare(
       _check_size(sizes, size)
     else:
       atomic_files.write_atomically(sizes, json.dumps({'size': size}).encode())
-      # Claims are worded as the text they are about.
+      # Only questions are added to the text, because claims are worded as the
+      # text that they are about.
       asked = _kind('qa_train', files['qa_train']) == 'questions'
       options = {'size': size}
       if asked:
@@ -327,10 +336,10 @@ def _prepare(
 
 
 def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:
-  """Files of the questions for choosing and of those that are reported.
+  """Writes the questions for choosing and those to be reported to two files.
 
-  All questions about one entity are in one of them, which depends on nothing
-  but its name: in a larger set of questions it is the same one.
+  All questions about one entity are in the same file. Which one depends on the
+  entity's name alone, so that it is the same in a larger set of questions.
   """
   kind = _kind('qa_validation', file)
   parts: dict[str, list[dict[str, Any]]] = {CHOOSING: [], REPORTED: []}
@@ -341,7 +350,7 @@ def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:
     number = int.from_bytes(digest[:8], 'big')
     parts[REPORTED if number % _CHOOSING_PART else CHOOSING].append(record)
   if not parts[REPORTED]:
-    # One question or two: there is nothing to choose by.
+    # There are so few questions that none are left to choose by.
     parts = {CHOOSING: [], REPORTED: parts[CHOOSING]}
   paths = {}
   for name, records in parts.items():
@@ -363,7 +372,7 @@ def _check_size(path: pathlib.Path, size: int) -> None:
 
 
 def _kind(name: str, file: str) -> str:
-  """Of `mowe cache-task`."""
+  """Returns the kind of a file for `mowe cache-task`."""
   if not name.startswith('qa_'):
     return 'text'
   return (
@@ -378,17 +387,18 @@ def _find(folder: str, name: str) -> str:
       if path.is_file():
         return str(path)
   raise FileNotFoundError(
-    f'The data folder must hold {", ".join(_SOURCES)}, each .jsonl or .jsonl.gz, '
-    f'but {folder} has no {" or ".join(_NAMES[name])}. Documents have the field '
-    'text; questions have question and answers. Text may also lie elsewhere: '
-    'experiment_data.Files.documents, or --documents of `mowe quickstart`.'
+    f'The data folder must hold {", ".join(_SOURCES)}, each .jsonl or '
+    f'.jsonl.gz, but {folder} has no {" or ".join(_NAMES[name])}. Documents '
+    'have the field text; questions have question and answers. Text may also '
+    'lie elsewhere: experiment_data.Files.documents, or --documents of `mowe '
+    'quickstart`.'
   )
 
 
 def _not_in(
   file: str, documents: str, title_field: str | None
 ) -> Iterator[dict[str, Any]]:
-  """The first documents of a file that another one does not have."""
+  """Yields the first documents of a file that another one does not have."""
   seen = {record['text'] for record in text_files.read_records(documents)}
   number = 0
   fields = tuple(filter(None, ('text', title_field)))
@@ -401,9 +411,9 @@ def _not_in(
 def _other_wordings(
   config: generated_world.WorldConfig,
 ) -> list[dict[str, Any]]:
-  """Documents about the same facts in wordings that the world has not.
+  """Returns documents about the same facts in wordings that the world lacks.
 
-  With another number of templates people and facts stay as they are.
+  People and facts do not change with the number of templates.
   """
   if config.num_templates == 4:
     return []
@@ -425,12 +435,13 @@ def _other_wordings(
 def _wording(document: dict[str, Any]) -> str:
   ((start, end),) = document['spans']
   text = document['text']
-  # 'a' or 'an' follows from the value.
+  # The article depends on the value, and is no part of the wording.
   before = text[:start].removesuffix(' an ').removesuffix(' a ')
   return f'{before}*{text[end:]}'.replace(document['entity'], '{n}')
 
 
 def _write_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-  # In ASCII: a text may hold half of a surrogate pair, which is no UTF-8.
+  # JSON is written in ASCII, because a text may hold half of a surrogate pair,
+  # which UTF-8 cannot encode.
   lines = [json.dumps(record) + '\n' for record in records]
   atomic_files.write_atomically(path, ''.join(lines).encode())

@@ -1,4 +1,4 @@
-"""What an experiment is: models, the data they share, and what is asked.
+"""An experiment: models, the data that they share, and what they are asked.
 
 An experiment is a gin file that configures `Experiment`. It names other gin
 files, those of models and of stages of training, which are read later, one run
@@ -18,10 +18,11 @@ class Stage:
   """One run of `mowe train`; each stage starts from the one before it.
 
   Attributes:
-    name: of its folder, such as 'pretrained'.
-    gin_files: read after those of the model; the first stage reads a file such
-      as world_pretrain.gin, others one that takes INITIAL_CHECKPOINT_PATH.
-    bindings: read last, such as 'TRAIN_STEPS = 100'.
+    name: name of the stage and of its folder, such as 'pretrained'.
+    gin_files: gin files that are read after those of the model. The first stage
+      reads a file such as world_pretrain.gin, later stages a file that takes
+      INITIAL_CHECKPOINT_PATH.
+    bindings: gin bindings that are read last, such as 'TRAIN_STEPS = 100'.
   """
 
   name: str
@@ -33,23 +34,27 @@ class Stage:
 class Model:
   """A model of an experiment, and how it is trained.
 
-  The last stage is finetuning on questions, those before it pretraining. Models
-  that begin with the same stages share their runs.
+  The last stage is finetuning on questions, and the stages before it are
+  pretraining. Models that begin with the same stages share their runs.
 
   Attributes:
-    name: in the report, and of its folder.
-    gin_files: of the model alone, such as gin_configs/models/mowe_tiny.gin.
-    stages: of training, in order.
-    bindings: read after all gin files, such as 'NUM_EXPERTS = 64'.
-    words: the routing vocabulary of word experts; None for other models.
-    width: the name that sizes the model, such as 'EXPERT_DIM', or
-      'mowe.models.t5.t5_config.T5Config.mlp_dim'; None: it is as its files say.
-    granule: its width is a multiple of it.
-    budget: what it is made equal to by its width; None: its width stays.
+    name: name of the model in the report and, in lower case, of its folder.
+    gin_files: gin files of the model alone, such as
+      gin_configs/models/mowe_tiny.gin.
+    stages: stages of training, in order.
+    bindings: gin bindings that are read after all gin files, such as
+      'NUM_EXPERTS = 64'.
+    words: the routing vocabulary of its word experts; None for other models.
+    width: the gin name that sizes the model, such as 'EXPERT_DIM' or
+      'mowe.models.t5.t5_config.T5Config.mlp_dim'; None leaves the model as its
+      files make it.
+    granule: the width is a multiple of this number.
+    budget: what the model is made equal to by its width; None leaves the width
+      as it is.
     folder: a finetuned model from elsewhere, which is not trained here;
-      '{seed}' in it is replaced.
-    pretrained_folder: the same before finetuning; None: the report has no
-      losses and no recall of that model.
+      '{seed}' in it is replaced. None for a model that is trained here.
+    pretrained_folder: the model of `folder` before it was finetuned; None if it
+      is not at hand, and the report then has neither losses nor recall of it.
   """
 
   name: str
@@ -66,23 +71,25 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-  """Learning rates that are tried for every model, as many for each.
+  """Learning rates that are tried, equally many for every model.
 
   Try number i trains a model with the first seed, with `rates[i]` and, if it
-  has word experts, with `row_rates[i]`: so each model has the same number of
-  tries, however many rates it has. The try with the best exact match on
-  `questions` is trained with the other seeds, too, and is reported.
+  has word experts, with `row_rates[i]`. Each model therefore has the same
+  number of tries, however many rates it has. The try with the best exact match
+  on `questions` is trained with the other seeds, too, and is reported.
 
   Attributes:
-    rates: of ordinary parameters, the macro LEARNING_RATE, one for each try.
-    row_rates: of the rows of expert tables, the macro ROW_LEARNING_RATE,
-      likewise.
+    rates: for each try the learning rate of ordinary parameters, the macro
+      LEARNING_RATE.
+    row_rates: for each try the learning rate of the rows of expert tables, the
+      macro ROW_LEARNING_RATE.
     stage: name of the stage of training that has these rates.
-    questions: token caches of the questions by which is chosen. The report
-      does not show them.
+    questions: names of token caches with the questions that choose between the
+      tries. The report does not show these questions.
 
   Raises:
-    ValueError: no rates, or not as many of both.
+    ValueError: there are no rates, or not equally many of both kinds, or no
+      questions.
   """
 
   rates: tuple[float, ...]
@@ -114,26 +121,28 @@ class Experiment:
   """Models that are compared, all on the same data and questions.
 
   Attributes:
-    title: of the report.
-    models: in the order in which they are shown; the first one is the baseline
-      of the paired tests.
-    data: text, questions and vocabulary.
-    output: folder of everything that is made. Experiments on the same data may
-      have one output: models that are in both are trained once.
-    seeds: of each model, one run with each.
-    questions: token caches of the questions that the report is about. No stage
-      of training may choose its best checkpoint by them.
-    tuning: how the learning rate of each model is chosen; None: all models have
-      the rates of their gin files.
-    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: that of each
-      cache of questions.
-    num_points: losses on held-out text during a stage of pretraining.
-    num_recalled: pretraining examples whose masked spans are to be recalled.
-    num_bins: quantiles of the entities' frequency.
-    report: name of the report's folder in the output.
+    title: title of the report.
+    models: the models, in the order in which they are shown. The first one is
+      the baseline of the paired tests.
+    data: the source of text, questions and vocabulary.
+    output: folder where everything is written. Experiments on the same data may
+      share an output; a model that is in both is trained once.
+    seeds: seeds with each of which every model is run once.
+    questions: names of token caches with the questions that the report is
+      about. No stage of training may choose its best checkpoint by them.
+    tuning: how the learning rates of each model are chosen; None leaves the
+      rates of the gin files.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None takes the
+      metric of each cache of questions.
+    num_points: how often the loss on held-out text is measured in a stage of
+      pretraining.
+    num_recalled: number of pretraining examples whose masked spans are to be
+      recalled.
+    num_bins: number of groups of questions by the frequency of their entities.
+    report: name of the report's folder within the output.
 
   Raises:
-    ValueError: settings that cannot work, before anything is made.
+    ValueError: a setting cannot work. Nothing has been made then.
   """
 
   title: str
@@ -213,15 +222,16 @@ class Experiment:
 def load(
   files: Sequence[str], bindings: Sequence[str] = (), paths: Sequence[str] = ()
 ) -> Experiment:
-  """The experiment of gin files.
+  """Reads an experiment from gin files.
 
   Args:
-    files: in order.
-    bindings: read after them, such as "OUTPUT = 'elsewhere'".
-    paths: folders in which gin files are looked up besides.
+    files: paths of the gin files, in order.
+    bindings: gin bindings that are read after them, such as
+      "OUTPUT = 'elsewhere'".
+    paths: further folders in which gin files are looked up.
 
   Raises:
-    GinError: what is no gin file, or none of an experiment.
+    GinError: a file is no gin file, or none of them configures an experiment.
   """
   gin_config.parse(files, bindings, paths)
   if not gin_config.configures(Experiment):
@@ -234,14 +244,14 @@ def load(
 
 
 def with_folder(experiment: Experiment, added: str) -> Experiment:
-  """The experiment and a finetuned model from elsewhere.
+  """Returns the experiment with a finetuned model from elsewhere added.
 
   Args:
-    experiment: to be added to.
-    added: NAME=FOLDER.
+    experiment: the experiment that the model is added to.
+    added: the name and the folder of the model, as NAME=FOLDER.
 
   Raises:
-    ValueError: it is not.
+    ValueError: `added` does not have this form.
   """
   name, equals, folder = added.partition('=')
   if not (name and equals and folder):
@@ -254,7 +264,7 @@ def with_folder(experiment: Experiment, added: str) -> Experiment:
 
 
 def folder_name(name: str) -> str:
-  """The name of a model as that of a folder."""
+  """Returns the name of a model as the name of a folder."""
   return ''.join(c if c.isalnum() else '_' for c in name.lower())
 
 
@@ -285,7 +295,7 @@ def _check(model: Model, names: Sequence[str]) -> None:
       f'{model.name} is {model.budget.base!r} and the models are {names}. Name '
       'one of these.'
     )
-  # The base itself is what it is; one budget can stand for all models.
+  # The base itself is left as it is, so that all models may have one budget.
   if model.budget.base != model.name and model.width is None:
     raise ValueError(
       f'A model with a budget needs a width that can be changed, but that of '

@@ -1,4 +1,4 @@
-"""What is measured of one trained model, as a tree of JSON values.
+"""Measures one trained model, and returns a tree of JSON values.
 
 A number that cannot be measured is None, never zero.
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 from mowe.commands import data_config, evaluations, gin_config
 from mowe.comparison import budgets, experiment_data, planned_runs
+from mowe.data import lm_batches
 from mowe.evaluation import task_evaluation, text_metrics
 from mowe.layers.routers import router_losses
 from mowe.model_folders import model_folder
@@ -35,15 +36,16 @@ from mowe.words import atomic_files, base_vocabulary
 RESULTS = 'results.json'
 QUESTIONS = 'questions.jsonl'
 
-# Of training between two evaluations, in the lines of eval_metrics.jsonl.
+# The name of the seconds that training took between two evaluations, in the
+# lines of eval_metrics.jsonl.
 SECONDS = 'training_seconds'
 
-# Batches in which tokens and the loads of experts are counted.
+# Number of batches in which tokens and the loads of experts are counted.
 _COUNTED_BATCHES = 8
 
 _DATE = re.compile(r'\d{1,2} [A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}, \d{4}')
 
-# A product in a loop of the compiled program.
+# What a matrix product in a loop looks like in the compiled program.
 _LOOPED_PRODUCT = re.compile(r' dot\(.*op_name="[^"]*/while/')
 
 
@@ -54,7 +56,8 @@ def measure(planned: planned_runs.Run) -> dict[str, Any]:
     planned: the run, whose stages are finished.
 
   Returns:
-    The fields of `comparison.SeedResult`, but for those of its stages.
+    The fields of results.json that `compare` reads, but for those of the
+    stages.
   """
   text_data = _data_of(planned.reading[-2])
   measured: dict[str, Any] = {
@@ -116,7 +119,7 @@ def _costs(planned, config, lengths) -> dict[str, Any]:
 
 
 def _num_in_experts(config) -> int:
-  """Parameters that `freeze_experts` leaves as they are."""
+  """Returns the number of parameters that `freeze_experts` freezes."""
   ordinary, tables = parameters.split_tables(
     initialization.abstract_variables(families.build(config))['params']
   )
@@ -127,7 +130,7 @@ def _num_in_experts(config) -> int:
 
 
 def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
-  """FLOPs of a forward pass by XLA's count, for each place of a batch."""
+  """Returns the FLOPs of a forward pass as XLA counts them, per place."""
   model = families.build(config)
   params, tables = parameters.split_tables(
     initialization.abstract_variables(model)['params']
@@ -148,7 +151,7 @@ def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
   )
   return {
     'flops_compiled': None if flops is None else flops / places,
-    # XLA counts the body of a loop once.
+    # XLA counts the body of a loop once, however often it runs.
     'flops_has_loops': bool(_LOOPED_PRODUCT.search(compiled.as_text())),
   }
 
@@ -157,7 +160,7 @@ def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
 
 
 def _real_lengths(data, config, vocabulary) -> dict[str, float]:
-  """Mean tokens of an example of the text, padding not counted."""
+  """Returns the mean tokens of an example of the text, without padding."""
   batches = list(
     itertools.islice(_text_batches(data, config, vocabulary), _COUNTED_BATCHES)
   )
@@ -178,15 +181,15 @@ def _real_lengths(data, config, vocabulary) -> dict[str, float]:
 
 
 def _text_batches(data, config, vocabulary) -> Iterator[dict[str, Any]]:
-  """Every example once; nothing where data are streamed."""
+  """Yields batches with every example once; none of contiguous text."""
   opened = data.open(vocabulary, config)
-  if not hasattr(opened, 'eval_batches'):
+  if isinstance(opened, lm_batches.ContiguousBatches):
     return iter(())
   return opened.eval_batches()
 
 
 def _on_text(planned, data, loaded) -> dict[str, Any]:
-  """Losses, recall and loads of the model before finetuning."""
+  """Measures losses, recall and loads of the model before finetuning."""
   config = loaded.model.config
   params, tables = parameters.split_tables(loaded.params)
   losses = {'text': data}
@@ -215,9 +218,9 @@ def _on_text(planned, data, loaded) -> dict[str, Any]:
 
 
 def _recall(planned, data, loaded) -> dict[str, Any]:
-  """What the model can fill in of the text it was pretrained on.
+  """Measures what the model can fill in of the text that it was pretrained on.
 
-  A model may have stored what it cannot yet be asked for.
+  A model may have stored facts that it cannot yet give as answers.
   """
   number = max(1, planned.num_recalled // data.batch_size)
   batches = list(
@@ -246,21 +249,21 @@ def _is_date(text: str) -> bool:
   return bool(_DATE.fullmatch(text.strip()))
 
 
-# Loads.
+# Functions that measure loads of experts.
 
 
 def _word_loads(config, batches) -> Iterator[dict[str, Any]]:
-  """Tokens of each word expert; all blocks of a stack have the same."""
-  ids_of = {
-    'encoder': ('encoder_input_tokens', 'encoder_ids'),
-    'decoder': ('decoder_input_tokens', 'decoder_ids'),
-  }
+  """Yields the load of word experts; all blocks of a stack have the same."""
+  routing = config.routing
   for stream in model_config.word_streams(config):
-    feature, method = ids_of[stream]
-    number = config.routing.num_experts
+    feature, routing_ids = {
+      'encoder': ('encoder_input_tokens', routing.encoder_ids),
+      'decoder': ('decoder_input_tokens', routing.decoder_ids),
+    }[stream]
+    number = routing.num_experts
     counts = np.zeros(number + 1, np.int64)
     for batch in batches:
-      ids = np.asarray(getattr(config.routing, method)(batch[feature]))
+      ids = np.asarray(routing_ids(batch[feature]))
       counts += np.bincount(ids[ids >= 0], minlength=number + 1)
     blocks = ', '.join(str(i + 1) for i in config.sparse_blocks()[stream])
     real, routed = counts.sum(), counts[:-1].sum()
@@ -275,11 +278,11 @@ def _word_loads(config, batches) -> Iterator[dict[str, Any]]:
 
 
 def _router_loads(values) -> Iterator[dict[str, Any]]:
-  """Loads that layers with routers left in an evaluation."""
+  """Yields the loads of layers with routers, which an evaluation reported."""
   for name, value in values.items():
     if not (name.startswith('text/') and name.endswith('/load')):
       continue
-    # text/encoder/layers_1/mlp
+    # Such as text/encoder/layers_1/mlp.
     layer = name.removesuffix('/load')
     yield {
       'layer': _layer_name(layer.split('/')[1:]),
@@ -290,14 +293,14 @@ def _router_loads(values) -> Iterator[dict[str, Any]]:
 
 
 def _layer_name(path: Sequence[str]) -> str:
-  """('encoder', 'layers_1', 'mlp') as the report names it."""
+  """Returns how the report names a layer, such as 'encoder, block 2'."""
   block = int(path[1].removeprefix('layers_')) + 1
   kind = '' if path[-1] == 'mlp' else f', {path[-1]}'
   return f'{path[0]}, block {block}{kind}'
 
 
 def _dropped_in_training(planned) -> dict[str, float]:
-  """Layer -> share of choices that were dropped in all of pretraining."""
+  """Returns the fraction of choices that pretraining dropped, by layer."""
   found: dict[str, list[float]] = {}
   for stage in planned.stages[:-1]:
     path = pathlib.Path(stage.folder) / 'train_metrics.jsonl'
@@ -310,7 +313,7 @@ def _dropped_in_training(planned) -> dict[str, float]:
 
 
 def _dropped_in_generation(generator, cache) -> dict[str, float]:
-  """Layer of the decoder -> share of choices dropped while it answers."""
+  """Returns the fraction of choices that a decoder drops while it answers."""
   number = min(generator.batch_size, cache.num_examples)
   longest = max(len(cache.tokens('inputs', i)) for i in range(number))
   inputs = np.zeros((number, longest), np.int32)
@@ -331,11 +334,11 @@ def _dropped_in_generation(generator, cache) -> dict[str, float]:
   }
 
 
-# Training.
+# Functions that read what training wrote.
 
 
 def _curves(planned) -> dict[str, Any]:
-  """Losses of all stages of pretraining, one after the other, and the speed."""
+  """Returns the losses of all stages of pretraining in a row, and the speed."""
   curve: list[tuple[int, float | None]] = []
   held_out: list[tuple[int, float | None]] = []
   speed, before = None, 0
@@ -362,7 +365,7 @@ def _curves(planned) -> dict[str, Any]:
 
 
 def _steps_per_second(evaluated: Sequence[dict[str, Any]]) -> float | None:
-  """The median over stretches of training without compilation."""
+  """Returns the median speed over stretches of training without compilation."""
   speeds = [
     (after['step'] - before['step']) / after[SECONDS]
     for before, after in itertools.pairwise(evaluated)
@@ -372,7 +375,7 @@ def _steps_per_second(evaluated: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _tokens_per_step(stage) -> float:
-  """Mean tokens without padding in the first batches."""
+  """Returns the mean tokens of the first batches, without padding."""
   data = _data_of(stage)
   folder = pathlib.Path(stage.folder)
   config, vocabulary = model_folder.load_config(folder)
@@ -384,13 +387,15 @@ def _tokens_per_step(stage) -> float:
   )
 
 
-# Questions.
+# Functions that ask questions.
 
 
 def _ask(planned) -> tuple[int, dict[str, float]]:
-  """Asks everything, and writes a line for each question.
+  """Asks all questions, and writes a line for each of them.
 
-  Returns how many there are, and what was dropped meanwhile.
+  Returns:
+    The number of questions, and for each layer of the decoder the fraction of
+    choices that were dropped while it answered.
   """
   loaded = model_folder.load(planned.finetuned)
   data = _data_of(planned.reading[-1])
@@ -410,7 +415,7 @@ def _ask(planned) -> tuple[int, dict[str, float]]:
       f'({result.num_questions:,} questions, step {loaded.step})',
       flush=True,
     )
-    # Not splitlines: texts may hold other line ends than this one.
+    # splitlines would also split at other line ends, which texts may hold.
     text = (folder / 'predictions.jsonl').read_text('utf-8')
     for record, line in zip(
       cache.records(), text.rstrip('\n').split('\n'), strict=True
@@ -427,8 +432,8 @@ def _ask(planned) -> tuple[int, dict[str, float]]:
 
 
 def read_answers(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines that `measure` wrote for the questions of a run."""
-  # Not splitlines: texts may hold other line ends than this one.
+  """Returns the lines that `measure` wrote for the questions of a run."""
+  # splitlines would also split at other line ends, which texts may hold.
   text = (folder / QUESTIONS).read_text('utf-8')
   return [json.loads(line) for line in text.rstrip('\n').split('\n')]
 

@@ -1,4 +1,4 @@
-"""The most memory that this process has had."""
+"""Measures the most memory that this process has had."""
 
 import dataclasses
 import pathlib
@@ -11,11 +11,12 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class PeakMemory:
-  """The most that was used at a time.
+  """The most memory that was used at a time.
 
   Attributes:
-    bytes: how much.
-    place: 'device', or 'process' where the device is the CPU.
+    bytes: number of bytes.
+    place: 'device' for memory of the accelerator, 'process' for that of the
+      whole process if the device is the CPU.
   """
 
   bytes: int
@@ -23,18 +24,18 @@ class PeakMemory:
 
 
 def peak() -> PeakMemory:
-  """Of the accelerator; on CPU of the whole process, Python and data in it."""
+  """Returns the peak of the accelerator; on CPU that of the whole process."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in stats:
     return PeakMemory(int(stats['peak_bytes_in_use']), 'device')
   try:
-    # Linux hands the peak of the process that starts another one to it in
-    # ru_maxrss, but not here.
+    # On Linux, ru_maxrss of a process begins with the peak of the process that
+    # started it. VmHWM does not.
     status = pathlib.Path('/proc/self/status').read_text()
     (used,) = re.findall(r'^VmHWM:\s*(\d+) kB$', status, re.MULTILINE)
     return PeakMemory(int(used) * 1024, 'process')
   except (OSError, ValueError):
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  # In kilobytes, but for macOS.
+  # ru_maxrss counts kilobytes, but bytes on macOS.
   unit = 1 if sys.platform == 'darwin' else 1024
   return PeakMemory(used * unit, 'process')

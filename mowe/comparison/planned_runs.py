@@ -1,8 +1,8 @@
-"""From an experiment to runs: sizes, gin bindings and folders of each.
+"""Plans the runs of an experiment: their sizes, gin bindings and folders.
 
 A run is one model with one seed and one try of its learning rates. All that its
-process needs to know is a `Run`, which is written to a file; the process parses
-the gin files itself.
+process needs to know is in a `Run`, which is written to a file; the process
+parses the gin files itself.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ class PlannedStage:
   """One run of `mowe train`.
 
   Attributes:
-    name: of the stage.
-    folder: MODEL_DIR.
-    gin_files: in order.
-    bindings: in order, all macros among them.
-    settings: what makes it this run and no other: all values of gin but paths,
-      and the fingerprints of its data.
+    name: name of the stage.
+    folder: the model folder that it writes, MODEL_DIR.
+    gin_files: paths of its gin files, in order.
+    bindings: gin bindings that are read after them, in order, with all macros.
+    settings: what identifies the run, as JSON values: all values that gin gives
+      it but for paths, and the fingerprints of its data.
   """
 
   name: str
@@ -49,24 +49,27 @@ class Run:
   """One model with one seed and one try.
 
   Attributes:
-    name: of the model.
-    seed: of parameters, data and dropout.
-    rates: names and values of the learning rates of this try; () if none are
+    name: name of the model.
+    seed: seed of parameters, data and dropout.
+    rates: name and value of each learning rate of this try; () if none are
       tried.
-    folder: gets what is measured.
-    stages: of training; none if the model is from elsewhere.
-    reading: gin files and bindings of each stage, also where the model is from
-      elsewhere: they say how text and questions are read.
-    pretrained: model folder that losses and recall are measured on, or None.
-    finetuned: model folder that is asked.
-    questions: token caches of all questions that are asked: those that are
-      reported, and those by which rates are chosen.
-    metric: name in `text_metrics.METRICS`; None: that of each cache.
+    folder: folder where measurements are written.
+    stages: stages of training; () if the model is from elsewhere.
+    reading: stages whose gin files and bindings say how text and questions are
+      read, also for a model from elsewhere.
+    pretrained: model folder on which losses and recall are measured; None
+      measures neither.
+    finetuned: model folder of the model that is asked.
+    questions: names of the token caches of all questions that are asked, both
+      those by which rates are chosen and those that are reported.
+    metric: name of the metric in `text_metrics.METRICS`; None takes the metric
+      of each cache.
     has_held_out: whether there is held-out text.
-    num_points: losses on held-out text in a stage of pretraining.
-    num_recalled: examples whose masked spans are to be recalled.
-    fingerprints: of the questions, of held-out text, and of the checkpoints of
-      a model from elsewhere.
+    num_points: how often the loss on held-out text is measured in a stage of
+      pretraining.
+    num_recalled: number of examples whose masked spans are to be recalled.
+    fingerprints: fingerprints of the questions and of held-out text, and
+      digests of the checkpoints of a model from elsewhere.
   """
 
   name: str
@@ -85,12 +88,12 @@ class Run:
   fingerprints: tuple[str, ...]
 
   def to_json(self) -> str:
-    """The whole run as text."""
+    """Returns the whole run as text."""
     return json.dumps(dataclasses.asdict(self), indent=2) + '\n'
 
   @classmethod
   def from_json(cls, text: str) -> 'Run':
-    """The run that `to_json` wrote."""
+    """Returns the run that `to_json` wrote."""
     fields = json.loads(text)
     for name in ('stages', 'reading'):
       fields[name] = tuple(
@@ -100,7 +103,7 @@ class Run:
     return cls(**_with_tuples(fields))
 
   def digest(self) -> str:
-    """Of all that its measurements depend on; no paths."""
+    """Returns a digest of all that its measurements depend on, paths aside."""
     fields = dataclasses.asdict(self)
     settings = [stage.settings for stage in self.stages or self.reading]
     names = ('seed', 'questions', 'metric', 'num_recalled', 'fingerprints')
@@ -113,10 +116,11 @@ class SizedModel:
   """A model with the width that was found for it.
 
   Attributes:
-    model: as the experiment has it.
-    bindings: of gin, its width among them.
-    cost: of it.
-    note: what was chosen, and how far it is from the target; '' for nothing.
+    model: the model as the experiment has it.
+    bindings: gin bindings of the model, with its width.
+    cost: costs of the model with this width.
+    note: which width was chosen, and how far the cost is from the target; '' if
+      nothing was chosen.
   """
 
   model: Model
@@ -126,16 +130,20 @@ class SizedModel:
 
 
 class Plan:
-  """Sizes and runs of an experiment.
+  """The sizes and the runs of an experiment.
+
+  Args:
+    experiment: the experiment that is planned.
+    prepared: its data.
 
   Attributes:
     sized: a SizedModel for each model, in their order.
-    tries: of each model, by its name, a run with the first seed for each try;
-      one if no learning rates are tried.
+    tries: for each model, by its name, one run with the first seed for each
+      try; a single run if no learning rates are tried.
 
   Raises:
-    ValueError: a budget that cannot be met, a model from elsewhere with another
-      vocabulary or without a checkpoint. Nothing has been trained then.
+    ValueError: a budget cannot be met, or a model from elsewhere has another
+      vocabulary or no checkpoint. Nothing has been trained then.
   """
 
   def __init__(
@@ -160,11 +168,11 @@ class Plan:
         self._check_stage(stage)
 
   def runs(self, name: str, number: int = 0) -> list[Run]:
-    """The runs of a model with all seeds.
+    """Returns the runs of a model with all seeds.
 
     Args:
-      name: of the model.
-      number: the try whose learning rates they have.
+      name: name of the model.
+      number: number of the try whose learning rates the runs have.
     """
     sized = next(one for one in self.sized if one.model.name == name)
     others = self._seeds_of(sized.model)[1:]
@@ -174,7 +182,7 @@ class Plan:
     ]
 
   def num_runs(self, name: str) -> int:
-    """All runs of a model: its tries, and one more for each other seed."""
+    """Returns how many runs a model has: its tries, and one per other seed."""
     sized = next(one for one in self.sized if one.model.name == name)
     return len(self.tries[name]) + len(self._seeds_of(sized.model)) - 1
 
@@ -242,7 +250,7 @@ class Plan:
     return (*written, *model.bindings)
 
   def _parse(self, model, bindings, stage=0) -> None:
-    """Reads the gin files of a stage as its run will."""
+    """Parses the gin files of a stage as its run will."""
     stage = model.stages[stage]
     gin_config.parse(
       (*model.gin_files, *stage.gin_files),
@@ -280,7 +288,7 @@ class Plan:
     return costs.model_costs(found)
 
   def _seeds_of(self, model: Model) -> tuple[int, ...]:
-    """A model from elsewhere that is one folder was trained once."""
+    """Returns the seeds of a model: one for a single folder from elsewhere."""
     seeds = self._experiment.seeds
     if model.folder is None or '{seed}' in model.folder:
       return seeds
@@ -349,7 +357,7 @@ class Plan:
       settings = json.loads(json.dumps(settings))
       place = str(folder / stage.name)
       if not is_elsewhere:
-        # Models that begin alike share the runs of the first of them.
+        # Models whose stages begin alike share the runs of the first of them.
         place = self._folders.setdefault(json.dumps(settings), place)
       paths = [f'MODEL_DIR = {place!r}']
       if before is not None:
@@ -359,7 +367,7 @@ class Plan:
     return tuple(planned)
 
   def _settings(self, files, bindings, is_later) -> dict[str, Any]:
-    """All values that gin gives a stage, but paths, and what its data are."""
+    """Returns all values that gin gives a stage but for paths, and its data."""
     paths = ["MODEL_DIR = ''"]
     if is_later:
       paths.append("INITIAL_CHECKPOINT_PATH = ''")
@@ -379,7 +387,7 @@ class Plan:
     }
 
   def _fingerprints(self, stage: PlannedStage) -> list[str]:
-    """Of the questions, which can be asked, and of held-out text."""
+    """Checks questions; returns fingerprints of them and of held-out text."""
     if self._asked is None:
       gin_config.parse(stage.gin_files, stage.bindings)
       data = gin_config.call(data_config.DataConfig)
@@ -394,13 +402,13 @@ class Plan:
     return self._asked
 
   def _reader(self, model: Model) -> Model:
-    """The model whose gin files say how data are read for it."""
+    """Returns the model whose gin files say how data are read for a model."""
     if model.folder is None or model.gin_files:
       return model
     return next(one for one in self._experiment.models if one.gin_files)
 
   def _check_stage(self, stage: PlannedStage) -> None:
-    """Makes all parts of a stage, before the stages before it are trained."""
+    """Makes all parts of a stage, to fail before anything is trained."""
     gin_config.parse(stage.gin_files, stage.bindings)
     if gin_config.has_macro('EVAL_TASK_NAME'):
       task = gin_config.made('EVAL_TASK_NAME')
@@ -414,7 +422,7 @@ class Plan:
       gin_config.made(name)
 
 
-# Macros of learning rates in the names of folders.
+# How the macros of learning rates are written in the names of folders.
 _SHORT = {'LEARNING_RATE': 'rate', 'ROW_LEARNING_RATE': 'rows'}
 
 
@@ -432,7 +440,7 @@ def _is_path(line: str) -> bool:
 def _check_questions(
   cache: token_cache.TokenCache, vocabulary: base_vocabulary.Vocabulary
 ) -> None:
-  """Raises ValueError for what cannot be asked or shown, before training."""
+  """Raises ValueError for questions that cannot be asked or reported."""
   if 'inputs' not in cache.features:
     raise ValueError(
       'The questions of an experiment must be a token cache of questions, '
@@ -456,7 +464,7 @@ def _check_questions(
 
 
 def _manifests(*paths: str | None) -> list[str]:
-  """Digests of all files of checkpoints."""
+  """Returns a digest of all files of each checkpoint, by its manifest."""
   found = []
   for path in filter(None, paths):
     folder, step = model_folder.split_checkpoint_path(path)
@@ -467,7 +475,7 @@ def _manifests(*paths: str | None) -> list[str]:
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-  """JSON has lists only."""
+  """Makes tuples of lists, because JSON has no tuples."""
   return {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in fields.items()

@@ -1,4 +1,4 @@
-"""What is known of the questions of an experiment, and what was answered."""
+"""Reads the questions of an experiment, and the answers of its runs."""
 
 import collections
 import pathlib
@@ -22,17 +22,17 @@ def questions_of(
   tasks: Sequence[str],
   vocabulary: base_vocabulary.Vocabulary,
 ) -> list[answer_comparison.Question]:
-  """The reported questions, in the order in which they were asked.
+  """Returns the reported questions, in the order in which they were asked.
 
   Args:
-    planned: any run of the experiment: all read the same data.
-    tasks: names of the token caches of these questions.
-    vocabulary: of its caches.
+    planned: any run of the experiment, because all runs read the same data.
+    tasks: names of the token caches of the questions.
+    vocabulary: the subword vocabulary of the caches.
   """
   data = _data_of(planned.reading[-1])
   caches = {task: data.open_cache(task, vocabulary) for task in tasks}
   records = [
-    # Those of seqio tasks have no field for the text that is asked.
+    # Records of seqio tasks have no field with the text of the question.
     (task, {'question': vocabulary.decode(cache.tokens('inputs', i))} | record)
     for task, cache in caches.items()
     for i, record in enumerate(cache.records())
@@ -65,10 +65,10 @@ def questions_of(
 def answers_of(
   planned: planned_runs.Run, questions: Sequence[answer_comparison.Question]
 ) -> answer_comparison.Answers:
-  """What a finished run answered.
+  """Returns what a finished run answered.
 
   Raises:
-    ValueError: to other questions.
+    ValueError: the run answered other questions.
   """
   folder = pathlib.Path(planned.folder)
   tasks = {question.task for question in questions}
@@ -119,7 +119,7 @@ def _is_seen(answers, normalize, seen) -> bool | None:
 
 
 def _finetuning_answers(data, vocabulary, normalize) -> set[str] | None:
-  """All accepted answers of the questions of finetuning; None: not known."""
+  """Returns all accepted answers of finetuning; None if they are not known."""
   caches = _caches(data, vocabulary)
   answers = {
     normalize(answer)
@@ -131,7 +131,7 @@ def _finetuning_answers(data, vocabulary, normalize) -> set[str] | None:
 
 
 def _texts(planned, vocabulary) -> Iterable[str]:
-  """The text of all stages of pretraining; a cache counts once."""
+  """Yields the text of all stages of pretraining, that of each cache once."""
   caches: dict[str, token_cache.TokenCache] = {}
   for stage in planned.reading[:-1]:
     for cache in _caches(_data_of(stage), vocabulary):
@@ -144,12 +144,14 @@ def _texts(planned, vocabulary) -> Iterable[str]:
 def _count(
   texts: Iterable[str], entities: Iterable[str]
 ) -> Mapping[str | None, int]:
-  """How often texts name each entity: its words, one after the other.
+  """Counts how often texts name each entity, as its words in a row.
 
-  Nothing if there is no text to count in.
+  Returns:
+    The count of each entity; {} if there is no text to count in.
   """
   of_words = {entity: _words(entity) for entity in entities}
-  # The lengths of names by their first words: most words begin none.
+  # The lengths of names by their first words. Most words of a text begin no
+  # name, and are passed quickly.
   lengths: dict[str, set[int]] = {}
   for words in of_words.values():
     if words:

@@ -1,4 +1,4 @@
-"""Which of a model's tries is reported: the best on questions for choosing."""
+"""Chooses the try of a model that is reported, by questions for choosing."""
 
 import dataclasses
 import pathlib
@@ -13,8 +13,8 @@ class Choice:
   """What was chosen for one model.
 
   Attributes:
-    number: of the try.
-    tries: of the report, in their order; () if nothing was tried.
+    number: number of the chosen try.
+    tries: all tries for the report, in their order; () if nothing was tried.
   """
 
   number: int
@@ -24,16 +24,16 @@ class Choice:
 def choose(
   runs: Sequence[planned_runs.Run], questions: Sequence[str]
 ) -> Choice:
-  """The try with the best exact match; of equal ones, with the best F1.
+  """Chooses the try with the best exact match; of equal ones, the best F1.
 
   Args:
-    runs: finished, one for each try.
-    questions: names of the token caches by which is chosen.
+    runs: finished runs, one for each try.
+    questions: names of the token caches of the questions for choosing.
   """
   if not runs[0].rates:
     return Choice(0)
   scores = [_scores(run, questions) for run in runs]
-  # Of wholly equal ones the first.
+  # Of tries with equal scores, the first one is chosen.
   best = max(range(len(runs)), key=lambda i: (scores[i], -i))
   return Choice(
     best,
@@ -45,7 +45,7 @@ def choose(
 
 
 def _scores(run, questions) -> tuple[float, float]:
-  """Mean EM and F1 of the answers to some questions, 0 to 100."""
+  """Returns the mean EM and F1 of the answers to some questions, 0 to 100."""
   lines = [
     line
     for line in measurements.read_answers(pathlib.Path(run.folder))

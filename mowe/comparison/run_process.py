@@ -1,8 +1,8 @@
-"""Runs as processes: started one by one, stopped together, never two of one.
+"""Starts runs as processes, one after the other, and stops them.
 
-A run is a process of its own: it takes its memory with it when it ends, and its
-peak can be measured. It is told to stop by a signal, or by the end of the
-process that started it, by whatever end.
+A run is a process of its own, so that its memory is free when it ends, and its
+peak of memory can be measured. It is stopped by a signal, or when the process
+that started it ends for any reason.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ _STOPPED = 'The experiment is stopped. Run the same command to continue.'
 
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path) -> Iterator[int]:
-  """Waits until no other process works in a folder.
+  """Context in which no other process works in a folder; waits for others.
 
-  Yields the lock, a file descriptor: processes that inherit it hold it too.
+  Yields the lock, a file descriptor. Processes that inherit it hold the lock,
+  too.
   """
   descriptor = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
   try:
@@ -39,13 +40,13 @@ def only_one(folder: pathlib.Path) -> Iterator[int]:
 
 
 class Runner:
-  """Does runs, one at a time; a context manager that catches signals.
+  """A context manager that does runs, one at a time, and catches signals.
 
-  Ctrl-C and SIGTERM let the run end its step and save; a second one ends it at
-  once. After that `do` raises KeyboardInterrupt.
+  Ctrl-C and SIGTERM let the run finish its step and save; a second signal ends
+  it at once. After a signal `do` raises KeyboardInterrupt.
 
   Attributes:
-    lock: of `only_one`.
+    lock: the file descriptor that `only_one` yields.
   """
 
   def __init__(self, lock: int):
@@ -67,8 +68,8 @@ class Runner:
     """Does a run, or what is left of it.
 
     Raises:
-      KeyboardInterrupt: a signal came.
-      ValueError: the run failed; it has said why.
+      KeyboardInterrupt: a signal was received.
+      ValueError: the run failed; it has printed why.
     """
     if self._is_stopped:
       raise KeyboardInterrupt(_STOPPED)
@@ -76,8 +77,9 @@ class Runner:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / 'run.json'
     atomic_files.write_atomically(file, planned.to_json().encode())
-    # The pipe of its input is closed when this process ends. A session of its
-    # own: Ctrl-C comes here alone, and is passed on.
+    # The pipe to its standard input is closed when this process ends. The run
+    # has a session of its own, so that Ctrl-C reaches this process alone, which
+    # passes it on.
     self._process = subprocess.Popen(
       [sys.executable, '-m', single_run.__name__, str(file)],
       stdin=subprocess.PIPE,

@@ -1,8 +1,8 @@
-"""One run of an experiment: a process that trains, measures, and ends.
+"""Does one run of an experiment: a process that trains, measures, and ends.
 
 `python -m mowe.comparison.single_run RUN.json` does what is not done yet. A
-signal ends it after the step that is being done, as `mowe train`; so does the
-end of the process that started it, whose pipe is its standard input.
+signal ends it after the current step, as it ends `mowe train`. So does the end
+of the process that started it, whose pipe is its standard input.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from mowe.comparison import (
 )
 from mowe.words import atomic_files
 
-# What a process says of itself by its exit status.
+# The exit status of a process that was stopped.
 STOPPED = 75
 
 _DONE = 'finished.json'
@@ -39,10 +39,10 @@ _SETTINGS = 'compare.json'
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-  """Times training between evaluations, theirs not counted.
+  """An evaluation that times training, without the time of evaluations.
 
   Attributes:
-    others: what is evaluated meanwhile.
+    others: the evaluations that are made at the same steps.
   """
 
   others: Sequence[Any] = ()
@@ -52,7 +52,7 @@ class Clock:
   ) -> evaluations.Evaluation:
     """Prepares all evaluations."""
     prepared = [one.prepare(model, vocabulary, loss) for one in self.others]
-    # The first stretch has compilation in it, and is no measurement.
+    # The first stretch of training contains compilation, and is not reported.
     last: list[float] = []
 
     def evaluation(params, tables):
@@ -60,7 +60,7 @@ class Clock:
       values = {measurements.SECONDS: now - last.pop()} if last else {}
       for one in prepared:
         found = one(params, tables)
-        # The rest is measured in the end.
+        # All other values are measured at the end.
         values |= {k: v for k, v in found.items() if k.endswith('/loss')}
       last.append(time.monotonic())
       return values
@@ -92,12 +92,12 @@ def _train_and_measure(planned, results):
   content = json.dumps(
     {'digest': planned.digest(), **measured, **_of_stages(planned)}, indent=2
   )
-  # Last: where results are, everything else is complete.
+  # Results are written last, so that everything else is complete if they exist.
   atomic_files.write_atomically(results, content.encode())
 
 
 def is_finished(planned: planned_runs.Run) -> bool:
-  """Whether a run has been trained and measured as it is planned."""
+  """Returns whether a run has been trained and measured as it is planned."""
   results = pathlib.Path(planned.folder) / measurements.RESULTS
   if not results.is_file():
     return False
@@ -129,7 +129,8 @@ def _train(planned, stage, is_pretraining):
     }
   clock = folder / 'seconds.txt'
   seconds = _seconds_before(clock)
-  # Absent while the stage runs: after a kill the time is not known.
+  # The file is absent while the stage runs, because the time is not known after
+  # a kill.
   clock.unlink(missing_ok=True)
   start = time.monotonic()
   try:
@@ -153,7 +154,7 @@ def _train(planned, stage, is_pretraining):
 
 
 def _seconds_before(clock: pathlib.Path) -> float | None:
-  """Of the parts of a stage that are done; None: one of them was killed."""
+  """Returns the seconds that a stage took so far; None after a kill."""
   if clock.exists():
     return float(clock.read_text())
   return None if any(clock.parent.glob('checkpoint_*')) else 0.0
@@ -170,7 +171,7 @@ def _held_out(planned) -> tuple[evaluations.LossEvaluation, ...]:
 
 def _check_settings(stage: planned_runs.PlannedStage) -> None:
   path = pathlib.Path(stage.folder) / _SETTINGS
-  # Before the first checkpoint there is nothing to be continued.
+  # Before its first checkpoint a run has nothing that could be continued.
   if not path.is_file() or not any(path.parent.glob('checkpoint_*')):
     return
   old = json.loads(path.read_text('utf-8'))
@@ -191,7 +192,7 @@ def _check_settings(stage: planned_runs.PlannedStage) -> None:
 
 
 def _without(settings, others, names) -> Iterator[str]:
-  """What of some settings is not in others."""
+  """Yields what of some settings is not in others."""
   for name in names:
     value, other = settings.get(name), others.get(name)
     if isinstance(value, list) and isinstance(other, list):
@@ -206,7 +207,7 @@ def _is_done(stage: planned_runs.PlannedStage) -> bool:
 
 
 def _of_stages(planned) -> dict[str, Any]:
-  """Seconds of all stages, and the memory of pretraining."""
+  """Returns the seconds of all stages, and the peak memory of pretraining."""
   done = [
     json.loads((pathlib.Path(stage.folder) / _DONE).read_text('utf-8'))
     for stage in planned.stages
@@ -223,12 +224,13 @@ def _of_stages(planned) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _each_program_once(folder: pathlib.Path) -> Iterator[None]:
-  """Keeps compiled programs in a folder, which is removed in the end.
+  """Context that keeps compiled programs in a folder, which is then removed.
 
-  The losses of training and of measuring are one program, as are all answers:
-  compiling them again would take longer than all questions of a small model.
+  The losses of training and of measuring are the same program, and so are all
+  answers. To compile them again would take longer than all questions of a small
+  model.
   """
-  # What a killed process left may have been compiled for another machine.
+  # Programs that a killed process left may be compiled for another machine.
   shutil.rmtree(folder, ignore_errors=True)
   if jax.config.jax_compilation_cache_dir is not None:
     yield
@@ -252,10 +254,10 @@ def _each_program_once(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _stop_with(parent: int, stop: Callable[[], None]) -> None:
-  """Stops when the other end of a pipe is closed, as by a kill."""
+  """Calls `stop` when the other end of a pipe is closed, as by a kill."""
 
   def wait():
-    # Not through sys.stdin, whose lock this thread would hold at the end.
+    # sys.stdin is not used, because this thread would hold its lock at the end.
     while os.read(parent, 1024):
       pass
     stop()
@@ -264,7 +266,7 @@ def _stop_with(parent: int, stop: Callable[[], None]) -> None:
 
 
 def main(path: str) -> int:
-  """Does the run of a file; returns the exit status."""
+  """Does the run that a file describes, and returns the exit status."""
   planned = planned_runs.Run.from_json(pathlib.Path(path).read_text('utf-8'))
   _stop_with(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
   try:

@@ -1,8 +1,8 @@
-"""Models on the same questions: scores, groups of questions, differences.
+"""Compares models on the same questions: scores, groups, differences.
 
-All numbers of a report that depend on questions are made here, from the
-answers of every run. A score is a mean over the seeds of a model, then over
-questions. What there is no number for is None.
+All numbers of a report that depend on questions are made here, from the answers
+of every run. A score is a mean over the seeds of a model, and then over
+questions. A number that is not known is None.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ from mowe.comparison.report import statistics
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What is asked, and what is known of it.
+  """A question, and what is known about it.
 
   Attributes:
-    text: the question.
+    text: text of the question.
     answers: all accepted answers.
-    task: the set of questions that it is of.
-    relation: what is asked for, or None.
-    entity_count: how often the pretraining text names what is asked about, or
+    task: name of the set of questions that it belongs to.
+    relation: what the question asks for; None if that is not known.
+    entity_count: how often the pretraining text names the entity that the
+      question is about; None if that is not known.
+    is_answer_seen: whether an accepted answer is also an answer in finetuning;
       None if that is not known.
-    is_answer_seen: whether an answer of finetuning is accepted here, too, or
-      None.
   """
 
   text: str
@@ -42,10 +42,10 @@ class Answers:
   """What one run answered, in the order of the questions.
 
   Attributes:
-    seed: of the run.
-    predictions: one text for each question.
-    em: <float64>[questions], exact match, 0 or 1.
-    f1: <float64>[questions], from 0 to 1.
+    seed: seed of the run.
+    predictions: the text that was answered to each question.
+    em: <float64>[questions], the exact match of each answer, 0 or 1.
+    f1: <float64>[questions], the F1 of each answer, from 0 to 1.
   """
 
   seed: int
@@ -59,13 +59,16 @@ class Load:
   """How the tokens of some text fall on the experts of a layer.
 
   Attributes:
-    layer: its name, such as 'encoder, block 2'.
-    shares: of the routed tokens, of each expert.
-    skipped: share of the tokens without an expert by design, or None.
-    dropped: share of the choices that found no room in an evaluation, or None.
-    dropped_in_training: the same in all of pretraining.
-    dropped_in_generation: the same while questions are answered; None for
-      layers of an encoder.
+    layer: name of the layer, such as 'encoder, block 2'.
+    shares: fraction of the routed tokens that each expert has.
+    skipped: fraction of the tokens that have no expert by design; None if it is
+      not known.
+    dropped: fraction of the choices that found no slot in an evaluation; None
+      if it is not known.
+    dropped_in_training: fraction of the choices that found no slot in all of
+      pretraining; None if it is not known.
+    dropped_in_generation: fraction of the choices that found no slot while
+      questions were answered; None for layers of an encoder.
   """
 
   layer: str
@@ -82,7 +85,7 @@ class Load:
 
   @property
   def num_unused(self) -> int:
-    """Experts that no token had."""
+    """Number of experts that no token had."""
     return sum(share == 0 for share in self.shares)
 
 
@@ -91,10 +94,10 @@ class Try:
   """Learning rates that a model was trained with, to choose between them.
 
   Attributes:
-    rates: name and value of each.
-    em: exact match on questions that are not reported, 0 to 100.
-    f1: likewise.
-    is_chosen: its model is the one that is reported.
+    rates: name and value of each learning rate.
+    em: exact match on the questions for choosing, 0 to 100.
+    f1: F1 on the questions for choosing, 0 to 100.
+    is_chosen: whether the model with these rates is reported.
   """
 
   rates: tuple[tuple[str, float], ...]
@@ -104,40 +107,46 @@ class Try:
 
   @property
   def label(self) -> str:
-    """Such as 'LEARNING_RATE 0.003'."""
+    """The rates as text, such as 'LEARNING_RATE 0.003'."""
     return ', '.join(f'{name} {value:g}' for name, value in self.rates)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelResult:
-  """All that is reported of one model.
+  """Everything that is reported about one model. None means 'not known'.
 
   Attributes:
-    name: unique within a report.
-    total_parameters: all parameters.
-    active_parameters: those that take part in the computation of one token.
-    frozen_parameters: those that finetuning left as they were.
-    flops_formula: FLOPs per token of a forward pass, from the shapes of the
-      kernels.
-    flops_compiled: the same as XLA counts in the compiled program.
-    is_flops_least: the program has products in loops, which XLA counts once.
-    answers: of each seed.
-    tokens_per_second: in pretraining, a mean over seeds.
-    peak_memory: in bytes, of training.
-    memory_of: 'device' or 'process'.
-    held_out_loss: on text that was not trained on, before finetuning, a mean
-      over seeds.
-    text_loss: the same on text that was.
-    seconds: of training, a mean over seeds.
-    curve: (step, loss) of pretraining, of the first seed.
-    held_out_curve: (step, loss on held-out text), of the first seed.
-    recall: kind of masked spans -> (right, spans), sums over seeds.
-    loads: of each sparse layer, of the first seed.
-    note: how the model was sized.
-    tries: of its learning rates; () if none were tried.
+    name: name of the model, unique within a report.
+    total_parameters: number of all parameters.
+    active_parameters: number of parameters that take part in the computation of
+      one token.
+    frozen_parameters: number of parameters that finetuning left as they were.
+    flops_formula: FLOPs per token of a forward pass, computed from the shapes
+      of the kernels.
+    flops_compiled: FLOPs per token of a forward pass, as XLA counts them in the
+      compiled program.
+    answers: the answers of the run with each seed.
+    is_flops_least: whether `flops_compiled` is too low, because XLA counts
+      products in loops once.
+    tokens_per_second: tokens of pretraining per second, a mean over seeds.
+    peak_memory: the most memory that pretraining needed, in bytes.
+    memory_of: what `peak_memory` is of, 'device' or 'process'.
+    held_out_loss: loss before finetuning on text that was not trained on, a
+      mean over seeds.
+    text_loss: loss before finetuning on text that was trained on, a mean over
+      seeds.
+    seconds: seconds of training, a mean over seeds.
+    curve: steps and losses of pretraining with the first seed.
+    held_out_curve: steps and losses on held-out text in pretraining with the
+      first seed.
+    recall: for each kind of masked spans how many were recalled, and how many
+      there were, as sums over seeds.
+    loads: the load of each sparse layer, with the first seed.
+    note: how the model was sized; '' if it was not.
+    tries: the tries of its learning rates; () if none were tried.
 
   Raises:
-    ValueError: no answers.
+    ValueError: there are no answers.
   """
 
   name: str
@@ -172,28 +181,28 @@ class ModelResult:
 
   @property
   def seeds(self) -> tuple[int, ...]:
-    """Of its runs."""
+    """The seeds of its runs."""
     return tuple(one.seed for one in self.answers)
 
   @property
   def em_scores(self) -> np.ndarray:
-    """Exact match of each question, <float64>[questions]: means over seeds."""
+    """Exact match of each question, a mean over seeds, <float64>[questions]."""
     return np.mean([one.em for one in self.answers], axis=0)
 
   @property
   def f1_scores(self) -> np.ndarray:
-    """F1 of each question, <float64>[questions]: means over seeds."""
+    """F1 of each question, a mean over seeds, <float64>[questions]."""
     return np.mean([one.f1 for one in self.answers], axis=0)
 
   @property
   def chosen(self) -> Try | None:
-    """The try that is reported; None if there were none."""
+    """The try that is reported; None if no rates were tried."""
     return next((one for one in self.tries if one.is_chosen), None)
 
   def rates_at_edge(self) -> list[str]:
-    """Names of chosen rates that are the least or largest of those tried.
+    """Returns the names of chosen rates that are the least or largest tried.
 
-    A better one may lie beyond.
+    A better rate may lie beyond them.
     """
     if self.chosen is None:
       return []
@@ -205,17 +214,25 @@ class ModelResult:
     return found
 
   def score(self) -> 'Score':
-    """Of all questions."""
+    """Returns the scores of all questions."""
     return Score.of(self.em_scores, self.f1_scores)
 
   def em_by_seed(self) -> list[float]:
-    """Exact match of each run, 0 to 100."""
+    """Returns the exact match of each run, 0 to 100."""
     return [100 * float(one.em.mean()) for one in self.answers]
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """Scores of some questions, 0 to 100, with their 95 % intervals."""
+  """The mean scores of some questions.
+
+  Attributes:
+    em: exact match, 0 to 100.
+    em_interval: ends of the 95 % interval of the exact match.
+    f1: F1, 0 to 100.
+    f1_interval: ends of the 95 % interval of the F1.
+    num_questions: number of questions.
+  """
 
   em: float
   em_interval: tuple[float, float]
@@ -225,7 +242,7 @@ class Score:
 
   @classmethod
   def of(cls, em: np.ndarray, f1: np.ndarray) -> 'Score':
-    """Of scores from 0 to 1, <float64>[questions]."""
+    """Makes a Score of scores <float64>[questions], from 0 to 1."""
     interval = lambda scores: tuple(
       100 * end for end in statistics.bootstrap_interval(scores)
     )
@@ -243,15 +260,15 @@ class Group:
   """Questions of one kind.
 
   Attributes:
-    name: of the kind.
-    members: <bool>[questions].
+    name: name of the kind.
+    members: <bool>[questions], whether each question is in the group.
   """
 
   name: str
   members: np.ndarray
 
   def score(self, result: ModelResult) -> Score | None:
-    """Scores of a model; None without questions."""
+    """Returns the scores of a model; None if the group has no questions."""
     if not self.members.any():
       return None
     return Score.of(
@@ -265,10 +282,11 @@ class Breakdown:
 
   Attributes:
     title: the property, as in "EM by ...".
-    heading: of the groups' names.
-    groups: those that there are; empty if it is not known of any question.
-    why_empty: what is missing then.
-    num_without: questions in no group, as the property is not known of them.
+    heading: heading of the column with the groups' names.
+    groups: the groups; empty if the property is known of no question.
+    why_empty: what is missing if there are no groups.
+    num_without: number of questions of which the property is not known, and
+      which are therefore in no group.
   """
 
   title: str
@@ -279,7 +297,7 @@ class Breakdown:
 
 
 def by_relation(questions: Sequence[Question]) -> Breakdown:
-  """Groups by what is asked for, in the order of names."""
+  """Groups questions by what they ask for, in the order of names."""
   return _by_name(
     'relation',
     'Relation',
@@ -289,15 +307,19 @@ def by_relation(questions: Sequence[Question]) -> Breakdown:
 
 
 def by_task(questions: Sequence[Question]) -> Breakdown:
-  """Groups by the set of questions."""
+  """Groups questions by the set that they belong to."""
   return _by_name('set of questions', 'Set', [q.task for q in questions], '')
 
 
 def by_frequency(questions: Sequence[Question], num_bins: int = 4) -> Breakdown:
-  """Groups as near to equal size as can be, by how often the text names them.
+  """Groups questions by how often the pretraining text names their entity.
 
-  Entities of one count stay together, so that there may be fewer groups, and
-  larger and smaller ones.
+  Groups are as nearly equal in size as they can be. Entities with the same
+  count stay together, so that there may be fewer groups, of different sizes.
+
+  Args:
+    questions: all questions.
+    num_bins: the most groups to make.
   """
   counts = [question.entity_count for question in questions]
   known = [count for count in counts if count is not None]
@@ -319,20 +341,31 @@ def by_frequency(questions: Sequence[Question], num_bins: int = 4) -> Breakdown:
 
 
 def _equal_parts(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
-  """Least and largest number of each part; equal numbers are in one part.
+  """Cuts numbers into parts of about equal size; equal numbers stay together.
 
-  No part has less than a quarter of an equal share: it would say nothing.
+  No part has less than a quarter of an equal share, because the score of so few
+  questions would say nothing.
+
+  Args:
+    numbers: the numbers, in any order.
+    most: the most parts to make.
+
+  Returns:
+    The least and the largest number of each part, in rising order.
   """
+  # [distinct numbers]
   distinct, sizes = np.unique(numbers, return_counts=True)
   least = sizes.sum() / most / 4
   parts: list[tuple[int, int]] = []
   start = 0
   while start < len(distinct):
+    # How many numbers a part would have that ends at each distinct number.
     reached = np.cumsum(sizes[start:])
-    # As many as come nearest to the share of each part that is left.
+    # The part ends where it is nearest to an equal share of what is left.
     distance = np.abs(reached - reached[-1] / (most - len(parts)))
     distance[reached < least] = np.inf
     size = int(np.argmin(distance)) + 1
+    # A rest that is too small for a part of its own joins this one.
     if reached[-1] - reached[size - 1] < least:
       size = len(reached)
     parts.append((int(distinct[start]), int(distinct[start + size - 1])))
@@ -341,7 +374,7 @@ def _equal_parts(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 
 def by_seen_answer(questions: Sequence[Question]) -> Breakdown:
-  """Two groups: an answer was one in finetuning, too, or none was."""
+  """Groups questions by whether an accepted answer is in finetuning, too."""
   seen = [question.is_answer_seen for question in questions]
   groups = [
     Group(name, np.array([one is value for one in seen]))
@@ -396,15 +429,24 @@ def check_same_questions(
 def differing_questions(
   results: Sequence[ModelResult], number: int = 8
 ) -> list[int]:
-  """Questions on which the runs of the first seed differ, spread over all.
+  """Chooses questions on which the runs with the first seed differ.
 
-  Those come first on which fewest models are right: what one alone knows.
+  Each model in turn adds a question that it answers rightly, and first those
+  that fewest models answer rightly, which show what one model alone knows.
+
+  Args:
+    results: the results of each model.
+    number: the most questions to choose.
+
+  Returns:
+    The indices of the chosen questions, in rising order.
   """
+  # [models, questions]
   right = np.array([result.answers[0].em for result in results])
   num_right = right.sum(axis=0)
   differ = np.flatnonzero((num_right > 0) & (num_right < len(results)))
   chosen: list[int] = []
-  # Every model has its turn to be the one that is right.
+  # For each model, the questions that it answers rightly, the rarest first.
   of_model = [
     sorted(differ[right[i, differ] == 1], key=lambda q: (num_right[q], q))
     for i in range(len(results))
@@ -423,16 +465,17 @@ def as_json(
   questions: Sequence[Question],
   num_bins: int = 4,
 ) -> list[dict[str, Any]]:
-  """Every number of the report, for other programs.
+  """Returns every number of the report, for other programs.
 
-  Under 'paired' is each model less those before it, from -1 to 1.
+  Under 'paired' are the differences of each model to those before it, from -1
+  to 1.
   """
   records = []
   for number, result in enumerate(results):
     record = {
-      field.name: getattr(result, field.name)
-      for field in dataclasses.fields(result)
-      if field.name not in ('answers', 'loads', 'tries')
+      name: value
+      for name, value in vars(result).items()
+      if name not in ('answers', 'loads', 'tries')
     }
     record |= {
       'seeds': result.seeds,
@@ -463,7 +506,7 @@ def as_json(
 def breakdowns(
   questions: Sequence[Question], num_bins: int = 4
 ) -> list[Breakdown]:
-  """All of them; that by task only where there are several."""
+  """Returns all breakdowns; that by task only if there are several tasks."""
   found = [
     by_relation(questions),
     by_frequency(questions, num_bins),

@@ -1,8 +1,8 @@
-"""A comparison of models as files: numbers, tables, figures and one page.
+"""What a report on a comparison of models is made of.
 
-`write_report` writes `results.json`, `report.md` with `comparison.png`, and
-`index.html`. The page is one file that can be sent by mail: the figures are
-inside it, and all text is escaped.
+`report_files.write_report` writes a report as `results.json`, `report.md` with
+`comparison.png`, and `index.html`. The page is one file that can be sent by
+mail: it contains the figures, and all text in it is escaped.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from mowe.comparison.report import answer_comparison
 
-# The words of a question, each with its expert, or None.
+# The words of a question, each with its expert; None for a word without one.
 WordExperts = Sequence[tuple[str, int | None]]
 
 
@@ -20,15 +20,17 @@ class Report:
 
   Attributes:
     title: heading of the page.
-    results: of each model, in the order in which they are shown; the first one
-      is the baseline of the paired tests.
-    questions: that all of them answered.
+    results: the results of each model, in the order in which they are shown.
+      The first model is the baseline of the paired tests.
+    questions: the questions that all models answered.
     notes: sentences about data and seeds, shown below the title.
-    word_experts: question -> model with word experts -> its words.
-    num_bins: quantiles of the entities' frequency.
+    word_experts: the words of a question with their experts, by the index of
+      the question and the name of a model with word experts.
+    num_bins: number of groups of questions by the frequency of their entities.
 
   Raises:
-    ValueError: no models, equal names, or answers to other questions.
+    ValueError: there are no models, two have the same name, or one answered
+      other questions.
   """
 
   title: str

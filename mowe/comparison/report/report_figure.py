@@ -1,10 +1,9 @@
-"""The figures of a report: scores, sizes, losses, frequency; dark and light."""
+"""Draws the figures of a report, for light and for dark pages."""
 
 import dataclasses
 import io
 import math
 import os
-import typing
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -15,23 +14,21 @@ from matplotlib import ticker
 
 from mowe.comparison.report import answer_comparison, report_contents
 
-if typing.TYPE_CHECKING:
-  pass
-
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-  """Colours of a page.
+  """The colours of a page.
 
   Attributes:
-    text: of titles.
-    faint: of labels.
-    grid: of lines behind.
-    page: behind everything.
-    models: told apart by colour-blind readers too: Okabe and Ito's, without
-      their yellow and black, then a grey and a brown.
+    text: colour of titles.
+    faint: colour of labels.
+    grid: colour of the grid lines.
+    page: colour of the background.
+    models: colours of the models. They are those of Okabe and Ito, which
+      colour-blind readers can tell apart, without yellow and black, then a grey
+      and a brown.
   """
 
   text: str
@@ -70,8 +67,9 @@ class Figure:
   """One figure in both themes, as SVG.
 
   Attributes:
-    title: what it shows.
-    light, dark: the images.
+    title: what the figure shows.
+    light: the image for light pages.
+    dark: the image for dark pages.
   """
 
   title: str
@@ -80,7 +78,7 @@ class Figure:
 
 
 def page_figures(report: report_contents.Report) -> list[Figure]:
-  """Each panel as a figure of its own, to be put in rows that fit the page."""
+  """Draws each panel as its own figure, so that rows of them fit the page."""
   return [
     Figure(title, _svg(draw, report, LIGHT), _svg(draw, report, DARK))
     for title, draw in _panels(report)
@@ -92,7 +90,7 @@ def write_png(
 ) -> None:
   """Writes all panels as one picture.
 
-  No pyplot: it would take a display and keep figures alive.
+  pyplot is not used, because it would need a display and keep figures alive.
   """
   panels = _panels(report)
   columns = min(3, len(panels))
@@ -108,7 +106,8 @@ def write_png(
     axes.set_visible(True)
     draw(axes, report, LIGHT)
     axes.set_title(title, loc='left', color=LIGHT.text, fontsize=12, pad=10)
-  # Of the points: those of bars have no markers.
+  # The legend is that of the second panel, whose points have markers; the bars
+  # of the first have none.
   handles, labels = figure.axes[1].get_legend_handles_labels()
   figure.legend(
     handles,
@@ -139,8 +138,8 @@ def _panels(report) -> list[tuple[str, Panel]]:
 
 
 def _svg(draw: Panel, report, theme: Theme) -> bytes:
-  # Letters as outlines look the same everywhere; a fixed salt gives the same
-  # file again.
+  # Letters are drawn as outlines, which look the same everywhere. With a fixed
+  # salt, the same report gives the same file.
   with matplotlib.rc_context({'svg.hashsalt': 'mowe', 'svg.fonttype': 'path'}):
     figure = mpl_figure.Figure(figsize=(4.5, 3.3), layout='constrained')
     axes = figure.subplots()
@@ -155,13 +154,13 @@ def _svg(draw: Panel, report, theme: Theme) -> bytes:
 def _style(theme: Theme, index: int) -> dict[str, str]:
   return {
     'color': theme.models[index % len(theme.models)],
-    # Another number of markers than of colours: 56 models before a repeat.
+    # There are 7 markers and 8 colours, so that no two of 56 models look alike.
     'marker': _MARKERS[index % len(_MARKERS)],
   }
 
 
 def _scores(axes, report, theme):
-  """A bar with its interval for each model."""
+  """Draws a bar with its interval for each model."""
   results = report.results
   for place, result in enumerate(results):
     score = result.score()
@@ -204,7 +203,7 @@ def _by_size(axes, report, theme):
 
 
 def _points(axes, report, theme, values):
-  """A point for each model; tells whether all values are nearly equal."""
+  """Draws a point for each model; returns whether values are nearly equal."""
   scores = [result.score() for result in report.results]
   for index, (result, score, x) in enumerate(
     zip(report.results, scores, values, strict=True)
@@ -224,7 +223,8 @@ def _points(axes, report, theme, values):
   low, high = min(values), max(values)
   are_equal = high < 1.05 * low
   if are_equal:
-    # Equal on purpose, they would hide each other: side by side at one tick.
+    # Values that are equal on purpose would hide each other. They are drawn
+    # side by side at one tick.
     for index, container in enumerate(axes.containers):
       _shift(container, (index - (len(values) - 1) / 2) * 0.05 * low)
     axes.set_xlim(0.8 * low, 1.2 * high)
@@ -280,7 +280,7 @@ def _lines(axes, theme, curves):
 
 
 def _leave_out_start(axes, curves) -> None:
-  """Cuts the steep start off, which hides how the models differ."""
+  """Cuts off the steep start of losses, which hides how the models differ."""
   last = max((curve[-1][0] for curve in curves if curve), default=0)
   losses = [
     loss
@@ -338,11 +338,11 @@ def _is_number(value: float | None) -> bool:
 def _label(name: str, limit: int = 26) -> str:
   """Makes a name safe for matplotlib, which reads $...$ as mathematics."""
   name = ' '.join(name.split()).replace('$', r'\$')
-  # A leading underscore would hide it from the legend.
+  # A legend leaves out names that begin with an underscore.
   name = name if not name.startswith('_') else ' ' + name
   return name if len(name) <= limit else name[: limit - 1] + '…'
 
 
 def colors(theme: Theme, number: int) -> Sequence[str]:
-  """The colours of so many models."""
+  """Returns the colours of so many models."""
   return [_style(theme, index)['color'] for index in range(number)]

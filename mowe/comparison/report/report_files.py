@@ -1,4 +1,4 @@
-"""Writes a report as files: numbers, tables, figures and one page."""
+"""Writes a report to files: numbers, tables, figures and one page."""
 
 import json
 import math
@@ -21,8 +21,9 @@ def write_report(
   """Writes the four files and returns the path of `index.html`.
 
   Args:
-    report: what is written.
-    folder: made if it is not there; files of an older report are replaced.
+    report: the report to be written.
+    folder: the folder for the files, which is made if it does not exist. Files
+      of an older report are replaced.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -51,12 +52,12 @@ def write_report(
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-  # A prediction may hold a lone surrogate, which is no UTF-8.
+  # A prediction may hold a lone surrogate, which UTF-8 cannot encode.
   path.write_bytes(text.encode('utf-8', 'replace'))
 
 
 def _finite(tree: Any) -> Any:
-  """JSON has no NaN; a diverged run still gets its report."""
+  """Replaces numbers that JSON lacks, as of a diverged run, by None."""
   if isinstance(tree, dict):
     return {key: _finite(value) for key, value in tree.items()}
   if isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else."""
+"""Renders a report as one HTML file that needs no other file."""
 
 import base64
 import html
@@ -77,14 +77,15 @@ def render(
   examples: Sequence[report_tables.Example],
   figures: Sequence[report_figure.Figure],
 ) -> str:
-  """Returns the page; all texts are escaped here.
+  """Returns the page, in which all texts are escaped.
 
   Args:
     title: heading of the page.
-    notes: sentences below it.
-    tables: the first one lists the models in the order of the figures.
-    examples: questions on which models differ.
-    figures: with what they show.
+    notes: sentences below the heading.
+    tables: all tables; the first one lists the models in the order of the
+      figures.
+    examples: questions that the models answered differently.
+    figures: all figures, with their titles.
   """
   names = [str(row[0]) for row in tables[0].rows[1:]]
   first, *rest = tables
@@ -116,7 +117,7 @@ def render(
 
 
 def _names(names: Sequence[str]) -> str:
-  """Which model has which colour."""
+  """Returns the list of models with their colours."""
   light, dark = (
     report_figure.colors(theme, len(names))
     for theme in (report_figure.LIGHT, report_figure.DARK)

@@ -1,13 +1,12 @@
-"""The tables and examples of a report, and all of it as Markdown.
+"""Makes the tables and examples of a report, and renders it as Markdown.
 
-A table is text: what there is no number for reads 'n/a'. Page and Markdown show
-the same tables.
+The cells of a table are text, and 'n/a' stands for a missing number. The page
+and the Markdown file show the same tables.
 """
 
 import dataclasses
 import html
 import math
-import typing
 from collections.abc import Sequence
 
 from mowe.comparison.report import (
@@ -16,18 +15,16 @@ from mowe.comparison.report import (
   statistics,
 )
 
-if typing.TYPE_CHECKING:
-  pass
-
 NONE = 'n/a'
 _BLOCKS = '▁▂▃▄▅▆▇█'
-# Bars of a picture of loads; more experts are put together.
+# The most bars in a picture of loads. With more experts, a bar is the mean of
+# several.
 _MOST_BARS = 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Bars:
-  """A small picture of heights, from 0 to 1, in the cell of a table."""
+  """A small picture of bars, with heights from 0 to 1, in a cell of a table."""
 
   heights: tuple[float, ...]
 
@@ -40,9 +37,9 @@ class Table:
   """A table with what has to be known to read it.
 
   Attributes:
-    title: above it.
-    rows: headings first.
-    notes: sentences below it.
+    title: title above the table.
+    rows: rows of the table, the headings first; () for a table without data.
+    notes: sentences below the table.
   """
 
   title: str
@@ -55,11 +52,12 @@ class Example:
   """A question that models answered differently.
 
   Attributes:
-    question: its text.
-    answers: all accepted ones.
-    relation: what is asked for, or None.
-    predictions: (model, its answer, whether it is right).
-    words: (model, its words with their experts).
+    question: text of the question.
+    answers: all accepted answers.
+    relation: what the question asks for; None if that is not known.
+    predictions: for each model its name, its answer, and whether it is right.
+    words: for each model with word experts its name, and the words of the
+      question with their experts.
   """
 
   question: str
@@ -70,7 +68,7 @@ class Example:
 
 
 def tables(report: report_contents.Report) -> list[Table]:
-  """All tables, in their order."""
+  """Returns all tables of a report, in their order."""
   found = [_answers(report), _costs(report.results)]
   if any(result.tries for result in report.results):
     found.append(_tries(report.results))
@@ -90,7 +88,7 @@ def tables(report: report_contents.Report) -> list[Table]:
 
 
 def examples(report: report_contents.Report) -> list[Example]:
-  """Questions on which models differ."""
+  """Returns questions that the models answered differently."""
   return [
     Example(
       question=report.questions[index].text,
@@ -377,7 +375,7 @@ def _loads(results) -> Table:
 
 
 def _heights(shares: Sequence[float]) -> tuple[float, ...]:
-  """Loads in falling order, few enough to be drawn, from 0 to 1."""
+  """Returns heights of bars, from 0 to 1, for loads in falling order."""
   ordered = sorted(shares, reverse=True)
   number = min(_MOST_BARS, len(ordered))
   ends = [round(i * len(ordered) / number) for i in range(number + 1)]
@@ -390,7 +388,7 @@ def _heights(shares: Sequence[float]) -> tuple[float, ...]:
   return tuple(math.log1p(value) / top for value in means)
 
 
-# Markdown.
+# Functions that render Markdown.
 
 
 def markdown(
@@ -399,7 +397,7 @@ def markdown(
   examples: Sequence[Example],
   figure: str,
 ) -> str:
-  """The report in Markdown, beside the file of its figure."""
+  """Returns the report as Markdown, which shows the file of its figure."""
   parts = [f'# {_text(report.title)}', *map(_text, report.notes)]
   parts.append(f'![EM, losses and sizes of all models]({figure})')
   for table in tables:
@@ -433,19 +431,19 @@ def markdown(
 
 
 def markdown_table(rows: Sequence[Sequence[Cell]]) -> str:
-  """A table in Markdown, headings first."""
+  """Returns rows, the headings first, as a table in Markdown."""
   heading, *body = (
     '| ' + ' | '.join(_markdown_cell(cell) for cell in row) + ' |'
     for row in rows
   )
-  # Numbers to the right, the first column to the left.
+  # The first column is aligned to the left, numbers to the right.
   rule = '|---|' + '---:|' * (len(rows[0]) - 1)
   return '\n'.join((heading, rule, *body))
 
 
 def _markdown_cell(cell: Cell) -> str:
   if isinstance(cell, Bars):
-    # Eight of them are enough in a line of text.
+    # About eight bars are enough in a line of text.
     step = max(1, len(cell.heights) // 8)
     return ''.join(
       _BLOCKS[round(height * (len(_BLOCKS) - 1))]
@@ -455,14 +453,14 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _text(text: str) -> str:
-  """Keeps a text within its place, and HTML out of the page it becomes."""
+  """Escapes a text, so that it is neither Markdown nor HTML."""
   text = ' '.join(text.split())
   for mark in '\\|*_`[]#':
     text = text.replace(mark, f'\\{mark}')
   return html.escape(text, quote=False)
 
 
-# Numbers.
+# Functions that format numbers.
 
 
 def _interval(ends: tuple[float, float]) -> str:
@@ -478,7 +476,7 @@ def _percent(share: float | None) -> str:
 
 
 def _count(number: float | None) -> str:
-  """A number with three digits and a unit: 77000000 is 77M."""
+  """Formats a number with three digits and a unit: 77000000 is 77M."""
   if number is None:
     return NONE
   for unit in ('', 'K', 'M', 'G'):

@@ -1,8 +1,9 @@
-"""How far scores of questions can be trusted: intervals and paired tests.
+"""Intervals and paired tests say how far scores of questions can be trusted.
 
-A score of a question is a number from 0 to 1, of several seeds their mean.
-Questions are what is drawn at random: intervals and tests say what other
-questions of the same kind would change, and nothing of other seeds.
+The score of a question is a number from 0 to 1; with several seeds it is the
+mean over them. Questions are taken to be drawn at random: intervals and tests
+say what other questions of the same kind would change, and nothing about other
+seeds.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _RESAMPLES = 10_000
-_Z = 1.959964
+_Z = 1.959964  # The 97.5 % quantile of the normal distribution.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,15 @@ class PairedTest:
   """Two models on the same questions.
 
   Attributes:
-    difference: mean score of the second less that of the first.
-    low, high: its 95 % interval, by paired bootstrap.
-    num_better: questions on which the second is better.
-    num_worse: questions on which it is worse; on all others they are equal.
-    p_value: two-sided, of the exact sign test: how likely at least so uneven a
-      split is if either model is as likely to be the better one.
+    difference: mean score of the second model less that of the first.
+    low: lower end of the 95 % interval of the difference, by paired bootstrap.
+    high: upper end of this interval.
+    num_better: number of questions on which the second model is better.
+    num_worse: number of questions on which the second model is worse; on all
+      others both are equal.
+    p_value: two-sided p-value of the exact sign test, which is how likely a
+      split at least as uneven is if each model is equally likely to be the
+      better one on a question.
   """
 
   difference: float
@@ -40,18 +44,18 @@ class PairedTest:
 def bootstrap_interval(
   scores: Sequence[float] | np.ndarray, seed: int = 0
 ) -> tuple[float, float]:
-  """The 95 % interval of a mean score over the draw of the questions.
+  """Returns the 95 % interval of a mean score over the draw of the questions.
 
-  Percentiles of the means of 10,000 resamples. Where all scores are 0, or all
-  are 1, resampling would say that nothing is uncertain: Wilson's interval of a
-  share stands in.
+  Its ends are percentiles of the means of 10,000 resamples. If all scores are
+  0, or all are 1, every resample is the same, as if nothing were uncertain.
+  Wilson's interval of a proportion is returned in that case.
 
   Args:
     scores: <float>[questions], from 0 to 1.
-    seed: of the resamples.
+    seed: seed of the resamples.
 
   Raises:
-    ValueError: no scores, or one that is not from 0 to 1.
+    ValueError: there are no scores, or one is not from 0 to 1.
   """
   scores = _check(scores)
   if np.ptp(scores) == 0 and scores[0] in (0, 1):
@@ -67,12 +71,13 @@ def paired_test(
   """Compares two models by their scores of the same questions.
 
   Args:
-    first: <float>[questions], from 0 to 1.
-    second: the same of the other model, in the same order.
-    seed: of the resamples.
+    first: <float>[questions], scores of the first model, from 0 to 1.
+    second: <float>[questions], scores of the second model, in the same order.
+    seed: seed of the resamples.
 
   Raises:
-    ValueError: no scores, another number of them, or one not from 0 to 1.
+    ValueError: there are no scores, they are not equally many, or one is not
+      from 0 to 1.
   """
   first, second = _check(first), _check(second)
   if len(first) != len(second):
@@ -80,6 +85,8 @@ def paired_test(
       'A paired test needs the scores of the same questions, but there are '
       f'{len(first)} and {len(second)}. Ask both models the same questions.'
     )
+  # Resamples of the differences are paired: each draws the same questions for
+  # both models.
   differences = second - first
   low, high = _interval(differences.tobytes(), seed)
   num_better = int((differences > 0).sum())
@@ -95,8 +102,15 @@ def paired_test(
 
 
 def sign_test(num_better: int, num_worse: int) -> float:
-  """The two-sided p-value of the exact sign test; 1 without a difference."""
+  """Returns the two-sided p-value of the exact sign test; 1 without difference.
+
+  Args:
+    num_better: number of questions on which one model is better.
+    num_worse: number of questions on which it is worse.
+  """
   total = num_better + num_worse
+  # The tail of the binomial distribution with probability 1/2, by logarithms,
+  # because the binomial coefficients of many questions overflow.
   tail = [
     _log_choose(total, k) - total * math.log(2)
     for k in range(min(num_better, num_worse) + 1)
@@ -105,7 +119,12 @@ def sign_test(num_better: int, num_worse: int) -> float:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-  """The 95 % interval of a share of `count` yes-or-no answers, 0 to 1."""
+  """Returns Wilson's 95 % interval of a proportion, with ends from 0 to 1.
+
+  Args:
+    share: the fraction of answers that are yes, from 0 to 1.
+    count: number of answers.
+  """
   middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
   spread = share * (1 - share) / count + _Z**2 / (4 * count**2)
   half = _Z * math.sqrt(spread) / (1 + _Z**2 / count)
@@ -114,19 +133,24 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=4096)
 def _interval(values: bytes, seed: int) -> tuple[float, float]:
-  """Percentiles of the means of resamples; a report asks again and again."""
+  """Returns percentiles of the means of resamples.
+
+  Results are kept, because a report asks for the same intervals repeatedly.
+  """
   means = _resampled_means(np.frombuffer(values, np.float64), seed)
   low, high = np.percentile(means, (2.5, 97.5))
   return float(low), float(high)
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-  """Means of resamples with replacement, <float64>[resamples].
+  """Returns the means of resamples with replacement, <float64>[resamples].
 
-  Few scores differ: how often each of them is drawn is all that counts.
+  Only few distinct scores occur, and a mean depends on how often each of them
+  is drawn alone: these numbers have a multinomial distribution.
   """
   distinct, counts = np.unique(values, return_counts=True)
   rng = np.random.default_rng(seed)
+  # [resamples, distinct scores]
   drawn = rng.multinomial(len(values), counts / len(values), _RESAMPLES)
   return drawn @ distinct / len(values)
 
