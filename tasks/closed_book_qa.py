@@ -1,17 +1,19 @@
 """seqio tasks of closed-book question answering and fact checking.
 
-Local JSON lines: `register_question_task` ({"question", "answers"}) and
-`register_claim_task` ({"claim", "label"}, FEVER). TFDS: `register_tfds_tasks`.
-Importing this module registers nothing and reads no file.
+`register_question_task` and `register_claim_task` register tasks of local JSON
+lines, with the fields "question" and "answers", or "claim" and "label" as in
+FEVER. `register_tfds_tasks` registers tasks of TFDS. Importing this module
+registers nothing and reads no file.
 
 Prompts, splits and targets of the TFDS questions are those of the closed-book
 QA experiments of T5 (Roberts et al. 2020): the model learns the first answer,
-and a prediction is right if it equals any of the answers. As the test sets of
-these collections are not public or used up, `NAME` holds out the last tenth
-of the training questions (the numbers are ORQA's) and keeps the public
-validation set as 'test'; `NAME_test` trains on everything and reports on the
-split that papers report. The claims of FEVER, 'supports', 'refutes' or 'not
-enough info', are split in the same way; `fever` is ours, built by `fever.py`.
+and a prediction is right if it equals any of the answers. The test sets of
+these collections are not public, or have been used too often. `NAME` therefore
+holds out the last tenth of the training questions (the numbers are ORQA's) and
+keeps the public validation set as 'test'. `NAME_test` trains on everything and
+reports on the split that papers report. The claims of FEVER, whose answers are
+'supports', 'refutes' or 'not enough info', are split in the same way; the data
+set `fever` is built by our own `fever.py`.
 
 | task | train | validation | test |
 |---|---|---|---|
@@ -41,21 +43,21 @@ Vocabulary = text_to_text.Vocabulary
 
 
 def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]):
-  """EM and F1, 0 to 100, as `mowe.evaluation.text_metrics.squad`."""
+  """Returns EM and F1, 0 to 100, as `mowe.evaluation.text_metrics.squad`."""
   from mowe.evaluation import text_metrics
 
   return text_metrics.squad(targets, predictions)
 
 
 def trivia_qa(targets: Sequence[Sequence[str]], predictions: Sequence[str]):
-  """EM and F1, 0 to 100, as `mowe.evaluation.text_metrics.trivia_qa`."""
+  """Returns EM and F1, 0 to 100, as `text_metrics.trivia_qa` does."""
   from mowe.evaluation import text_metrics
 
   return text_metrics.trivia_qa(targets, predictions)
 
 
 def accuracy(targets: Sequence[Sequence[str]], predictions: Sequence[str]):
-  """Share of predictions that are the label, 0 to 100."""
+  """Returns the percentage of predictions that are the label."""
   right = [
     prediction.strip() in accepted
     for accepted, prediction in zip(targets, predictions, strict=True)
@@ -73,18 +75,19 @@ def register_question_task(
   """Registers closed-book questions in local JSON lines.
 
   Args:
-    name: of the new task.
-    files: patterns of the split 'train', or a mapping from split to patterns.
-      Records have 'question' and 'answers' (a list, or one text).
+    name: name of the new task.
+    files: patterns of the files of the split 'train', or a mapping from splits
+      to patterns. Records have 'question' and 'answers' (a list, or one text).
     vocabulary: a SentencePiece file, 'bytes', or a loaded vocabulary.
-    prompt: the inputs.
-    metric: a function of targets and predictions.
+    prompt: the text of the inputs, with '{question}' for the question.
+    metric: function that scores predictions, given targets and predictions.
 
   Returns:
     The task.
 
   Raises:
-    ValueError: no such file, a question without answer, or a name in use.
+    ValueError: no file matches, a question has no answer, or the name is in
+      use.
   """
 
   def convert(record):
@@ -107,12 +110,21 @@ def register_claim_task(
   vocabulary: Vocabulary,
   prompt: str = claims.PROMPT,
 ) -> Any:
-  """Registers FEVER claims: 'claim' and 'label' to 'supports' or 'refutes'.
+  """Registers claims in local JSON lines, in the form of FEVER.
 
-  Arguments and result as of `register_question_task`.
+  Args:
+    name: name of the new task.
+    files: patterns of the files of the split 'train', or a mapping from splits
+      to patterns. Records have 'claim' and 'label'.
+    vocabulary: a SentencePiece file, 'bytes', or a loaded vocabulary.
+    prompt: the text of the inputs, with '{claim}' for the claim.
+
+  Returns:
+    The task.
 
   Raises:
-    ValueError: no such file, a label not in `claims.TARGETS`, or a name in use.
+    ValueError: no file matches, a label is not in `claims.TARGETS`, or the name
+      is in use.
   """
 
   def convert(record):
@@ -127,8 +139,8 @@ def register_claim_task(
 def register_tfds_tasks(vocabulary: Vocabulary) -> list[str]:
   """Registers the TFDS tasks above, unless they are registered already.
 
-  Also the mixtures 'closed_book_qa' and 'closed_book_qa_test' of the three
-  collections of questions, each at the rate of its number of examples.
+  It also registers the mixtures 'closed_book_qa' and 'closed_book_qa_test' of
+  the three collections of questions, with rates by their numbers of examples.
 
   Returns:
     The names of the tasks.
@@ -170,7 +182,7 @@ def _register_files(
       yield {'inputs': inputs, 'targets': answers[0], 'answers': answers}
 
   def read(split, shuffle_files=False, seed=None):
-    del shuffle_files, seed  # Task shuffles examples; files keep their order.
+    del shuffle_files, seed  # seqio.Task shuffles examples, not files.
     return tf.data.Dataset.from_generator(
       functools.partial(examples, split),
       output_signature={
@@ -202,7 +214,7 @@ def _register(
 
 
 def _answers_or_text(text: str, example: Any = None, is_target: bool = False):
-  """The accepted answers for a target, the text itself for a prediction."""
+  """Returns the accepted answers of a target, or the text of a prediction."""
   if not is_target:
     return text
   return [tf.compat.as_text(answer) for answer in example['answers']]
@@ -243,7 +255,8 @@ def _fever(example):
   return _asked('fever claim: ', example['claim'], target, [target])
 
 
-# Name, TFDS name, conversion, metric, splits, splits of NAME_test.
+# Each row has the name of a task, its name in TFDS, how an example is converted,
+# the metric, the splits, and the splits of NAME_test.
 _QUESTIONS = (
   (
     'trivia_qa_open',

@@ -1,8 +1,8 @@
 """FEVER as a TFDS data set: claims that Wikipedia supports, refutes or neither.
 
-TFDS itself has no builder for it. Importing this module registers one as
-'fever'; nothing is downloaded before the data set is prepared
-(`tfds.load('fever')`), and then two files of JSON lines.
+TFDS itself has no builder for FEVER. Importing this module registers one with
+the name 'fever'. Two files of JSON lines are downloaded when the data set is
+prepared (`tfds.load('fever')`), and nothing before that.
 
 Source: Thorne et al. 2018, https://fever.ai. The splits are 'train' and
 'validation', the labelled development set of the shared task.
@@ -23,7 +23,7 @@ URLS = {
   'train': 'https://fever.ai/download/fever/train.jsonl',
   'validation': 'https://fever.ai/download/fever/shared_task_dev.jsonl',
 }
-# In the order of the label's numbers.
+# The texts of labels, in the order of their numbers.
 LABELS = ('SUPPORTS', 'REFUTES', 'NOT ENOUGH INFO')
 # This file has two names in a checkout, and TFDS takes a builder only once.
 _NAMES = {'tasks.fever', 'mowe.tasks.fever'}
@@ -33,12 +33,12 @@ class Fever(
   tfds.core.GeneratorBasedBuilder,
   skip_registration=bool((_NAMES - {__name__}) & set(sys.modules)),
 ):
-  """Builder of id <int64>, claim <string> and label, a number of LABELS."""
+  """Builder of records with id <int64>, claim <string> and label, an index."""
 
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'The files of the shared task of 2018.'}
-  # No checksums; to look for them, TFDS 4.9.10 imports importlib_resources,
-  # which it does not require.
+  # There are no checksums. To look for some, TFDS 4.9.10 would import
+  # importlib_resources, which it does not require.
   url_infos = None
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -69,7 +69,8 @@ class Fever(
     with tfds.core.Path(path).open(encoding='utf-8') as file:
       for number, line in enumerate(file):
         record = json.loads(line)
-        # Not the id as key: it must be unique, and is TFDS's to shuffle by.
+        # The key is not the id, because TFDS shuffles by keys, which must be
+        # unique.
         yield (
           number,
           {name: record[name] for name in ('id', 'claim', 'label')},

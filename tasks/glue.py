@@ -16,7 +16,7 @@ mixture `glue_v002_proportional`. Importing this module registers nothing.
 | wnli | wnli sentence1: sentence2: | not_entailment, entailment |
 
 mnli_matched and mnli_mismatched are the two parts of mnli's evaluation. The
-labels of test splits are not public: '<unk>'. The metrics are those of
+labels of test splits are not public, and are '<unk>' here. The metrics are those of
 `classification_metrics.of_task`; 'ax' has a test split alone.
 """
 
@@ -41,8 +41,8 @@ _MNLI_SPLITS = (
   'test_matched',
   'test_mismatched',
 )
-# Name, first word and labels, fields, splits. TFDS does not know splits
-# before it has prepared the data.
+# Each row has the name of a task, its first word and labels, its fields, and its
+# splits, which TFDS does not know before it has prepared the data.
 _TASKS = (
   ('cola', 'cola', ('sentence',), _SPLITS),
   ('sst2', 'sst2', ('sentence',), _SPLITS),
@@ -57,8 +57,8 @@ _TASKS = (
   ('wnli', 'wnli', _SENTENCES, _SPLITS),
   ('ax', 'mnli', _PREMISES, _SPLITS[2:]),
 )
-# Training examples of T5's mixture, which leaves out wnli; a rate of 0 is
-# for evaluation alone.
+# The rates of T5's mixture are numbers of training examples. The mixture leaves
+# out wnli; a task with the rate 0 is for evaluation alone.
 _RATES = {
   'cola': 8_551,
   'sst2': 67_349,
@@ -98,7 +98,7 @@ def register_tfds_tasks(vocabulary: text_to_text.Vocabulary) -> list[str]:
     metric = classification_metrics.of_task(name)
     text_to_text.register(
       name,
-      # T5's version: 2.0.0 has other examples of qqp.
+      # This is T5's version; version 2.0.0 has other examples of qqp.
       seqio.TfdsDataSource(tfds_name=f'glue/{kind}:1.0.0', splits=splits),
       [convert],
       vocabulary,
@@ -114,7 +114,7 @@ def register_tfds_tasks(vocabulary: text_to_text.Vocabulary) -> list[str]:
 
 @seqio.map_over_dataset
 def _similarity(example: Any) -> dict[str, Any]:
-  """Two sentences to their similarity, rounded to a fifth."""
+  """Turns two sentences into their similarity, rounded to a fifth."""
   parts = ['stsb']
   for name in _SENTENCES:
     parts += [f'{name}:', example[name]]

@@ -1,10 +1,11 @@
 """seqio pretraining tasks: span corruption, salient spans, language modeling.
 
-Over local text or JSON-lines files (`register_text_task`) and over TFDS
-(`register_tfds_tasks`: C4, and Wikipedia sentences with tagged entities). The
-noise is that of `mowe.data.text.span_corruption`, so that a stream and a token cache
-give the same kind of examples. Importing this module registers nothing and
-reads no file: the T5 vocabulary is not part of mowe and is given by path.
+`register_text_task` registers tasks over local text or JSON-lines files, and
+`register_tfds_tasks` tasks over TFDS: C4, and Wikipedia sentences with tagged
+entities. The noise is that of `mowe.data.text.span_corruption`, so that a
+stream and a token cache give the same kind of examples. Importing this module
+registers nothing and reads no file. The T5 vocabulary is not part of mowe and
+is given by its path.
 """
 
 import functools
@@ -22,7 +23,7 @@ from mowe.words import base_vocabulary, subword_vocabularies
 tf, seqio = seqio_stream.import_seqio()
 
 OBJECTIVES = ('span_corruption', 'salient_spans', 'language_model')
-_TEXTS_PER_STREAM = 128  # Texts joined before they are cut, as in T5.
+_TEXTS_PER_STREAM = 128  # Number of texts joined before they are cut, as in T5.
 
 Files = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 Vocabulary = str | os.PathLike | base_vocabulary.Vocabulary
@@ -39,20 +40,22 @@ def register_text_task(
   """Registers pretraining on local files.
 
   Args:
-    name: of the new task.
-    files: patterns as in `text_files.read_records`, of the split 'train', or a
-      mapping from split to patterns.
+    name: name of the new task.
+    files: patterns of the files of the split 'train', as in
+      `text_files.read_records`, or a mapping from splits to patterns.
     vocabulary: a SentencePiece file, 'bytes', or a loaded vocabulary.
-    objective: 'span_corruption'; 'salient_spans'; or 'language_model', which is
-      running text for models with one stack, and has no inputs.
-    field: holds the text; a field 'spans' replaces the rule's spans.
-    noise_density: share of the tokens that is masked.
+    objective: 'span_corruption', 'salient_spans', or 'language_model', which is
+      running text without inputs, for models with one stack.
+    field: name of the field that holds the text. A field 'spans' replaces the
+      spans that the rule finds.
+    noise_density: fraction of the tokens that is masked.
 
   Returns:
     The task.
 
   Raises:
-    ValueError: an unknown objective, no such file, or a name in use.
+    ValueError: the objective is unknown, no file matches, or the name is in
+      use.
   """
   if not isinstance(files, Mapping):
     files = {'train': files}
@@ -66,7 +69,7 @@ def register_text_task(
       yield {'text': record[field], 'char_spans': spans, 'has_spans': own}
 
   def read(split, shuffle_files=False, seed=None):
-    del shuffle_files, seed  # Task shuffles examples; files keep their order.
+    del shuffle_files, seed  # seqio.Task shuffles examples, not files.
     return tf.data.Dataset.from_generator(
       functools.partial(records, split),
       output_signature={
@@ -85,15 +88,16 @@ def register_tfds_tasks(
 ) -> list[str]:
   """Registers the TFDS tasks, unless they are registered already.
 
-  c4_span_corruption, c4_salient_spans: c4/en, its own splits train and
-    validation. Spans of the second by rule.
-  wikipedia_salient_spans: salient_span_wikipedia/sentences (Guu et al. 2020),
-    split train, spans from a trained tagger.
+  The tasks c4_span_corruption and c4_salient_spans read c4/en with its splits
+  train and validation; a rule finds the salient spans. The task
+  wikipedia_salient_spans reads salient_span_wikipedia/sentences (Guu et al.
+  2020) with its split train, whose spans are from a trained tagger.
 
   Returns:
-    The names.
+    The names of the tasks.
   """
-  # Splits by name: those of TFDS are unknown before it has prepared the data.
+  # Splits are named here, because TFDS does not know them before it has
+  # prepared the data.
   c4 = seqio.TfdsDataSource(
     tfds_name=f'c4/en:{c4_version}', splits=('train', 'validation')
   )
@@ -167,7 +171,7 @@ def _text_alone(example):
 @seqio.map_over_dataset
 def _tagged_spans(example):
   def to_characters(text, starts, limits):
-    # The tagger counted bytes.
+    # The tagger counted bytes, and spans here count characters.
     bounds = np.stack([starts, limits], axis=1).reshape(-1).tolist()
     places = [len(text[:place].decode('utf-8', 'ignore')) for place in bounds]
     return np.asarray(places, np.int32)
@@ -183,7 +187,7 @@ def _tagged_spans(example):
 def _encode(
   dataset: Any, subwords: base_vocabulary.Vocabulary, with_spans: bool
 ) -> Any:
-  """Texts to 'targets' without EOS and, if wanted, 'spans' in tokens."""
+  """Tokenises texts to 'targets' without EOS and, if wanted, to 'spans'."""
 
   def encode(text, char_spans, has_spans):
     text = text.decode('utf-8', 'replace')
@@ -220,7 +224,7 @@ def _corrupt_spans(
   subwords: base_vocabulary.Vocabulary,
   noise_density: float,
 ) -> Any:
-  """Joins texts, EOS between, cuts them to fill the lengths, masks spans."""
+  """Joins texts with EOS between, cuts them to the lengths, masks spans."""
   length = span_corruption.tokens_that_fill(
     sequence_length['inputs'], sequence_length['targets'], noise_density
   )
@@ -236,7 +240,7 @@ def _corrupt_spans(
     return _masked(tf.numpy_function(corrupt, [tokens, seed], [tf.int32] * 2))
 
   chunks = _chunks(dataset, length, subwords)
-  # One token alone cannot be corrupted.
+  # A chunk of one token cannot be corrupted.
   return corrupt_one(chunks.filter(lambda tokens: tf.size(tokens) >= 2))
 
 
@@ -245,7 +249,7 @@ def _cut_rows(
   sequence_length: Mapping[str, int],
   subwords: base_vocabulary.Vocabulary,
 ) -> Any:
-  """Joins texts, EOS between, and cuts them to fill the targets."""
+  """Joins texts with EOS between, and cuts them to fill the targets."""
   chunks = _chunks(dataset, sequence_length['targets'], subwords)
   return chunks.map(lambda tokens: {'targets': tokens})
 
@@ -253,7 +257,7 @@ def _cut_rows(
 def _chunks(
   dataset: Any, length: int, subwords: base_vocabulary.Vocabulary
 ) -> Any:
-  """Pieces of `length` tokens of texts that are joined, an EOS after each."""
+  """Cuts texts, joined with an EOS after each, to pieces of `length` tokens."""
 
   def with_eos(example):
     return tf.concat([example['targets'], [subwords.eos_id]], axis=0)
@@ -272,7 +276,7 @@ def _mask_salient(
   subwords: base_vocabulary.Vocabulary,
   noise_density: float,
 ) -> Any:
-  """Masks salient spans; texts without one that fits are left out."""
+  """Masks salient spans, and leaves out texts without one that fits."""
   first_sentinel = subwords.sentinel_id(0)
 
   def mask(tokens, spans, seed):

@@ -15,11 +15,11 @@ nothing.
 | wic | wic sentence1: sentence2: word: | False, True |
 | wsc | wsc: text with the *pronoun* | the noun |
 
-Of wsc `super_glue_wsc_v102_simple_train` has the pronouns that mean the noun,
-and `super_glue_wsc_v102_simple_eval` all; `dpr_v001_simple`, Definite Pronoun
-Resolution, is trained on beside it, as wsc has 259 such pronouns. The labels of
-test splits are not public. The metrics are those of
-`classification_metrics.of_task`; axb and axg have a test split alone.
+wsc is two tasks: `super_glue_wsc_v102_simple_train` has the pronouns that mean
+the noun, and `super_glue_wsc_v102_simple_eval` has all pronouns. Since wsc has
+259 such pronouns alone, `dpr_v001_simple` (Definite Pronoun Resolution) is
+trained on beside it. The labels of test splits are not public. The metrics are
+those of `classification_metrics.of_task`; axb and axg have a test split alone.
 """
 
 import re
@@ -36,7 +36,8 @@ MIXTURE = 'super_glue_v102_proportional'
 
 _SPLITS = ('train', 'validation', 'test')
 _PREMISES = {'hypothesis': 'hypothesis', 'premise': 'premise'}
-# Name, first word and labels, names of the inputs with those of TFDS, splits.
+# Each row has the name of a task, its first word and labels, the names of its
+# inputs with those of TFDS, and its splits.
 _LABELLED = (
   ('boolq', 'boolq', {'passage': 'passage', 'question': 'question'}, _SPLITS),
   ('cb', 'cb', _PREMISES, _SPLITS),
@@ -59,7 +60,7 @@ _LABELLED = (
     {name: name for name in ('sentence1', 'sentence2', 'word')},
     _SPLITS,
   ),
-  # In T5's axb the first sentence is the premise.
+  # The first sentence is the premise in T5's axb.
   (
     'axb',
     'rte',
@@ -68,7 +69,8 @@ _LABELLED = (
   ),
   ('axg', 'rte', _PREMISES, _SPLITS[2:]),
 )
-# Training examples of T5's mixture; a rate of 0 is for evaluation alone.
+# The rates of T5's mixture are numbers of training examples; a task with the
+# rate 0 is for evaluation alone.
 _RATES = {
   'dpr_v001_simple': 1_322,
   'super_glue_wsc_v102_simple_train': 259,
@@ -114,7 +116,7 @@ def register_tfds_tasks(vocabulary: text_to_text.Vocabulary) -> list[str]:
 
 
 def _make_tasks() -> dict[str, tuple[str, tuple[str, ...], list[Any]]]:
-  """TFDS name, splits and preprocessors of each task."""
+  """Returns the TFDS name, the splits and the preprocessors of each task."""
   tasks = {}
   for kind, start, fields, splits in _LABELLED:
     labels = classification_metrics.LABELS[start]
@@ -151,9 +153,10 @@ def mark_pronoun(text: str, pronoun: str, index: int) -> str:
   """Puts asterisks around the pronoun at a word.
 
   Args:
-    text: words with blanks between.
-    pronoun: as it stands there.
-    index: of the word. In one example of WSC it is that of the word before.
+    text: words with single blanks between them.
+    pronoun: the pronoun as the text writes it.
+    index: index of the pronoun among the words. One example of WSC gives that
+      of the word before.
 
   Raises:
     ValueError: the pronoun is not in the text.
@@ -171,7 +174,7 @@ def mark_pronoun(text: str, pronoun: str, index: int) -> str:
     )
   place = min(places, key=lambda place: abs(place - index))
   rest = words[place][len(pronoun) :]
-  # As T5 writes the one pronoun with punctuation: *him* ,"
+  # T5 writes the one pronoun with punctuation in this way: *him* ,"
   words[place] = f'*{pronoun}* {rest}' if rest else f'*{pronoun}*'
   return ' '.join(words)
 
@@ -183,10 +186,10 @@ def _without_markup(example: Any) -> dict[str, Any]:
 
 
 def _one_for_each_answer(dataset: Any) -> Any:
-  """ReCoRD: an example for each answer of a query, and one if there is none."""
+  """Makes an example of ReCoRD for each answer of a query, or one if none."""
 
   def convert(example):
-    # Highlights become sentences of the passage.
+    # Highlights are turned into sentences of the passage.
     passage = tf.strings.regex_replace(
       example['passage'], r'([.?!"\'])\n@highlight\n', r'\1 '
     )
@@ -233,7 +236,7 @@ def _pronoun_and_noun(example: Any) -> dict[str, Any]:
 @seqio.map_over_dataset
 def _resolved_pronoun(example: Any) -> dict[str, Any]:
   def mark(text, pronoun):
-    # The first one is meant.
+    # If there are several, the first one is meant.
     pattern = f' ({re.escape(pronoun.decode())})([ .,])'
     return re.sub(pattern, r' *\1*\2', text.decode(), count=1).encode()
 

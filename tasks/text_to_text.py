@@ -1,4 +1,4 @@
-"""The seqio task of examples that are a text and the text to answer it with."""
+"""Registers seqio tasks whose examples are a text and its answer."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +25,15 @@ def register(
   """Registers a task with the features 'inputs' and 'targets'.
 
   Args:
-    name: of the new task.
-    source: of seqio.
-    preprocessors: make the texts 'inputs' and 'targets'. Other fields become
-      the records of a token cache; 'answers', a list, is what an evaluation
-      compares with.
+    name: name of the new task.
+    source: data source of seqio.
+    preprocessors: functions that make the texts 'inputs' and 'targets'. Other
+      fields become the records of a token cache; an evaluation compares with
+      the list in the field 'answers'.
     vocabulary: a SentencePiece file, 'bytes', or a loaded vocabulary.
-    metrics: functions of targets and predictions.
-    postprocess: makes what metrics are given; None: `record_or_text`.
+    metrics: functions that score predictions, given targets and predictions.
+    postprocess: function that makes the targets and predictions that metrics
+      are given; None takes `record_or_text`.
 
   Returns:
     The task.
@@ -66,7 +67,7 @@ def register(
 def record_or_text(
   text: str, example: Mapping[str, Any] | None = None, is_target: bool = False
 ) -> Any:
-  """The record of a target, as a token cache keeps it; else the text."""
+  """Returns the record of a target, as in a token cache, or a prediction."""
   if not is_target:
     return text
   return {
@@ -79,12 +80,16 @@ def record_or_text(
 def labelled(
   start: str, fields: Mapping[str, str], labels: Sequence[str]
 ) -> Callable[[Any], Any]:
-  """A preprocessor: 'start name: text name: text' to the text of a label.
+  """Returns a preprocessor that turns texts into the text of a label.
+
+  The inputs are 'start name: text name: text'.
 
   Args:
     start: the first word of the inputs.
-    fields: names in the inputs, in order, and those of the data set.
-    labels: texts of the labels; a label of -1, not public, becomes '<unk>'.
+    fields: the names of texts in the inputs, in order, with the names of their
+      fields in the data set.
+    labels: the texts of labels, by number. The label -1, which is not public,
+      becomes '<unk>'.
   """
   texts = [*labels, classification_metrics.UNKNOWN]
 
@@ -102,12 +107,12 @@ def labelled(
 
 
 def asked(inputs: Any, target: Any, answers: Any) -> dict[str, Any]:
-  """An example: the inputs, the text to learn, and all that are right."""
+  """Returns an example: the inputs, the answer to learn, all right answers."""
   return {'inputs': inputs, 'targets': target, 'answers': answers}
 
 
 def index_of(example: Mapping[str, Any]) -> dict[str, Any]:
-  """'idx' of TFDS, or its parts as 'idx/part'."""
+  """Returns 'idx' of TFDS, or its parts as 'idx/part'."""
   index = example['idx']
   if not isinstance(index, Mapping):
     return {'idx': index}

@@ -33,7 +33,7 @@ _FRACTIONS = (0.75, 0.5, 0.25)
 _GATES = ('keep', 'renormalise')
 _VOCAB = 4096
 _WORLD_FILES = ('b_train', 'b_test')
-# Documents about the same people as those of training.
+# Held-out documents are about the same people as those of training.
 _WORLD_TEST = 1000
 
 
@@ -83,7 +83,7 @@ def _parse():
 
 
 class Steps:
-  """Commands of an experiment, each run once."""
+  """Runs the commands of an experiment, each once."""
 
   def __init__(self, options):
     self.options = options
@@ -102,7 +102,7 @@ class Steps:
     )
 
   def _prepare(self):
-    """A vocabulary of both domains, and four token caches."""
+    """Makes a vocabulary of both domains, and four token caches."""
     options = self.options
     files = {'a_train': options.a_train, 'a_test': options.a_test}
     if options.b_train is None:
@@ -122,7 +122,7 @@ class Steps:
       )  # fmt: skip
 
   def _world(self):
-    """Documents of a generated world, in two parts."""
+    """Writes the documents of a generated world, in two parts."""
     files = {name: self.folder / f'{name}.jsonl' for name in _WORLD_FILES}
     if not all(file.exists() for file in files.values()):
       world = generated_world.make_world(generated_world.WorldConfig())
@@ -152,7 +152,7 @@ class Steps:
     return folder
 
   def losses(self, folder, domains=_DOMAINS):
-    """Nats per token on the test text of each domain."""
+    """Measures nats per token on the test text of each domain."""
     values = {}
     for domain in domains:
       output = folder / f'{domain}_test'
@@ -195,7 +195,7 @@ def _gin(macros):
 
 
 def _of_seed(steps, options, seed):
-  """All numbers of one seed."""
+  """Returns all numbers of one seed."""
   results = {'efficiency': {}, 'extendability': {}, 'specialisation': {}}
   trained = {}
   for name, model in (('dense', options.dense), ('modular', options.modular)):
@@ -213,7 +213,7 @@ def _of_seed(steps, options, seed):
 
 
 def _on_b(steps, seed, before, target, num_steps, concentration=0.0):
-  """Goes on with domain B; everything is trained."""
+  """Continues on domain B, with everything trained."""
   return steps.train(
     target, 'b', seed, num_steps,
     ['optimizers/adamw', 'runs/pretrain_lm', 'modules/concentrated'],
@@ -222,7 +222,7 @@ def _on_b(steps, seed, before, target, num_steps, concentration=0.0):
 
 
 def _extended(steps, options, seed, trained):
-  """Losses after domain B: everything trained, or added modules alone."""
+  """Returns losses after domain B, with all or added modules alone trained."""
   losses = {}
   for name in ('dense', 'modular'):
     for number in (*options.fewer_steps, options.more_steps):
@@ -250,9 +250,9 @@ def _extended(steps, options, seed, trained):
 
 
 def _specialised(steps, options, seed, trained):
-  """Losses on B of models that lose modules."""
+  """Returns losses on domain B of models that lose modules."""
   losses = {}
-  # The first is the one of `_extended`.
+  # The first model is that of `_extended`.
   for weight in (0.0, *options.concentrations):
     name = f'concentration {weight}'
     target = f'concentrated_{weight}_b' if weight else 'modular_b'
@@ -274,7 +274,7 @@ def _specialised(steps, options, seed, trained):
 
 
 def _costs(folder):
-  """Parameters and FLOPs per token of a model.
+  """Returns the parameters and FLOPs per token of a model.
 
   `benchmarks.language_models` measures its speed.
   """
@@ -291,7 +291,7 @@ def _costs(folder):
 
 
 def _as_text(results):
-  """Tables for people: a row for each number, a column for each seed."""
+  """Renders tables with a row for each number, and a column for each seed."""
   text = []
   for claim in ('efficiency', 'extendability', 'specialisation'):
     text.append(f'## {claim.capitalize()}\n')

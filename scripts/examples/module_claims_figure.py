@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _extendability(axes, seeds):
-  """What is left of A against what is learnt of B, a line for each model."""
+  """Plots what is left of A against what is learnt of B, a line per model."""
   lines = {
     'dense, all trained': 'dense, all',
     'modules, all trained': 'modular, all',
@@ -56,7 +56,7 @@ def _extendability(axes, seeds):
 
 
 def _specialisation(axes, seeds):
-  """Loss against the modules that are left, a line for each weight."""
+  """Plots the loss against the modules that are left, a line per weight."""
   weights = sorted(
     {re.match(r'concentration ([\d.]+)', name)[1] for name in seeds[0]},
     key=float,

@@ -1,4 +1,4 @@
-"""Table of the models that wiki_articles.sh has trained, as Markdown.
+"""Prints a table of the models that wiki_articles.sh has trained.
 
   python scripts/examples/wiki_articles_table.py OUTPUT
 
@@ -15,12 +15,12 @@ from mowe.model_folders import model_folder
 from mowe.models.families import costs
 
 _PARTS = ('validation', 'test')
-# Share of the last measurements of a run that usage is averaged over.
+# Usage is averaged over this fraction of a run's measurements, the last ones.
 _LAST = 0.25
 
 
 def usage(run: pathlib.Path) -> float | None:
-  """exp(entropy of the experts' loads) / experts, mean over layers."""
+  """Returns exp(entropy of the loads) / experts, a mean over layers."""
   lines = (run / 'train_metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   rows = rows[-max(1, int(len(rows) * _LAST)) :]
@@ -34,7 +34,7 @@ def usage(run: pathlib.Path) -> float | None:
 
 
 def row(name: str, runs: list[pathlib.Path]) -> str:
-  """One line of the table, of all seeds of a model."""
+  """Returns one line of the table, for all seeds of a model."""
   cost = costs.model_costs(model_folder.load_config(runs[0])[0])
   cells = [
     name,

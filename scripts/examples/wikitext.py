@@ -1,4 +1,4 @@
-"""Plain text in the form of WikiText: tokens between spaces, rare words masked.
+"""Writes text in the form of WikiText: spaced tokens, rare words masked.
 
 A model trained on natural text meets `@-@`, ` , ` and `<unk>` only when it is
 tested on WikiText-2 or -103, and most of its loss is then the form. So text of
@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 
 UNKNOWN = '<unk>'
 
-# Within a word or number; @ says that no space was there.
+# Marks within a word or number; @ says that there was no space.
 _JOINTS = re.compile(r'(?<=\w)-(?=\w)|(?<=\d)[,.](?=\d)')
-# An @ with something between is such a joint.
+# Two @ with a mark between them are such a joint.
 _MARKS = re.compile(r"(@.@|\.\.\.|-+|[^\w\s.'<>-])")
 _CLITIC = re.compile(r"(?<=\w)('(?:s|t|re|ve|d|ll|m)\b|'(?!\w))|(?<!\w)(')")
-# A full stop ends a sentence unless what is before it is one of these.
+# A full stop ends a sentence unless one of these comes before it.
 _ABBREVIATION = re.compile(
   r'(?:[A-Za-z]|No|Nos|St|Mr|Mrs|Ms|Dr|Col|Gen|Lt|Sgt|Capt|Jr|Sr|vs|etc|Prof)'
   r'|.*\..*'
@@ -27,7 +27,7 @@ _ABBREVIATION = re.compile(
 
 
 def tokens(text: str) -> list[str]:
-  """Words and marks of one line of text.
+  """Returns the words and marks of one line of text.
 
   >>> tokens("Its 1,500-ton hull, 3.5 m wide, wasn't J. Smith's.")
   ['Its', '1', '@,@', '500', '@-@', 'ton', 'hull', ',', '3', '@.@', '5', 'm',
@@ -44,7 +44,7 @@ def tokens(text: str) -> list[str]:
         result += [stem, '.']
         continue
     result.append(word)
-  # Even an abbreviation is followed by the stop of its sentence, at its end.
+  # At the end of a line, a stop after an abbreviation ends a sentence as well.
   if result and len(result[-1]) > 1 and result[-1].endswith('.'):
     if result[-1].strip('.'):
       result[-1:] = [result[-1][:-1], '.']
@@ -52,7 +52,7 @@ def tokens(text: str) -> list[str]:
 
 
 def article(title: str, text: str) -> Iterator[list[str]]:
-  """Lines of an article: its title between marks, then its paragraphs."""
+  """Yields the lines of an article: its title between marks, then paragraphs."""
   yield []
   yield ['=', *tokens(title), '=']
   yield []
@@ -62,13 +62,13 @@ def article(title: str, text: str) -> Iterator[list[str]]:
 
 
 def frequent_words(lines: Iterable[list[str]], size: int) -> frozenset[str]:
-  """The `size` most frequent words; ties in the order of the alphabet."""
+  """Returns the `size` most frequent words; ties in alphabetical order."""
   counts = collections.Counter(word for line in lines for word in line)
   ranked = sorted(counts, key=lambda word: (-counts[word], word))
   return frozenset(ranked[:size])
 
 
 def masked(line: list[str], known: frozenset[str]) -> str:
-  """The line as text, with a space at both ends, and `<unk>` for other words."""
+  """Returns a line as text, spaced at both ends, with `<unk>` for other words."""
   words = (word if word in known else UNKNOWN for word in line)
   return ' ' + ''.join(f'{word} ' for word in words)
