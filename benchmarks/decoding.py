@@ -4,13 +4,13 @@
   python -m benchmarks.decoding --vocab_size 32128
 
 A tiny T5 1.1 with random parameters answers greedily; EOS is never the most
-probable token, so every answer has its full length. Theirs has the same
-weights, by the folder that `mowe convert` would write, and gets its questions
-as one tensor for each batch; ours goes the whole way from lists of tokens to
-lists of tokens. All contenders take turns. Answers must be equal, token by
-token. For comparison, ours alone: beam search, word experts (each token id
-stands for a word), and Switch. The last line is the time of theirs over ours,
-each with its best batch.
+probable token, so that every answer has its full length. The model of
+transformers reads the same weights from a folder that `mowe convert` would
+write, and gets its questions as one tensor for each batch; ours goes the whole
+way from lists of tokens to lists of tokens. All contenders take turns. Answers
+must be equal, token by token. Beam search, word experts (each token id stands
+for a word) and Switch are timed for ours alone. The last line is the time of
+theirs over ours, each with its best batch.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from mowe.models.families import families
 from mowe.models.t5 import t5, t5_config
 from mowe.words import base_vocabulary
 
-# Questions <int32>[questions, length] to answers <int32>[questions, length].
+# A function from questions <int32>[questions, length] to answers of this shape.
 Answer = Callable[[np.ndarray], np.ndarray]
 
 _NUM_WORD_EXPERTS = 2048
@@ -64,7 +64,7 @@ class EachTokenAWord:
 
 
 def configs(vocab_size: int) -> dict[str, t5_config.T5Config]:
-  """T5 tiny, and the same with sparse middle blocks of equal width."""
+  """Returns T5 tiny, and the same with sparse middle blocks of equal width."""
   dense = t5_config.T5Config(
     vocab_size=vocab_size,
     emb_dim=64,
@@ -100,10 +100,10 @@ def configs(vocab_size: int) -> dict[str, t5_config.T5Config]:
 
 
 def random_parameters(model: t5.T5) -> dict[str, Any]:
-  """Parameters with which EOS is never the most probable token."""
+  """Returns parameters with which EOS is never the most probable token."""
   params = initialization.initial_parameters(model, threefry.key(0))
   kernel = params['decoder']['logits_dense']['kernel']
-  # A logit of 0 is below the greatest of many random ones.
+  # The logit of EOS is 0, which is below the greatest of many random ones.
   changed = {'kernel': kernel.at[:, base_vocabulary.EOS_ID].set(0)}
   decoder = params['decoder'] | {'logits_dense': changed}
   return params | {'decoder': decoder}
@@ -116,7 +116,7 @@ def our_answer(
   targets_length: int,
   strategy: decoding.Strategy = decoding.Greedy(),
 ) -> Answer:
-  """Answers of `inference.Generator`, as an evaluation gets them."""
+  """Returns a function that answers as an evaluation does."""
 
   def answer(questions):
     generator = inference.Generator(
@@ -135,7 +135,7 @@ def our_answer(
 def load_transformers(
   config: t5_config.T5Config, params: Any, targets_length: int
 ) -> Callable[[int], Answer]:
-  """Converts the model; a batch size to the answers of `generate`.
+  """Converts the model, and returns a function from batch sizes to Answers.
 
   Raises:
     ImportError: transformers or torch is not installed.
@@ -159,42 +159,39 @@ def load_transformers(
     f'{torch.get_num_threads()} threads'
   )
 
-  def make_answer(batch_size):
-    def answer(questions):
-      outputs = []
-      with torch.inference_mode():
-        for batch in torch.from_numpy(questions).long().split(batch_size):
-          outputs.append(
-            model.generate(
-              batch,
-              attention_mask=torch.ones_like(batch),
-              max_new_tokens=targets_length,
-              do_sample=False,
-              num_beams=1,
-            )
+  def answer(questions, batch_size):
+    outputs = []
+    with torch.inference_mode():
+      for batch in torch.from_numpy(questions).long().split(batch_size):
+        outputs.append(
+          model.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=targets_length,
+            do_sample=False,
+            num_beams=1,
           )
-      # Their answers begin with the decoder's first input.
-      return torch.cat(outputs)[:, 1:].numpy()
+        )
+    # Their answers begin with the decoder's first input.
+    return torch.cat(outputs)[:, 1:].numpy()
 
-    return answer
-
-  return make_answer
+  return lambda batch_size: functools.partial(answer, batch_size=batch_size)
 
 
 def take_turns(
   contenders: dict[str, tuple[Answer, np.ndarray]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-  """Seconds for each question, and the answers, of every contender.
+  """Returns seconds per question, and the answers, of every contender.
 
   Args:
-    contenders: name to (how it answers, its questions).
-    repeats: rounds that are timed, after one that is not.
+    contenders: for each name how it answers, and its questions.
+    repeats: number of rounds that are timed, after one that is not.
   """
   times = {name: [] for name in contenders}
   answers = {}
   for round_number in range(repeats + 1):
     names = list(contenders)
-    # Every other round in reverse: nobody always follows the same one.
+    # Every other round is reversed, so that nobody always follows the same one.
     for name in names if round_number % 2 else reversed(names):
       answer, questions = contenders[name]
       start = time.perf_counter()
@@ -210,7 +207,7 @@ def take_turns(
 def check_answers(
   ours: np.ndarray, theirs: np.ndarray, name: str, targets_length: int
 ) -> None:
-  """Raises a ValueError where answers differ, or are not of full length."""
+  """Raises ValueError if answers differ, or are not of full length."""
   ours = ours[: len(theirs)]
   expected = (len(theirs), targets_length)
   if ours.shape != expected or not np.array_equal(ours, theirs):
@@ -227,7 +224,7 @@ def check_answers(
 def make_ours(
   arguments: argparse.Namespace, questions: np.ndarray
 ) -> tuple[dict[str, tuple[Answer, np.ndarray]], tuple]:
-  """Our contenders by name; config and parameters of the dense model."""
+  """Returns our contenders by name, and the dense model's config and params."""
   contenders, dense = {}, None
   for kind, config in configs(arguments.vocab_size).items():
     model = families.build(config)

@@ -3,10 +3,10 @@
   python -m benchmarks.dense_step --t5x_path=t5x:airio:jestimator
 
 Both take the same batch, sizes and dropout rate, compute in float32 and have
-the state donated. T5X's step is its own: `network.Transformer`, the loss of
-`EncoderDecoderModel`, `Adafactor`. Steps of both take turns, so that whatever
-else the machine does strikes both. The path names clones of t5x and of the
-packages that it imports (airio, jestimator).
+the state donated. T5X's step is made of its own `network.Transformer`, the loss
+of `EncoderDecoderModel`, and `Adafactor`. Steps of both take turns, so that
+other work of the machine slows down both. The path names clones of t5x and of
+the packages that it imports (airio, jestimator).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mowe.training.optimization import optimizers
 
 _LEARNING_RATE = 1e-3
 _Z_LOSS = 1e-4
-# Of our part and T5X's: name, compiled step, its arguments after the state.
+# The name of a contender, its compiled step, and the arguments after the state.
 Contender = tuple[str, Callable, object, tuple]
 
 
@@ -68,7 +68,7 @@ def compile_step(name: str, function: Callable, *arguments: object) -> Callable:
 def take_turns(
   steps: dict[str, tuple[Callable, object, tuple]], repeats: int
 ) -> dict[str, list[float]]:
-  """Seconds of each repeat of each step, all steps in every round.
+  """Returns the seconds of each repeat of each step, all steps in every round.
 
   Args:
     steps: name to (compiled step, state, further arguments); the step returns
@@ -79,7 +79,7 @@ def take_turns(
   times = {name: [] for name in steps}
   rng = np.random.default_rng(0)
   for round_number in range(repeats + 2):
-    # In any order: nobody always follows the same one.
+    # The order is random, so that nobody always follows the same one.
     for name in rng.permutation(list(steps)).tolist():
       function, _, others = steps[name]
       start = time.perf_counter()

@@ -6,7 +6,8 @@
 The batches have the same words for every number of experts; with more experts,
 fewer words share one, so that a batch meets more of them. Steps take turns. The
 last line is the time with the most experts over that with the fewest. A million
-experts of the default width have a table of 6 GiB, which is why they are narrow.
+experts of the default width have a table of 6 GiB, which is why they are
+narrow.
 
 With --dense_twin, each number of experts is compared with the same model whose
 tables are ordinary parameters: gradients as large as the tables, updated by
@@ -132,7 +133,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
   arguments = parse()
   if arguments.dense_twin:
-    # One after the other: their tables do not fit memory together.
+    # They run one after the other, as their tables do not fit memory together.
     ratios = [compare_with_dense(arguments, n) for n in arguments.experts]
     print(f'ratio={ratios[-1]:.3f}')
     return

@@ -4,14 +4,15 @@ On a CPU, XLA asks for the temporaries of every step anew and gives them back
 after it. The C library hands large pieces to the operating system, which fills
 them with zeros when they are touched again: a seventh of a step and more (see
 docs/results/speed.md), and the least repeatable part of it. On an accelerator,
-memory is kept. So the timed contenders of a benchmark do it too.
+memory is kept, and therefore the timed contenders of a benchmark keep it, too.
 """
 
 import os
 import sys
 
 _VARIABLE = 'GLIBC_TUNABLES'
-# Nothing goes back, all threads share one heap, whose pages are large.
+# With these settings of the C library, nothing is given back, and all threads
+# share one heap with large pages.
 _SETTINGS = {
   'mmap_max': 0,
   'trim_threshold': 2**62,

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from benchmarks import stores
 from mowe.stores import expert_stores
 
-# Bytes of the disk that stay free.
+# How many bytes of the disk must stay free.
 _LEAST_FREE = 8 * 2**30
 
 
@@ -42,7 +42,7 @@ class ResidentMemory:
       time.sleep(0.2)
 
   def report(self) -> str:
-    """The median and the peak so far, in GB."""
+    """Returns the median and the peak so far, in GB."""
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (
       f'resident memory {statistics.median(self._samples) / 1e9:.2f} GB in the '
@@ -123,7 +123,7 @@ def main() -> None:
   spawn = multiprocessing.get_context('spawn')
   with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
     for num_steps in (arguments.steps, arguments.resumed_steps):
-      # Each in a process of its own, with a peak of its own.
+      # Each part runs in a process of its own, so that it has its own peak.
       with concurrent.futures.ProcessPoolExecutor(1, spawn) as process:
         process.submit(
           train, arguments, pathlib.Path(folder), num_steps

@@ -2,8 +2,9 @@
 
   python -m benchmarks.lookup
 
-A vocabulary of made-up words, so that only sizes matter: one million words
-with up to four spellings, [128, 512] tokens of which most are in known words.
+Words are made up, because only sizes matter. The vocabulary has one million
+words with up to four spellings, and most of the [128, 512] tokens are in known
+words.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def make_vocabulary(
 
 
 def seconds(function, *arguments, repeats: int) -> float:
-  """Returns the shortest of some runs: the machine may be shared."""
+  """Returns the time of the shortest run, because the machine may be shared."""
   times = []
   for _ in range(repeats):
     start = time.perf_counter()

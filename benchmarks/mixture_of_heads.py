@@ -2,11 +2,11 @@
 
   python -m benchmarks.mixture_of_heads
 
-One self-attention layer each, stick-breaking, causal: values and gradients of
-all parameters and of the input. The dense layer has the heads of all modules,
-keys and values of its own for each of them included; the mixture has one set
-for all. Both take turns. The last line is the mixture's time over the dense
-one's; k / N of the dense time would be proportional.
+Each is one causal self-attention layer with stick-breaking. What is timed are
+values and gradients of all parameters and of the input. The dense layer has the
+heads of all modules, each with its own keys and values; the mixture has one set
+of keys and values for all. Both take turns. The last line is the mixture's time
+over the dense one's; k / N of the dense time would be proportional.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
   python -m benchmarks.moe_feed_forward
 
-Values and gradients of all parameters and of the tokens, with dropout; dropless.
-Experts are 1/k as wide as the dense layer, so that a token costs the same. All
-tokens are one sequence, which shares a mask of dropout.
-Tokens have some of one direction in common, as they have in a model, so that
-loads differ; with much of it a few experts have them all. All layers take turns
-for each number of tokens. Ratios are of the shortest times.
+What is timed are values and gradients of all parameters and of the tokens, with
+dropout, in dropless layers. Experts are 1/k as wide as the dense layer, so that
+a token costs the same. All tokens are one sequence, which shares a mask of
+dropout. Tokens have some of one direction in common, as they have in a model,
+so that loads differ; with much of it a few experts have them all. All layers
+take turns for each number of tokens. Ratios are of the shortest times.
 """
 
 import argparse
@@ -26,19 +26,20 @@ def make_step(name: str, layer, tokens: jax.Array) -> tuple:
   """Returns (compiled step, parameters, further arguments)."""
   params = jax.jit(layer.init)(jax.random.key(0), tokens)['params']
 
-  def step(params, tokens):
-    def loss(params, tokens):
-      outputs, _ = layer.apply(
-        {'params': params},
-        tokens,
-        deterministic=False,
-        rngs={'dropout': jax.random.key(1), 'jitter': jax.random.key(2)},
-        mutable=['router_stats'],
-      )
-      return jnp.sum(jnp.square(outputs))
+  def loss(params, tokens):
+    outputs, _ = layer.apply(
+      {'params': params},
+      tokens,
+      deterministic=False,
+      rngs={'dropout': jax.random.key(1), 'jitter': jax.random.key(2)},
+      mutable=['router_stats'],
+    )
+    return jnp.sum(jnp.square(outputs))
 
+  def step(params, tokens):
     grads, d_tokens = jax.grad(loss, (0, 1))(params, tokens)
-    # Parameters stay: with others the loads would not be those reported.
+    # Parameters are not updated, because the loads of others would not be those
+    # that are reported.
     return params, (grads, d_tokens)
 
   others = (tokens,)
@@ -47,7 +48,7 @@ def make_step(name: str, layer, tokens: jax.Array) -> tuple:
 
 
 def fraction_beyond_share(layer: moe.MoeLayer, params, tokens) -> float:
-  """How many of the choices are in tiles, not in the batch of all experts."""
+  """Returns the fraction of choices in tiles, not in the common batch."""
   _, collected = layer.apply({'params': params}, tokens, mutable='router_stats')
   load = collected['router_stats']['stats'].load
   total = int(load.sum())

@@ -9,7 +9,7 @@ the dense layer, top-2 experts half as wide, so that a token costs the same.
 flaxformer's capacity does not grow with k: its factor is 1.25 for Switch and
 2.5 for top-2, which is 1.25 slots for each choice in both. Its auxiliary losses
 are left out of its step. Steps take turns within each number of experts, and a
-ratio is the median over the rounds: what the machine does besides drifts.
+ratio is the median over the rounds, because the speed of the machine drifts.
 
 Sequences are as long as T5's (512 and 114 tokens), a quarter as many as in its
 batch. Fewer tokens make experts costlier, whose kernels are read and updated for
@@ -42,16 +42,16 @@ _CHOICES = {'switch': 1, 'top2': 2}
 
 
 def our_layer(num_experts: int, k: int, width: int) -> Callable:
-  """Factory of our layer."""
+  """Returns a factory of our layer."""
   return lambda **given: moe.MoeLayer(
     num_experts, width, routing=tokens_choose.TokensChoose(k=k), **given
   )
 
 
 def flaxformer_layer(num_experts: int, k: int, width: int) -> Callable:
-  """Factory of flaxformer's layer, with its masked router."""
+  """Returns a factory of flaxformer's layer, with its masked router."""
   for name in ('', '.jax_legacy', '.jax_legacy.jax'):
-    # Quantised layers, which are not used here.
+    # flaxformer imports quantised layers, which are not used here.
     sys.modules.setdefault(f'aqt{name}', mock.MagicMock())
   layers = importlib.import_module('flaxformer.architectures.moe.moe_layers')
   routing = importlib.import_module('flaxformer.architectures.moe.routing')
@@ -132,7 +132,7 @@ def make_step(
 
 
 def nested(axes: dict) -> dict:
-  """Axes by path -> the tree of the parameters."""
+  """Turns axes by path into the tree of the parameters."""
   tree: dict = {}
   for path, names in axes.items():
     branch = tree
@@ -161,7 +161,7 @@ def compare(
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
-  """Median over the rounds of how long ours take relative to theirs."""
+  """Returns the median ratio of our times to theirs over the rounds."""
   return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -207,7 +207,7 @@ def main() -> None:
       print(f'{num_experts} experts, {kind}: {shown}', flush=True)
       for name, ratio in ratios.items():
         worst[name].append(ratio)
-  # The worst over kinds and numbers of experts.
+  # The last line is the worst over kinds and numbers of experts.
   print(
     ' '.join(f'ratio_{name}={max(r):.3f}' for name, r in worst.items() if r)
   )

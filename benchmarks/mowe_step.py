@@ -3,11 +3,11 @@
   python -m benchmarks.mowe_step
 
 Both models have the same sizes; in the dense one the layers that word experts
-replace are as wide as one expert, so that a token costs the same. Words follow Zipf's law; the most
-frequent ones are skipped. Plans are made beforehand, as the prefetch thread
-does during training. Steps of both take turns, each on several batches. Last
-comes the memory of the compiled step: temporaries must not grow with the
-number of experts, only the tables do.
+replace are as wide as one expert, so that a token costs the same. Words follow
+Zipf's law; the most frequent ones are skipped. Plans are made beforehand, as
+the prefetch thread does during training. Steps of both take turns, each on
+several batches. The last lines are the memory of the compiled step: temporaries
+must not grow with the number of experts; only the tables may.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def make_steps(
 def make_plans(
   arguments: argparse.Namespace, num_experts: int
 ) -> list[batch_plans.ExpertPlan]:
-  """Plans of several batches in the sizes of the first profile."""
+  """Returns plans of several batches in the sizes of the first profile."""
   rng = np.random.default_rng(0)
   words = WordIds(num_experts, arguments.num_skipped)
 
@@ -128,7 +128,7 @@ class Turns:
 
 
 def steps_for(arguments: argparse.Namespace) -> dict[str, tuple]:
-  """Returns name to (step, state, further arguments) of both models."""
+  """Returns the step, state and further arguments of both models by name."""
   batch = dense_step.make_batch(
     arguments.batch_size,
     arguments.inputs_length,
@@ -153,7 +153,7 @@ def steps_for(arguments: argparse.Namespace) -> dict[str, tuple]:
     create, function = make_steps(arguments, num_experts)
     state = jax.jit(create)(jax.random.key(0))
     ours = jax.tree.map(jnp.asarray, made) if num_experts else [None]
-    if not num_experts:  # Asked for, and ignored by dense layers.
+    if not num_experts:  # Dense layers ignore the ids of tokens.
       batch = batch | {
         f'{stream}_routing_ids': batch[f'{stream}_input_tokens']
         for stream in ('encoder', 'decoder')
@@ -196,7 +196,7 @@ def report_memory(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The settings of all models but the number of experts."""
+  """Returns a parser of the settings of all models but the number of experts."""
   parser = argparse.ArgumentParser(add_help=False)
   parser.add_argument('--num_skipped', type=int, default=16)
   parser.add_argument('--batch_size', type=int, default=16)

@@ -2,9 +2,9 @@
 
   python -m benchmarks.planning
 
-Batches of an encoder's and a decoder's tokens, a million words by Zipf's law,
-few and very many experts. Every batch is planned as it is during training: by
-the smallest profile that fits. The last line is the slower of the rates.
+Batches have the tokens of an encoder and a decoder, with a million words by
+Zipf's law, and few or very many experts. Every batch is planned as during
+training, in the smallest profile that fits. The last line is the slower rate.
 """
 
 import argparse

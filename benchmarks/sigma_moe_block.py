@@ -2,12 +2,12 @@
 
   python -m benchmarks.sigma_moe_block
 
-For each K, the experts of a token, out of N_E: a forward pass, and a step
-(forward, gradients of all parameters and of the tokens, and plain gradient
-descent). Both blocks have ReLU and no bias; the dense one has all hidden units
-of all experts. Dense and sparse take turns. Memory is what the compiled step
-needs besides its arguments and results. The last line is the largest of the two
-ratios for the smallest K.
+For each K, the number of experts of a token out of N_E, it times a forward pass
+and a step (forward, gradients of all parameters and of the tokens, and plain
+gradient descent). Both blocks have ReLU and no bias; the dense one has all
+hidden units of all experts. Dense and sparse take turns. Memory is what the
+compiled step needs besides its arguments and results. The last line is the
+largest of the two ratios for the smallest K.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _LEARNING_RATE = 1e-3
 
 
 def make_layers(arguments: argparse.Namespace) -> dict:
-  """The dense block, and one of sigma-MoE for each K."""
+  """Returns the dense block, and one of sigma-MoE for each K."""
   hidden = arguments.num_experts * arguments.expert_dim
   layers = {'dense': feed_forward.DenseFeedForward(hidden, ('relu',))}
   for k in arguments.choices:
@@ -40,14 +40,14 @@ def make_layers(arguments: argparse.Namespace) -> dict:
 
 
 def compile_block(layer: Callable, tokens: jax.Array) -> dict:
-  """Compiled forward pass and step, their arguments, and memory in bytes."""
+  """Compiles forward pass and step; returns arguments and memory, too."""
   params = layer.init(jax.random.key(0), tokens)['params']
 
   def forward(params, tokens):
     return layer.apply({'params': params}, tokens)
 
   def step(params, tokens):
-    # The gradient of the mean square: its cotangent is not constant.
+    # The loss is the mean square, because its cotangent is not constant.
     loss = lambda *args: jnp.mean(jnp.square(forward(*args)))
     grads, d_tokens = jax.grad(loss, (0, 1))(params, tokens)
     update = lambda w, grad: w - _LEARNING_RATE * grad
@@ -66,20 +66,20 @@ def compile_block(layer: Callable, tokens: jax.Array) -> dict:
 
 
 def num_bytes(tree: object) -> int:
-  """Bytes of all arrays of a tree."""
+  """Returns the bytes of all arrays of a tree."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def take_turns(
   blocks: dict, name: str, tokens: jax.Array, repeats: int
 ) -> dict[object, float]:
-  """Median seconds of each block."""
+  """Returns the median seconds of each block."""
   times = {key: [] for key in blocks}
   for number in range(repeats + 1):
     for key, block in blocks.items():
       start = time.perf_counter()
       jax.block_until_ready(block[name](block['params'], tokens))
-      # The first of each warms up.
+      # The first run of each block warms up.
       if number:
         times[key].append(time.perf_counter() - start)
   return {key: statistics.median(values) for key, values in times.items()}

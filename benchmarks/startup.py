@@ -2,17 +2,17 @@
 
   python -m benchmarks.startup --t5x_path=t5x:airio:jestimator
 
-What is timed, from outside: from the start of a fresh Python process until it
-says that its first training step is done, in its own words (ours: the line of
-metrics of step 1, T5X's: 'END Train loop.' of a loop of one step). Both train
-a T5 of T5X's tiny sizes with its Adafactor in float32 on the same examples and
-batch size; ours reads a token cache, T5X the same text as a seqio task.
-Processes of both take turns. One more of each goes first and is not counted.
+The time is taken from outside, from the start of a fresh Python process until
+it prints that its first training step is done. Ours prints the metrics of step
+1, and T5X 'END Train loop.' of a loop of one step. Both train a T5 of T5X's
+tiny sizes with its Adafactor in float32 on the same examples and batch size;
+ours reads a token cache, T5X the same text as a seqio task. Processes of both
+take turns. One more of each goes first and is not counted.
 
 Evaluation is off in both, and checkpoints are off in T5X. Ours always saves
-after its last step, as T5X would: that comes after what is timed, but is in
-the time to the end of the process, which is printed besides. What cannot be
-turned off is each one's writing of its config and TensorBoard events.
+after its last step, as T5X would: that comes after what is timed, but is in the
+time to the end of the process, which is printed besides. What cannot be turned
+off is each one's writing of its config and TensorBoard events.
 
 With --compilation_cache both use JAX's compilation cache, filled by the round
 that is not counted: the start of a run that was compiled here before. CPU
@@ -38,10 +38,10 @@ from typing import NamedTuple
 
 _LENGTHS = {'inputs': 64, 'targets': 16}
 _BATCH_SIZE = 8
-_VOCAB_SIZE = 384  # 359 bytes, specials and sentinels, and padding.
+_VOCAB_SIZE = 384  # The 359 ids of a byte vocabulary, and padding.
 _NUM_EXAMPLES = 256
 
-# A seqio task over lines of `inputs, tab, targets`.
+# The module of a seqio task over lines of inputs, a tab, and targets.
 _TASK_MODULE = """
 import seqio
 import tensorflow as tf
@@ -90,7 +90,7 @@ train/utils.DatasetConfig.pack = False
 train_script.train.train_eval_dataset_cfg = None
 utils.CheckpointConfig.save = None
 """
-# The sizes of t5_1_1/tiny.gin of T5X.
+# The sizes are those of t5_1_1/tiny.gin of T5X.
 _OUR_GIN = """
 from __gin__ import dynamic_registration
 from mowe.models.t5 import t5_config
@@ -163,7 +163,7 @@ def t5x_command(model_dir: str) -> list[str]:
 
 
 class Times(NamedTuple):
-  """Seconds of one process."""
+  """The seconds of one process."""
 
   first_step: float
   end: float
@@ -176,7 +176,7 @@ def time_process(
   folder: pathlib.Path,
   environment: Mapping[str, str],
 ) -> Times:
-  """Seconds until a line of output contains `until`, until the end, of CPU.
+  """Times a process: until a line contains `until`, until its end, and on CPU.
 
   Raises:
     RuntimeError: the process fails, or never says so.
@@ -225,7 +225,7 @@ def take_turns(
   times = {name: [] for name in contenders}
   for round_number in range(repeats + 1):
     names = list(contenders)
-    # Every other round in reverse: nobody always follows the same one.
+    # Every other round is reversed, so that nobody always follows the same one.
     for name in names if round_number % 2 else reversed(names):
       command, until, environment = contenders[name]
       model_dir = str(folder / f'{name}_{round_number}')

@@ -2,10 +2,10 @@
 
   python -m benchmarks.stick_breaking
 
-One self-attention layer each, with the same projections: values and gradients
-of all parameters and of the input, without positions. Softmax attention keeps
-its weights for the backward pass; stick-breaking attention computes its weights
-again, a block of queries at a time.
+Each is one self-attention layer with the same projections, without positions.
+What is timed are values and gradients of all parameters and of the input.
+Softmax attention keeps its weights for the backward pass; stick-breaking
+attention computes its weights again, a block of queries at a time.
 """
 
 import argparse
@@ -35,12 +35,12 @@ def make_step(layer, arguments: argparse.Namespace):
     jax.random.key(1), tokens, tokens, positions=positions, mask=mask
   )['params']
 
-  def step(params, tokens, mask):
-    def loss(params, tokens):
-      return (apply({'params': params}, tokens, tokens, mask=mask) ** 2).sum()
+  def loss(params, tokens, mask):
+    return (apply({'params': params}, tokens, tokens, mask=mask) ** 2).sum()
 
-    grads, d_tokens = jax.grad(loss, argnums=(0, 1))(params, tokens)
-    # As an optimizer would, so that all of them are needed.
+  def step(params, tokens, mask):
+    grads, d_tokens = jax.grad(loss, argnums=(0, 1))(params, tokens, mask)
+    # Parameters are updated as by an optimizer, so that all gradients are used.
     return jax.tree.map(lambda p, g: p - 1e-9 * g, params, grads), d_tokens
 
   compiled = jax.jit(step).lower(params, tokens, mask).compile()

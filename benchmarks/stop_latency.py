@@ -1,4 +1,4 @@
-"""How many steps late a stop comes, and what the limit behind it costs.
+"""Measures how many steps late a stop is, and what the limit behind it costs.
 
   python -m benchmarks.stop_latency
 
@@ -77,14 +77,14 @@ class _Trainer:
         batches=itertools.repeat((self._batch, None)),
         total_steps=total_steps,
         progress=progress_lines.Progress(total_steps, stream=nowhere),
-        # The only other time at which the host waits.
+        # This is the only other time at which the host waits.
         log_period=total_steps,
         most_ahead=most_ahead,
       )
     return int(jax.block_until_ready(state.step))
 
   def num_done(self) -> int:
-    """Steps of this run that the device has done."""
+    """Returns the steps of this run that the device has done."""
     return sum(loss.is_ready() for loss in list(self._losses))
 
   def _one_step(self, state, batch, plan):
@@ -118,7 +118,7 @@ def main() -> None:
   parser.add_argument('--trials', type=int, default=10)
   arguments = parser.parse_args()
   trainer = _Trainer(arguments)
-  trainer.run(2, None)  # Compiles.
+  trainer.run(2, None)  # This compiles the step.
 
   ratios = []
   for number in range(arguments.rounds):
@@ -137,7 +137,7 @@ def main() -> None:
   rng = random.Random(0)
   late = []
   for _ in range(arguments.trials):
-    # After the first steps, at any moment of a step.
+    # The signal comes after the first steps, at any moment of a step.
     late.append(_steps_late(trainer, (5 + 10 * rng.random()) * step_time))
     print(f'the stop came {late[-1]} steps late')
   print(f'steps_late={max(late)} ratio={statistics.median(ratios):.3f}')

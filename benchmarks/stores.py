@@ -36,7 +36,7 @@ _LEARNING_RATE = 1e-3
 
 
 class Words:
-  """Routing ids of batches, of which neighbours share words.
+  """Draws routing ids of batches, of which neighbours share words.
 
   Args:
     arguments: sizes of a batch, and the share that is kept.
@@ -58,7 +58,7 @@ class Words:
     }
 
   def __call__(self) -> dict[str, np.ndarray]:
-    """Stream name -> routing ids <int32>[batch, length] of the next batch."""
+    """Returns the routing ids of the next batch by stream, <int32>[b, l]."""
     for name, shape in self._shapes.items():
       drawn = self._words.draw(self._rng, shape)
       is_kept = self._rng.random(shape) < self._kept
@@ -67,7 +67,7 @@ class Words:
 
 
 class Run:
-  """Training with a store, as `mowe train` does it.
+  """Trains with a store, as `mowe train` does.
 
   Args:
     arguments: of the benchmark.
@@ -142,7 +142,7 @@ class Run:
 
   def train(self, num_steps: int) -> None:
     """Takes so many steps, and notes how long each took."""
-    # As many as stores may look at; in training, threads make plans.
+    # Stores may look at so many plans, which threads make in training.
     while len(self._planned) < num_steps + 2:
       self._planned.append(self._planner(self._words()))
     for _ in range(num_steps):
@@ -173,7 +173,7 @@ class Run:
 
 
 def is_timed(number: int, steps_each: int) -> bool:
-  """Whether a step counts: not in the first turn, nor the first of a turn."""
+  """Returns whether a step counts: no first turn, nor the first of a turn."""
   return number >= steps_each and number % steps_each > 0
 
 
@@ -198,7 +198,7 @@ def report(name: str, run: Run, steps_each: int) -> float:
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The settings that all benchmarks of stores share."""
+  """Returns a parser of the settings that all benchmarks of stores share."""
   parser = argparse.ArgumentParser(
     add_help=False, parents=[mowe_step.make_parser()]
   )
@@ -235,10 +235,10 @@ def main() -> None:
       path.mkdir()
       runs[name] = Run(arguments, stores[name], path)
       print(f'{name}: ready after {runs[name].start_seconds:.1f} s', flush=True)
-    # What was written just now is not to be waited for later.
+    # The timed steps must not wait for what was written just now.
     os.sync()
     for number in range(arguments.repeats + 1):
-      # Every other round in reverse: nobody always follows the same one.
+      # Every other round is reversed: nobody always follows the same one.
       for name in list(runs)[:: 1 if number % 2 else -1]:
         runs[name].train(arguments.steps_each)
     median = {
