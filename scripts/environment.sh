@@ -1,6 +1,7 @@
-# Sourced by the other scripts: an environment with this checkout installed.
-# `extras` names extras to install, such as '[test]'. (Not an argument: without
-# one, a sourced script sees those of its caller.)
+# The other scripts source this file, which makes an environment with this
+# checkout installed. The variable `extras` names extras to install, such as
+# '[test]'. It is no argument, because a sourced script without arguments sees
+# those of its caller.
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From text to answered questions: T5 and MoWE side by side. Makes .venv unless
-# a virtual environment is active, installs, and runs. Options go to
+# Compares T5 and MoWE, from text to answered questions. It makes .venv unless a
+# virtual environment is active, and installs the package. Options go to
 # `mowe quickstart`, for example: bash scripts/quickstart.sh --num_seeds 2
 set -euo pipefail
 cd "$(dirname "$0")/.."

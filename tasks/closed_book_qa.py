@@ -255,8 +255,8 @@ def _fever(example):
   return _asked('fever claim: ', example['claim'], target, [target])
 
 
-# Each row has the name of a task, its name in TFDS, how an example is converted,
-# the metric, the splits, and the splits of NAME_test.
+# Each row has the name of a task, its name in TFDS, how an example is
+# converted, the metric, the splits, and the splits of NAME_test.
 _QUESTIONS = (
   (
     'trivia_qa_open',

@@ -16,8 +16,8 @@ mixture `glue_v002_proportional`. Importing this module registers nothing.
 | wnli | wnli sentence1: sentence2: | not_entailment, entailment |
 
 mnli_matched and mnli_mismatched are the two parts of mnli's evaluation. The
-labels of test splits are not public, and are '<unk>' here. The metrics are those of
-`classification_metrics.of_task`; 'ax' has a test split alone.
+labels of test splits are not public, and are '<unk>' here. The metrics are
+those of `classification_metrics.of_task`; 'ax' has a test split alone.
 """
 
 from typing import Any
@@ -41,8 +41,8 @@ _MNLI_SPLITS = (
   'test_matched',
   'test_mismatched',
 )
-# Each row has the name of a task, its first word and labels, its fields, and its
-# splits, which TFDS does not know before it has prepared the data.
+# Each row has the name of a task, its first word and labels, its fields, and
+# its splits, which TFDS does not know before it has prepared the data.
 _TASKS = (
   ('cola', 'cola', ('sentence',), _SPLITS),
   ('sst2', 'sst2', ('sentence',), _SPLITS),

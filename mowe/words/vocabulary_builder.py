@@ -131,11 +131,7 @@ def build_routing_vocabulary(
     ValueError: the texts hold no word, or a number is out of range.
   """
   progress = progress or _no_progress
-  if num_words < 0 or max_chunks < 2:
-    raise ValueError(
-      'num_words must be at least 0 and max_chunks at least 2, but they are '
-      f'{num_words} and {max_chunks}. Change them.'
-    )
+  _check_numbers(num_words, max_chunks)
   with _Workers(vocabulary, num_workers) as run:
     chunks = _count_chunks(texts, run, max_chunks, progress)
     sequences = _cut_chunks(chunks.counts, vocabulary, run, progress)
@@ -143,11 +139,7 @@ def build_routing_vocabulary(
     if names is not None:
       named = collections.Counter(part for n in names for part in n.split())
       allowed = frozenset(_cut_chunks(named, vocabulary, run, progress).texts)
-  if not sequences.texts:
-    raise ValueError(
-      'The texts must hold at least one word, but all were empty. Check the '
-      'files and the field that is read from them.'
-    )
+  _check_words(sequences)
   progress('select', 0)
   words, num_distinct = _select(sequences, vocabulary, num_words, allowed)
   spellings = _spellings(words, sequences, vocabulary)
@@ -172,6 +164,22 @@ def build_routing_vocabulary(
   return built, _report(
     built, chunks, num_distinct=num_distinct, num_kept=len(words)
   )
+
+
+def _check_numbers(num_words: int, max_chunks: int) -> None:
+  if num_words < 0 or max_chunks < 2:
+    raise ValueError(
+      'num_words must be at least 0 and max_chunks at least 2, but they are '
+      f'{num_words} and {max_chunks}. Change them.'
+    )
+
+
+def _check_words(sequences: _Sequences) -> None:
+  if not sequences.texts:
+    raise ValueError(
+      'The texts must hold at least one word, but all were empty. Check the '
+      'files and the field that is read from them.'
+    )
 
 
 def _report(

@@ -52,7 +52,7 @@ def tokens(text: str) -> list[str]:
 
 
 def article(title: str, text: str) -> Iterator[list[str]]:
-  """Yields the lines of an article: its title between marks, then paragraphs."""
+  """Yields the lines of an article: its title between marks, its paragraphs."""
   yield []
   yield ['=', *tokens(title), '=']
   yield []
@@ -69,6 +69,6 @@ def frequent_words(lines: Iterable[list[str]], size: int) -> frozenset[str]:
 
 
 def masked(line: list[str], known: frozenset[str]) -> str:
-  """Returns a line as text, spaced at both ends, with `<unk>` for other words."""
+  """Returns a line as text, spaced at both ends, `<unk>` for other words."""
   words = (word if word in known else UNKNOWN for word in line)
   return ' ' + ''.join(f'{word} ' for word in words)
