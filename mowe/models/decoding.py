@@ -18,14 +18,17 @@ from flax import linen as nn
 from mowe.words import base_vocabulary
 
 Cache = Any
-# Last tokens <int32>[rows, 1] and a cache to logits <float>[rows, vocab] and
-# the next cache. Leaves of rank 2 and more have the rows on axis 0.
+# A function from the last tokens <int32>[rows, 1] and a cache to the logits
+# <float>[rows, vocab] of the next tokens and the next cache. Leaves of the
+# cache of rank 2 and more have the rows on axis 0.
 StepFunction = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
-# The same with what the routers of this step counted, the collection
-# `router_losses.COLLECTION`. XLA leaves out what nobody asks for.
+# A step function that also returns the counts of this step's routers, the
+# collection `router_losses.COLLECTION`. If the caller drops them, XLA does not
+# compute them.
 CountedStep = Callable[[jax.Array, Cache], tuple[jax.Array, Cache, Any]]
 
-# T5X's score of what is not there: finite, so that sums of it stay numbers.
+# T5X's score of a beam that does not exist. It is finite, because sums and
+# differences of infinities would be NaN.
 _IMPOSSIBLE = -1.0e7
 
 
@@ -33,7 +36,8 @@ class Strategy(Protocol):
   """How tokens are chosen, given their probabilities.
 
   Attributes:
-    rows_per_example: rows that the step function is called with, per example.
+    rows_per_example: number of rows per example with which the strategy calls
+      the step function, such as the number of beams.
   """
 
   rows_per_example: int
@@ -46,10 +50,17 @@ class Strategy(Protocol):
     max_length: int,
     key: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """Tokens <int32>[batch, length] and scores <float32>[batch].
+    """Returns tokens <int32>[batch, length] and scores <float32>[batch].
 
-    Decoding starts with the token 0. A row ends with EOS and is filled up with
-    0; the loop stops early when all rows have ended.
+    The first input token of each row is 0. A row ends with EOS and is padded
+    with 0; the loop stops early when all rows have ended.
+
+    Args:
+      step_function: computes the logits of the next tokens.
+      initial_cache: the cache before the first step, with one row per example.
+      batch_size: number of examples.
+      max_length: the largest number of tokens of a sequence, EOS included.
+      key: random key of strategies that draw; others accept None.
     """
 
 
@@ -91,10 +102,11 @@ class Sample:
   other strategies. (T5X gives that of the changed distribution by default.)
 
   Attributes:
-    temperature: divides the logits; below 1 is nearer to greedy.
-    top_k: only the k most probable tokens; 0 for all.
-    top_p: then only the fewest of them whose probabilities sum up to top_p; 1.0
-      for all.
+    temperature: number by which the logits are divided; values below 1 are
+      closer to greedy decoding.
+    top_k: number of most probable tokens among which one is drawn; 0 for all.
+    top_p: of those, only the smallest set of most probable tokens whose
+      probabilities add up to at least top_p is kept; 1.0 keeps all.
 
   Raises:
     ValueError: a value out of its range; a call without a key.
@@ -138,22 +150,25 @@ class Sample:
     logits = logits / self.temperature
     if not self.top_k and self.top_p == 1:
       return jax.random.categorical(key, logits)
-    # Drawing among sorted logits keeps exactly k of them, even if some tie.
+    # Drawing among sorted logits keeps exactly k of them, even if some tie; a
+    # threshold would keep all tied ones. Both are [rows, k], greatest first.
     k = min(self.top_k or logits.shape[-1], logits.shape[-1])
     logits, ids = jax.lax.top_k(logits, k)
     probs = jax.nn.softmax(logits)
+    # A token is kept if those before it do not reach top_p on their own.
     before = jnp.cumsum(probs, axis=-1) - probs
-    # The first is always kept: rounding may leave a tiny sum before it.
+    # The first token is always kept: rounding may make the sum before it
+    # slightly larger than 0.
     is_kept = (before < self.top_p).at[:, 0].set(True)
     drawn = jax.random.categorical(key, jnp.where(is_kept, logits, -jnp.inf))
     return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0]
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
-  """`jnp.argmax` of <float>[rows, vocab]: <int32>[rows], the first of equals.
+  """Returns `jnp.argmax` of <float>[rows, vocab] as <int32>[rows].
 
-  The greatest block of logits, then the greatest in it: so that a large
-  vocabulary is read only once.
+  It finds the block with the greatest logit, then the place in that block, so
+  that a large vocabulary is read only once. Of equal logits it takes the first.
   """
   rows, vocab_size = logits.shape
   size = math.gcd(vocab_size, 128)
@@ -164,12 +179,14 @@ def _argmax(logits: jax.Array) -> jax.Array:
 
 
 def _first_greatest(values):
-  """Two reductions, which XLA vectorises on CPU: that of argmax it does not.
+  """Returns the index of the first greatest value: [rows, n] to <int32>[rows].
 
-  With `jnp.argmax` over 32,000 logits, that took longer than all the rest of a
-  small model.
+  It uses two plain reductions, because XLA vectorises these on CPU but not the
+  one of `jnp.argmax`, which over 32,000 logits took longer than all the rest of
+  a small model.
   """
-  # float32 is exact up to 2**24. Of nan none is less: the result is a place.
+  # float32 holds integers exactly up to 2**24. Comparisons with NaN are False,
+  # so the result is a valid index even then.
   places = -jnp.arange(values.shape[-1], dtype=jnp.float32)[None, :]
   is_less = values < jnp.max(values, axis=-1, keepdims=True)
   first = -jnp.max(jnp.where(is_less, -jnp.inf, places), axis=-1)
@@ -177,7 +194,11 @@ def _first_greatest(values):
 
 
 def _log_prob(logits, chosen):
-  """Log-probability of `chosen` [rows, 1], as `jax.nn.log_softmax` has it."""
+  """Returns log-probabilities <float32>[rows] of `chosen` <int32>[rows, 1].
+
+  The values are those of `jax.nn.log_softmax`, of which only one per row is
+  needed.
+  """
   greatest = jnp.max(logits, axis=-1, keepdims=True)
   sums = jnp.sum(jnp.exp(logits - greatest), axis=-1, keepdims=True)
   shifted = jnp.take_along_axis(logits, chosen, axis=1) - greatest
@@ -188,12 +209,12 @@ class _Rows(NamedTuple):
   """Rows that grow by one token each step.
 
   Attributes:
-    position: <int32>[], tokens so far.
-    tokens: <int32>[rows, length].
-    scores: <float32>[rows], sums of log-probabilities.
-    ended: <bool>[rows], EOS was chosen.
-    last: <int32>[rows, 1], the input of the next step.
-    cache: of the step function.
+    position: <int32>[], the number of tokens generated so far.
+    tokens: <int32>[rows, length], the tokens so far, then 0.
+    scores: <float32>[rows], the sums of the tokens' log-probabilities.
+    ended: <bool>[rows], whether EOS was chosen.
+    last: <int32>[rows, 1], the last tokens, which are the next step's input.
+    cache: the cache of the step function.
   """
 
   position: jax.Array
@@ -251,8 +272,9 @@ class BeamSearch:
   makes a finished sequence, which may win in the end.
 
   Attributes:
-    num_beams: sequences kept at each step.
-    alpha: 0 compares log-probabilities, which favours short sequences.
+    num_beams: number of live sequences per example that each step keeps.
+    alpha: exponent of the brevity penalty; 0 compares plain log-probabilities,
+      which favours short sequences.
 
   Raises:
     ValueError: num_beams below 1 or alpha below 0.
@@ -319,9 +341,11 @@ class BeamSearch:
     return ((5.0 + length) / 6.0) ** self.alpha
 
   def _goes_on(self, beams, max_length):
-    """Room is left, and in some row a live beam may still get among the best.
+    """Whether a live beam of some example may still beat a finished one.
 
-    A log-probability only falls, and the longest sequence is penalised least.
+    A log-probability only falls as a sequence grows, and the penalty divides by
+    most at the maximal length: the best score that a live beam can reach is its
+    log-probability now over the penalty of that length.
     """
     best_live = beams.live_log_probs[:, 0] / self._penalty(max_length)
     worst_finished = jnp.where(
@@ -341,7 +365,9 @@ class BeamSearch:
     # [batch * beams, vocab] -> [batch, beams, vocab]
     log_probs = log_probs.reshape(batch_size, num_beams, vocab_size)
     log_probs = log_probs + beams.live_log_probs[:, :, None]
-    # Twice as many as there are beams: if half of them end, the rest live on.
+    # Each beam has one continuation by EOS, so at most `num_beams` of the best
+    # candidates end: among twice as many, `num_beams` live ones remain.
+    # log_probs and index: [batch, 2 * beams]
     log_probs, index = jax.lax.top_k(
       log_probs.reshape(batch_size, -1), 2 * num_beams
     )
@@ -352,14 +378,17 @@ class BeamSearch:
     )
     ended = chosen == base_vocabulary.EOS_ID
 
+    # The best candidates that have not ended are the next live beams.
     live_log_probs, best = jax.lax.top_k(
       jnp.where(ended, _IMPOSSIBLE, log_probs), num_beams
     )
     parents = _take(parents, best)
-    # Row of each beam's parent, [batch, beams] -> [batch * beams]
+    # The cache row of each new beam's parent, [batch, beams] -> [batch * beams]
     first_rows = jnp.arange(batch_size)[:, None] * num_beams
     rows = (first_rows + parents).reshape(-1)
 
+    # Candidates that have ended compete with the sequences finished earlier:
+    # [batch, beams + 2 * beams] -> [batch, beams]
     scores = jnp.where(
       ended, log_probs / self._penalty(position + 1), _IMPOSSIBLE
     )
@@ -405,14 +434,16 @@ class _Beams(NamedTuple):
   """State of the search; beams stand best first.
 
   Attributes:
-    position: <int32>[], tokens of live beams.
-    live_tokens: <int32>[batch, beams, length], without EOS.
-    live_log_probs: <float32>[batch, beams].
-    finished_tokens: <int32>[batch, beams, length], with EOS.
-    finished_scores: <float32>[batch, beams], after the brevity penalty.
-    finished: <bool>[batch, beams], the place is taken.
-    last: <int32>[batch, beams], the input of the next step.
-    cache: with [batch * beams] rows.
+    position: <int32>[], the number of tokens of the live beams.
+    live_tokens: <int32>[batch, beams, length], unfinished sequences, no EOS.
+    live_log_probs: <float32>[batch, beams], log-probabilities of live beams.
+    finished_tokens: <int32>[batch, beams, length], sequences that end with EOS.
+    finished_scores: <float32>[batch, beams], log-probabilities of finished
+      sequences over their brevity penalty.
+    finished: <bool>[batch, beams], whether a finished sequence is in this
+      place.
+    last: <int32>[batch, beams], last tokens of live beams, the next input.
+    cache: the cache of the step function, with batch * beams rows.
   """
 
   position: jax.Array
@@ -427,7 +458,8 @@ class _Beams(NamedTuple):
 
 def _initial_beams(cache, batch_size, num_beams, max_length):
   shape = (batch_size, num_beams)
-  # One beam is alive: equal ones would all choose the same tokens.
+  # Only the first beam is alive at the start: equal beams would all choose the
+  # same tokens.
   alive = jnp.where(jnp.arange(num_beams) == 0, 0.0, _IMPOSSIBLE)
   return _Beams(
     position=jnp.zeros((), jnp.int32),
@@ -442,13 +474,16 @@ def _initial_beams(cache, batch_size, num_beams, max_length):
 
 
 def _take(beams, index):
-  """Takes beams [batch, beams, ...] by index [batch, taken] in each row."""
+  """Takes of beams [batch, beams, ...] those of index [batch, taken]."""
   index = index.reshape(*index.shape, *(1,) * (beams.ndim - index.ndim))
   return jnp.take_along_axis(beams, index, axis=1)
 
 
 def expand_rows(tree: Any, rows_per_example: int) -> Any:
-  """Repeats each row of the leaves [batch, ...]; those of rank 0, 1 stay."""
+  """Repeats each row of the leaves [batch, ...].
+
+  Leaves of rank 0 and 1 have no rows and stay as they are.
+  """
   if rows_per_example == 1:
     return tree
   return _map_rows(
@@ -473,18 +508,18 @@ def generate(
 ) -> tuple[jax.Array, jax.Array]:
   """Generates a sequence for every row of the inputs.
 
-  Compiled once for each model, strategy, length and shape of the inputs. A
-  model with word experts needs the `routing` of its config, and all of its tables, or
-  layers that read them from the host: nobody knows in advance which experts the
-  decoder will ask for.
+  The function is compiled once for each model, strategy, length and shape of
+  the inputs. A model with word experts needs the `routing` of its config. It
+  also needs its whole tables on the device, or layers that read them from the
+  host, because nobody knows in advance which experts the decoder will need.
 
   Args:
-    model: of a `model_config.ModelConfig`.
-    variables: a dict with 'params'.
-    inputs: <int32>[batch, inputs], 0 is padding.
-    max_length: most tokens of a sequence, EOS included.
-    strategy: how tokens are chosen.
-    key: of random strategies.
+    model: the module of a `model_config.ModelConfig`.
+    variables: a dict with 'params', the parameters of the model.
+    inputs: <int32>[batch, inputs], token ids; 0 is padding.
+    max_length: the largest number of tokens of a sequence, EOS included.
+    strategy: chooses the tokens, such as `Greedy()`.
+    key: random key; None is allowed for strategies that do not draw.
 
   Returns:
     Tokens <int32>[batch, max_length], EOS and 0 after their end, and scores
@@ -501,13 +536,13 @@ def generate(
 def count_routed(
   model: nn.Module, variables: Any, inputs: jax.Array, max_length: int
 ) -> Any:
-  """What the decoder's routers do while the most probable tokens are generated.
+  """Counts what the decoder's routers choose during greedy generation.
 
   Args:
-    model: of a `model_config.ModelConfig`.
-    variables: a dict with 'params'.
-    inputs: <int32>[batch, inputs], 0 is padding.
-    max_length: most tokens of a sequence, EOS included.
+    model: the module of a `model_config.ModelConfig`.
+    variables: a dict with 'params', the parameters of the model.
+    inputs: <int32>[batch, inputs], token ids; 0 is padding.
+    max_length: the largest number of tokens of a sequence, EOS included.
 
   Returns:
     The collection `router_losses.COLLECTION`, added up over all steps; {} if
@@ -517,7 +552,7 @@ def count_routed(
   last = jnp.zeros((inputs.shape[0], 1), jnp.int32)
   shapes = jax.eval_shape(counted_step, last, cache)[2]
   if not jax.tree.leaves(shapes):
-    # Nothing to count: XLA compiles nothing of the above.
+    # Without counts, XLA compiles nothing of the above.
     return {}
   none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 

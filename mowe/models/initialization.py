@@ -1,4 +1,4 @@
-"""Fresh parameters of a model, each drawn by a small program of its own."""
+"""Draws fresh parameters of a model, each by a small compiled program."""
 
 import dataclasses
 import functools
@@ -18,11 +18,12 @@ _Path = tuple[str, ...]
 
 
 def abstract_variables(model: nn.Module) -> Any:
-  """Shapes of `params`, logical axes in `params_axes`, and the recipes.
+  """Returns a model's variables as shapes, without drawing any.
 
-  A parameter that was declared without logical axes, such as that of a plain
-  `nn.Dense` in a layer of a user, gets axes without names: it is whole on every
-  device.
+  `params` holds shapes, `params_axes` logical axes, and `parameter.RECIPES` how
+  each parameter is drawn. A parameter that was declared without logical axes,
+  such as that of a plain `nn.Dense` in a user's layer, gets axes without names,
+  so it is replicated on every device.
   """
   init = functools.partial(
     parameters.initial_variables,
@@ -34,7 +35,7 @@ def abstract_variables(model: nn.Module) -> Any:
   for path, leaf in flax.traverse_util.flatten_dict(
     variables['params']
   ).items():
-    # Linen's name for the axes of a parameter.
+    # The name under which Linen keeps the axes of a parameter.
     named = (*path[:-1], f'{path[-1]}_axes')
     if named not in axes:
       axes[named] = partitioning.AxisMetadata((None,) * leaf.ndim)
@@ -45,21 +46,24 @@ def abstract_variables(model: nn.Module) -> Any:
 def initial_parameters(
   model: nn.Module, key: jax.Array, shardings: Any = None
 ) -> Any:
-  """Draws the parameters of a model; to be called without `jit`.
+  """Draws the parameters of a model; call it outside of `jit`.
 
-  A value depends on the key and on the name of its parameter: not on the
-  devices, nor on other parameters. It is not what `model.init` gives for that
-  key, but has the same distribution.
+  A value depends on the key and on the name of its parameter, but neither on
+  the devices nor on other parameters. It differs from the value of `model.init`
+  for the same key, but has the same distribution.
 
   Parameters that were declared by `parameter.declare` share one program for
   each recipe and sharding. All others are drawn by one program together.
 
   Args:
-    model: the model.
-    key: the seed; one of `threefry.key` is fastest.
-    shardings: tree of shardings of the parameters that are wanted, each of
-      which is made where it belongs, never whole on one device; None: all, on
-      the default device.
+    model: the module whose parameters are drawn.
+    key: the random key; one that `threefry.key` returned is the fastest.
+    shardings: tree of shardings of the parameters to draw. Each is drawn in its
+      sharding and never exists whole on one device. None draws all parameters
+      on the default device.
+
+  Returns:
+    The tree of the parameters that were drawn.
   """
   variables = abstract_variables(model)
   recipes = _recipes(variables)
@@ -83,16 +87,17 @@ def initial_parameters(
 def initial_rows(
   model: nn.Module, key: jax.Array, tables: parameters.Tables
 ) -> Callable[[int, int], parameters.Tables]:
-  """Draws some rows of expert tables, as `initial_parameters` draws them all.
+  """Draws some rows of expert tables as `initial_parameters` draws them all.
 
   Args:
-    model: the model.
-    key: one of `threefry.key`.
-    tables: table -> kernel -> anything, such as abstract arrays.
+    model: the module that has the tables.
+    key: a random key that `threefry.key` returned.
+    tables: from the path of a table to its kernels by name; only the names are
+      read, so abstract arrays will do.
 
   Returns:
-    A function of the first expert and their number; one program is compiled
-    for each number and kind of kernel.
+    A function from the first expert and the number of experts to their rows.
+    One program is compiled for each number and each kind of kernel.
   """
   recipes = _recipes(abstract_variables(model))
   paths = {
@@ -114,7 +119,7 @@ def initial_rows(
 
 def _recipes(variables: Any) -> dict[_Path, parameter.Recipe]:
   left = flax.traverse_util.flatten_dict(variables.get(parameter.RECIPES, {}))
-  # Layers may leave other things in the same collection.
+  # Layers of users may leave other values in the same collection.
   return {
     path: recipe
     for path, recipe in left.items()
@@ -145,6 +150,7 @@ def _program_of_rows(
 
 
 def _key_of(path: _Path, key: jax.Array) -> jax.Array:
+  # A hash of the name, so that the key does not depend on other parameters.
   digest = hashlib.sha256('/'.join(path).encode()).digest()
   return jax.random.fold_in(key, int.from_bytes(digest[:4], 'big'))
 
@@ -152,7 +158,7 @@ def _key_of(path: _Path, key: jax.Array) -> jax.Array:
 def _draw_together(
   model: nn.Module, key: jax.Array, shardings: Mapping[_Path, Any]
 ) -> dict[_Path, jax.Array]:
-  """What Linen's `init` gives for the parameters that have shardings here."""
+  """Draws the parameters that have shardings here by Linen's `init`."""
 
   def draw(key):
     params = parameters.initial_variables(model, key)['params']

@@ -1,8 +1,7 @@
-"""What the configs of all models have in common.
+"""The protocol of all model configs, and the functions that they share.
 
-Training, data and commands know a model by `ModelConfig` alone; `T5Config` and
-`DecoderOnlyConfig` are two of them. The functions below are what both are made
-of: checks, and factories of sparse layers.
+Training, data and commands know a model by `ModelConfig` alone. `T5Config` and
+`DecoderOnlyConfig` implement it with the checks and factories below.
 """
 
 import dataclasses
@@ -16,19 +15,24 @@ from flax import linen as nn
 from mowe.layers import feed_forward_base
 from mowe.layers.attention import attention_base
 
-# Collection of what a batch leaves to the next; see `memory_length`.
+# Linen collection that a batch leaves to the next one; see `memory_length`.
 MEMORY = 'segment_memory'
 
-# Names of attentions in a block of an encoder, and of one to an encoder.
+# Names, in a block, of the self-attention of an encoder and of the attention of
+# a decoder to the encoder.
 ENCODER_ATTENTION = 'attention'
 CROSS_ATTENTION = 'encoder_decoder_attention'
 
-# Makes a layer; a class will do.
+# A callable that makes a layer, such as the class of the layer.
 Factory = Callable[..., nn.Module]
 
 
 class Routing(Protocol):
-  """What the model asks of a routing vocabulary; all on jax arrays."""
+  """The part of a routing vocabulary that a model uses; it takes JAX arrays.
+
+  Attributes:
+    num_experts: the number of word experts that the vocabulary tells apart.
+  """
 
   num_experts: int
 
@@ -56,25 +60,28 @@ class ModelConfig(Protocol):
   Its parameters stand below the names of its streams.
 
   Attributes:
-    vocab_size: rows of the embedding.
-    emb_dim: width of the model.
-    dropout_rate: dropout everywhere.
-    dtype: of activations.
-    logits_via_embedding: logits from the embedding, not from their own kernel.
-    routing: gives routing ids where the batch has none, or None.
-    sparse_feed_forward: makes sparse layers, or None.
-    streams: streams of tokens in its batches: 'encoder' if inputs have a stack
-      of their own, and 'decoder'.
-    memory_length: tokens of earlier batches that a batch attends to. If there
-      are any, `initial_memory(batch_size)` gives the collection MEMORY before
-      the first batch, and every pass gives the next one.
-    block_layers: layers of single blocks that differ from those of the others,
-      by their place: `(('decoder/layers_3/mlp', factory),)`. `of_block` is the
-      config of a block.
-    layer_fields: stream and name of a layer in a block -> the field that makes
-      it.
-    shared_fields: a field that makes some layers of a block -> the field that
-      makes them where the first one is None.
+    vocab_size: number of rows of the embedding.
+    emb_dim: width of the model, the size of one token's activation.
+    dropout_rate: dropout probability in all layers.
+    dtype: dtype of activations; parameters are float32.
+    logits_via_embedding: whether the logits are products with the embedding;
+      otherwise they have a kernel of their own.
+    routing: makes routing ids where the batch has none; None if the model has
+      no word experts.
+    sparse_feed_forward: factory of the sparse feed-forwards; None if all
+      feed-forwards are dense.
+    streams: the streams of tokens in a batch: 'decoder', preceded by 'encoder'
+      if the inputs have a stack of their own.
+    memory_length: number of tokens of earlier batches that a batch attends to.
+      If it is not 0, `initial_memory(batch_size)` returns the collection MEMORY
+      before the first batch, and every pass returns it for the next one.
+    block_layers: pairs of a place and a factory, for layers of single blocks
+      that differ from the others: `(('decoder/layers_3/mlp', factory),)`.
+      `of_block` returns the config of one block.
+    layer_fields: from the stream and the name of a layer in a block to the
+      config field whose factory makes it.
+    shared_fields: from a config field that may be None to the field whose
+      factory then takes its place.
   """
 
   vocab_size: int
@@ -122,7 +129,7 @@ def default_dtype() -> str:
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
-def check_dtype(dtype: Any) -> None:
+def check_activation_dtype(dtype: Any) -> None:
   """Raises ValueError for float16."""
   if jnp.dtype(dtype) == jnp.float16:
     raise ValueError(
@@ -143,7 +150,8 @@ def of_block(config: Any, stream: str, number: int) -> Any:
   if not own:
     return config
   for field, shared in config.shared_fields.items():
-    # What was made by a field that now makes another layer stays as it was.
+    # A field that is None uses the shared field. If the block replaces the
+    # shared field, fields that it does not replace keep the old factory.
     if shared in own and getattr(config, field) is None:
       own.setdefault(field, getattr(config, shared))
   return dataclasses.replace(config, block_layers=(), **own)
@@ -220,10 +228,10 @@ def check_mesh(
   """Raises ValueError if sparse layers cannot be split over a mesh.
 
   Args:
-    config: of the model.
-    mesh_shape: devices along each axis.
-    batch_size: rows that go through the model at once.
-    lengths: tokens of each stream.
+    config: the config of the model.
+    mesh_shape: number of devices along each axis of the mesh, by its name.
+    batch_size: number of rows that go through the model at once.
+    lengths: number of tokens of a row, by stream.
   """
   for stream, numbers in config.sparse_blocks().items():
     for number in numbers:
@@ -294,7 +302,7 @@ def word_streams(config: ModelConfig) -> tuple[str, ...]:
 
 
 class StreamRouting(NamedTuple):
-  """What the sparse layers of one stream are told about its tokens.
+  """Inputs of the sparse layers of one stream, besides its tokens.
 
   Attributes:
     ids: <int32>[batch, length], the routing ids; None where no layer of the
@@ -322,21 +330,29 @@ def routing_ids(
   """Routing ids <int32>[batch, length] that the model makes itself.
 
   Args:
-    config: of the model.
-    method: of its routing, `encoder_ids` or `decoder_ids`.
-    ids: <int32>[batch, length], input tokens.
+    config: the config of the model.
+    method: name of the method of `config.routing` to call, 'encoder_ids' or
+      'decoder_ids'; it is not used if the config has no routing.
+    ids: <int32>[batch, length], token ids of the inputs of the stream.
     real: <bool>[batch, length], False for padding.
-    segment_ids: <int32>[batch, length] of packed examples, or None.
+    segment_ids: <int32>[batch, length], the number of the example to which each
+      token of a packed row belongs; None if rows are not packed.
+
+  Returns:
+    The routing ids, -1 for padding; None if no layer reads token ids.
   """
   if config.routing is not None:
     return getattr(config.routing, method)(ids, segment_ids)
-  # Word experts have no use for the ids of tokens, and say that they miss
-  # those of words.
+  # Word experts cannot use ids of tokens in place of those of words: they get
+  # None, and raise an error that says so.
   return jnp.where(real, ids, -1) if routes_tokens(config) else None
 
 
 def changed_factory(factory: Factory | None, changes: Mapping[str, Any]):
-  """A factory whose layers have other fields, if they have these."""
+  """Returns a factory whose layers have the changed fields.
+
+  Layers that lack one of the fields stay as they are.
+  """
   if factory is None:
     return None
 

@@ -9,19 +9,20 @@ from flax import linen as nn
 
 from mowe.layers.memory import grouped
 
-# Module name of every expert table: `experts/wi_0`, `.../mlp/experts/wo`.
+# The module name of every expert table: `experts/wi_0`, `.../mlp/experts/wo`.
 _TABLE = 'experts'
 
-# Stream name -> for each of its layers that use a table: kernel name ->
-# `grouped.Factors` of the kernel's gradient.
+# From the name of a stream to a list with one entry for each of its layers that
+# use the table: the `grouped.Factors` of the gradients by the name of the
+# kernel.
 TableFactors = dict[str, list[dict[str, grouped.Factors]]]
 
-# Path of a table, such as `experts` -> its kernels by name.
+# From the path of a table, such as `experts`, to its kernels by name.
 Tables = dict[str, dict[str, jax.Array]]
 
 
 def split_tables(params: Any) -> tuple[Any, Tables]:
-  """Takes the expert tables out of a model's parameters."""
+  """Splits the parameters of a model into ordinary ones and expert tables."""
   ordinary, tables = {}, {}
   for path, value in flax.traverse_util.flatten_dict(params).items():
     if len(path) > 1 and path[-2] == _TABLE:
@@ -44,11 +45,13 @@ def by_table(factors: Any, tables: Tables) -> dict[str, TableFactors]:
   """Sorts what layers left in the collection `word_experts.FACTORS`.
 
   Args:
-    factors: stream -> `layers_0` -> ... -> kernel name -> Factors.
-    tables: a layer without a table of its own uses the shared one.
+    factors: the collection, a tree from the stream over the block (`layers_0`)
+      and the layer to the name of the kernel, with `grouped.Factors` as leaves.
+    tables: the expert tables. A layer without a table of its own uses the
+      shared table.
 
   Returns:
-    For the path of each table the factors of its layers.
+    The factors of the layers that use each table, by the path of the table.
   """
   layers: dict[tuple[str, ...], dict[str, grouped.Factors]] = {}
   for path, value in flax.traverse_util.flatten_dict(factors).items():

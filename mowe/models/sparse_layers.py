@@ -2,10 +2,14 @@
 
 
 def every_nth(num_layers: int, n: int) -> tuple[int, ...]:
-  """The last block of each n: 1, 3, 5, ... for n = 2.
+  """Returns the last of every n blocks: 1, 3, 5, ... for n = 2.
 
-  As in flaxformer's mixed layout and in GShard; Hugging Face's Switch takes
-  the second of each n.
+  This is flaxformer's mixed layout, and that of GShard; Hugging Face's Switch
+  takes the second of every n blocks.
+
+  Args:
+    num_layers: number of blocks of the stack.
+    n: one of so many blocks is sparse.
 
   Raises:
     ValueError: no block would be sparse.

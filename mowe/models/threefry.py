@@ -1,9 +1,9 @@
-"""JAX's threefry, written out: the same random bits, without its loop.
+"""JAX's threefry with its rounds unrolled: the same bits, without a loop.
 
-On CPU, JAX runs the rounds of threefry as a loop over whole arrays. XLA takes
-four times as long to compile that, and it runs three times as long, in memory
-for three times its result. Here the rounds follow one another in one pass over
-the elements, which needs no memory but the result.
+On CPU, JAX runs the rounds of threefry as a loop over whole arrays. That takes
+four times as long to compile and three times as long to run, and needs three
+times the memory of its result. Here the rounds follow one another in one pass
+over the elements, which needs no memory but the result.
 """
 
 import math
@@ -15,32 +15,37 @@ import numpy as np
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _WORD = 32
-# Elements that one word can number.
+# The number of elements that a counter of one word can tell apart.
 _MOST = 2**_WORD
 
 
 def key(seed: int) -> jax.Array:
-  """As `jax.random.key`; what is drawn with it is the same as with JAX's."""
+  """Returns a key with which the same numbers are drawn as with JAX's own.
+
+  Args:
+    seed: the seed, as for `jax.random.key`.
+  """
   return jax.random.key(seed, impl=_WRITTEN_OUT)
 
 
 def key_of_rows(
   key: jax.Array, first: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
-  """A key that draws some rows of an array as if all of it were drawn.
+  """Returns a key that draws some rows of an array as if all were drawn.
 
   `jax.random.normal(key_of_rows(key, 5, (9, 2)), (3, 2))` is, bit by bit,
-  `jax.random.normal(key, (9, 2))[5:8]`, and so for whatever draws each number
-  from bits of its own.
+  `jax.random.normal(key, (9, 2))[5:8]`. The same holds for every distribution
+  that makes each number from its own random bits alone.
 
   Args:
-    key: one of `key`.
-    first: <int>[], the first row.
-    shape: of the whole array, two axes or more.
+    key: a key that `key` returned.
+    first: <int>[], the number of the first row that is drawn.
+    shape: the shape of the whole array, which has two or more axes.
   """
   row = math.prod(shape[1:])
   first = jnp.asarray(first, jnp.uint32)
-  # As in `_counters`: one word numbers all elements, or those of a row.
+  # As in `_counters`, the low word numbers all elements if it can; otherwise it
+  # numbers those within a row, and the high word numbers the rows.
   if shape[0] * row <= _MOST:
     offsets = jnp.stack([jnp.uint32(0), first * np.uint32(row)])
   elif row <= _MOST:
@@ -53,16 +58,18 @@ def key_of_rows(
 
 
 def _threefry(key_data, high, low):
-  """Threefry-2x32 with 20 rounds: two hashed words of two words.
+  """Hashes counters of two words by Threefry-2x32 with 20 rounds.
 
   Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
   """
+  # The third key and its constant are those of the key schedule of the paper.
   first, second = key_data[0], key_data[1]
   keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
   high, low = high + keys[0], low + keys[1]
   for group in range(5):
     for rotation in _ROTATIONS[group % 2]:
       high = high + low
+      # Rotation to the left by `rotation` bits.
       left = low << np.uint32(rotation)
       low = high ^ (left | (low >> np.uint32(_WORD - rotation)))
     high = high + keys[(group + 1) % 3]
@@ -71,7 +78,10 @@ def _threefry(key_data, high, low):
 
 
 def _counters(shape):
-  """Two words that number the elements: up to `_MOST` the second alone."""
+  """Returns the high and low words <uint32>[shape] that number the elements.
+
+  Up to `_MOST` elements, the low word alone numbers them.
+  """
   split = next(
     axis for axis in range(len(shape) + 1) if math.prod(shape[axis:]) <= _MOST
   )
@@ -80,7 +90,7 @@ def _counters(shape):
 
 
 def _number(shape, axes):
-  """Row-major index along these axes."""
+  """Returns the row-major index <uint32>[shape] along these axes."""
   number, stride = jnp.zeros(shape, jnp.uint32), 1
   for axis in reversed(axes):
     index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -97,7 +107,14 @@ def _random_bits(key_data, bit_width, shape):
 
 
 def _random_bits_of_rows(words, bit_width, shape):
-  """Bits of rows [rows, ...]; see `key_of_rows`."""
+  """Returns random bits [rows, ...] for a key of `key_of_rows`.
+
+  Args:
+    words: <uint32>[5], two words of the key, the high and the low word of the
+      first element's counter, and 1 if the high word numbers the rows.
+    bit_width: number of bits of each result, 8, 16 or 32.
+    shape: the shape of the rows that are drawn.
+  """
   key_data, high, low, is_split = words[:2], words[2], words[3], words[4]
   row = _number(shape, (0,))
   within = _number(shape, range(1, len(shape)))

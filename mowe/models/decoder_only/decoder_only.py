@@ -1,6 +1,8 @@
 """Decoder-only language model, with any attention and any feed-forward."""
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +43,7 @@ class DecoderOnly(nn.Module):
       # Assigning gives the module its place in the tree: `experts/...`.
       setattr(self, name, module)
       shared[name] = getattr(self, name)
-    self.decoder = decoder_only_stack.Decoder(config, shared)
+    self.decoder = decoder_only_stack.DecoderOnlyStack(config, shared)
 
   def __call__(
     self,
@@ -55,22 +57,27 @@ class DecoderOnly(nn.Module):
     decoder_plan: Any = None,
     enable_dropout: bool = True,
   ) -> jax.Array:
-    """Logits <float32>[batch, length, vocab] with teacher forcing.
+    """Returns logits <float32>[batch, length, vocab] with teacher forcing.
 
-    With the collection MEMORY, rows continue those of the batch before.
+    If the collection MEMORY is given, each row continues the same row of the
+    previous batch.
 
     Args:
-      decoder_input_tokens: <int32>[batch, length], shifted targets.
-      decoder_target_tokens: <int32>[batch, length], 0 is padding.
-      decoder_segment_ids: <int32>[batch, length] of packed examples, or None.
-      decoder_positions: taken for T5X's sake; distances need none.
-      decoder_causal_attention: <int32>[batch, length], 1 where a token of the
-        inputs goes in; of use with `prefix_lm`.
-      decoder_routing_ids: <int32>[batch, length]; None: they are made from the
-        tokens by the config's routing.
-      decoder_plan: the plan of these tokens (`batch_plans.StreamPlan`), or
-        None.
-      enable_dropout: draws from the `dropout` stream.
+      decoder_input_tokens: <int32>[batch, length], the targets shifted to the
+        right by one.
+      decoder_target_tokens: <int32>[batch, length], token ids; 0 is padding.
+      decoder_segment_ids: <int32>[batch, length], the number of the example to
+        which each token of a packed row belongs; None if rows are not packed.
+      decoder_positions: not used. T5X passes it, but attention here depends on
+        distances alone.
+      decoder_causal_attention: <int32>[batch, length], 1 where the token is one
+        of the example's inputs. It is used with `prefix_lm` only; None is a
+        causal mask everywhere.
+      decoder_routing_ids: <int32>[batch, length], routing ids; None if the
+        config's routing makes them from the tokens.
+      decoder_plan: a `batch_plans.StreamPlan`, where the host decided in which
+        slot each token is computed; None if the layers use the routing ids.
+      enable_dropout: whether dropout draws from the `dropout` random stream.
     """
     del decoder_positions
     ids = decoder_input_tokens.astype(jnp.int32)
@@ -83,9 +90,12 @@ class DecoderOnly(nn.Module):
     if self.config.prefix_lm and decoder_causal_attention is not None:
       inputs = decoder_causal_attention > 0
       sees = sees | (inputs[:, :, None] & inputs[:, None, :])
+    # Keys are the remembered tokens followed by those of this batch; every mask
+    # is <bool>[batch, query, key].
     real_keys = real if old is None else jnp.concatenate([old, real], axis=1)
     sees = sees & real[:, :, None] & real_keys[:, None, :]
     if decoder_segment_ids is not None:
+      # The memory is visible from all segments.
       same = decoder_segment_ids[:, :, None] == decoder_segment_ids[:, None, :]
       sees = sees & jnp.pad(
         same, ((0, 0), (0, 0), (num_old, 0)), constant_values=True
@@ -107,8 +117,9 @@ class DecoderOnly(nn.Module):
     """Logits <float32>[batch, length, vocab] of a batch by T5X's keys.
 
     Args:
-      batch: as in docs/architecture; the plan is under `decoder_plan`.
-      enable_dropout: draws from the `dropout` stream.
+      batch: arrays by their T5X names, such as `decoder_input_tokens`; the plan
+        of the tokens, if there is one, is under `decoder_plan`.
+      enable_dropout: whether dropout draws from the `dropout` random stream.
     """
     return self(
       **{name: batch[name] for name in _FEATURES if name in batch},
@@ -122,13 +133,15 @@ class DecoderOnly(nn.Module):
     routing_ids: jax.Array | None,
     length: int,
   ) -> jax.Array:
-    """Logits <float32>[batch, query, vocab] of tokens after those in the cache.
+    """Returns logits <float32>[batch, query, vocab] and updates the cache.
 
     Args:
-      tokens: <int32>[batch, query], the first ones or one more.
+      tokens: <int32>[batch, query], all inputs at the first call and one new
+        token per row at each later call.
       real: <bool>[batch, query], False for padding on the left.
-      routing_ids: <int32>[batch, query], or None.
-      length: tokens for which the cache has room.
+      routing_ids: <int32>[batch, query], routing ids; None if no layer of the
+        model reads any.
+      length: the number of tokens for which the cache has room.
     """
     num_queries = tokens.shape[1]
     if not self.has_variable('cache', 'cache_index'):
@@ -147,7 +160,7 @@ class DecoderOnly(nn.Module):
     )
     sees = positions.keys[None, :] <= positions.queries[:, None]
     if self.config.prefix_lm and num_queries > 1:
-      # The inputs, which come together.
+      # The inputs arrive in one call, and all of them see each other.
       sees = jnp.broadcast_to(positions.keys < num_queries, sees.shape)
     sees = sees[None] & all_real[:, None, :]
     routing = model_config.StreamRouting(routing_ids)
@@ -174,76 +187,35 @@ class DecoderOnly(nn.Module):
     max_length: int,
     rows_per_example: int,
   ) -> tuple[decoding.CountedStep, decoding.Cache]:
-    """The step function and the cache that `decoding` begins with.
+    """Returns the step function and the cache that `decoding` begins with.
 
-    All inputs go through the model at once, aligned at their ends: so the next
-    token has the same place in every row.
+    All inputs go through the model in one pass. They are aligned at their ends,
+    so that the next token has the same position in every row.
 
     Args:
-      variables: a dict with 'params'.
-      inputs: <int32>[batch, inputs], 0 is padding at their ends.
-      max_length: most tokens of a sequence.
-      rows_per_example: rows of the step function; the cache has one.
+      variables: a dict with 'params', the parameters of the model.
+      inputs: <int32>[batch, inputs], token ids; rows end with padding, 0.
+      max_length: the largest number of tokens of a generated sequence.
+      rows_per_example: rows per example with which the strategy calls the step
+        function. The cache has one row per example; the strategy expands it.
     """
     del rows_per_example
     tokens, real = aligned_at_end(inputs)
     length = tokens.shape[1] + max_length
     cache = self._empty_cache(variables, inputs.shape[0], length)
-    router = _Router(self.config, inputs.shape[0])
+    router = _GenerationRouter(self.config, inputs.shape[0])
     routing_ids, words = router.of_inputs(tokens, real)
-
-    def run(cache, tokens, real, routing_ids):
-      logits, changed = self.apply(
-        {**variables, 'cache': cache},
-        tokens,
-        real,
-        routing_ids,
-        length,
-        method='decode',
-        mutable=['cache', router_losses.COLLECTION],
-      )
-      counted = changed.get(router_losses.COLLECTION, {})
-      return logits[:, -1], changed['cache'], counted
-
-    logits, cache, counted_of_inputs = run(cache, tokens, real, routing_ids)
-    first = {
-      'is_first': jnp.ones((), bool),
-      'logits': logits,
-      'model': cache,
-      'words': words,
-    }
-
-    def later(tokens, state):
-      routing_ids, words = router.of_token(tokens, state['words'])
-      real = jnp.ones(tokens.shape, bool)
-      logits, cache, counted = run(state['model'], tokens, real, routing_ids)
-      state = {
-        'is_first': jnp.zeros((), bool),
-        'logits': logits,
-        'model': cache,
-        'words': words,
-      }
-      return logits, state, counted
-
-    def step_function(tokens, state):
-      # A strategy begins with id 0, which stands before the inputs here.
-      return jax.lax.cond(
-        state['is_first'],
-        lambda tokens, state: (
-          state['logits'],
-          state | {'is_first': jnp.zeros((), bool)},
-          counted_of_inputs,
-        ),
-        later,
-        tokens,
-        state,
-      )
-
-    return step_function, first
+    run = functools.partial(_decode_tokens, self, variables, length)
+    logits, cache, counted = run(cache, tokens, real, routing_ids)
+    state = _generation_state(logits, cache, words, is_first=True)
+    return _GenerationStep(run, router, counted), state
 
   @nn.nowrap
   def _empty_cache(self, variables, batch_size, length):
-    """Zeros, in the shapes of a pass over all tokens that is not made."""
+    """Returns a cache of zeros with room for `length` tokens.
+
+    The shapes come from tracing a pass over all tokens, which is never run.
+    """
     tokens = jnp.ones((batch_size, length), jnp.int32)
     routing_ids = None
     if self.config.sparse_feed_forward is not None:
@@ -265,7 +237,7 @@ class DecoderOnly(nn.Module):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-# What of a batch `DecoderOnly.__call__` takes.
+# Keys of a batch that are arguments of `DecoderOnly.__call__`.
 _FEATURES = (
   'decoder_input_tokens',
   'decoder_target_tokens',
@@ -276,8 +248,85 @@ _FEATURES = (
 )
 
 
-class _Router:
-  """Routing ids of tokens that are generated, with the state of words."""
+def _decode_tokens(
+  model: DecoderOnly,
+  variables: Any,
+  length: int,
+  cache: decoding.Cache,
+  tokens: jax.Array,
+  real: jax.Array,
+  routing_ids: jax.Array | None,
+) -> tuple[jax.Array, decoding.Cache, Any]:
+  """Returns the last logits <float32>[batch, vocab], the cache, and counts.
+
+  The counts are the collection `router_losses.COLLECTION`, {} without routers.
+  """
+  logits, changed = model.apply(
+    {**variables, 'cache': cache},
+    tokens,
+    real,
+    routing_ids,
+    length,
+    method='decode',
+    mutable=['cache', router_losses.COLLECTION],
+  )
+  counted = changed.get(router_losses.COLLECTION, {})
+  return logits[:, -1], changed['cache'], counted
+
+
+def _generation_state(logits, cache, words, *, is_first):
+  """Returns the cache of the strategy: the model's, and the state around it."""
+  return {
+    'is_first': jnp.full((), is_first, bool),
+    'logits': logits,
+    'model': cache,
+    'words': words,
+  }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _GenerationStep:
+  """The step function of a generation, a `decoding.CountedStep`.
+
+  Attributes:
+    run: `_decode_tokens` with its model, variables and length.
+    router: gives the routing ids of each new token.
+    counted_of_inputs: counts of the routers in the pass over the inputs.
+  """
+
+  run: Callable[..., tuple[jax.Array, decoding.Cache, Any]]
+  router: '_GenerationRouter'
+  counted_of_inputs: Any
+
+  def __call__(
+    self, tokens: jax.Array, state: decoding.Cache
+  ) -> tuple[jax.Array, decoding.Cache, Any]:
+    """Returns logits <float32>[rows, vocab], the next state, and counts."""
+    # A strategy begins with id 0, which here stands before the inputs and has
+    # been read with them: the first step returns the logits of that pass.
+    return jax.lax.cond(
+      state['is_first'], self._first, self._later, tokens, state
+    )
+
+  def _first(self, tokens, state):
+    del tokens
+    later = state | {'is_first': jnp.zeros((), bool)}
+    return state['logits'], later, self.counted_of_inputs
+
+  def _later(self, tokens, state):
+    routing_ids, words = self.router.of_token(tokens, state['words'])
+    real = jnp.ones(tokens.shape, bool)
+    logits, cache, counted = self.run(state['model'], tokens, real, routing_ids)
+    state = _generation_state(logits, cache, words, is_first=False)
+    return logits, state, counted
+
+
+class _GenerationRouter:
+  """Makes routing ids while tokens are generated.
+
+  With a routing vocabulary, the id of a token depends on the word so far; the
+  state of that word is carried from step to step.
+  """
 
   def __init__(
     self, config: decoder_only_config.DecoderOnlyConfig, batch_size: int
@@ -288,7 +337,11 @@ class _Router:
     self._batch_size = batch_size
 
   def of_inputs(self, tokens, real):
-    """Ids of all inputs, and the state after them, {} without words."""
+    """Returns routing ids <int32>[batch, length], and the state after them.
+
+    The ids are None if no layer is sparse; the state is {} without a routing
+    vocabulary.
+    """
     if not self._has_words:
       return self._of_tokens(tokens, real), {}
     routing = self._config.routing
@@ -302,7 +355,7 @@ class _Router:
     return jnp.where(real, ids.T, -1), {'state': state}
 
   def of_token(self, tokens, words):
-    """Ids of one token more [batch, 1], and the next state."""
+    """Returns routing ids <int32>[rows, 1] of the next token, and the state."""
     if not self._has_words:
       return self._of_tokens(tokens, jnp.ones(tokens.shape, bool)), {}
     ids, state = self._config.routing.decoder_step(tokens, words['state'])
@@ -315,14 +368,15 @@ class _Router:
 
 
 def aligned_at_end(inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Rows moved to the right, each after the id 0 with which texts begin.
+  """Moves rows to the right, so that all of them end in the last column.
 
   Args:
-    inputs: <int32>[batch, inputs], 0 is padding at their ends.
+    inputs: <int32>[batch, inputs], token ids; rows end with padding, 0.
 
   Returns:
-    Tokens <int32>[batch, inputs + 1], and which are real: those of the inputs
-    and the one 0 before them.
+    Tokens <int32>[batch, inputs + 1], where the id 0, with which every text
+    begins, stands before each row, and a mask <bool>[batch, inputs + 1] that is
+    True for the inputs and for that 0.
   """
   length = inputs.shape[1] + 1
   sizes = jnp.sum(inputs > 0, axis=1)[:, None]

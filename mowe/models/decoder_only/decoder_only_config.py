@@ -18,33 +18,39 @@ class DecoderOnlyConfig:
   """Sizes and parts of a language model with one stack.
 
   Attributes:
-    vocab_size: rows of the embedding; at least the subword vocabulary's size.
-    emb_dim: width of the model.
-    num_heads: attention heads.
-    head_dim: size of one head.
-    mlp_dim: hidden units of a dense feed-forward.
-    num_layers: blocks.
+    vocab_size: number of rows of the embedding; at least the subword
+      vocabulary's size.
+    emb_dim: width of the model, the size of one token's activation.
+    num_heads: number of attention heads in each block.
+    head_dim: size of the queries, keys and values of one head.
+    mlp_dim: number of hidden units of a dense feed-forward.
+    num_layers: number of blocks.
     mlp_activations: ('gelu', 'linear') for a gated one, ('relu',) for a plain.
-    logits_via_embedding: logits from the embedding, not their own kernel.
-    logits_bias: their own kernel has a bias.
-    dropout_rate: dropout everywhere.
-    dtype: dtype of activations; parameters are float32. Not float16.
-    remat: recompute blocks in the backward pass instead of keeping them.
-    attention: makes the self-attention of a block: one of `self_attention`, or
-      `relative_attention.RelativeAttention`, or
+    logits_via_embedding: whether the logits are products with the embedding;
+      otherwise they have a kernel of their own.
+    logits_bias: whether that kernel of the logits has a bias.
+    dropout_rate: dropout probability in all layers.
+    dtype: dtype of activations, float32 or bfloat16; parameters are float32.
+    remat: whether the backward pass recomputes the activations of each block
+      instead of keeping them in memory.
+    attention: factory of the self-attention of a block: one of
+      `self_attention`, or `relative_attention.RelativeAttention`, or
       `mixture_of_heads.MixtureOfSelfAttentionHeads`.
-    norm: makes a layer norm.
-    prefix_lm: inputs, where examples have them, see each other in both
-      directions; targets see what is before them.
-    memory_length: tokens before a batch, of the same rows, that it attends to
-      as in Transformer-XL. Training and evaluation carry them on.
-    embedding_stddev: of a fresh embedding.
-    sparse_feed_forward: makes the layer (or its class) of the blocks below.
-    sparse_decoder_layers: blocks, from 0, whose feed-forward is sparse.
-    routing: gives routing ids where the batch has none. Without it, layers
-      that can be routed by token get the ids of the tokens, -1 for padding.
-    block_layers: layers of single blocks that differ from the others; see
-      `model_config.ModelConfig`.
+    norm: factory of the layer norms.
+    prefix_lm: whether the inputs of an example attend to each other in both
+      directions; its targets attend to earlier tokens only in any case.
+    memory_length: number of earlier tokens of the same row, from the batches
+      before, that a batch attends to as in Transformer-XL. Training and
+      evaluation carry them from batch to batch; 0 is no memory.
+    embedding_stddev: standard deviation of a freshly drawn embedding.
+    sparse_feed_forward: factory of the sparse feed-forwards; None if all
+      feed-forwards are dense.
+    sparse_decoder_layers: numbers, from 0, of the blocks whose feed-forward is
+      sparse.
+    routing: makes routing ids where the batch has none. If it is None, layers
+      that can be routed by token get the token ids, -1 for padding.
+    block_layers: pairs of a place and a factory, for layers of single blocks
+      that differ from the others; see `model_config.ModelConfig`.
 
   Raises:
     ValueError: sizes or parts that cannot work together.
@@ -72,7 +78,7 @@ class DecoderOnlyConfig:
   routing: model_config.Routing | None = None
   block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
 
-  # Inputs have no stack of their own.
+  # Inputs and targets go through the same stack.
   streams = ('decoder',)
   layer_fields = types.MappingProxyType(
     {
@@ -86,7 +92,7 @@ class DecoderOnlyConfig:
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
     feed_forward.check_activations(self.mlp_activations)
-    model_config.check_dtype(self.dtype)
+    model_config.check_activation_dtype(self.dtype)
     model_config.check_blocks(
       'decoder', self.sparse_decoder_layers, self.num_layers
     )

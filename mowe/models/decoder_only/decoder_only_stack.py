@@ -8,7 +8,7 @@ from mowe.layers import feed_forward_base, linear, parameter
 from mowe.models import model_config
 from mowe.models.decoder_only import decoder_only_config
 
-# What a batch leaves to the next: of each block its inputs.
+# The collection in which a batch leaves the inputs of each block to the next.
 MEMORY = model_config.MEMORY
 
 
@@ -16,10 +16,10 @@ class Block(nn.Module):
   """Self-attention and feed-forward, each with a norm and a residual.
 
   Attributes:
-    config: of the model.
-    number: of this block, from 0.
-    shared: modules shared by feed-forwards.
-    attention_shared: modules shared by attentions.
+    config: the config whose layers are those of this block.
+    number: the number of this block, counted from 0.
+    shared: modules by name that all sparse feed-forwards share.
+    attention_shared: modules by name that all attentions share.
   """
 
   config: decoder_only_config.DecoderOnlyConfig
@@ -58,11 +58,14 @@ class Block(nn.Module):
     return tokens + self.dropout(outputs, deterministic=deterministic)
 
   def _with_memory(self, tokens, normed):
-    """Normed tokens after those of the memory, which gets these tokens."""
+    """Prepends the memory to normed tokens, and stores the tokens in it.
+
+    Both are <dtype>[batch, length, embed]; the memory keeps its length.
+    """
     if not self.has_variable(MEMORY, 'tokens'):
       return normed
-    # Inputs of the block, before its norm: the norm and the kernels are those
-    # of now, and have gradients.
+    # The memory holds the inputs of the block before its norm. The current norm
+    # and kernels are applied to them, and so get gradients from them.
     old = jax.lax.stop_gradient(self.get_variable(MEMORY, 'tokens'))
     if self.is_mutable_collection(MEMORY):
       both = jnp.concatenate([old, tokens], axis=1)
@@ -72,8 +75,14 @@ class Block(nn.Module):
     )
 
 
-class Decoder(nn.Module):
-  """All blocks, from embedded to normed tokens, and the kernel of logits."""
+class DecoderOnlyStack(nn.Module):
+  """All blocks, from embedded to normed tokens, and the kernel of the logits.
+
+  Attributes:
+    config: the sizes and parts of the model.
+    shared: modules by name that all sparse feed-forwards share, such as a table
+      of experts.
+  """
 
   config: decoder_only_config.DecoderOnlyConfig
   shared: dict[str, nn.Module]
@@ -124,9 +133,14 @@ class Decoder(nn.Module):
     return logits
 
   def remembered(self, real):
-    """Which tokens of the memory are real, <bool>[batch, memory], or None.
+    """Returns which tokens of the memory are real, and appends those of now.
 
-    The memory then counts these as well.
+    Args:
+      real: <bool>[batch, length], False for padding.
+
+    Returns:
+      <bool>[batch, memory], False where the memory holds no token yet or holds
+      padding; None if the model has no memory.
     """
     if not self.has_variable(MEMORY, 'real'):
       return None

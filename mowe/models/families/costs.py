@@ -20,22 +20,24 @@ class ModelCosts:
   """Sizes and costs of a model.
 
   A product with a kernel of n numbers costs 2n FLOPs. Attention scores, which
-  depend on the length and are the same for all feed-forwards, are left out; so
+  depend on the length and are the same for all feed-forwards, are left out, as
   are norms and activations. A word expert is counted for every token, also for
-  those that are skipped. The experts of a MoeLayer, and the modules of a mixture of heads, are
-  counted as often as the router chooses one per token, on average and before
-  any is dropped; routers and shared experts are met by every token. Of a layer that says what it reads
-  (`share_read`, as product-key memories do) that much is counted, and what is
-  read in part counts as experts. Dense units that are zero cost like others.
+  skipped words. The experts of a MoeLayer and the modules of a mixture of heads
+  are counted as often as the router chooses one per token, on average and
+  before any token is dropped; every token uses the routers and shared experts.
+  If a layer reads only a share of its parameters (`share_read`, as product-key
+  memories do), that share is counted, and these parameters count as experts.
+  Dense units that are zero are counted like all others.
 
   Attributes:
-    total_parameters: all numbers that are stored.
-    expert_parameters: those of experts, in tables and in layers.
-    active_expert_parameters: those that one token reads, over all layers that
-      it passes, counted once per table row.
-    flops_per_input_token: forward, one encoder token (its keys and values for
-      cross attention included).
-    flops_per_target_token: forward, one decoder token, logits included.
+    total_parameters: number of all parameters of the model.
+    expert_parameters: number of parameters of experts, in tables and in layers.
+    active_expert_parameters: number of parameters of experts that one token
+      reads in all layers together, where each table row counts once.
+    flops_per_input_token: FLOPs of the forward pass for one encoder token, with
+      its keys and values for cross attention.
+    flops_per_target_token: FLOPs of the forward pass for one decoder token,
+      with its logits.
   """
 
   total_parameters: int
@@ -51,7 +53,12 @@ class ModelCosts:
     return dense + self.active_expert_parameters
 
   def flops_per_example(self, inputs: int, targets: int) -> int:
-    """Forward FLOPs of an example with so many tokens."""
+    """Returns the FLOPs of the forward pass for one example.
+
+    Args:
+      inputs: number of encoder tokens of the example.
+      targets: number of decoder tokens of the example.
+    """
     return (
       inputs * self.flops_per_input_token
       + targets * self.flops_per_target_token
@@ -140,12 +147,13 @@ def _size(leaf) -> int:
   return int(np.prod(leaf.shape))
 
 
-# The whole names of parameters of experts that are not in a table.
+# Matches the full names of experts' parameters that are not in a table.
 EXPERTS = r'.+/expert/[^/]+/[^/]+'
 
 _STACKS = ('encoder', 'decoder')
 
-# Of groups that have no size of their own, as those of whole sequences.
+# Group size in tokens that is assumed for groups without a fixed size, such as
+# groups that are whole sequences.
 _GROUP_SIZE = 512
 
 _MEMORY_PROJECTIONS = {

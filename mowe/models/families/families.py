@@ -49,7 +49,7 @@ def of_config(config: model_config.ModelConfig) -> Family:
   )
 
 
-def of_name(name: str | None) -> Family:
+def family_of_name(name: str | None) -> Family:
   """Returns the family that a saved config names.
 
   Raises:

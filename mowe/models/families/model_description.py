@@ -1,4 +1,4 @@
-"""What a folder says of the model whose weights are in it, and its vocabularies.
+"""Reads and writes the description of a model in the folder of its weights.
 
   vocabulary.model        SentencePiece model, a copy (unless bytes are read)
   routing_vocabulary.npz  a copy, for models with word experts
@@ -36,7 +36,7 @@ _SIZES = (
   'num_encoder_layers',
   'num_decoder_layers',
 )
-# Above those of every model.
+# A limit above the sizes of every model, against damaged files.
 _LARGEST = 2**24
 
 
@@ -73,7 +73,7 @@ def write_vocabularies(
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
-  """What a file holds that was written with a description.
+  """Reads a JSON file that holds a description.
 
   Raises:
     ValueError: it is not a JSON object.
@@ -98,9 +98,9 @@ def load(
   """Config and subword vocabulary of a description.
 
   Args:
-    file: that holds it, with the vocabularies beside it.
-    described: what it holds.
-    **changes: fields of the config to replace.
+    file: the file of the description; the vocabularies lie beside it.
+    described: the content of the file, as `read` returns it.
+    **changes: values of config fields that replace the saved ones.
 
   Raises:
     ValueError: another version, or a vocabulary that is not the one it names.

@@ -20,7 +20,8 @@ from flax import linen as nn
 from mowe.models import model_config
 from mowe.models.families import families
 
-# What the stack or a run gives to a layer, or what Linen adds: no part of its config.
+# Fields of a layer that the stack, the run or Linen sets. They are not part of
+# the saved config.
 _GIVEN = {
   'parent',
   'name',
@@ -31,7 +32,7 @@ _GIVEN = {
   'rows_from',
 }
 
-# What the stack gives besides to the part that a field makes.
+# Fields that the stack sets in addition, by the config field of the layer.
 _OF_HEADS = {'num_heads', 'head_dim', 'relpos_bias'}
 _GIVEN_TO = {
   'attention': _OF_HEADS,
@@ -49,7 +50,7 @@ _LONG = 64
 _INTEGER_TYPES = ('uint8', 'uint16', 'int64')
 
 
-# Modules, or packages of them, that `trust` was given.
+# Full names of the modules and packages that were given to `trust`.
 _trusted: set[str] = set()
 
 
@@ -78,7 +79,7 @@ def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
     if field.name == 'routing':
       continue
     if field.name == _BLOCK_LAYERS:
-      # Absent without any, as in files from before there were such.
+      # The key is left out if there are none, as in files of older versions.
       if value:
         tree[field.name] = _block_layers_to_json(config)
       continue
@@ -106,7 +107,7 @@ def from_json(
     ValueError: the tree names a field or a class that this package lacks.
   """
   tree = dict(tree)
-  cls = families.of_name(tree.pop(_FAMILY, None)).config_class
+  cls = families.family_of_name(tree.pop(_FAMILY, None)).config_class
   known = {field.name for field in dataclasses.fields(cls)}
   _check_names('A model config', tree, known)
   values = {}
@@ -143,20 +144,21 @@ def _factory_from_json(tree):
   cls, fields = _part_from_json(tree, what)
   if not issubclass(cls, nn.Module):
     raise ValueError(_not_a_class(what, tree))
-  # A class that is as it is made is itself: configs are compared.
+  # A class without changed fields stays a bare class, because configs are
+  # compared and two `functools.partial` are never equal.
   return functools.partial(cls, **fields) if fields else cls
 
 
 def _part_to_json(part, leave_out=frozenset()) -> dict[str, Any]:
   """A layer, or what it is put together of: its class and its fields."""
-  # gin's subclasses bear the names of what they stand for.
+  # gin makes a subclass of a configured class, with the same module and name.
   cls = type(part)
   name = f'{cls.__module__}.{cls.__qualname__}'
   if cls.__module__ == '__main__' or not _imported(name):
     raise ValueError(
-      'A model can only be saved with classes that stand at the top of a module '
-      f'that can be imported, or it could not be read again, but it has a {name}'
-      '. Move the class to a module of its own.'
+      'A model can only be saved with classes that stand at the top of a '
+      'module that can be imported, or it could not be read again, but it has '
+      f'a {name}. Move the class to a module of its own.'
     )
   fields = {
     field.name: _value_to_json(
@@ -270,7 +272,7 @@ def _check_names(what, found, known):
 
 
 def _integers_to_json(values):
-  # The smallest type that holds them all.
+  # The smallest integer type that holds all values.
   kind = next(
     kind
     for kind in _INTEGER_TYPES

@@ -1,4 +1,4 @@
-"""Which layers of a model are made of modules, and where each module lies.
+"""Finds the layers of modules in a model, and where each module lies.
 
 A layer of modules has a router, and parameters with the logical axis `expert`:
 one slab for each module. A module is its slabs and its column of the router.
@@ -19,7 +19,7 @@ from mowe.models import initialization, model_config, parameters
 from mowe.models.families import families
 
 Path = tuple[str, ...]
-# Every parameter by its path.
+# All parameters of a model by path.
 Params = Mapping[Path, np.ndarray]
 
 _AXIS = 'expert'
@@ -40,13 +40,15 @@ class ModuleLayer:
   """A layer of modules in one block.
 
   Attributes:
-    place: its path, such as 'decoder/layers_0/mlp'.
-    layer: the layer itself, with its fields.
-    num_modules: modules that tokens can have.
-    slabs: its parameters of modules -> the axis that counts them.
-    outputs: those of `slabs` that end in the width of the model.
-    columns: its router's parameters -> likewise; of a layer whose removed
-      modules still count in the softmax they have more.
+    place: path of the layer, such as 'decoder/layers_0/mlp'.
+    layer: the Linen module of the layer, with its fields.
+    num_modules: number of modules that tokens can choose.
+    slabs: from the path of each parameter of the modules to the axis that
+      counts modules.
+    outputs: paths of those `slabs` whose last axis is the width of the model.
+    columns: from the path of each parameter of the router to the axis that
+      counts modules. If removed modules still count in the softmax, this axis
+      is longer than `num_modules`.
   """
 
   place: str
@@ -63,7 +65,7 @@ class ModuleLayer:
 
   @property
   def num_columns(self) -> int:
-    """Columns of the router."""
+    """Number of columns of the router."""
     return self.num_modules + getattr(self.layer.logits, 'num_removed', 0)
 
 
@@ -120,14 +122,14 @@ def split_place(place: str) -> tuple[str, int, str]:
 def with_layers(
   config: model_config.ModelConfig, changes: Mapping[str, Mapping[str, Any]]
 ) -> model_config.ModelConfig:
-  """A config whose layers at some places have other fields.
+  """Returns a config whose layers at some places have other fields.
 
-  Where all layers that a field of the config makes change alike, the field
-  does; others become `block_layers`.
+  If all layers that one field of the config makes change in the same way, that
+  field is changed; otherwise the changed layers become `block_layers`.
 
   Args:
-    config: of the model.
-    changes: place -> fields of the layer.
+    config: the config of the model.
+    changes: from the place of a layer to its changed fields by name.
   """
   factories = dict(config.block_layers)
   of_field: dict[str, list[str]] = {}
@@ -164,14 +166,14 @@ def check_router(layer: ModuleLayer) -> None:
 
 
 def plain_losses(losses: Any) -> Any:
-  """The losses of a layer's router without one against taking over."""
+  """Returns router losses without the loss that holds added modules back."""
   if isinstance(losses, added_modules.AddedLosses):
     return losses.losses
   return losses
 
 
 def fewest(router: Any, num_modules: int) -> list[tuple[range, int]]:
-  """How many of which modules a token needs: ranges of modules, and numbers."""
+  """Returns ranges of modules, each with the number that a token chooses."""
   if isinstance(router, added_modules.AddedChoose):
     old = fewest(router.router, router.num_old)
     return [*old, (range(router.num_old, num_modules), router.k)]
@@ -187,7 +189,7 @@ def fewest(router: Any, num_modules: int) -> list[tuple[range, int]]:
 
 
 def _places(config):
-  """Places of all layers that the config's factories make."""
+  """Yields the places of all layers that the config's factories make."""
   blocks = config.sparse_blocks()
   for stream, name in config.layer_fields:
     numbers = blocks[stream] if name == _MLP else range(config.depths()[stream])
@@ -196,7 +198,7 @@ def _places(config):
 
 
 def _field_of(config, stream, name):
-  """The field that makes these layers now, which others may share."""
+  """Returns the field whose factory makes these layers; None if none does."""
   field = config.layer_fields[stream, name]
   if getattr(config, field) is None:
     field = config.shared_fields.get(field, field)
@@ -204,7 +206,10 @@ def _field_of(config, stream, name):
 
 
 def _changed(factory: Callable[..., nn.Module], changes):
-  """Unlike `model_config.changed_factory`, all of these fields are there."""
+  """Returns a factory of layers with the changes, which must be fields of it.
+
+  (`model_config.changed_factory` leaves layers alone that lack a field.)
+  """
   return lambda **given: factory(**given).clone(parent=None, **changes)
 
 

@@ -1,4 +1,4 @@
-"""New modules in the layers of a trained model, which change nothing at first.
+"""Adds modules to a trained model without changing its outputs at first.
 
 See `layers/added_modules` for the rule by which tokens meet them.
 """
@@ -28,13 +28,14 @@ def add(
   kernels are zero: the model's outputs stay what they are.
 
   Args:
-    config: of the model.
-    numbers: 'mlp' or 'attention' -> new modules in each such layer.
-    k: of the new modules, how many a token meets.
-    seed: of what is drawn.
+    config: the config of the trained model.
+    numbers: from a kind of layer, 'mlp' or 'attention', to the number of new
+      modules in each layer of that kind.
+    k: number of new modules that each token chooses.
+    seed: seed of the new slabs and router columns.
 
   Returns:
-    The config of the larger model, and how its parameters come about.
+    The config of the larger model, and the edits that make its parameters.
 
   Raises:
     ValueError: no such layers, layers with another kind of router, or fewer
@@ -109,8 +110,9 @@ def _drawn(config, layers, seed):
   edits = {}
   for path, array in flax.traverse_util.flatten_dict(fresh).items():
     one, axis = wanted[path]
-    # Of a layer with kept gates, columns are more than slabs.
+    # A pruned layer that kept its gates has more columns than slabs.
     old = _size(path, one)
+    # The last modules along the axis are the new ones.
     new = np.asarray(array).take(range(old, array.shape[axis]), axis=axis)
     if path in one.outputs:
       new = np.zeros_like(new)
@@ -119,7 +121,7 @@ def _drawn(config, layers, seed):
 
 
 def _size(path, one):
-  """Modules that a parameter had before."""
+  """Returns the number of modules that a parameter had before."""
   by_column = path in one.columns and path[-1] != 'selection_bias'
   return one.num_columns if by_column else one.num_modules
 
@@ -127,11 +129,12 @@ def _size(path, one):
 def new_parts(
   config: model_config.ModelConfig,
 ) -> dict[module_surgery.Path, tuple[int, int]]:
-  """Where the modules lie that were added last: what training should change.
+  """Returns where the modules lie that were added last, which are to be
+  trained.
 
   Returns:
-    For every parameter with such modules the axis that counts modules, and how
-    many the last ones are.
+    For the path of every parameter with such modules, the axis that counts
+    modules and the number of modules at its end that were added last.
   """
   parts = {}
   for one in module_surgery.module_layers(config):

@@ -1,4 +1,4 @@
-"""What surgery does to the arrays of a model, and to statistics of them."""
+"""Edits that surgery makes to parameters and to their optimizer statistics."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,25 +13,30 @@ class Edit(Protocol):
   """A change of one parameter along the axis that counts modules.
 
   Attributes:
-    axis: of the parameter.
+    axis: the axis of the parameter that counts modules.
   """
 
   axis: int
 
   def apply(self, array: np.ndarray) -> np.ndarray:
-    """The new parameter."""
+    """Returns the parameter after the edit."""
 
   def of_statistic(self, array: np.ndarray, axis: int) -> np.ndarray:
-    """A statistic of an optimizer, whose modules lie along `axis`."""
+    """Returns an optimizer's statistic after the edit.
+
+    Args:
+      array: the statistic of the parameter, which may have another rank.
+      axis: the axis of the statistic that counts modules.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Take:
-  """Some modules are left, in this order.
+  """Keeps some modules, in the given order.
 
   Attributes:
-    axis: of the parameter.
-    kept: numbers of the modules.
+    axis: the axis of the parameter that counts modules.
+    kept: numbers of the modules that are left.
   """
 
   axis: int
@@ -48,11 +53,12 @@ class Take:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Append:
-  """New modules come after the old ones, with statistics of zero.
+  """Appends new modules after the old ones, with statistics of zero.
 
   Attributes:
-    axis: of the parameter.
-    new: <float32>[...], as the parameter, but of the new modules alone.
+    axis: the axis of the parameter that counts modules.
+    new: <float32>[...], the parameter of the new modules alone: its shape is
+      that of the parameter except along `axis`.
   """
 
   axis: int
@@ -76,7 +82,12 @@ Edits = Mapping[module_surgery.Path, Edit]
 def apply(
   edits: Edits, params: module_surgery.Params
 ) -> dict[module_surgery.Path, np.ndarray]:
-  """All parameters of a model, those changed that have an edit."""
+  """Returns all parameters of a model after the edits.
+
+  Args:
+    edits: an edit for the path of each parameter that changes.
+    params: all parameters of the model, by path.
+  """
   return {
     path: edits[path].apply(array) if path in edits else array
     for path, array in params.items()

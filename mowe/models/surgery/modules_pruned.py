@@ -1,4 +1,4 @@
-"""A model with fewer modules: which are left, and how gates go on."""
+"""Removes modules from a model: chooses those left, and adapts the gates."""
 
 import dataclasses
 import math
@@ -11,20 +11,25 @@ from mowe.layers.routers import added_modules, pruned_modules, tokens_choose
 from mowe.models import model_config
 from mowe.models.surgery import module_surgery, modules_edits
 
-# Place of a layer -> numbers of the modules that are left, in order.
+# From the place of a layer to the numbers of the modules left, in their order.
 Kept = Mapping[str, tuple[int, ...]]
 
 
 class Gates(Protocol):
-  """What becomes of the gates of the modules that are left."""
+  """How the gates of the remaining modules are computed after pruning."""
 
   def fields(
     self, one: module_surgery.ModuleLayer, kept: tuple[int, ...]
   ) -> Any:
-    """Fields of the smaller layer."""
+    """Returns the fields that change in the smaller layer.
+
+    Args:
+      one: the layer before pruning.
+      kept: numbers of the modules that are left, in their order.
+    """
 
   def takes_columns(self, one: module_surgery.ModuleLayer) -> bool:
-    """Whether columns of removed modules go as well."""
+    """Whether the router's columns of removed modules are removed too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +94,16 @@ class KeepGates:
 def prune(
   config: model_config.ModelConfig, kept: Kept, gates: Gates
 ) -> tuple[model_config.ModelConfig, modules_edits.Edits]:
-  """Removes modules.
+  """Removes modules from some layers of a model.
 
   Args:
-    config: of the model.
-    kept: of every layer that changes the modules that are left.
-    gates: Renormalise or KeepGates.
+    config: the config of the trained model.
+    kept: numbers of the modules that are left, by the place of each layer that
+      changes.
+    gates: how gates are computed afterwards, `Renormalise()` or `KeepGates()`.
 
   Returns:
-    The config of the smaller model, and how its parameters come about.
+    The config of the smaller model, and the edits that make its parameters.
 
   Raises:
     ValueError: no such layer or module, a layer that would have fewer modules
@@ -127,7 +133,7 @@ def prune(
 
 
 def check_kept(one: module_surgery.ModuleLayer, kept: tuple[int, ...]) -> None:
-  """Raises ValueError unless a layer can do with these modules."""
+  """Raises ValueError if a layer cannot work with these modules alone."""
   module_surgery.check_router(one)
   in_order = all(a < b for a, b in zip(kept, kept[1:], strict=False))
   if kept and not (0 <= kept[0] and kept[-1] < one.num_modules and in_order):
@@ -149,15 +155,16 @@ def check_kept(one: module_surgery.ModuleLayer, kept: tuple[int, ...]) -> None:
 def most_used(
   one: module_surgery.ModuleLayer, counts: Sequence[int], fraction: float
 ) -> tuple[int, ...]:
-  """The modules of a layer that were chosen most often.
+  """Returns the modules of a layer that were chosen most often.
 
-  Of equal ones the first. Where tokens meet modules of two kinds, each kind has
-  at least as many as a token meets.
+  Of modules with equal counts the first are taken. If the layer has old and
+  added modules, of each kind at least as many are left as a token chooses.
 
   Args:
-    one: the layer.
-    counts: how often each of its modules was chosen.
-    fraction: of the modules that are left; their number is rounded.
+    one: the layer of modules.
+    counts: how often each module of the layer was chosen.
+    fraction: share of the modules that are left, above 0 and at most 1; their
+      number is rounded.
 
   Raises:
     ValueError: too few would be left.
@@ -187,13 +194,15 @@ def above_threshold(
   threshold: float,
   multiple: int = 1,
 ) -> tuple[int, ...]:
-  """The modules that were chosen often enough, and at least those needed.
+  """Returns the modules that were chosen often enough.
+
+  At least as many are left as each token chooses.
 
   Args:
-    one: the layer.
-    counts: how often each of its modules was chosen.
-    threshold: least count, relative to the mean of the layer's modules.
-    multiple: the number that is left is rounded up to one of it.
+    one: the layer of modules.
+    counts: how often each module of the layer was chosen.
+    threshold: the least count, as a multiple of the mean count of the layer.
+    multiple: the number of modules left is rounded up to a multiple of this.
   """
   if threshold < 0:
     raise ValueError(
@@ -212,7 +221,7 @@ def above_threshold(
 
 
 def _best(one, counts, number):
-  """So many modules by count, each range of `fewest` with its own."""
+  """Returns the `number` most used modules, with the fewest of each range."""
   if len(counts) != one.num_modules:
     raise ValueError(
       f'There must be a count for each of the {one.num_modules} modules of '
@@ -228,7 +237,7 @@ def _best(one, counts, number):
 
 
 def _smaller(router, kept):
-  """The router of the modules that are left."""
+  """Returns the router for the modules that are left."""
   if isinstance(router, added_modules.AddedChoose):
     old = tuple(m for m in kept if m < router.num_old)
     return dataclasses.replace(

@@ -30,10 +30,11 @@ def check(config: model_config.ModelConfig) -> None:
 
 
 def dense_shapes(params: Any) -> Any:
-  """What a dense checkpoint must hold to become these parameters.
+  """Returns the shapes that a dense checkpoint must have to be upcycled.
 
   Args:
-    params: tree of `jax.ShapeDtypeStruct`, with or without shardings.
+    params: tree of `jax.ShapeDtypeStruct`, the parameters of the model with
+      experts, with or without shardings.
   """
   shapes = {}
   for path, leaf in flax.traverse_util.flatten_dict(params).items():
@@ -48,14 +49,15 @@ def dense_shapes(params: Any) -> Any:
 
 
 def upcycle(model: nn.Module, dense: Any, params: Any, key: jax.Array) -> Any:
-  """Parameters of a model with experts out of those of a dense one.
+  """Makes the parameters of a model with experts from those of a dense model.
 
   Args:
-    model: the model with experts; see `check`.
-    dense: parameters, of the shapes of `dense_shapes`.
-    params: tree of `jax.ShapeDtypeStruct` of the model's parameters; each is
-      made in the sharding that it has there.
-    key: of the routers, which are fresh.
+    model: the model with experts; its config has passed `check`.
+    dense: tree of the dense model's parameters, in the shapes that
+      `dense_shapes` returns.
+    params: tree of `jax.ShapeDtypeStruct` of the parameters of `model`; each
+      parameter is made in the sharding that its entry has.
+    key: random key from which the routers are drawn.
 
   Raises:
     ValueError: `dense` has other parameters than are needed.
@@ -78,7 +80,7 @@ def upcycle(model: nn.Module, dense: Any, params: Any, key: jax.Array) -> Any:
     )
 
   def make(dense, key):
-    # Only the routers are drawn: nothing else of it is used.
+    # Only the routers are used, so XLA draws nothing else.
     fresh = parameters.initial_variables(model, key)['params']
     fresh = flax.traverse_util.flatten_dict(fresh)
     values = {}
@@ -96,7 +98,7 @@ def upcycle(model: nn.Module, dense: Any, params: Any, key: jax.Array) -> Any:
 
 
 def _source(path):
-  """The dense parameter that this one is made of, None for a router's."""
+  """Returns the path of the dense parameter, None for those of a router."""
   if 'router' in path:
     return None
   if 'expert' in path:

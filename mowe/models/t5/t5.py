@@ -60,24 +60,30 @@ class T5(nn.Module):
     enable_dropout: bool = True,
     decode: bool = False,
   ) -> jax.Array:
-    """Logits <float32>[batch, targets, vocab] with teacher forcing.
+    """Returns logits <float32>[batch, targets, vocab] with teacher forcing.
 
     Args:
-      encoder_input_tokens: <int32>[batch, inputs], 0 is padding.
-      decoder_input_tokens: <int32>[batch, targets], shifted targets.
-      decoder_target_tokens: <int32>[batch, targets].
-      encoder_segment_ids: <int32>[batch, inputs] of packed examples, or None.
-      decoder_segment_ids: <int32>[batch, targets] of packed examples, or None.
-      encoder_positions: taken for T5X's sake; relative positions need none.
-      decoder_positions: likewise.
-      encoder_routing_ids: <int32>[batch, inputs]; None: they are made from the
-        tokens by the config's routing.
-      decoder_routing_ids: likewise for the decoder's input tokens.
-      encoder_plan: the plan of the encoder's tokens (`batch_plans.StreamPlan`),
-        or None.
-      decoder_plan: likewise for the decoder's input tokens.
-      enable_dropout: draws from the `dropout` stream.
-      decode: prepares the cache for step-by-step decoding.
+      encoder_input_tokens: <int32>[batch, inputs], token ids; 0 is padding.
+      decoder_input_tokens: <int32>[batch, targets], the targets shifted to the
+        right by one.
+      decoder_target_tokens: <int32>[batch, targets], token ids; 0 is padding.
+      encoder_segment_ids: <int32>[batch, inputs], the number of the example to
+        which each input of a packed row belongs; None if rows are not packed.
+      decoder_segment_ids: <int32>[batch, targets], the number of the example to
+        which each target of a packed row belongs; None if rows are not packed.
+      encoder_positions: not used. T5X passes it, but relative positions do not
+        need it.
+      decoder_positions: not used, for the same reason.
+      encoder_routing_ids: <int32>[batch, inputs], routing ids of the encoder's
+        tokens; None if the config's routing makes them from the tokens.
+      decoder_routing_ids: <int32>[batch, targets], routing ids of the decoder's
+        tokens; None if the config's routing makes them from the tokens.
+      encoder_plan: the `batch_plans.StreamPlan` of the encoder's tokens; None
+        if the layers use the routing ids.
+      decoder_plan: the `batch_plans.StreamPlan` of the decoder's tokens; None
+        if the layers use the routing ids.
+      enable_dropout: whether dropout draws from the `dropout` random stream.
+      decode: whether to prepare the cache for step-by-step decoding.
     """
     del encoder_positions, decoder_positions
     embedded, decoder_embedded = self.token_embedder.both(
@@ -111,9 +117,9 @@ class T5(nn.Module):
     """Logits <float32>[batch, targets, vocab] of a batch by T5X's keys.
 
     Args:
-      batch: as in docs/architecture; plans are under `encoder_plan` and
-        `decoder_plan`.
-      enable_dropout: draws from the `dropout` stream.
+      batch: arrays by their T5X names, such as `encoder_input_tokens`; plans,
+        if there are any, are under `encoder_plan` and `decoder_plan`.
+      enable_dropout: whether dropout draws from the `dropout` random stream.
     """
     return self(
       **{name: batch[name] for name in _FEATURES if name in batch},
@@ -173,8 +179,8 @@ class T5(nn.Module):
   ) -> jax.Array:
     """Logits <float32>[batch, targets, vocab] given the encoder's outputs.
 
-    With `decode=True` and a cache, the inputs are one token [batch, 1], and
-    the targets are not looked at.
+    With `decode=True` and a cache, `decoder_input_tokens` is one token per row,
+    [batch, 1], and the targets are ignored.
     """
     del decoder_positions
     return self._decode(
@@ -250,7 +256,8 @@ class T5(nn.Module):
       return self._routing_ids('decoder_ids', inputs, real, segment_ids)
     if not self.has_variable('cache', 'word_so_far'):
       ids = self._routing_ids('decoder_ids', inputs, real, segment_ids)
-      # Rank 2: T5X's beam search leaves leaves of rank 1 alone.
+      # The state has rank 2, because T5X's beam search does not reorder leaves
+      # of rank 1.
       state = self.config.routing.initial_state(inputs.shape[0])
       self.put_variable('cache', 'word_so_far', jnp.asarray(state))
       return ids
@@ -267,25 +274,28 @@ class T5(nn.Module):
     max_length: int,
     rows_per_example: int,
   ) -> tuple[decoding.CountedStep, decoding.Cache]:
-    """The step function and the cache that `decoding` begins with.
+    """Returns the step function and the cache that `decoding` begins with.
 
     Args:
-      variables: a dict with 'params'.
-      inputs: <int32>[batch, inputs], 0 is padding.
-      max_length: most tokens of a sequence.
-      rows_per_example: rows of the step function; the cache has one.
+      variables: a dict with 'params', the parameters of the model.
+      inputs: <int32>[batch, inputs], token ids of the encoder; 0 is padding.
+      max_length: the largest number of tokens of a generated sequence.
+      rows_per_example: rows per example with which the strategy calls the step
+        function. The cache has one row per example; the strategy expands it.
     """
     apply = functools.partial(self.apply, enable_dropout=False)
     encoded = apply(variables, inputs, method='encode')
     cache = initial_cache(self, variables, encoded, inputs, max_length)
-    # The keys and values of the encoder's outputs, computed once.
+    # The decoder's keys and values of the encoder's outputs are the same at
+    # every step, so they are computed once.
     _, memory = self.apply(
       variables, encoded, method='remember', mutable=['encoder_memory']
     )
     encoded, inputs, memory = decoding.expand_rows(
       (encoded, inputs, memory), rows_per_example
     )
-    # Or XLA moves their transposition into the loop, to be made at each step.
+    # Without the barrier, XLA moves their transposition into the loop and
+    # repeats it at each step.
     memory = jax.lax.optimization_barrier(memory)
 
     def step_function(tokens, cache):
@@ -306,7 +316,7 @@ class T5(nn.Module):
     return step_function, cache
 
 
-# What of a batch `T5.__call__` takes.
+# Keys of a batch that are arguments of `T5.__call__`.
 _FEATURES = (
   'encoder_input_tokens',
   'decoder_input_tokens',
@@ -335,14 +345,16 @@ def initial_cache(
   encoder_input_tokens: jax.Array,
   max_length: int,
 ) -> decoding.Cache:
-  """The model's cache before the first token: zeros, computed by no pass.
+  """Returns the decoder's cache before the first token, all zeros.
+
+  The shapes come from tracing a first pass, which is never run.
 
   Args:
-    model: with the calls of `mowe.models.t5.t5.T5`.
-    variables: a dict with 'params'.
+    model: a module with the methods of `mowe.models.t5.t5.T5`.
+    variables: a dict with 'params', the parameters of the model.
     encoded: <dtype>[batch, inputs, embed], the encoder's outputs.
-    encoder_input_tokens: <int32>[batch, inputs].
-    max_length: steps for which the cache has room.
+    encoder_input_tokens: <int32>[batch, inputs], token ids; 0 is padding.
+    max_length: the number of steps for which the cache has room.
   """
   targets = jnp.ones((encoded.shape[0], max_length), jnp.int32)
 

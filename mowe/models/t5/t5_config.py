@@ -21,31 +21,39 @@ class T5Config:
   """Sizes and parts of a T5.
 
   Attributes:
-    vocab_size: rows of the embedding; at least the subword vocabulary's size.
-    emb_dim: width of the model.
-    num_heads: attention heads.
-    head_dim: size of one head.
-    mlp_dim: hidden units of a dense feed-forward.
-    num_encoder_layers: encoder blocks.
-    num_decoder_layers: decoder blocks.
+    vocab_size: number of rows of the embedding; at least the subword
+      vocabulary's size.
+    emb_dim: width of the model, the size of one token's activation.
+    num_heads: number of attention heads in each block.
+    head_dim: size of the queries, keys and values of one head.
+    mlp_dim: number of hidden units of a dense feed-forward.
+    num_encoder_layers: number of encoder blocks.
+    num_decoder_layers: number of decoder blocks.
     mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
     logits_via_embedding: logits from the embedding (1.0), not their own kernel.
-    dropout_rate: dropout everywhere.
-    dtype: dtype of activations; parameters are float32. Not float16.
-    remat: recompute blocks in the backward pass instead of keeping them.
-    attention: makes every attention but those below: MultiHeadAttention, or
+    dropout_rate: dropout probability in all layers.
+    dtype: dtype of activations, float32 or bfloat16; parameters are float32.
+    remat: whether the backward pass recomputes the activations of each block
+      instead of keeping them in memory.
+    attention: factory of the attention layers: MultiHeadAttention, or
       `mixture_of_heads.MixtureOfAttentionHeads`.
-    encoder_attention: the same for the encoder, where it is another.
-    decoder_attention: the same for the decoder's own tokens.
-    sparse_feed_forward: makes the layer (or its class) of the blocks below.
-    sparse_decoder_feed_forward: the same for the decoder's blocks, where it is
-      another: a router that looks ahead fits an encoder only.
-    sparse_encoder_layers: encoder blocks, from 0, whose feed-forward is sparse.
-    sparse_decoder_layers: decoder blocks, likewise.
-    routing: gives routing ids where the batch has none. Without it, layers
-      that can be routed by token get the ids of the tokens, -1 for padding.
-    block_layers: layers of single blocks that differ from the others; see
-      `model_config.ModelConfig`.
+    encoder_attention: factory of the encoder's self-attention; None if
+      `attention` makes it.
+    decoder_attention: factory of the decoder's self-attention; None if
+      `attention` makes it.
+    sparse_feed_forward: factory of the sparse feed-forwards; None if all
+      feed-forwards are dense.
+    sparse_decoder_feed_forward: factory of the decoder's sparse feed-forwards,
+      for example because the encoder's router looks ahead; None if
+      `sparse_feed_forward` makes them too.
+    sparse_encoder_layers: numbers, from 0, of the encoder blocks whose
+      feed-forward is sparse.
+    sparse_decoder_layers: numbers, from 0, of the decoder blocks whose
+      feed-forward is sparse.
+    routing: makes routing ids where the batch has none. If it is None, layers
+      that can be routed by token get the token ids, -1 for padding.
+    block_layers: pairs of a place and a factory, for layers of single blocks
+      that differ from the others; see `model_config.ModelConfig`.
 
   Raises:
     ValueError: sizes or parts that cannot work together.
@@ -76,7 +84,7 @@ class T5Config:
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
     feed_forward.check_activations(self.mlp_activations)
-    model_config.check_dtype(self.dtype)
+    model_config.check_activation_dtype(self.dtype)
     for stream, blocks in self.sparse_blocks().items():
       model_config.check_blocks(stream, blocks, self.depths()[stream])
     model_config.check_block_layers(self)
@@ -92,9 +100,9 @@ class T5Config:
       model_config.check_layers(self)
     model_config.check_attentions(self)
 
-  # Of the inputs, and of the targets.
+  # The inputs go through the encoder, the targets through the decoder.
   streams = ('encoder', 'decoder')
-  # Batches have nothing to do with each other.
+  # No batch attends to an earlier one.
   memory_length = 0
   layer_fields = types.MappingProxyType(
     {
@@ -105,7 +113,7 @@ class T5Config:
       ('decoder', 'encoder_decoder_attention'): 'attention',
     }
   )
-  # Where the first is None, the second makes its layers.
+  # If the first field is None, the factory of the second makes its layers.
   shared_fields = types.MappingProxyType(
     {
       'sparse_decoder_feed_forward': 'sparse_feed_forward',
