@@ -302,7 +302,7 @@ def test_damage_leaves_nothing(world, tmp_path):
   described = json.loads(file.read_text())
   for name, value, text in (
     ('subwords', None, 'must describe a model of mowe, but reading it failed'),
-    ('config', {'vocab_size': 3}, 'must describe a model of mowe'),
+    ('config', {'vocab_size': 3}, 'family of a saved model must be one of'),
     ('step', -1, 'must be a number of updates, .* but is -1. Take'),
     ('step', 2**31, 'must be a number of updates, .* but is 2147483648. Take'),
     ('step', 1.5, 'must be a number of updates, .* but is 1.5. Take'),

@@ -285,7 +285,7 @@ def test_an_example_runs(name, options, tmp_path, capsys):
     'cache-task', cache, text, '--vocabulary', 'bytes', '--unit', 'file',
     '--kind', 'language_model',
   )  # fmt: skip
-  one_block = ['--gin.decoder_only.DecoderOnlyConfig.num_layers=1']
+  one_block = ['--gin.decoder_only_config.DecoderOnlyConfig.num_layers=1']
   if name == 'moduleformer':
     one_block = ['--gin.NUM_LAYERS=1']
   shared = (

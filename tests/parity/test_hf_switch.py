@@ -15,6 +15,7 @@ import pytest
 
 from mowe.interop import huggingface, rules
 from mowe.layers.routers import router_base, router_losses
+from mowe.models import model_config
 from mowe.models.t5 import t5
 
 
@@ -67,13 +68,14 @@ def run(model, params, embedded, io):
   causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
 
   def call(module):
-    encoded = module.encoder(embedded[0], mask, jnp.zeros_like(inputs), True)
+    routing = model_config.StreamRouting(jnp.zeros_like(inputs))
+    encoded = module.encoder(embedded[0], mask, routing, True)
     tokens = module.decoder(
       embedded[1],
       encoded,
       causal,
       mask,
-      jnp.zeros_like(targets),
+      model_config.StreamRouting(jnp.zeros_like(targets)),
       decode=False,
       max_decode_length=None,
       deterministic=True,

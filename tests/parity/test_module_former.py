@@ -18,6 +18,7 @@ from mowe.layers import centered_norm
 from mowe.layers.attention import self_attention, stick_breaking
 from mowe.layers.mixtures import mixture_of_heads, moe
 from mowe.layers.routers import router_base
+from mowe.models import model_config
 from mowe.models.decoder_only import decoder_only_config, decoder_only_stack
 
 _KINDS = {
@@ -226,7 +227,7 @@ def test_block(case, golden):
         params['x'],
         positions(0, shape[1], shape[1]),
         mask,
-        None,
+        model_config.StreamRouting(),
         False,
         True,
         mutable=['router_stats'],

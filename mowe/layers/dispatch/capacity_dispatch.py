@@ -187,6 +187,11 @@ class CapacityExchange(dispatch_base.Dispatch):
     """Slots of this device's groups, for all experts."""
     return self.here.plan(choices, router, num_experts=num_experts)
 
+  def check(
+    self, router: router_base.Router, groups: token_groups.Groups
+  ) -> None:
+    """Accepts what the dispatch accepted that this one was made from."""
+
   def across(self, num_shards: int) -> 'CapacityExchange':
     """Returns this dispatch, which knows of its devices already."""
     del num_shards

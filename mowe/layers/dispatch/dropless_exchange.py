@@ -11,6 +11,7 @@ from mowe.layers.dispatch import (
   expert_parallel,
   slots,
   sorted_experts,
+  token_groups,
 )
 from mowe.layers.routers import router_base
 
@@ -69,6 +70,11 @@ class DroplessExchange(dispatch_base.Dispatch):
       group_sizes=group_sizes,
       num_slots=jnp.sum(group_sizes),
     )
+
+  def check(
+    self, router: router_base.Router, groups: token_groups.Groups
+  ) -> None:
+    """Accepts what the dispatch accepted that this one was made from."""
 
   def across(self, num_shards: int) -> 'DroplessExchange':
     """Returns this dispatch, which knows of its devices already."""

@@ -237,12 +237,13 @@ class Masked(tokens_choose.TokensChoose):
   removed: tuple[int, ...] = ()
   before: bool = False
 
-  def __call__(self, logits, **settings):
+  def __call__(self, inputs, **settings):
     mask = np.isin(np.arange(NUM), self.removed)[None, None]
+    logits = inputs.logits
     if self.before:
       logits = jax.numpy.where(mask, -1e9, logits)
-    settings['excluded'] = jax.numpy.asarray(mask)
-    return super().__call__(logits, **settings)
+    inputs = inputs._replace(logits=logits, excluded=jax.numpy.asarray(mask))
+    return super().__call__(inputs, **settings)
 
 
 KEPT = {PLACES[0]: (0, 2, 5), PLACES[1]: (1, 2, 3, 4)}
