@@ -24,13 +24,6 @@ _PATH = re.compile(
   r'[\w./{},-]+\.(?:py|gin|sh)'
 )
 
-# Pages that are to be wrapped when they are written anew.
-_WITH_LONG_LINES = (
-  'docs/adding_a_task.md',
-  'docs/results/wiki_entities.md',
-  'docs/results/world.md',
-)
-
 
 def _without_code(text):
   return _FENCE.sub('', text)
@@ -87,8 +80,6 @@ def test_named_files_exist(page):
 
 @pytest.mark.parametrize('page', _PAGES, ids=_IDS)
 def test_lines_fit_a_screen(page):
-  if page.relative_to(_ROOT).as_posix() in _WITH_LONG_LINES:
-    pytest.skip('is to be wrapped')
   text = _without_code(page.read_text(encoding='utf-8'))
   for line in text.splitlines():
     # A row of a table and a link cannot be broken.

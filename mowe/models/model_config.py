@@ -54,7 +54,7 @@ class ModelConfig(Protocol):
 
   The Linen module of `build` has its `config`, and two calls:
     of_batch(batch, enable_dropout=...): logits <float32>[batch, targets, vocab]
-      of a batch of docs/architecture.md, routing ids or plans among it;
+      of a batch as docs/architecture/data.md describes it;
     start_generation(variables, inputs, max_length, rows_per_example): the
       `decoding.CountedStep` and the cache that generation begins with.
   Its parameters stand below the names of its streams.
