@@ -47,7 +47,7 @@ def build_routing_vocabulary(
     num_blocks: parts of equal count and even load into which experts are
       numbered, one for each device that shares them; serves all numbers of
       devices that divide it.
-    field: of .jsonl records.
+    field: the field of .jsonl records that holds the text.
     num_workers: processes; None: one, or all cores for much text.
     extra_ids: sentinels of the vocabulary.
   """

@@ -47,22 +47,25 @@ def cache_task(
     output: the folder to write.
     vocabulary: a SentencePiece file, or 'bytes'.
     files: paths or globs of .jsonl, .txt, and either with .gz.
-    kind: of files: 'text' for pretraining, 'questions' for question answering,
-      'claims' for FEVER's claims and labels, 'language_model' for running text.
+    kind: what the files hold: 'text' for pretraining, 'questions' for question
+      answering, 'claims' for FEVER's claims and labels, 'language_model' for
+      running text.
     seqio_task: name of a registered task; loads TensorFlow.
-    split: of the seqio task.
+    split: the split of the seqio task that is cached.
     task_modules: imported first, to register the seqio task; one that has a
       function `register_tfds_tasks` is told the vocabulary by a call of it.
       None: mowe's own, TASK_MODULES.
     tfds_data_dir: where TFDS keeps its data sets.
     extra_ids: sentinels of the vocabulary.
-    field: of records of text, holds the text.
-    unit: of text files: 'line' or 'paragraph' is one record; running text has
-      the units of `lm_cache`.
-    cut: of kind 'text', titles before texts, and how much of each is kept.
-    prompt: of kind 'questions', the inputs, with fields in braces.
-    answers_field: of kind 'questions', a list of answers or one answer.
-    metric: of kind 'questions', by which answers are scored: 'squad', or
+    field: the field of records of text that holds the text.
+    unit: what a record of a text file is: 'line' or 'paragraph' is one record;
+      running text has the units of `lm_cache`.
+    cut: for the kind 'text', which title stands before a text, and how much of
+      the text is kept.
+    prompt: for the kind 'questions', the inputs, with fields in braces.
+    answers_field: for the kind 'questions', the field with a list of answers or
+      one answer.
+    metric: for the kind 'questions', how answers are scored: 'squad', or
       'trivia_qa', whose normalisation takes a hyphen for a blank. A seqio task
       has its own.
     overwrite: replace a cache that was made from other things.

@@ -34,8 +34,8 @@ class DataConfig:
     objective: makes a task of a cache of text: `tasks.SpanCorruptionTask`,
       `tasks.SalientSpanTask`, or for language models one of `lm_tasks`.
     pack: several examples in a row.
-    split: of a seqio mixture.
-    seed: of the order of examples and of masking.
+    split: the split of a seqio mixture that is read.
+    seed: the seed for the order of examples and for masking.
     trial_steps: batches looked at before a run, to size the expert plan.
     registered_tasks: not read. A gin file calls here what registers its seqio
       tasks, such as `(@pretraining.register_tfds_tasks(),)`.

@@ -43,8 +43,9 @@ def add(
     target: the model folder to write; must not be there.
     mlp: new modules in every layer of MLP modules.
     attention: new modules in every layer of attention modules.
-    k: of the new modules, how many a token meets.
-    seed: of their inner kernels and router columns.
+    k: the number of new modules that each token meets.
+    seed: the seed from which the inner kernels and the router columns of the
+      new modules are drawn.
     expert_parts: parts of the mesh axis `expert` that modules will lie on.
 
   Raises:
@@ -86,7 +87,7 @@ def prune(
     source: a model folder or a checkpoint in it; it is only read.
     target: the model folder to write; must not be there.
     usage: usage.json of `mowe modules usage`, of this very model.
-    fraction: of the modules of each layer that are left.
+    fraction: the share of the modules of each layer that is left.
     threshold: instead: modules are left that were chosen at least so often,
       relative to the mean of their layer.
     gates: 'keep' or 'renormalise'; see `modules_pruned`.

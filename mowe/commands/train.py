@@ -84,8 +84,9 @@ def train(
     data: training examples.
     model_dir: where the run lives (see `model_folder`).
     total_steps: updates in all, those before a resume included.
-    optimizer: of ordinary parameters.
-    row_optimizer: of expert tables; needed if there are any and they train.
+    optimizer: the optimizer of the ordinary parameters.
+    row_optimizer: the optimizer of the expert tables; it is needed if the model
+      has tables and they are trained.
     loss: what is minimised.
     freeze_experts: the experts of every mixture stay as they are, those in
       expert tables and all others, and have no optimizer state. Routers are
@@ -98,7 +99,7 @@ def train(
     eval_period: steps between evaluations.
     save: when checkpoints are saved.
     log_period: steps between two lines of metrics.
-    seed: of parameters and dropout.
+    seed: the seed of fresh parameters and of dropout.
     tensorboard: also write TensorBoard events.
     dry_run: print what would be done, and stop.
     config_text: gives the text that is kept as `config.gin`.

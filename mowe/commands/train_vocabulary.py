@@ -30,7 +30,7 @@ def train_vocabulary(
     files: paths or globs of texts (.txt, .jsonl, .gz).
     size: pieces, padding, EOS and unknown; sentinels come on top. None: 32,000
       pieces, or all words.
-    field: of a JSON line, that holds the text.
+    field: the field of a JSON line that holds the text.
     questions: paths or globs of .jsonl with `question`: a question mark, say,
       is an unknown piece to a vocabulary of an encyclopedia alone.
     words: whole words between white space instead of pieces.

@@ -44,7 +44,7 @@ class Generator:
   compiles nothing.
 
   Attributes:
-    model: of a `model_config.ModelConfig`.
+    model: a Linen module that was built of a `model_config.ModelConfig`.
     params: its parameters, the tables of experts among them
       (`models.parameters.merge_tables`).
     strategy: how tokens are chosen.
@@ -52,7 +52,8 @@ class Generator:
     max_target_length: most tokens of an output, EOS included.
     input_lengths: lengths to which batches are padded, rising. Longer inputs
       are trimmed, keep their EOS, and are counted.
-    seed: of random strategies. The same inputs give the same outputs.
+    seed: the seed of strategies that sample. The same inputs give the same
+      outputs.
 
   Call: token ids of the inputs, each with its EOS, to Generations. `progress`
     is called with the number of inputs done so far.

@@ -89,7 +89,8 @@ def score_text(
   Args:
     model: a decoder-only model.
     params: its parameters, tables of experts among them.
-    cache: of kind 'language_model', or 'text', which counts no words or bytes.
+    cache: a token cache of the kind 'language_model', or of 'text', which
+      counts no words or bytes.
     batch_size: windows read at once. Of a model with a memory the text is cut
       into so many parts, each read from an empty memory: 1 reads it as one.
     length: tokens of a window.

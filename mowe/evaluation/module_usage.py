@@ -26,7 +26,7 @@ class LayerUsage:
   """Choices of the tokens of one layer.
 
   Attributes:
-    counts: of each module, how many tokens chose it.
+    counts: for each module, the number of tokens that chose it.
     num_tokens: that were routed; padding was not.
   """
 
@@ -73,7 +73,8 @@ def count(
     model: with layers of modules; its batches carry its memory on, if it has
       one, so they must continue each other then.
     params: all its parameters.
-    batches: of a task, as for training; padding is not counted.
+    batches: batches of a task, as they are for training; padding is not
+      counted.
     progress: called with the number of rows done so far.
   """
   totals: dict[str, list[Any]] = {}

@@ -42,7 +42,7 @@ class EvaluationResult:
     num_trimmed: questions that were too long for the model and lost their end.
     num_unfinished: predictions cut off before EOS.
     metric: name of the metric.
-    per_relation: of the records with a 'relation', by its name.
+    per_relation: the scores of the records with a 'relation', by its name.
     scores: a cache of a task of GLUE or SuperGLUE has the metrics of that task,
       by name (`classification_metrics`).
   """
@@ -69,7 +69,8 @@ def evaluate_questions(
   """Asks every question once and compares with all its accepted answers.
 
   Args:
-    generator: of the model asked. Its lengths count, not those of a task.
+    generator: generates the answers of the model. Its lengths count, not those
+      of a task.
     questions: a cache of `cache_builders.cache_questions`, or a task over one.
     subwords: the vocabulary of model and cache.
     metric: `text_metrics.squad`, `text_metrics.trivia_qa`, or one like them;
@@ -231,8 +232,8 @@ def span_recall(
   sentinel or EOS, are those of the target. The generator should be greedy.
 
   Args:
-    generator: of the model asked.
-    batches: of salient or random span corruption, not packed, such as
+    generator: generates the answers of the model.
+    batches: batches of salient or random span corruption, not packed, such as
       `Batches.eval_batches()`. Rows of padding are left out.
     subwords: the vocabulary of model and batches.
     counts: tells by its text whether a span counts, such as only whole dates;

@@ -34,10 +34,10 @@ class Setup:
   Attributes:
     model: the model.
     optimizer: the optax transformation of ordinary parameters.
-    row_optimizer: of expert tables; None: they are frozen, and held apart from
-      the trained state.
+    row_optimizer: the optimizer of the expert tables; None: they are frozen,
+      and held apart from the trained state.
     abstract: shapes and shardings of the state, whole tables always included.
-    seed: of fresh parameters.
+    seed: the seed of fresh parameters.
     make_memory: gives the memory before the first batch; None: there is none.
   """
 

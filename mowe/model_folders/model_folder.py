@@ -35,7 +35,7 @@ class LoadedModel:
     params: all parameters; expert tables among them, unless the model reads
       experts from the host.
     vocabulary: the subword vocabulary.
-    step: of the checkpoint.
+    step: the training step of the checkpoint.
   """
 
   model: nn.Module
@@ -89,8 +89,8 @@ def check_same_vocabularies(
   Args:
     path: a model folder, or a checkpoint in it. Without a description in it
       nothing is known, and nothing is refused.
-    config: of the model that is to start from these weights.
-    vocabulary: of that model.
+    config: the config of the model that is to start from these weights.
+    vocabulary: the subword vocabulary of that model.
   """
   file = split_checkpoint_path(path)[0] / _MODEL
   if not file.is_file():

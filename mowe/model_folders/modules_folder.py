@@ -38,12 +38,13 @@ class Source:
 
   Attributes:
     folder: the model folder.
-    step: of the checkpoint.
+    step: the training step of the checkpoint.
     digest: sha256 of its manifest, which has those of all its files.
-    config: of the model.
+    config: the config of the model.
     vocabulary: the subword vocabulary.
     metadata: what was saved with the checkpoint.
-    provenance: of the folder, if it was made of another one; or None.
+    provenance: where the modules come from, if the folder was made of another
+      one; or None.
   """
 
   folder: pathlib.Path
@@ -137,8 +138,8 @@ def write(
   Args:
     target: the folder.
     source: the model that is changed.
-    config: of the changed model.
-    edits: of its parameters.
+    config: the config of the changed model.
+    edits: the edits of the parameters of the source.
     rule: what was done, for `modules.json`.
 
   Returns:

@@ -14,8 +14,8 @@ def config(
 
   Args:
     checkpoint_path: a model folder, or a checkpoint in it.
-    dropout_rate: of the run.
-    dtype: of activations.
+    dropout_rate: the dropout rate of this run.
+    dtype: the dtype of activations.
   """
   folder, _ = model_folder.split_checkpoint_path(checkpoint_path)
   found, _ = model_folder.load_config(

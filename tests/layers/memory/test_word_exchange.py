@@ -280,16 +280,18 @@ def test_a_gradient_of_the_whole_table():
   ids = make_ids(4)
   tokens, cotangent = make_inputs()
 
-  def objective(table, tokens, plan):
-    outputs = layer.apply({'params': {'experts': table}}, tokens, plan=plan)
+  def objective(table, tokens, ids, plan):
+    outputs = layer.apply(
+      {'params': {'experts': table}}, tokens, ids, plan=plan
+    )
     return jnp.sum(outputs * cotangent)
 
   mesh = partitioning.make_mesh(**MESHES['2x4'])
   placed, _, put_tokens, _, plan = put(mesh, table, ids)
   actual = jax.jit(partitioning.on_mesh(jax.grad(objective), mesh))(
-    placed, put_tokens, plan.encoder
+    placed, put_tokens, None, plan.encoder
   )
-  expected = jax.jit(jax.grad(objective))(table, tokens, ids)
+  expected = jax.jit(jax.grad(objective))(table, tokens, ids, None)
   check_equal(actual, expected, 1e-6)
 
 
