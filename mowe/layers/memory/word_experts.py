@@ -228,12 +228,7 @@ class MoweLayer(feed_forward_base.FeedForward):
       keep = keep.reshape(*tokens.shape[:2], -1)
 
     def experts(rows, plan, *, kernels, factors, keep):
-      def drop(hidden):
-        if keep is None:
-          return hidden
-        # As in nn.Dropout, to the last bit.
-        return jnp.where(keep, hidden / (1.0 - dropout.rate), 0)
-
+      drop = functools.partial(_drop, keep=keep, rate=dropout.rate)
       return self._feed_forward(rows, plan, kernels, factors, drop)
 
     return word_exchange.on_owners(
@@ -280,6 +275,14 @@ class MoweLayer(feed_forward_base.FeedForward):
       self.num_experts,
       self.activations,
     )
+
+
+def _drop(hidden, *, keep, rate):
+  """Dropout with a mask that was drawn before; None drops nothing."""
+  if keep is None:
+    return hidden
+  # The expression of nn.Dropout, so that the bits are those of one device.
+  return jnp.where(keep, hidden / (1.0 - rate), 0)
 
 
 def _check_routing(tokens, routing_ids, plan):

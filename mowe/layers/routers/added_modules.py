@@ -86,7 +86,7 @@ class AddedChoose(wrapped_router.WrappedRouter):
     num_experts: int,
     training: bool = False,
   ) -> router_base.Choices:
-    """Returns the choices of all groups; see `routing.Router`."""
+    """Returns the choices of all groups; see `router_base.Router`."""
     logits, excluded = inputs.logits, inputs.excluded
     # Of a router with kept gates the columns are more than the modules.
     columns = logits.shape[-1]

@@ -72,7 +72,7 @@ class ExpertsChoose:
     num_experts: int,
     training: bool = False,
   ) -> router_base.Choices:
-    """Returns the choices of all groups; see `routing.Router`."""
+    """Returns the choices of all groups; see `router_base.Router`."""
     del training
     logits, is_valid = inputs.logits, inputs.is_valid
     num_groups, num_tokens, _ = logits.shape

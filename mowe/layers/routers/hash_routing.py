@@ -87,7 +87,7 @@ class HashRouter:
     num_experts: int,
     training: bool = False,
   ) -> router_base.Choices:
-    """Returns the choices of all groups; see `routing.Router`."""
+    """Returns the choices of all groups; see `router_base.Router`."""
     del training
     routing_ids, is_valid = inputs.routing_ids, inputs.is_valid
     if routing_ids is None:

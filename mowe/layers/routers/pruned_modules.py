@@ -60,7 +60,7 @@ class KeptChoose(wrapped_router.WrappedRouter):
     num_experts: int,
     training: bool = False,
   ) -> router_base.Choices:
-    """Returns the choices of all groups; see `routing.Router`.
+    """Returns the choices of all groups; see `router_base.Router`.
 
     The logits are <float32>[groups, tokens, columns], those of removed modules
     among them.

@@ -135,7 +135,7 @@ def balanced_bias(
   stats of the whole batch.
 
   Args:
-    bias: <float32>[experts], `routing.SELECTION_BIAS`.
+    bias: <float32>[experts], `router_base.SELECTION_BIAS`.
     stats: of the layer; dropped choices count, as they were chosen.
     rate: `TokensChoose.bias_rate`.
   """

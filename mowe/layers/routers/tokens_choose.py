@@ -80,7 +80,7 @@ class TokensChoose:
 
   @property
   def looks_ahead(self) -> bool:
-    """See `routing.Router`."""
+    """See `router_base.Router`."""
     return self.first_choices_first or self.batch_prioritized
 
   def check(self, num_experts: int) -> None:
@@ -103,7 +103,7 @@ class TokensChoose:
     num_experts: int,
     training: bool = False,
   ) -> router_base.Choices:
-    """Returns the choices of all groups; see `routing.Router`."""
+    """Returns the choices of all groups; see `router_base.Router`."""
     logits, is_valid = inputs.logits, inputs.is_valid
     scores = jax.nn.sigmoid(logits) if self.sigmoid else jax.nn.softmax(logits)
     is_real = is_valid[:, :, None]

@@ -1,18 +1,18 @@
-"""What routers of modules that were added or pruned have of the one they hold."""
+"""Base of routers that wrap another router and forward its settings."""
 
-from typing import Any
+from mowe.layers.routers import router_base
 
 
 class WrappedRouter:
   """A router around a router whose tokens choose by learned logits.
 
-  Settings that a layer reads are those of the router inside.
+  The settings that a layer reads are those of the router inside.
 
   Attributes:
-    router: the one inside.
+    router: the router inside.
   """
 
-  router: Any
+  router: router_base.LearnedRouter
 
   is_learned = True
   is_balanced = False
@@ -21,7 +21,7 @@ class WrappedRouter:
 
   @property
   def looks_ahead(self) -> bool:
-    """See `routing.Router`."""
+    """See `router_base.Router`."""
     return self.router.looks_ahead
 
   @property
@@ -36,12 +36,12 @@ class WrappedRouter:
 
   @property
   def jitter(self) -> float:
-    """Of the router's inputs in training."""
+    """Noise on the inputs of the logits in training."""
     return self.router.jitter
 
   @property
   def bias_rate(self) -> float:
-    """Of the selection bias."""
+    """Step of the selection bias."""
     return self.router.bias_rate
 
   @property
