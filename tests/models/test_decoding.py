@@ -186,6 +186,7 @@ def test_greedy_equals_the_argmax_chain_without_cache(model_and_variables):
   np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
 
 
+@pytest.mark.optimized
 def test_no_step_copies_keys_and_values():
   model, variables = make_model('dense')
   program = decoding.generate.lower(

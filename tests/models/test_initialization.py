@@ -16,6 +16,10 @@ from mowe.models import initialization, parameters, threefry
 from mowe.models.t5 import t5, t5_config
 from mowe.training import partitioning
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 _EXPERTS = 12
 
 

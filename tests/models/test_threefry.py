@@ -7,6 +7,10 @@ import pytest
 
 from mowe.models import threefry
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 _SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0, 3)]
 
 

@@ -20,6 +20,10 @@ from mowe.stores import (
 from mowe.training import manifests, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 _STEPS = 6
 _ROW_OPTIMIZER = row_optimizers.RowAdam(0.1, weight_decay=0.1)
 _OPTIMIZER = optimizers.AdamW(1e-2).build(None)

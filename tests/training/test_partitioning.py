@@ -15,6 +15,10 @@ from mowe.models.t5 import t5
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 _STEPS = 3
 _MESHES = {
   'data': {'data': 8},

@@ -20,6 +20,10 @@ from mowe.models.t5 import t5
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import optimizers
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 _OPTIMIZER = optimizers.ClipByGlobalNorm(
   optimizers.AdamW(1e-2, eps=1e-3, weight_decay=0.1), 1.0
 )

@@ -12,6 +12,10 @@ from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import batch_plans
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 _FEW, _MANY = 4096, 262_144
 _BATCH, _INPUTS, _TARGETS = 2, 6, 4
 

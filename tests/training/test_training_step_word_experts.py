@@ -15,6 +15,10 @@ from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import row_gradients
 from mowe.words import batch_plans, sharded_plan
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 MESHES = {
   '2x4': {'data': 2, 'expert': 4},
   '2x2x2': {'data': 2, 'expert': 2, 'model': 2},

@@ -139,6 +139,7 @@ def test_padding_is_transparent():
   np.testing.assert_allclose(with_holes, without, rtol=0, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_no_weights_of_all_queries_are_kept():
   num, block = 1024, stick_breaking._QUERY_BLOCK
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)

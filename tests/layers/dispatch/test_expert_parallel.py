@@ -23,6 +23,10 @@ from mowe.layers.routers import (
 )
 from mowe.training import partitioning
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 16, 10, 6, 14, 16
 NUM_IDS = 9
 

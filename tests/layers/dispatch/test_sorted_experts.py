@@ -145,6 +145,7 @@ def test_few_rows_are_all_computed_in_tiles():
   np.testing.assert_array_equal(outputs[:7], np.full((7, 2), 6.0))
 
 
+@pytest.mark.optimized
 def test_no_array_is_larger_than_rows_or_kernels():
   num_rows, num_experts = 512, 16
   share = sorted_experts.batched_share(num_rows, num_experts)

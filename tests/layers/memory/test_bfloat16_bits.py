@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
 from mowe.layers.memory import bfloat16_bits
+
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
 
 
 def _values(number=5000):

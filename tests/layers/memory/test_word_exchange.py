@@ -18,6 +18,10 @@ from mowe.training.optimization import (
 )
 from mowe.words import batch_plans, sharded_plan
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 16, 7, 24, 10, 48
 
 MESHES = {

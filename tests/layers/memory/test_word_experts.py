@@ -256,6 +256,7 @@ def test_dropout_is_the_same_with_and_without_a_plan(shape):
   assert not np.allclose(planned[0], layer.apply(variables, tokens, ids))
 
 
+@pytest.mark.optimized
 def test_many_tokens_without_a_plan_need_little_memory():
   # Kernels of all tokens would be 4 * 4096 * 3 * 32 * 16 bytes, 24 MiB; the
   # table has 300 MiB.

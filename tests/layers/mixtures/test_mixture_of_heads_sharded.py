@@ -17,6 +17,10 @@ from mowe.layers.mixtures import mixture_of_heads
 from mowe.layers.routers import router_losses, tokens_choose
 from mowe.training import partitioning
 
+# Bits or compiled programs are compared: they are compiled as users have them.
+pytestmark = pytest.mark.optimized
+
+
 BATCH, LENGTH, EMBED, HEADS, KV, MODULES = 8, 5, 6, 2, 3, 4
 MESH = {'data': 2, 'expert': 2, 'model': 2}
 

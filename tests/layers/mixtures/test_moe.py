@@ -412,6 +412,7 @@ def test_parameters_have_flaxformers_names_and_axes():
   }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('k', [1, 2])
 def test_dropless_memory_is_that_of_its_tokens(k):
   """Nothing has the size tokens x experts x capacity of one-hot dispatch."""

@@ -70,6 +70,7 @@ def test_adafactor_in_parts_equals_t5x(golden):
   _compare_with_t5x(golden, 'momentum')
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures('small_cache')
 def test_sharded_experts_stay_on_their_devices():
   mesh = partitioning.make_mesh(expert=4, data=2)
