@@ -13,49 +13,22 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PACKAGE = _ROOT / 'mowe'
 _HEAVY = ('tensorflow', 'tensorflow_datasets', 'seqio', 't5x', 'torch')
 
-# The rooms from the bottom up. A file may import modules of its own room and of
-# the rooms named for it; below a room its inner rooms are told apart.
+# What each room may import besides itself, from the bottom up. Inner rooms are
+# told apart further below.
+_MODELS = ('models', 'layers', 'words')
+_RUNS = ('interop', 'stores', 'training', 'data', *_MODELS)
 _ARROWS = {
   'words': (),
   'layers': ('words',),
   'models': ('layers', 'words'),
-  'training': ('models', 'layers', 'words'),
-  'stores': ('training', 'models', 'layers', 'words'),
-  'interop': ('training', 'models', 'layers', 'words'),
+  'training': _MODELS,
+  'stores': ('training', *_MODELS),
+  'interop': ('training', *_MODELS),
   'data': ('words',),
-  'evaluation': ('data', 'models', 'layers', 'words'),
-  'model_folders': (
-    'interop',
-    'stores',
-    'training',
-    'data',
-    'models',
-    'layers',
-    'words',
-  ),
-  'commands': (
-    'model_folders',
-    'evaluation',
-    'interop',
-    'stores',
-    'training',
-    'data',
-    'models',
-    'layers',
-    'words',
-  ),
-  'comparison': (
-    'commands',
-    'model_folders',
-    'evaluation',
-    'interop',
-    'stores',
-    'training',
-    'data',
-    'models',
-    'layers',
-    'words',
-  ),
+  'evaluation': ('data', *_MODELS),
+  'model_folders': _RUNS,
+  'commands': ('model_folders', 'evaluation', *_RUNS),
+  'comparison': ('commands', 'model_folders', 'evaluation', *_RUNS),
 }
 _MOST_FILES = 16
 

@@ -52,7 +52,8 @@ class Routing(Protocol):
 class ModelConfig(Protocol):
   """Sizes and parts of a model.
 
-  The Linen module of `build` has its `config`, and two calls:
+  `families.build` makes a Linen module of it, which keeps it as `config` and has
+  two calls:
     of_batch(batch, enable_dropout=...): logits <float32>[batch, targets, vocab]
       of a batch as docs/architecture/data.md describes it;
     start_generation(variables, inputs, max_length, rows_per_example): the
