@@ -397,7 +397,8 @@ def test_plans_that_cannot_be_met(world, tmp_path, models, message):
 @pytest.mark.parametrize(
   ('questions', 'message'),
   [
-    ('absent', "caches in .* are .'questions', 'text'"),
+    # Other tests of this process may have made caches beside these two.
+    ('absent', "caches in .* are .*'questions'.*'text'"),
     ('text', 'of kind .text'),
   ],
 )
