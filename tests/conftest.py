@@ -1,11 +1,11 @@
-"""Eight virtual CPU devices and strict shapes for every test."""
+"""Settings of all tests, such as eight virtual CPU devices; shared fixtures."""
 
 import dataclasses
 import os
 import pathlib
 import zipfile
 
-# TensorFlow, where a test loads it, must neither talk nor take a GPU.
+# If a test loads TensorFlow, it must neither print messages nor take a GPU.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax
@@ -42,10 +42,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Programs that several tests, workers or runs compile are compiled once."""
+  """Compiles programs once that several tests, workers or runs use."""
   base = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
-    # The folder that all workers share.
+    # All workers share this folder.
     base = base.parent
   settings = {
     'jax_compilation_cache_dir': str(base / 'compiled_programs'),
@@ -55,17 +55,17 @@ def compilation_cache(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     for name, value in settings.items():
       jax.config.update(name, value)
-      # For processes that tests start.
+      # The environment passes the setting on to processes that tests start.
       patch.setenv(name.upper(), str(value))
     yield
 
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-  """Compiles with few optimizations: these programs run a few steps only.
+  """Compiles with few optimizations, as most programs run only a few steps.
 
-  A test that reads a compiled program, or that measures it, has the mark
-  `optimized` and gets what users get.
+  A test that reads or measures a compiled program has the mark `optimized`, and
+  gets the programs that users get.
   """
   is_quick = request.node.get_closest_marker('optimized') is None
   jax.config.update('jax_disable_most_optimizations', is_quick)
@@ -80,7 +80,7 @@ def golden_dir() -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
-  """Real data beside the checkout; tests that need it skip without it."""
+  """The folder of real data beside the checkout; tests skip if it is absent."""
   folder = _ROOT.parent / 'shared' / 'data'
   if not folder.is_dir():
     pytest.skip('needs the folder ../shared/data beside the checkout')
@@ -91,7 +91,7 @@ def shared_data() -> pathlib.Path:
 class T5xGolden:
   """Unpacks checkpoints that the real t5x wrote.
 
-  Call: 'legacy' or 'orbax' to a new copy of the folder of the run.
+  Call: 'legacy' or 'orbax' to a new copy of the folder of that run.
   """
 
   folder: pathlib.Path

@@ -1,4 +1,4 @@
-"""The documentation names what is there: files, verbs, options, sections."""
+"""The documentation may name only files, verbs and options that exist."""
 
 import functools
 import pathlib
@@ -18,7 +18,7 @@ _IDS = [str(page.relative_to(_ROOT)) for page in _PAGES]
 
 _FENCE = re.compile(r'^```(\w*)[^\n]*\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r'\]\(([^)\s]+)\)')
-# Files of the repository that are named, whether they are links or not.
+# Matches files of the repository that are named, also without a link.
 _PATH = re.compile(
   r'(?<![\w/.-])(?:mowe|gin_configs|scripts|tests|tasks|benchmarks)/'
   r'[\w./{},-]+\.(?:py|gin|sh)'
@@ -30,7 +30,7 @@ def _without_code(text):
 
 
 def _expanded(path):
-  """`a_{b,c}.gin` to both names, as a shell does."""
+  """Expands `a_{b,c}.gin` to both names, as a shell does."""
   match = re.search(r'\{([^{}]*)\}', path)
   if match is None:
     return [path]
@@ -42,7 +42,7 @@ def _expanded(path):
 
 
 def _anchors(page):
-  """What headings of a page are linked by, as Markdown renderers make them."""
+  """The anchors of a page's headings, as Markdown renderers make them."""
   found = set()
   for heading in re.findall(
     r'^#+ (.*)$', _without_code(page.read_text()), re.MULTILINE
@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page):
 def test_named_files_exist(page):
   text = page.read_text(encoding='utf-8')
   written = _PATH.findall(text)
-  # `python -m benchmarks.lookup` names a file as well.
+  # A call such as `python -m benchmarks.lookup` names a file as well.
   written += [
     f'benchmarks/{name}.py'
     for name in re.findall(r'-m benchmarks\.(\w+)', text)
@@ -82,7 +82,7 @@ def test_named_files_exist(page):
 def test_lines_fit_a_screen(page):
   text = _without_code(page.read_text(encoding='utf-8'))
   for line in text.splitlines():
-    # A row of a table and a link cannot be broken.
+    # A row of a table and a single long word cannot be broken.
     is_fixed = line.startswith('|') or ' ' not in line.strip()
     assert is_fixed or len(line) <= 120, line
 
@@ -93,7 +93,7 @@ def test_the_readme_fits_few_screens():
 
 
 def _commands():
-  """(page, words) of every call of `mowe` in a block of code."""
+  """Yields (page, words) for every call of `mowe` in a block of code."""
   for page in _PAGES:
     for language, code in _FENCE.findall(page.read_text(encoding='utf-8')):
       if language != 'bash':
@@ -107,7 +107,7 @@ def _commands():
 
 @functools.cache
 def _help(*words):
-  """What `mowe WORDS --help` prints; None if it is no command."""
+  """What `mowe WORDS --help` prints; None if there is no such command."""
   import contextlib
   import io
 
@@ -123,7 +123,7 @@ def _help(*words):
 
 def test_commands_have_the_verbs_and_options_they_are_shown_with():
   commands = list(_commands())
-  # Nothing is tested if blocks of code are no longer found.
+  # If blocks of code were no longer found, this test would test nothing.
   assert len(commands) > 30
   for page, words in commands:
     verb = words[: 1 + (words[0] == 'modules')]
@@ -132,7 +132,7 @@ def test_commands_have_the_verbs_and_options_they_are_shown_with():
     text = _help(*verb)
     assert text is not None, f'{page}: no command mowe {" ".join(verb)}'
     for option in re.findall(r'(?<!\S)--[a-z_]+', ' '.join(words)):
-      # Options of gin, --gin.NAME=VALUE, end at the point.
+      # A gin binding is --gin.NAME=VALUE, so the option ends at the point.
       if option != '--gin':
         assert option in text, f'{page}: mowe {verb[0]} has no {option}'
 

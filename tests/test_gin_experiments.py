@@ -1,4 +1,4 @@
-"""Every experiment: it parses, and its models can be sized and run."""
+"""Every experiment can be parsed, and its models can be sized and run."""
 
 import pathlib
 
@@ -14,13 +14,13 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _NAMES = sorted(
   path.stem
   for path in (_ROOT / 'gin_configs' / 'experiments').iterdir()
-  # Those include these.
+  # The experiments include these files, which are none by themselves.
   if path.stem != 'tiny_models' and not path.stem.endswith('_recipe')
 )
 
 
 def _all_runs(plan):
-  """Of each model its runs, by its name, with the first of its tries."""
+  """The runs of each model by its name, with the first of its tries."""
   return {name: plan.runs(name) for name in plan.tries}
 
 
@@ -55,7 +55,7 @@ def test_an_experiment_has_models_of_its_own(name):
 
 @pytest.fixture
 def any_width(monkeypatch):
-  """Sizing takes seconds, and is tested elsewhere: any width will do here."""
+  """Takes any width, because sizing takes seconds and is tested elsewhere."""
   monkeypatch.setattr(
     costs, 'model_costs', lambda config: costs.ModelCosts(9, 0, 0, 7, 5)
   )
@@ -70,7 +70,7 @@ def any_width(monkeypatch):
 
 @pytest.mark.parametrize('name', _NAMES)
 def test_its_runs_can_be_made(name, prepared, any_width):
-  """All gin files and bindings of all stages, as their runs will read them."""
+  """Reads all gin files and bindings of all stages, as their runs will do."""
   experiment = _load(name, 'SEEDS = (0,)')
   plan = planned_runs.Plan(experiment, prepared)
   for (run,) in _all_runs(plan).values():

@@ -1,7 +1,7 @@
-"""Every gin file: it parses, and the models are what their text files say.
+"""Every gin file can be parsed, and the models are what their text files say.
 
-`python tests/test_gin_files.py /tmp` writes tests/golden/parameters_<model>.txt anew,
-for a change of a model that is meant.
+If a change of a model is meant, `python tests/test_gin_files.py /tmp` writes
+tests/golden/parameters_<model>.txt again.
 """
 
 import copy
@@ -30,14 +30,16 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _GOLDEN = _ROOT / 'tests' / 'golden'
 _MODELS = sorted(p.stem for p in (_ROOT / 'gin_configs' / 'models').iterdir())
 _EXPERTS = {'mowe_tiny': 2048, 'mowe_base': 32768, 'mowe_large': 32768}
-# Public sizes of T5 1.1, of google/t5-v1_1-* and T5X's t5_1_1/*.gin.
+# These are the public sizes of T5 1.1, from google/t5-v1_1-* and T5X's
+# t5_1_1/*.gin.
 _RELEASED = {
   't5_small': 76_961_152,
   't5_base': 247_577_856,
   't5_large': 783_150_080,
   't5_xl': 2_849_757_184,
 }
-# emb_dim, heads, head_dim, mlp_dim, layers of each stack: T5X's t5_1_1/*.gin.
+# Each model has emb_dim, heads, head_dim, mlp_dim, and layers of each stack,
+# from T5X's t5_1_1/*.gin.
 _SIZES = {
   't5_tiny': (64, 4, 16, 128, 3),
   't5_small': (512, 6, 64, 1024, 8),
@@ -46,9 +48,9 @@ _SIZES = {
   't5_xl': (2048, 32, 64, 5120, 24),
 }
 _VOCAB = 32128
-# Whose factories stand for any.
+# This config stands for any, because only its factories are replaced.
 _PLAIN = decoder_only_config.DecoderOnlyConfig
-# Of examples/text_pretrain_mowe_1m.gin.
+# The number of experts in examples/text_pretrain_mowe_1m.gin.
 _MILLION = 2**20
 
 
@@ -83,7 +85,7 @@ def _config(name, routing_paths):
 
 
 def _describe(config):
-  """A line for each parameter: name, shape, logical axes; and their number."""
+  """A line of name, shape and logical axes for each parameter; then a total."""
   model = families.build(config)
   variables = jax.eval_shape(
     lambda key: parameters.initial_variables(model, key), jax.random.key(0)
@@ -96,7 +98,7 @@ def _describe(config):
     leaf = leaves[path]
     total += leaf.size
     assert str(leaf.dtype) == 'float32'
-    # Every name has a place on a mesh, and none occurs twice.
+    # Every axis has a place on the mesh, and no mesh axis occurs twice.
     partitioning.sharding_of_axes(axes[path], mesh)
     lines.append(_line('/'.join(path), leaf.shape, axes[path]))
   return '\n'.join([*lines, f'total {total:,}']) + '\n'
@@ -122,7 +124,7 @@ def test_every_text_file_has_a_model():
 
 @pytest.mark.parametrize('name', _SIZES)
 def test_text_files_of_t5_are_the_tree_of_t5x(name):
-  """The names, shapes and axes that a released checkpoint has."""
+  """Names, shapes and axes are those of a released checkpoint."""
   embed, heads, head_dim, mlp, depth = _SIZES[name]
   joined = heads * head_dim
   expected = {
@@ -170,7 +172,8 @@ def test_text_files_of_t5_are_the_tree_of_t5x(name):
 
 @pytest.mark.parametrize(
   ('name', 'billions', 'dense'),
-  # The paper's sizes; 4 dense feed-forwards fewer than T5.
+  # The billions are those of the paper. Four of T5's dense feed-forwards are
+  # replaced.
   [('mowe_base', 31.0, 't5_base'), ('mowe_large', 45.5, 't5_large')],
 )
 def test_mowe_has_the_size_of_the_paper(name, billions, dense, routing_paths):
@@ -181,7 +184,7 @@ def test_mowe_has_the_size_of_the_paper(name, billions, dense, routing_paths):
   assert rest == _RELEASED[dense] - 4 * 3 * config.emb_dim * config.mlp_dim
   assert len(config.sparse_encoder_layers) == 2
   assert len(config.sparse_decoder_layers) == 2
-  # One table of 32K experts, read by all four layers.
+  # All four layers read one table of 32K experts.
   layer = config.make_sparse_layers()[0]
   assert cost.expert_parameters == (
     32768 * 3 * config.emb_dim * layer.expert_dim
@@ -198,7 +201,8 @@ def test_tiny_models_cost_the_same(routing_paths):
   assert sparse.total_parameters > 3 * dense.total_parameters
 
 
-# Layers with experts in each stack, and experts of each.
+# Each size has the layers with experts in each stack, and the experts of a
+# layer.
 _MOE = {
   'moe_switch': {'base': (6, 128), 'large': (12, 128), 'tiny': (1, 8)},
   'moe_top2': {'base': (3, 64), 'large': (6, 64), 'tiny': (1, 8)},
@@ -230,7 +234,7 @@ def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
     dense.total_parameters + both * (num_experts * expert + router - mlp)
   )
   if size == 'tiny':
-    # The FLOPs of T5, and those of the router in each stack.
+    # The FLOPs are those of T5, plus those of the routers in each stack.
     more = 2 * num_layers * router
     assert cost.flops_per_input_token == dense.flops_per_input_token + more
     assert cost.flops_per_target_token == dense.flops_per_target_token + more
@@ -251,7 +255,7 @@ def test_feed_forwards_of_equal_parameters(kind, size, routing_paths):
   if kind == 'sigma_moe':
     router = config.emb_dim * layer.num_experts
     assert more == blocks * router
-    # Of equal parts K / N are read.
+    # Of N equal parts a token reads K.
     rest = mlp - mlp * layer.routing.k // layer.num_experts
     assert dense.flops_per_input_token - cost.flops_per_input_token == (
       2 * config.num_encoder_layers * (rest - router)
@@ -260,7 +264,7 @@ def test_feed_forwards_of_equal_parameters(kind, size, routing_paths):
     assert more == 0
     assert cost.flops_per_input_token == dense.flops_per_input_token
   else:
-    # The nearest square.
+    # The number of keys is the square that is nearest to the FLOPs of the MLP.
     n, _ = layer.num_keys()
     assert more == blocks * (n * (n + 4) * config.emb_dim - mlp)
     assert (n - 1) * (n + 3) < mlp // config.emb_dim < (n + 1) * (n + 5)
@@ -273,7 +277,7 @@ def test_a_model_of_a_gin_file_can_be_saved(name, routing_paths):
   again = saved_config.from_json(tree, config.routing)
   assert again.parts() == config.parts()
   blocks = {f'sparse_{stream}_layers': () for stream in config.streams}
-  # Made anew, so another object.
+  # Factories are made again by each reading, so they are other objects.
   made = ('attention', 'norm', 'sparse_feed_forward')
   made = (*made, 'sparse_decoder_feed_forward')
   made = (*made, 'encoder_attention', 'decoder_attention')
@@ -311,7 +315,7 @@ def test_balanced_hash_gives_all_experts_as_many_tokens(tmp_path):
   config = gin_config.call(t5_config.T5Config)
   encoder, decoder = config.make_sparse_layers()
   table = encoder.routing.table
-  # One object: the cache was counted once.
+  # The table is one object, so the cache was counted only once.
   assert decoder.routing.table is table
   assert len(table) == 384 and set(table) == set(range(8))
   counts = token_counts.count_tokens(tmp_path / 'text', 384)
@@ -343,7 +347,7 @@ _REQUIRED = {
 
 
 def _parse(files, routing_paths):
-  """Parses with all that is required and known, and nothing else."""
+  """Parses files with only the macros that they require and know."""
   gin_config.parse(files)
   text = gin_config.gin.config_str(max_line_length=1000)
   required = re.findall(r'^([A-Z_]+) = %gin.REQUIRED$', text, re.MULTILINE)
@@ -357,12 +361,12 @@ def _parse(files, routing_paths):
 
 
 def _made(name):
-  """What a macro stands for: copying a reference calls it."""
+  """The value of a macro; gin calls a reference when it is copied."""
   return copy.deepcopy(gin_config.macro(name))
 
 
 def _complete(file):
-  """The file, and before it those that its header asks for."""
+  """The file, after the files that its header asks for."""
   text = (_ROOT / file).read_text()
   parts = [file]
   if file.endswith('trained_experts.gin'):
@@ -393,7 +397,7 @@ def test_a_run_parses_and_its_parts_can_be_made(file, routing_paths):
     else t5_config.T5Config
   )
   assert isinstance(_made('MODEL'), model)
-  # A macro that nothing reads would be set in vain.
+  # A macro that nothing reads could be set without effect.
   for name in ('OPTIMIZER', 'ROW_OPTIMIZER', 'OBJECTIVE'):
     assert _made(name) is not None
   assert _made('TRAIN_STEPS') > 0
@@ -407,7 +411,7 @@ def test_a_header_says_what_a_file_is(file):
 
 @pytest.mark.parametrize('file', _names('optimizers'))
 def test_an_optimizer_has_both_parts(file, routing_paths):
-  # A file for rows alone comes after one for both.
+  # A file with only a row optimizer must follow one with both optimizers.
   both = ['gin_configs/optimizers/adamw.gin'] if 'rows_' in file else []
   _parse([*both, file], routing_paths)
   _made('OPTIMIZER').build({'scale': ('embed',)})

@@ -1,4 +1,4 @@
-"""Sizes of the models of arXiv 2310.10837 and 2306.04640, as published."""
+"""The models of arXiv 2310.10837 and 2306.04640 have the published sizes."""
 
 import copy
 import dataclasses
@@ -11,13 +11,14 @@ from mowe.models import initialization
 from mowe.models.families import costs, families
 from mowe.training import router_training, training_step
 
-# Parameters of one feed-forward, and of the model in millions.
+# The parameters of one feed-forward, and the millions of the whole model.
 _DENSE = {
   'wt103_small': (1_694_137, 47),
   'wt103_big': (8_422_414, 262),
   'enwik8': (2_104_837, 41),
 }
-# emb_dim, blocks, heads, head_dim, hidden units, memory, vocabulary.
+# Each model has emb_dim, blocks, heads, head_dim, hidden units, memory and
+# vocabulary.
 _SIZES = {
   'wt103_small': (412, 16, 10, 41, 2053, 256, 8000),
   'wt103_big': (1024, 18, 16, 64, 4110, 512, 8000),
@@ -35,7 +36,7 @@ def _config(name):
 
 
 def _router_loss(needed, *files):
-  """What `mowe train` minimises besides, with a macro that the files need."""
+  """The router loss that `mowe train` adds, with a macro that files need."""
   names = ['MODEL_DIR', 'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', needed]
   gin_config.parse(
     [f'gin_configs/{file}.gin' for file in files],
@@ -60,8 +61,8 @@ def test_a_dense_model_has_the_published_size(name):
   of_layer, millions = _DENSE[name]
   for number in range(blocks):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
-  # Query, key, value, output and distances, and a bias of each head for keys
-  # and for distances.
+  # These are the kernels of query, key, value, output and distances, and the
+  # biases of each head for keys and for distances.
   attention = 5 * embed * heads * kv + 2 * heads * kv
   block = of_layer + attention + 4 * embed
   total = blocks * block + 2 * embed + 2 * vocab * embed + vocab
@@ -69,8 +70,8 @@ def test_a_dense_model_has_the_published_size(name):
   assert round(total / 1e6) == millions
 
 
-# Experts, parameters of one feed-forward, of the model in millions, and the
-# dense model of the same size.
+# Each model has its experts, the parameters of one feed-forward, the millions
+# of the whole model, and the dense model of the same size.
 _SIGMA = {
   'wt103_small': (16, 1_694_144, 47, 'wt103_small'),
   'wt103_small_128': (128, 13_553_152, 237, 'wt103_small'),
@@ -83,7 +84,7 @@ _SIGMA = {
 def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   experts, of_layer, millions, twin = _SIGMA[name]
   dense = _config(f'xl_{twin}')
-  # Layers are made by what gin has read last.
+  # A config makes layers with what gin has read last, so the order matters.
   attention = dense.make_attention()
   others = costs.model_costs(dense).total_parameters
   others -= dense.num_layers * _DENSE[twin][0]
@@ -98,7 +99,7 @@ def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   total = costs.model_costs(config).total_parameters
   assert total == others + config.num_layers * of_layer
   assert round(total / 1e6) == millions
-  # All else is that of the dense model.
+  # All other fields are those of the dense model.
   factories = {'attention': None, 'norm': None, 'sparse_feed_forward': None}
   parts = {'sparse_decoder_layers': ()} | factories
   parts |= {'attention': type(config.make_attention())}
@@ -108,7 +109,7 @@ def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   )
 
 
-# Values, and parameters of one feed-forward.
+# The number of values, and the parameters of one feed-forward.
 _PRODUCT_KEYS = {
   'wt103_small': (62**2, 1_685_904),
   'wt103_big': (89**2, 8_475_648),
@@ -155,7 +156,7 @@ def test_regularisers_are_those_of_the_code_of_the_paper(
 
 @pytest.mark.parametrize('name', [*_SIZES, 'tiny'])
 def test_fresh_kernels_have_the_variance_of_the_paper(name):
-  """2 / (blocks * inputs), and the embedding that of a uniform draw."""
+  """It is 2 / (blocks * inputs), and for embeddings that of Xavier's draw."""
   config = _config(f'xl_{name}')
   scale = 2 / config.num_layers
   assert config.make_attention().init_scale == pytest.approx(scale, rel=1e-5)
@@ -182,13 +183,14 @@ def test_a_run_remembers_one_row(name):
   lengths = gin_config.macro('TASK_FEATURE_LENGTHS')
   assert lengths == {'targets': config.memory_length}
   assert config.dropout_rate == (0.2 if 'big' in name else 0.1)
-  # The paper reads its tests with four rows.
+  # In evaluation the paper's memory is four rows long.
   longer = dataclasses.replace(config, memory_length=4 * lengths['targets'])
   memory = jax.eval_shape(lambda: longer.initial_memory(1))
   assert memory['decoder']['real'].shape == (1, 4 * lengths['targets'])
 
 
-# Blocks, choices, millions of parameters, and those that a token meets in blocks.
+# Each model has blocks, choices, millions of parameters, and the millions that
+# a token meets in its blocks.
 _MODULE_FORMERS = {
   '350m_4b': (24, 2, 4142.5, 315),
   '700m_4b': (24, 4, 4142.5, 617),
@@ -214,11 +216,12 @@ def test_a_module_former_has_the_published_size(name):
 def test_the_mini_models_have_as_many_parameters_as_the_dense_one():
   dense = costs.model_costs(_config('xl_mini'))
   assert dense.total_parameters == 3_443_276
-  # Parameters, and FLOPs per token of what is not feed-forward.
+  # Each kind has its parameters, and its share of the dense model's FLOPs per
+  # token.
   for kind, expected, share in [
     ('top_k', 3_443_276, 1.0),
     ('pkm', 3_421_760, 0.984),
-    # By the paper's count, which leaves out the router, 0.25.
+    # The paper's count leaves out the router and has 0.25.
     ('sigma_moe', 3_443_776, 0.257),
     ('switch', 3_437_632, 0.252),
   ]:

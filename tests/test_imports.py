@@ -1,4 +1,4 @@
-"""The rooms of the package: their size, arrows, and what is loaded when."""
+"""Tests the rooms of the package: their sizes, arrows, and lazy imports."""
 
 import ast
 import graphlib
@@ -13,8 +13,8 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PACKAGE = _ROOT / 'mowe'
 _HEAVY = ('tensorflow', 'tensorflow_datasets', 'seqio', 't5x', 'torch')
 
-# What each room may import besides itself, from the bottom up. Inner rooms are
-# told apart further below.
+# For each room, the rooms that it may import besides itself, from the bottom
+# up. Inner rooms are listed separately below.
 _MODELS = ('models', 'layers', 'words')
 _RUNS = ('interop', 'stores', 'training', 'data', *_MODELS)
 _ARROWS = {
@@ -38,7 +38,7 @@ def _files(package):
 
 
 def _imports(path):
-  """Modules that a file imports, wherever in it: `a.b` for `from a import b`."""
+  """All modules that a file imports anywhere: `a.b` for `from a import b`."""
   for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
     if isinstance(node, ast.Import):
       for alias in node.names:
@@ -61,7 +61,7 @@ def _outer(path):
 
 
 def _module_graph():
-  """Module -> modules of the package that it imports, lazily or for types."""
+  """For each module, those of the package that it imports, even lazily."""
   modules = {
     '.'.join(path.relative_to(_ROOT).with_suffix('').parts): path
     for path in _PACKAGE.rglob('*.py')
@@ -70,7 +70,8 @@ def _module_graph():
   graph = {}
   for name, path in modules.items():
     found = set(_imports(path))
-    # `from a.b import c` may import the module a.b, or the module a.b.c.
+    # The import `from a.b import c` may load the module a.b or the module
+    # a.b.c.
     found |= {one.rpartition('.')[0] for one in found}
     graph[name] = found & modules.keys()
   return graph
@@ -111,12 +112,13 @@ def test_inner_rooms_have_no_circles():
 
 
 def test_tests_stand_where_their_modules_do():
-  """tests/<room>/test_<module>*.py holds tests of mowe/<room>/<module>.py."""
+  """tests/<room>/test_<module>*.py must test mowe/<room>/<module>.py."""
   tests = _ROOT / 'tests'
   for path in tests.rglob('test_*.py'):
     room = _PACKAGE / path.parent.relative_to(tests)
     if path.parent == tests or not room.is_dir():
-      # Tests of gin files, of documents, and of reference implementations.
+      # These are tests of gin files, of documents and of reference
+      # implementations.
       continue
     tested = path.stem.removeprefix('test_')
     assert any(
@@ -153,7 +155,7 @@ def test_gin_and_tensorflow_have_one_place_each():
 
 
 def _run(code, *arguments, timeout=300):
-  """Runs code in a fresh process; returns what it printed."""
+  """Runs code in a fresh process, and returns what it printed."""
   done = subprocess.run(
     [sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)],
     capture_output=True,
@@ -203,7 +205,7 @@ def test_help_needs_no_jax():
 
 @pytest.mark.slow
 def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
-  """From text to a cache, a trained step and a generated answer."""
+  """Makes a cache of text, trains a step, and generates an answer."""
   printed = _run(
     """
     import functools, json, pathlib, sys
@@ -226,8 +228,9 @@ def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
     routing, _ = vocabulary_builder.build_routing_vocabulary(
       texts, vocabulary, num_words=9, num_experts=8, num_skipped=2
     )
-    cache_task.cache_task(folder / 'cache' / 'text', 'bytes', files=[str(file)])
-    train.train(
+    source = cache_task.TextFiles([str(file)])
+    cache_task.cache_task(folder / 'cache' / 'text', 'bytes', source)
+    training = train.Training(
       model=t5_config.T5Config(
         384, 8, 2, 3, 9, 1, 1,
         sparse_feed_forward=functools.partial(word_experts.MoweLayer, 8, 4),
@@ -244,6 +247,7 @@ def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
       optimizer=optimizers.AdamW(1e-3),
       row_optimizer=row_optimizers.RowAdafactor(1e-3),
     )
+    train.train(training)
     answers = ask.ask(
       str(folder / 'run'), ['Who met Quimby?'], max_length=4, explain=True
     )

@@ -1,4 +1,4 @@
-"""The code of docs/adding_a_layer.md and docs/adding_a_task.md, run as it is."""
+"""Runs the code in docs/adding_a_layer.md and docs/adding_a_task.md."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ _DOCS = pathlib.Path(__file__).resolve().parent.parent / 'docs'
 
 @pytest.fixture
 def write_files(tmp_path, monkeypatch):
-  """Writes the files that a page shows, into a folder on Python's path."""
+  """Writes the files that a page shows to a folder on Python's path."""
   monkeypatch.syspath_prepend(tmp_path)
 
   def write(page):
@@ -69,7 +69,7 @@ def test_adding_a_layer(world, write_files, monkeypatch):
   loaded = mowe.load(str(run))
   layer = loaded.model.config.sparse_layers()['encoder']
   assert (type(layer).__name__, layer.hidden) == ('Bottleneck', 24)
-  # No screens full of weights.
+  # The representation must not print the weights.
   assert len(repr(loaded)) < 200 and 'step 2' in repr(loaded)
   assert len(ask.ask(str(run), [question], max_length=3)) == 1
 

@@ -1,7 +1,11 @@
 """Verbs that prepare data: their options, and what they call."""
 
+import argparse
+import dataclasses
+import functools
 
-# Everything else is imported by the verb that needs it: `mowe --help` is fast.
+# Each verb imports what it needs only when it runs, so that `mowe --help` is
+# fast.
 
 
 def add_to(verbs) -> None:
@@ -14,29 +18,41 @@ def add_to(verbs) -> None:
 
 def _add_build_routing_vocabulary(verbs):
   parser = verbs.add_parser(
-    'build-routing-vocabulary', help='count words and give them experts'
+    'build-routing-vocabulary', help='count words and give each an expert'
   )
   parser.add_argument('output', help='the file to write (.npz)')
   parser.add_argument(
-    'files', nargs='+', help='.txt or .jsonl, also .gz; globs'
+    'files', nargs='+', help='.txt or .jsonl files, also .gz, or globs of them'
   )
   parser.add_argument(
-    '--vocabulary', required=True, help="SentencePiece model, or 'bytes'"
+    '--vocabulary', required=True, help="a SentencePiece model, or 'bytes'"
   )
   parser.add_argument('--num_experts', type=int, required=True)
   parser.add_argument('--num_words', type=int, default=1_000_000)
   parser.add_argument('--num_skipped', type=int, default=16)
   parser.add_argument(
-    '--names', nargs='*', default=(), help='files of names: only their words'
+    '--names',
+    nargs='*',
+    default=(),
+    help='files with one name a line; only words of these names are kept',
   )
-  parser.add_argument('--balanced', action='store_true', help='not id modulo')
+  parser.add_argument(
+    '--balanced',
+    action='store_true',
+    help='assign experts by expected load instead of by id modulo',
+  )
   parser.add_argument(
     '--num_blocks',
     type=int,
     default=1,
-    help='evenly loaded parts for devices that share the experts, such as 128',
+    help='blocks of experts with even loads, to be split over devices; 128 '
+    'suits many numbers of devices',
   )
-  parser.add_argument('--field', default='text', help='of .jsonl records')
+  parser.add_argument(
+    '--field',
+    default='text',
+    help='field of .jsonl records that holds the text',
+  )
   parser.add_argument('--num_workers', type=int)
   parser.add_argument('--extra_ids', type=int, default=100)
   parser.set_defaults(run=_build_routing_vocabulary)
@@ -64,9 +80,9 @@ def _build_routing_vocabulary(options, bindings):
 
 def _add_explain(verbs):
   parser = verbs.add_parser(
-    'explain', help='show which expert each word of a text has'
+    'explain', help='show the expert of each word of a text'
   )
-  parser.add_argument('routing_vocabulary', help='.npz')
+  parser.add_argument('routing_vocabulary', help='an .npz file')
   parser.add_argument('text')
   parser.add_argument('--vocabulary', required=True)
   parser.add_argument('--extra_ids', type=int, default=100)
@@ -86,69 +102,108 @@ def _explain(options, bindings):
 
 
 def _add_cache_task(verbs):
-  parser = verbs.add_parser('cache-task', help='tokenise a task once')
+  parser = verbs.add_parser('cache-task', help='write a task as token ids')
   parser.add_argument('output', help='the folder to write')
   parser.add_argument(
-    'files', nargs='*', help='.txt or .jsonl, also .gz; globs'
+    'files', nargs='*', help='.txt or .jsonl files, also with .gz, or globs'
   )
-  parser.add_argument('--vocabulary', required=True)
+  parser.add_argument(
+    '--vocabulary', required=True, help="a SentencePiece model, or 'bytes'"
+  )
+  parser.add_argument('--extra_ids', type=int, default=100)
+  parser.add_argument('--overwrite', action='store_true')
+  parser.add_argument('--num_workers', type=int)
   parser.add_argument(
     '--kind',
     choices=('text', 'questions', 'claims', 'language_model'),
-    default='text',
+    help='what the files hold (default: text)',
   )
-  parser.add_argument('--seqio_task', default='', help='instead of files')
-  parser.add_argument(
-    '--task_modules', nargs='*', default=(), help="default: mowe's own tasks"
+  # The other options have no default here, so that it is known which were
+  # given: each belongs to some sources, whose fields have the defaults.
+  add = functools.partial(
+    parser.add_argument_group('options of some kinds').add_argument,
+    default=argparse.SUPPRESS,
   )
-  parser.add_argument('--tfds_data_dir', help='where TFDS keeps its data sets')
-  parser.add_argument('--split', default='train', help='of the seqio task')
-  parser.add_argument('--field', default='text')
-  parser.add_argument(
-    '--unit', choices=('line', 'paragraph', 'file'), default='line'
+  add('--field', help='of .jsonl records of text (default: text)')
+  add(
+    '--unit',
+    choices=('line', 'paragraph', 'file'),
+    help='what one text of a .txt file is (default: line)',
   )
-  parser.add_argument(
-    '--title_field', help='of .jsonl records of text: put before the text'
-  )
-  parser.add_argument(
-    '--max_paragraphs', type=int, help='of each text, for --kind text'
-  )
-  parser.add_argument('--prompt', default='question: {question}')
-  parser.add_argument('--answers_field', default='answers')
-  parser.add_argument(
+  add('--title_field', help='of .jsonl records; its value precedes the text')
+  add('--max_paragraphs', type=int, help='how many of each text are kept')
+  add('--prompt', help='inputs of questions (default: question: {question})')
+  add('--answers_field', help='of records of questions (default: answers)')
+  add(
     '--metric',
-    default='squad',
     choices=('squad', 'trivia_qa'),
-    help='by which answers are scored: trivia_qa takes a hyphen for a blank',
+    help='how answers are scored: trivia_qa takes a hyphen for a blank',
   )
-  parser.add_argument('--overwrite', action='store_true')
-  parser.add_argument('--num_workers', type=int)
-  parser.add_argument('--extra_ids', type=int, default=100)
+  add = functools.partial(
+    parser.add_argument_group('in place of files').add_argument,
+    default=argparse.SUPPRESS,
+  )
+  add('--seqio_task', help='name of a registered task')
+  add('--split', help='of the seqio task (default: train)')
+  add('--task_modules', nargs='+', help="default: mowe's own tasks")
+  add('--tfds_data_dir', help='where TFDS keeps its data sets')
   parser.set_defaults(run=_cache_task)
+
+
+_CUT = ('title_field', 'max_paragraphs')
+_SOURCE_OPTIONS = (
+  *('field', 'unit', 'prompt', 'answers_field', 'metric', *_CUT),
+  *('seqio_task', 'split', 'task_modules', 'tfds_data_dir'),
+)
+
+
+def _source(options):
+  """Makes what the cache is built from; refuses options of other sources."""
+  from mowe.commands import cache_task
+  from mowe.data.text import passages
+
+  given = {k: v for k, v in vars(options).items() if k in _SOURCE_OPTIONS}
+  if bool(options.files) == ('seqio_task' in given):
+    raise ValueError(
+      'A cache is built from files or from a seqio task, but got files '
+      f'{options.files} and seqio_task {given.get("seqio_task")!r}. Give '
+      'exactly one of them.'
+    )
+  if options.files:
+    kind = options.kind or 'text'
+    source, name = cache_task.FILES_OF_KIND[kind], f'files of kind {kind!r}'
+    given['files'] = options.files
+  else:
+    source, name = cache_task.SeqioTask, 'a seqio task'
+    if options.kind:
+      given['kind'] = options.kind
+  fields = {field.name for field in dataclasses.fields(source)}
+  allowed = fields - {'cut', 'files'} | (
+    set(_CUT) if 'cut' in fields else set()
+  )
+  wrong = sorted(set(given) - allowed - {'files'})
+  if wrong:
+    raise ValueError(
+      f'Options of {name} are {", ".join(sorted(allowed)) or "none"}, but '
+      f'--{wrong[0]} was given. Leave it out.'
+    )
+  cut = {name: given.pop(name) for name in _CUT if name in given}
+  if cut:
+    given['cut'] = passages.Passages(**cut)
+  return source(**given)
 
 
 def _cache_task(options, bindings):
   del bindings
   from mowe.commands import cache_task, show_progress
-  from mowe.data.text import passages
 
+  source = _source(options)
   with show_progress.counting('records') as progress:
     cache = cache_task.cache_task(
       options.output,
       options.vocabulary,
-      files=options.files,
-      kind=options.kind,
-      seqio_task=options.seqio_task,
-      split=options.split,
-      task_modules=options.task_modules,
-      tfds_data_dir=options.tfds_data_dir,
+      source,
       extra_ids=options.extra_ids,
-      field=options.field,
-      unit=options.unit,
-      cut=passages.Passages(options.title_field, options.max_paragraphs),
-      prompt=options.prompt,
-      answers_field=options.answers_field,
-      metric=options.metric,
       overwrite=options.overwrite,
       num_workers=options.num_workers,
       progress=progress,
@@ -163,19 +218,24 @@ def _cache_task(options, bindings):
 
 def _add_train_vocabulary(verbs):
   parser = verbs.add_parser(
-    'train-vocabulary', help='make a vocabulary of pieces or words of text'
+    'train-vocabulary', help='make a subword vocabulary from text'
   )
   parser.add_argument('output', help='the file to write')
   parser.add_argument('files', nargs='+')
   parser.add_argument(
-    '--size', type=int, help='default: 32,000 pieces, or all words'
+    '--size', type=int, help='number of ids; default: 32,000, or all words'
   )
   parser.add_argument(
-    '--words', action='store_true', help='whole words between white space'
+    '--words',
+    action='store_true',
+    help='take whole words between white space, not pieces',
   )
   parser.add_argument('--field', default='text')
   parser.add_argument(
-    '--questions', nargs='+', default=(), help='.jsonl files with questions'
+    '--questions',
+    nargs='+',
+    default=(),
+    help='.jsonl files whose field `question` is trained on too',
   )
   parser.set_defaults(run=_train_vocabulary)
 

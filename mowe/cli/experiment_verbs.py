@@ -2,7 +2,8 @@
 
 from mowe.cli import gin_arguments
 
-# Everything else is imported by the verb that needs it: `mowe --help` is fast.
+# Each verb imports what it needs only when it runs, so that `mowe --help` is
+# fast.
 
 
 def add_to(verbs) -> None:
@@ -15,17 +16,17 @@ def _add_compare(verbs):
   parser = verbs.add_parser(
     'compare', help='train and compare the models of an experiment'
   )
-  parser.add_argument('experiment', help='gin_configs/experiments/*.gin')
+  parser.add_argument('experiment', help='a file in gin_configs/experiments/')
   gin_arguments.add_to(parser)
   parser.add_argument(
-    '--dry_run', action='store_true', help='size the models, and stop'
+    '--dry_run', action='store_true', help='print the sizes of models and stop'
   )
   parser.add_argument(
     '--add',
     action='append',
     default=[],
     metavar='NAME=FOLDER',
-    help='a finetuned model from elsewhere',
+    help='also compare a finetuned model from another folder',
   )
   parser.set_defaults(run=_compare)
 
@@ -48,39 +49,43 @@ def _compare(options, bindings):
 
 def _add_quickstart(verbs):
   parser = verbs.add_parser(
-    'quickstart', help='T5 and MoWE of equal FLOPs, from text to answers'
+    'quickstart', help='train and compare a T5 and a MoWE of equal FLOPs'
   )
   parser.add_argument('--output', default='quickstart_output')
   parser.add_argument(
-    '--data_dir', help='documents, qa_train, qa_validation .jsonl of your own'
+    '--data_dir',
+    help='folder with your documents.jsonl, qa_train.jsonl and '
+    'qa_validation.jsonl; default: a generated world',
   )
   parser.add_argument(
-    '--documents', help='text for a data_dir that has questions alone'
+    '--documents', help='text file for a --data_dir that has only questions'
   )
   parser.add_argument(
-    '--recipe', default='world', help='gin_configs/examples/<recipe>_*.gin'
+    '--recipe', default='world', help='use gin_configs/examples/<recipe>_*.gin'
   )
-  parser.add_argument('--vocabulary', help='default: trained on the text')
+  parser.add_argument('--vocabulary', help='default: train one on the text')
   parser.add_argument('--vocabulary_size', type=int, default=1000)
   parser.add_argument('--num_experts', type=int, default=2048)
   parser.add_argument('--names_files', nargs='*', default=())
   parser.add_argument('--num_seeds', type=int, default=1)
   parser.add_argument(
-    '--with_longer_t5', action='store_true', help='a T5 trained 3x as long'
+    '--with_longer_t5',
+    action='store_true',
+    help='also train a T5 for 3 times as many steps',
   )
   parser.add_argument(
     '--with_larger_t5',
     action='store_true',
-    help='a T5 with as many parameters in all (hours on a CPU)',
+    help='also train a T5 with as many parameters (hours on a CPU)',
   )
   parser.add_argument(
     '--with_moe',
     nargs='+',
     default=(),
     choices=('switch', 'top2', 'expert_choice', 'hash'),
-    help='also mixtures of experts',
+    help='also train mixtures of experts with these routers',
   )
-  parser.add_argument('--steps', type=int, help='of pretraining')
+  parser.add_argument('--steps', type=int, help='steps of pretraining')
   parser.add_argument('--finetune_steps', type=int)
   parser.set_defaults(run=_quickstart)
 
@@ -97,7 +102,11 @@ def _quickstart(options, bindings):
 
 
 def _leave_devices_to_runs():
-  """Runs are processes of their own; this one only looks at shapes."""
+  """Keeps this process off the accelerators.
+
+  Every run is a process of its own and needs them. This process only computes
+  shapes.
+  """
   import jax
 
   jax.config.update('jax_platforms', 'cpu')

@@ -1,21 +1,33 @@
-"""Options of gin, which several verbs have, and what they say."""
+"""The options of gin, which several verbs share, and how they are read."""
 
 
 def add_to(parser) -> None:
-  """Adds --gin_file and the like to a verb."""
+  """Adds --gin_file, --gin_search_paths and --gin_bindings to a verb."""
   parser.add_argument(
-    '--gin_file', action='append', default=[], help='read in order'
+    '--gin_file',
+    action='append',
+    default=[],
+    help='a gin file; may be repeated, and files are read in their order',
   )
   parser.add_argument(
-    '--gin_search_paths', default='', help='folders, joined by commas'
+    '--gin_search_paths',
+    default='',
+    help='more folders with gin files, separated by commas',
   )
   parser.add_argument(
-    '--gin_bindings', action='append', default=[], help='"NAME = VALUE"'
+    '--gin_bindings',
+    action='append',
+    default=[],
+    help='a binding such as "NAME = VALUE"; may be repeated',
   )
 
 
 def take_bindings(rest: list[str]) -> list[str]:
-  """Removes `--gin.NAME=VALUE` from `rest`; returns them as bindings."""
+  """Removes all `--gin.NAME=VALUE` from `rest`, and returns them as bindings.
+
+  Raises:
+    SystemExit: an argument has no `=`.
+  """
   bindings = []
   for argument in [a for a in rest if a.startswith('--gin.')]:
     name, equals, value = argument.removeprefix('--gin.').partition('=')
@@ -29,7 +41,11 @@ def take_bindings(rest: list[str]) -> list[str]:
 
 
 def parse(options, bindings: list[str]):
-  """Reads the gin files of a verb; returns the module `gin_config`."""
+  """Reads the gin files and bindings of a verb.
+
+  Returns:
+    The module `gin_config`, which is imported only here.
+  """
   from mowe.commands import gin_config
 
   paths = [path for path in options.gin_search_paths.split(',') if path]

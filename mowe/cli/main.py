@@ -15,15 +15,16 @@ from mowe.cli import (
   modules_verbs,
 )
 
-# In the order of `mowe --help`; the first ones read model folders.
+# `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
+# folders, so they have --trust_module.
 _OF_MODELS = (model_verbs, modules_verbs)
 _OTHERS = (data_verbs, experiment_verbs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs a verb; returns the exit status.
+  """Runs a verb, and returns the exit status.
 
-  Errors of input are shown as one paragraph, without a trace: they say what
+  Errors of input are shown as one paragraph without a trace, as they say what
   must hold, what was found and what to do. MOWE_TRACE=1 shows the trace.
   """
   arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -32,10 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   bindings = gin_arguments.take_bindings(rest)
   if rest:
     parser.error(
-      f'unknown arguments {rest}. Options of gin are --gin.NAME=VALUE.'
+      f'unknown arguments {rest}. Write a gin binding as --gin.NAME=VALUE.'
     )
   if bindings and not hasattr(options, 'gin_file'):
-    parser.error(f'{options.verb} reads no gin, but has {bindings}.')
+    parser.error(
+      f'{options.verb} reads no gin files, but has {bindings}. Leave them out.'
+    )
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   try:
     if options.trust_module:
@@ -46,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (ValueError, OSError, FloatingPointError) as error:
     if os.environ.get('MOWE_TRACE'):
       raise
-    # Gin adds to every error through which of its calls it came.
+    # Gin appends to every error the calls of its own that led there.
     text = re.sub(r'\n\s*In call to configurable .*', '', str(error))
     print(f'mowe: {text}', file=sys.stderr)
     return 1
   except RuntimeError as error:
-    # Of a callback, when a compiled program reads experts from the host: jax
-    # keeps only the text.
+    # A compiled program reads experts of the host in a callback. JAX raises its
+    # errors as RuntimeError and keeps only their text.
     damaged = re.search(r'DamagedCheckpointError: (.*)', str(error))
     if not damaged or os.environ.get('MOWE_TRACE'):
       raise
@@ -79,7 +82,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _add_trust(parser):
-  """Adds `--trust_module` to the verbs there are, and to those below them."""
+  """Adds `--trust_module` to all verbs so far, and to their subcommands."""
   below = [
     action
     for action in parser._actions
@@ -94,8 +97,9 @@ def _add_trust(parser):
       action='append',
       default=[],
       metavar='MODULE',
-      help='a module of your own whose layers a model folder may name; may be '
-      'repeated. Reading the folder imports the module, which runs its code',
+      help='a Python module of your own whose layers a model folder may name; '
+      'may be repeated. Reading the folder imports the module, which runs its '
+      'code',
     )
 
 

@@ -5,7 +5,8 @@ import sys
 
 from mowe.cli import gin_arguments
 
-# Everything else is imported by the verb that needs it: `mowe --help` is fast.
+# Each verb imports what it needs only when it runs, so that `mowe --help` is
+# fast.
 
 
 def add_to(verbs) -> None:
@@ -19,13 +20,13 @@ def add_to(verbs) -> None:
 
 def _add_train(verbs):
   parser = verbs.add_parser(
-    'train', help='pretrain or finetune, from gin files'
+    'train', help='pretrain or finetune a model, as gin files say'
   )
   gin_arguments.add_to(parser)
   parser.add_argument(
-    '--dry_run', action='store_true', help='print what would be done'
+    '--dry_run', action='store_true', help='print what would be done, and stop'
   )
-  parser.add_argument('--tfds_data_dir', help='where TFDS keeps its data sets')
+  parser.add_argument('--tfds_data_dir', help='folder of the TFDS data sets')
   _add_distributed(parser)
   parser.set_defaults(run=_train)
 
@@ -40,20 +41,23 @@ def _train(options, bindings):
 
     _, seqio = seqio_stream.import_seqio()
     seqio.set_tfds_data_dir_override(options.tfds_data_dir)
-  arguments = {'dry_run': True} if options.dry_run else {}
-  gin_config.call(
-    train.train, config_text=gin_config.operative_config, **arguments
+  train.train(
+    gin_config.call(train.Training),
+    dry_run=options.dry_run,
+    config_text=gin_config.operative_config,
   )
 
 
 def _add_distributed(parser):
-  parser.add_argument('--coordinator_address', help='host:port, if several')
+  parser.add_argument(
+    '--coordinator_address', help='host:port, if several processes train'
+  )
   parser.add_argument('--process_count', type=int)
   parser.add_argument('--process_index', type=int)
 
 
 def _join_processes(options):
-  """Connects the processes of a multi-host run; the first one speaks."""
+  """Connects the processes of a multi-host run; only the first one prints."""
   if options.coordinator_address is None:
     return
   import jax
@@ -67,7 +71,7 @@ def _join_processes(options):
 
 def _add_evaluate(verbs):
   parser = verbs.add_parser(
-    'evaluate', help='answer questions, or predict a text'
+    'evaluate', help="score a model's answers, or its prediction of a text"
   )
   gin_arguments.add_to(parser)
   parser.set_defaults(run=_evaluate)
@@ -81,7 +85,7 @@ def _evaluate(options, bindings):
 
 
 def _add_infer(verbs):
-  parser = verbs.add_parser('infer', help='write predictions for a task')
+  parser = verbs.add_parser('infer', help='write the predictions for a task')
   gin_arguments.add_to(parser)
   parser.set_defaults(run=_infer)
 
@@ -97,20 +101,24 @@ def _add_ask(verbs):
   parser = verbs.add_parser('ask', help='ask a model questions')
   parser.add_argument('model', help='a model folder, or a checkpoint in it')
   parser.add_argument(
-    'questions', nargs='*', help='asked at a prompt if none is given'
+    'questions', nargs='*', help='if there are none, they are read at a prompt'
   )
   parser.add_argument(
-    '--prompt', default='question: {question}', help='as in finetuning'
+    '--prompt',
+    default='question: {question}',
+    help='the text that finetuning put around a question; default: '
+    '"question: {question}"',
   )
   parser.add_argument('--num_beams', type=int, default=1)
   parser.add_argument('--max_length', type=int, default=32)
   parser.add_argument(
-    '--explain', action='store_true', help="show the words' experts"
+    '--explain', action='store_true', help='show the expert of each word'
   )
   parser.add_argument(
     '--experts_on',
     choices=('device', 'host', 'disk'),
-    help='where experts are read from; default: disk if they exceed 4 GiB',
+    help='where word experts are kept; default: device, or disk if they exceed '
+    '4 GiB',
   )
   parser.set_defaults(run=_ask)
 
@@ -139,30 +147,34 @@ def _ask(options, bindings):
 
 def _add_convert(verbs):
   parser = verbs.add_parser(
-    'convert', help='weights of T5X and Hugging Face in and out'
+    'convert', help='convert weights from and to T5X and Hugging Face'
   )
   parser.add_argument(
-    'source', help='a model folder, safetensors, or a checkpoint of T5X'
+    'source',
+    help='a model folder, a folder of safetensors, or a checkpoint of T5X',
   )
   parser.add_argument('target', help='the folder to write')
   parser.add_argument(
     '--to',
     required=True,
     choices=('mowe', 'safetensors', 'huggingface', 't5x', 't5x-orbax'),
-    help='a model folder, our safetensors, those of transformers, T5X',
+    help='the format to write: a model folder, safetensors of mowe, '
+    'safetensors of transformers, or a checkpoint of T5X in one of two layouts',
   )
   parser.add_argument(
     '--dtype', choices=('float32', 'bfloat16'), default='float32'
   )
   parser.add_argument(
     '--vocabulary',
-    help="SentencePiece model or 'bytes', if the source has none",
+    help="a SentencePiece model or 'bytes', if the source has no vocabulary",
   )
   parser.add_argument(
-    '--extra_ids', type=int, help='sentinels of that vocabulary; 100'
+    '--extra_ids',
+    type=int,
+    help='number of sentinels of the vocabulary; default: 100',
   )
   parser.add_argument(
-    '--like', help='a model that says what a checkpoint of T5X is'
+    '--like', help='a folder with the config for a checkpoint of T5X'
   )
   parser.set_defaults(run=_convert)
 

@@ -1,4 +1,4 @@
-"""`mowe modules`: options of its actions, and what they call."""
+"""`mowe modules`: the options of its actions, and what they call."""
 
 from mowe.cli import gin_arguments
 
@@ -7,8 +7,8 @@ def add_to(verbs) -> None:
   """Adds the verb `modules` to the subparsers of `mowe`."""
   parser = verbs.add_parser('modules', help='add, prune or measure modules')
   actions = parser.add_subparsers(dest='action', required=True)
-  add = actions.add_parser('add', help='a model with more modules')
-  prune = actions.add_parser('prune', help='a model without the least used')
+  add = actions.add_parser('add', help='write a model with more modules')
+  prune = actions.add_parser('prune', help='write a model with fewer modules')
   for action in (add, prune):
     action.add_argument('source', help='a model folder, or a checkpoint in it')
     action.add_argument('target', help='the model folder to write')
@@ -16,28 +16,46 @@ def add_to(verbs) -> None:
       '--expert_parts',
       type=int,
       default=1,
-      help='parts of the mesh axis expert that modules will lie on',
+      help='size of the mesh axis expert, over which modules will be split',
     )
-  add.add_argument('--mlp', type=int, default=0, help='new ones in each layer')
-  add.add_argument('--attention', type=int, default=0, help='likewise')
-  add.add_argument('--k', type=int, default=1, help='new ones of a token')
+  add.add_argument(
+    '--mlp',
+    type=int,
+    default=0,
+    help='number of new modules in each layer of MLP modules',
+  )
+  add.add_argument(
+    '--attention',
+    type=int,
+    default=0,
+    help='number of new modules in each layer of attention modules',
+  )
+  add.add_argument(
+    '--k',
+    type=int,
+    default=1,
+    help='number of new modules that each token meets',
+  )
   add.add_argument('--seed', type=int, default=0)
   add.set_defaults(run=_modules_add)
   prune.add_argument(
     '--usage', required=True, help='usage.json of `mowe modules usage`'
   )
-  prune.add_argument('--fraction', type=float, help='of modules that are left')
+  prune.add_argument('--fraction', type=float, help='share of modules to keep')
   prune.add_argument(
-    '--threshold', type=float, help='least use, relative to the mean'
+    '--threshold',
+    type=float,
+    help='keep modules used at least this much, relative to the mean',
   )
   prune.add_argument(
     '--gates',
     choices=('keep', 'renormalise'),
     default='keep',
-    help='whether gates stay, or grow by what removed modules had',
+    help='whether the gates of kept modules stay as they are, or grow by what '
+    'the removed ones had',
   )
   prune.set_defaults(run=_modules_prune)
-  usage = actions.add_parser('usage', help='which modules a task uses')
+  usage = actions.add_parser('usage', help='count the modules a task uses')
   gin_arguments.add_to(usage)
   usage.set_defaults(run=_modules_usage)
 

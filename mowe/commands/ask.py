@@ -19,20 +19,26 @@ def ask(
   explain: bool = False,
   store: expert_stores.Store | None = None,
 ) -> list[str]:
-  """Answers questions; without any, reads them from the standard input.
+  """Answers questions and prints the answers.
 
   Args:
     model: a model folder, or a checkpoint in it.
-    questions: what is asked.
-    prompt: how a question was put in finetuning.
-    num_beams: more than one searches with beams.
-    max_length: most tokens of an answer.
-    explain: show the experts of the question's words.
-    store: where word experts lie; None: on the device, or on disk if their
-      tables are large.
+    questions: the questions. If there are none, they are read from the
+      standard input, one a line, until it ends.
+    prompt: the text that finetuning put around a question; `{question}` stands
+      for the question.
+    num_beams: number of beams of the search; 1 decodes greedily.
+    max_length: maximum number of tokens of an answer, EOS included.
+    explain: whether to print the expert of each word of a question, if the
+      model has word experts.
+    store: where the word experts lie. None: on the device, or on disk if they
+      are larger than 4 GiB.
 
   Returns:
-    The answers.
+    The answers, in the order of the questions.
+
+  Raises:
+    ValueError: `prompt` has no `{question}`, or another name in braces.
   """
   _check_prompt(prompt)
   loaded = model_folder.load(model, store)
@@ -66,6 +72,7 @@ def ask(
 
 
 def _check_prompt(prompt: str) -> None:
+  # A prompt that ignores the question would not contain this one.
   try:
     has_question = '?!' in prompt.format(question='?!')
   except (LookupError, ValueError):
@@ -73,7 +80,7 @@ def _check_prompt(prompt: str) -> None:
   if not has_question:
     raise ValueError(
       'The prompt must hold {question} and nothing else in braces, but is '
-      f'{prompt!r}. The default is "question: {{question}}".'
+      f'{prompt!r}. Give one like the default, "question: {{question}}".'
     )
 
 

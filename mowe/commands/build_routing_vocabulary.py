@@ -1,4 +1,4 @@
-"""`mowe build-routing-vocabulary`: from text files to words with experts."""
+"""`mowe build-routing-vocabulary`: counts words and gives them experts."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from mowe.words import (
   vocabulary_builder,
 )
 
-# Texts that travel to a worker process together.
+# Number of texts that are sent to a worker process at once.
 _TEXTS_AT_ONCE = 2000
 
 
@@ -32,24 +32,29 @@ def build_routing_vocabulary(
   num_workers: int | None = None,
   extra_ids: int = 100,
 ) -> routing_vocabulary.RoutingVocabulary:
-  """Builds a routing vocabulary from files, saves it and says what it holds.
+  """Builds a routing vocabulary from files, saves it, and prints a summary.
 
   Args:
-    output: the file to write.
-    files: paths or globs of text.
-    vocabulary: a SentencePiece file, or 'bytes'.
+    output: path of the file to write (.npz).
+    files: paths or globs of text files (.txt or .jsonl, also .gz).
+    vocabulary: path of a subword vocabulary, or 'bytes'.
     num_experts: number of experts.
-    num_words: the most frequent words that are kept.
-    num_skipped: the most frequent entries, which get no expert.
-    names_files: only words of these names are kept; one name a line, and after
-      a tab anything.
-    balanced: experts by expected load instead of id modulo `num_experts`.
-    num_blocks: parts of equal count and even load into which experts are
-      numbered, one for each device that shares them; serves all numbers of
-      devices that divide it.
+    num_words: maximum number of words; the most frequent ones are kept.
+    num_skipped: number of the most frequent entries, which get no expert.
+    names_files: paths or globs of files with one name a line, which ends at
+      the first tab. If given, only words of these names are kept.
+    balanced: whether experts are assigned so that expected loads are even,
+      instead of by entry number modulo `num_experts`.
+    num_blocks: number of blocks of experts, each with equally many experts and
+      about the same load. The experts can then be split evenly over any number
+      of devices that divides `num_blocks`.
     field: the field of .jsonl records that holds the text.
-    num_workers: processes; None: one, or all cores for much text.
-    extra_ids: sentinels of the vocabulary.
+    num_workers: number of worker processes; 0 works in this process. None: one
+      for each core if the files exceed 32 MiB, else 0.
+    extra_ids: number of sentinels of the subword vocabulary.
+
+  Returns:
+    The vocabulary that was saved.
   """
   placement.check_num_blocks(num_experts, num_blocks)
   loaded = subword_vocabularies.load_subwords(vocabulary, extra_ids)
@@ -89,6 +94,7 @@ def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _say(output, built, report, num_blocks):
+  """Prints what the vocabulary holds, and what was left out of it."""
   loads = built.loads()
   lines = [
     f'{output}: {report.num_kept_words:,} words of '
@@ -110,12 +116,12 @@ def _say(output, built, report, num_blocks):
       lines.append(f'  {hot}')
   if report.num_collisions:
     lines.append(
-      f'  {report.num_collisions:,} spellings had the hash of a more '
-      'frequent word and back off to their pieces'
+      f'  {report.num_collisions:,} spellings have the same hash as a more '
+      'frequent word, so they back off to their pieces'
     )
   if report.num_pruned_chunks:
     lines.append(
-      f'  {report.num_pruned_chunks:,} rare words were forgotten to bound '
-      f'memory ({report.num_pruned_occurrences:,} occurrences)'
+      f'  {report.num_pruned_chunks:,} rare words were dropped to limit the '
+      f'memory of counting ({report.num_pruned_occurrences:,} occurrences)'
     )
   print('\n'.join(lines))

@@ -1,4 +1,7 @@
-"""Weights from one format to another: read, written, read again, compared."""
+"""`mowe convert`: converts the weights of a model to another format.
+
+What was written is read again and compared with the source.
+"""
 
 import contextlib
 import dataclasses
@@ -30,26 +33,28 @@ from mowe.models.t5 import t5_config
 from mowe.training import manifests
 from mowe.words import sentencepiece_vocabulary, subword_vocabularies
 
-# So that names of parameters are not cut off where the output is a file.
+# Minimum width of a table. When the output goes to a file, rich would
+# otherwise cut off the names of parameters.
 _WIDTH = 110
 
-# Formats whose checkpoints do not say which model they are of.
+# Formats whose checkpoints do not describe their model.
 _WITHOUT_CONFIG = ('t5x', 't5x-orbax')
 
 _SPIECE = 'spiece.model'
-# Of T5.
+# The number of sentinels in the vocabularies of T5.
 _EXTRA_IDS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A format that is read and written.
+  """A format that can be read and written.
 
   Attributes:
-    title: for people.
-    opened: path to its weights, as long as the context is open.
-    save: writes a new folder.
-    is_rounded: whether it can be written in bfloat16.
+    title: name of the format in messages.
+    opened: takes a path, and returns a context manager that gives the weights.
+      Their arrays can be read only while the context is open.
+    save: writes weights to a new folder.
+    is_rounded: whether the weights can be written in bfloat16.
   """
 
   title: str
@@ -68,30 +73,31 @@ def convert(
   extra_ids: int | None = None,
   like: str | None = None,
 ) -> None:
-  """Converts weights and prints what was read and written.
+  """Converts weights, and prints what was read and written.
 
   Args:
     source: a model folder or a checkpoint in it, a folder of safetensors, or a
-      checkpoint of T5X; which, is seen from its files.
-    target: the folder to write; must not be there.
-    to: a name of `FORMATS`.
-    dtype: 'float32', or 'bfloat16', to which weights are rounded.
-    vocabulary: SentencePiece model or 'bytes', where the source has none.
-    extra_ids: sentinels of that vocabulary, or of the spiece.model of the
-      source; None: 100.
-    like: a folder that describes the model, where the source does not.
+      checkpoint of T5X. Its files tell which of them it is.
+    target: the folder to write, which must not exist.
+    to: the format to write, a key of `FORMATS`.
+    dtype: 'float32', or 'bfloat16' to round the weights to it.
+    vocabulary: path of a subword vocabulary, or 'bytes', for a source without a
+      vocabulary.
+    extra_ids: number of sentinels of `vocabulary`, or of the spiece.model in
+      the source. None: as many as the model's own vocabulary has, or 100.
+    like: a folder that describes the model, for a source that does not.
 
   Raises:
-    FileExistsError: the target is there.
-    FileNotFoundError: the source, or a part of it, is not there.
-    ValueError: a source that is unknown, damaged or not whole; a model that
-      the format to write does not have. Nothing is left then.
+    FileExistsError: the target exists.
+    FileNotFoundError: the source, or a part of it, does not exist.
+    ValueError: the source is damaged, incomplete or of an unknown format, or
+      the format to write cannot hold the model. No target is left then.
   """
   _check_target(target, to)
   if dtype == 'bfloat16' and not FORMATS[to].is_rounded:
     raise ValueError(
       'Parameters of a model folder must be float32, but --dtype is bfloat16. '
-      'Leave it out: activations are bfloat16 by DTYPE.'
+      'Leave out --dtype; the macro DTYPE makes activations bfloat16.'
     )
   found = recognise(source)
   is_guess = found in _WITHOUT_CONFIG and like is None
@@ -123,16 +129,17 @@ def convert(
 
 
 def recognise(source: str | os.PathLike) -> str:
-  """The name in `FORMATS` of what is there.
+  """Returns the key in `FORMATS` of the format that `source` has.
 
   Raises:
-    FileNotFoundError: nothing is there.
-    ValueError: something else is there.
+    FileNotFoundError: `source` does not exist.
+    ValueError: `source` has none of the formats, or is a checkpoint of mowe
+      without its model folder.
   """
   path = pathlib.Path(source)
   if not path.exists():
     raise FileNotFoundError(
-      f'The weights to convert must be there, but {path} is not. Check the '
+      f'The weights to convert must exist, but there is no {path}. Check the '
       'path.'
     )
   folder, _ = model_folder.split_checkpoint_path(os.fspath(path))
@@ -143,7 +150,8 @@ def recognise(source: str | os.PathLike) -> str:
     if safetensors_folder.is_candidate(names):
       return _kind_of_safetensors(path)
     checkpoint = t5x_checkpoint.find(path)
-    # TensorFlow's has a text file of the name that T5X's has.
+    # A checkpoint of TensorFlow also has a file `checkpoint`, as T5X's legacy
+    # layout does; its *.index files tell it apart.
     if checkpoint is not None and not list(checkpoint.glob('*.index')):
       if (checkpoint / manifests.FILE_NAME).is_file():
         raise ValueError(
@@ -159,13 +167,13 @@ def recognise(source: str | os.PathLike) -> str:
   raise ValueError(
     f'{path} must be a model folder (model.json), a folder of safetensors '
     '(config.json), or a checkpoint of T5X (a file checkpoint, or state/'
-    f'_METADATA), but {kinds}. Give the folder of a whole one; checkpoints of '
-    'TensorFlow are to be saved by t5x first.'
+    f'_METADATA), but {kinds}. Give the folder of a complete one. Save a '
+    'checkpoint of TensorFlow with t5x first.'
   )
 
 
 def _check_target(target, to):
-  """Raises if the target is there, or where a folder cannot be read again."""
+  """Raises unless a folder can be written to `target` and read from there."""
   new_folder.check_new(target)
   whole = pathlib.Path(target).resolve()
   _, step = model_folder.split_checkpoint_path(os.fspath(whole))
@@ -183,22 +191,25 @@ def _check_target(target, to):
 
 
 def _sentinels(source, found, vocabulary, extra_ids) -> dict[str, int]:
-  """What opens the source with so many sentinels; {} for those it has."""
+  """Options that open the source with `extra_ids` sentinels, if it has them.
+
+  Raises ValueError if no vocabulary is there that could have them.
+  """
   if extra_ids is None:
     return {}
   if found == 'huggingface' and (pathlib.Path(source) / _SPIECE).is_file():
     return {'extra_ids': extra_ids}
   if vocabulary is None:
     raise ValueError(
-      '--extra_ids must be those of --vocabulary or of a spiece.model in the '
-      f'source, but there is neither for {source}. Leave it out, or give '
-      '--vocabulary too.'
+      '--extra_ids must be the sentinels of --vocabulary or of a spiece.model '
+      f'in the source, but there is neither for {source}. Leave --extra_ids '
+      'out, or give --vocabulary too.'
     )
   return {}
 
 
 def _with_vocabulary(given, path, extra_ids) -> weights.Weights:
-  """The model with a vocabulary, which must not be another than its own."""
+  """Adds a vocabulary; if the model has one already, it must be the same."""
   own = given.vocabulary
   if extra_ids is None:
     extra_ids = _EXTRA_IDS if own is None else own.extra_ids
@@ -208,9 +219,9 @@ def _with_vocabulary(given, path, extra_ids) -> weights.Weights:
     own.size,
   ):
     raise ValueError(
-      '--vocabulary must be the one of the model where it has one, sha256 '
-      f'{own.sha256} with {own.size:,} ids, but {path} is {loaded.sha256} '
-      f'with {loaded.size:,} ids. Leave it out.'
+      '--vocabulary must be the same as that in the source, which has sha256 '
+      f'{own.sha256} and {own.size:,} ids, but {path} has {loaded.sha256} and '
+      f'{loaded.size:,} ids. Leave --vocabulary out.'
     )
   if given.config.routing is not None:
     given.config.routing.check_subwords(loaded)
@@ -218,14 +229,13 @@ def _with_vocabulary(given, path, extra_ids) -> weights.Weights:
 
 
 def _open(source, found, like, closing, settings) -> weights.Weights:
-  """The weights of the source; `like` says which model and vocabulary."""
+  """Opens the weights; `like` names a folder with their config, or is None."""
   if like is None:
     return closing.enter_context(FORMATS[found].opened(source, **settings))
   if found not in _WITHOUT_CONFIG:
     raise ValueError(
       '--like is for checkpoints of T5X, which have no config, but '
-      f'{source} is {FORMATS[found].title}, which says what it is. Leave it '
-      'out.'
+      f'{source} is {FORMATS[found].title}, which has one. Leave --like out.'
     )
   config, vocabulary = _described(like)
   given = closing.enter_context(FORMATS[found].opened(source, config=config))
@@ -233,7 +243,7 @@ def _open(source, found, like, closing, settings) -> weights.Weights:
 
 
 def _described(like):
-  """Config and vocabulary of a folder that says what model it is."""
+  """Config and vocabulary of a folder that describes its model."""
   kind = recognise(like)
   if kind == 'mowe':
     folder, _ = model_folder.split_checkpoint_path(like)
@@ -248,12 +258,15 @@ def _kind_of_safetensors(path):
     is_object = isinstance(described, dict)
     if is_object and described.get('model_type') == mowe_safetensors.MODEL_TYPE:
       return 'safetensors'
-  # Which says what is wrong with it.
+  # If config.json is damaged, the reader of this format says what is wrong.
   return 'huggingface'
 
 
 def _rounded_digest(given) -> str:
-  """Of the weights that are read from what was rounded."""
+  """Digest of the weights as they are after rounding, in their old dtypes.
+
+  Reading a file casts its arrays to the dtypes of the parameters.
+  """
   rounded = weights.rounded(given.params)
   return weights.digest(
     {
@@ -264,9 +277,9 @@ def _rounded_digest(given) -> str:
 
 
 def _read_again(target, to, given, wanted) -> weights.Weights:
-  """What the target holds; its arrays can no longer be read.
+  """Reads the target, whose arrays are closed when this returns.
 
-  Raises ValueError if that is not what was to be written.
+  Raises ValueError if the target does not hold what was to be written.
   """
   settings = {'config': given.config} if to in _WITHOUT_CONFIG else {}
   with FORMATS[to].opened(target, **settings) as again:
@@ -276,8 +289,8 @@ def _read_again(target, to, given, wanted) -> weights.Weights:
       for name, arrays in moments.items()
     ):
       raise ValueError(
-        f'{target} must hold what was written to it, but read again it is '
-        'something else. Look at the disk; nothing was kept.'
+        f'{target} must hold what was written to it, but reading it again '
+        'gave something else. Check the disk; the target was removed.'
       )
     return again
 
@@ -295,8 +308,8 @@ def _show_parameters(given, written, is_guess):
   if is_guess:
     activations = ', '.join(given.config.mlp_activations)
     print(
-      f'           activations {activations}: by the number of kernels, as '
-      'arrays cannot say which'
+      f'           activations {activations}: guessed from the number of '
+      'kernels, because a checkpoint of T5X does not name them'
     )
 
 
@@ -308,7 +321,7 @@ def _show_folder(what, path, kind, step, digest):
 
 
 def _table(read, written) -> rich.table.Table:
-  """A row for all parameters that differ in numbers of their names alone."""
+  """One row for all parameters whose names differ only in the layer number."""
   table = rich.table.Table(box=None, pad_edge=False)
   for name in ('parameters', 'arrays', 'shape', 'read as', 'written as'):
     table.add_column(name, justify='right' if name == 'arrays' else 'left')
@@ -317,7 +330,7 @@ def _table(read, written) -> rich.table.Table:
     row = (
       re.sub(r'(?<=layers_)\d+', '*', '/'.join(path)),
       ' x '.join(map(str, array.shape)),
-      # What a Cast is made of is what the file has.
+      # A Cast changes the dtype on reading; the array in it has the file's.
       str(np.dtype(getattr(array, 'array', array).dtype)),
       str(np.dtype(written[path].dtype)),
     )
@@ -343,8 +356,9 @@ def _opened_huggingface(
 def _save_huggingface(folder, given):
   if not isinstance(given.config, t5_config.T5Config):
     raise ValueError(
-      'transformers has T5 and Switch of the models here, but this is a '
-      f'{type(given.config).__name__}. Convert it --to safetensors.'
+      '--to huggingface must get a T5 or a Switch, the models that '
+      'transformers has too, but this is a '
+      f'{type(given.config).__name__}. Convert it with --to safetensors.'
     )
   dtypes = {np.dtype(array.dtype) for array in given.params.values()}
 

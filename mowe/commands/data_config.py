@@ -1,44 +1,49 @@
-"""Which examples a run reads: token caches, or any seqio mixture."""
+"""The examples that a run reads: token caches, or any seqio mixture."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
 
-from mowe.data import batch_source, lm_batches, text_tasks
+from mowe.data import batch_source, lm_batches, lm_tasks, text_tasks
 from mowe.data.caches import token_cache
 from mowe.evaluation import inference
 from mowe.models import model_config
 
-# What a folder with a token cache holds.
+# A folder that holds this file is a token cache.
 _CACHE_FILE = 'cache.json'
 
-# Kinds of a cache that hold finished inputs and targets.
+# Kinds of token caches that hold finished inputs and targets.
 _TEXT_TO_TEXT = ('questions', 'text_to_text')
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Examples and how they become batches.
+  """Examples, and how they are made into batches.
 
   Attributes:
-    mixture_or_task_name: folder of a token cache below `cache_dir`, several
-      with their rates ({'a': 0.7, 'b': 0.3}), or a seqio mixture or task.
-    task_feature_lengths: tokens of 'inputs' and 'targets', EOS included. A
-      model with one stack has both in a row, and language models no inputs.
-    batch_size: rows of a batch.
-    cache_dir: folder of token caches.
-    use_cached_tasks: read token caches; otherwise stream with seqio.
-    objective: makes a task of a cache of text: `tasks.SpanCorruptionTask`,
-      `tasks.SalientSpanTask`, or for language models one of `lm_tasks`.
-    pack: several examples in a row.
-    split: the split of a seqio mixture that is read.
+    mixture_or_task_name: the folder of a token cache below `cache_dir`;
+      several folders with their rates, such as {'a': 0.7, 'b': 0.3}; or the
+      name of a seqio mixture or task.
+    task_feature_lengths: maximum number of tokens of 'inputs' and of
+      'targets', EOS included. A model with one stack reads both in one row. A
+      task of language modeling has only 'targets'.
+    batch_size: number of rows of a batch.
+    cache_dir: the folder of the token caches; None: the working folder.
+    use_cached_tasks: whether to read token caches; if not, seqio streams the
+      task.
+    objective: makes a task from a token cache of text, such as
+      `text_tasks.SpanCorruptionTask`, `text_tasks.SalientSpanTask`, or for
+      language models one of `lm_tasks`.
+    pack: whether a row holds several examples.
+    split: the split of a seqio mixture to read.
     seed: the seed for the order of examples and for masking.
-    trial_steps: batches looked at before a run, to size the expert plan.
-    registered_tasks: not read. A gin file calls here what registers its seqio
-      tasks, such as `(@pretraining.register_tfds_tasks(),)`.
+    trial_steps: number of trial batches, which are looked at before a run to
+      size the expert plan.
+    registered_tasks: not read. A gin file calls here the functions that
+      register its seqio tasks, such as `(@pretraining.register_tfds_tasks(),)`.
   """
 
   mixture_or_task_name: str | Mapping[str, float]
@@ -53,17 +58,24 @@ class DataConfig:
   trial_steps: int = 20
   registered_tasks: Any = None
 
-  def open(self, vocabulary: Any, model: model_config.ModelConfig) -> Any:
-    """The batches that a model reads.
+  def open(
+    self, vocabulary: Any, model: model_config.ModelConfig
+  ) -> batch_source.BatchSource:
+    """Opens the batches that a model reads.
+
+    Args:
+      vocabulary: the subword vocabulary of the model.
+      model: the config of the model.
 
     Raises:
+      FileNotFoundError: there is no such token cache.
       ValueError: a cache was made with another subword vocabulary, or the task
         does not fit the model.
     """
     is_one_stack = 'encoder' not in model.streams
     if not self.use_cached_tasks:
       _check_memory(model, False)
-      # Only here: seqio and TensorFlow take seconds to load.
+      # Imported only here: seqio and TensorFlow take seconds to load.
       from mowe.data import seqio_stream
 
       return seqio_stream.SeqioBatches(
@@ -81,7 +93,7 @@ class DataConfig:
       for cache in [self.open_cache(name, vocabulary)]
     ]
     contiguous = [
-      task for task, _ in pairs if getattr(task, 'is_contiguous', False)
+      task for task, _ in pairs if isinstance(task, lm_tasks.ContiguousText)
     ]
     _check_memory(model, bool(contiguous))
     if contiguous:
@@ -97,16 +109,22 @@ class DataConfig:
     )
 
   def _check_contiguous(self, pairs, is_one_stack):
+    """Raises ValueError unless contiguous text can be read as it is set up."""
     if len(pairs) > 1 or self.pack or not is_one_stack:
       raise ValueError(
-        'Text in its order must be that of one task, not packed, for a model '
+        'Contiguous text must come from one task, without packing, for a model '
         f'with one stack, but there are {len(pairs)} tasks, pack is '
         f'{self.pack}, and the model has {"one" if is_one_stack else "two"}. '
         'Set OBJECTIVE = @lm_tasks.LanguageModelTask for text in any order.'
       )
 
   def open_cache(self, name: str, vocabulary: Any) -> token_cache.TokenCache:
-    """The token cache of one task."""
+    """Opens the token cache of one task.
+
+    Raises:
+      FileNotFoundError: there is no such token cache.
+      ValueError: the cache was made with another subword vocabulary.
+    """
     path = pathlib.Path(self.cache_dir or '.') / name
     if not path.is_dir():
       folder = path.parent
@@ -124,7 +142,13 @@ class DataConfig:
   def make_generator(
     self, model: nn.Module, params: Any, **options: Any
   ) -> inference.Generator:
-    """A Generator in the sizes of these examples; `options`: its others."""
+    """Makes a Generator whose batch size and lengths are those of the data.
+
+    Args:
+      model: the Linen module.
+      params: its parameters, expert tables included.
+      **options: other fields of the Generator, such as `strategy`.
+    """
     lengths = self.task_feature_lengths
     return inference.Generator(
       model,
@@ -136,7 +160,7 @@ class DataConfig:
     )
 
   def describe(self, vocabulary: Any) -> dict[str, Any]:
-    """What must stay the same when a run is resumed."""
+    """Describes everything that must not change when a run is resumed."""
     described = {
       'batch_size': self.batch_size,
       'task_feature_lengths': dict(self.task_feature_lengths),
@@ -165,26 +189,19 @@ class DataConfig:
 
 
 def _check_memory(model: model_config.ModelConfig, is_contiguous: bool) -> None:
+  """Raises ValueError if a model with a memory reads rows in any order."""
   if model.memory_length and not is_contiguous:
     raise ValueError(
-      'A model with a memory must read text in its order, but memory_length is '
+      'A model with a memory must read contiguous text, but memory_length is '
       f'{model.memory_length} and the task draws its rows from anywhere. Set '
       'OBJECTIVE = @lm_tasks.ContiguousText, or memory_length = 0.'
     )
 
 
 def _settings(task: text_tasks.Task) -> dict[str, Any]:
-  """Class and numbers of a task, such as its noise density."""
+  """The class of a task, and its settings, such as the noise density."""
   return {'class': type(task).__name__} | {
     field.name: getattr(task, field.name)
     for field in dataclasses.fields(task)
     if field.name not in ('cache', 'feature_lengths', 'name')
   }
-
-
-def batch_maker(batches: Any, first_step: int) -> Callable[[int], Any]:
-  """`step -> batch` for a prefetcher that asks for the steps in order."""
-  if callable(batches):
-    return batches
-  stream: Iterator[Any] = batches.from_step(first_step)
-  return lambda step: next(stream)

@@ -1,4 +1,4 @@
-"""`mowe evaluate`: a trained model answers questions, or predicts a text."""
+"""`mowe evaluate`: scores a model's answers, or its prediction of a text."""
 
 import json
 import pathlib
@@ -24,18 +24,22 @@ def evaluate(
 ) -> task_evaluation.EvaluationResult | language_modeling.TextScore:
   """Answers every question of a token cache and scores the answers.
 
-  A cache of text has no questions: a decoder-only model predicts its tokens.
+  A token cache of text has no questions. A decoder-only model then predicts
+  each token of the text, and the probabilities are scored.
 
   Args:
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
-    output_dir: gets results.json, and for questions predictions.jsonl.
+    output_dir: folder for results.json and, for questions, predictions.jsonl.
     data: the questions, or the text.
-    store: where word experts lie; None: on the device, or on disk if their
-      tables are large.
-    strategy: how answers are generated.
-    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: that of the
-      cache of questions.
-    reading: how a text is read.
+    store: where the word experts lie. None: on the device, or on disk if they
+      are larger than 4 GiB.
+    strategy: how the tokens of an answer are chosen.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: the metric
+      that the token cache of questions names.
+    reading: how a text is cut into windows.
+
+  Returns:
+    The scores of the answers, or of the text.
   """
   loaded = model_folder.load(checkpoint_path, store)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
@@ -55,7 +59,7 @@ def evaluate(
     )
   scores = result.scores or {'EM': result.em, 'F1': result.f1}
   if result.em is None:
-    numbers = 'the answers are not public; predictions only'
+    numbers = 'the answers are not public, so there are only predictions'
   else:
     numbers = '  '.join(f'{name} {score:.1f}' for name, score in scores.items())
   print(

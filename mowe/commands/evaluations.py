@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,36 +10,41 @@ from flax import linen as nn
 
 from mowe.commands import data_config
 from mowe.evaluation import language_modeling, task_evaluation
+from mowe.layers import feed_forward_base
 from mowe.models import model_config, parameters
 from mowe.training import train_metrics, training_step
 from mowe.words import batch_router
 
-# (params, tables) -> numbers by name.
+# Takes (params, tables), and returns numbers by name.
 Evaluation = Callable[[Any, parameters.Tables], dict[str, float]]
 
 
 def make_router(
-  config: Any,
-  trial_batches: Any,
+  config: model_config.ModelConfig,
+  trial_batches: Iterable[batch_router.Batch],
   mesh_shape: Mapping[str, int],
   num_microbatches: int = 1,
-) -> Callable[[Any], tuple[Any, Any]]:
-  """batch -> (batch with routing ids, plan).
+) -> batch_router.RoutesBatches:
+  """Makes what adds routing ids and plans to the batches of a model.
 
-  There is no plan for a dense model, nor for one whose layers read experts
-  from the host.
+  Batches of a model without word experts stay as they are. There is no plan for
+  a model whose layers read experts from the host.
+
+  Args:
+    config: the config of the model.
+    trial_batches: batches from which the plan is sized.
+    mesh_shape: size of each mesh axis by its name; an axis that is left out
+      has size 1.
+    num_microbatches: number of parts into which a batch is cut.
   """
   streams = model_config.word_streams(config)
   if not streams:
-    return lambda batch: (batch, None)
+    return batch_router.NoRouter()
   if any(
-    getattr(layer, 'rows_from', None) is not None
+    feed_forward_base.contract(layer).rows_from is not None
     for layer in config.sparse_layers().values()
   ):
-    return lambda batch: (
-      batch_router.add_routing_ids(batch, config.routing),
-      None,
-    )
+    return batch_router.IdsRouter(config.routing)
   return batch_router.BatchRouter(
     config.routing,
     streams=streams,
@@ -54,9 +59,9 @@ class LossEvaluation:
   """Loss and accuracy with teacher forcing.
 
   Attributes:
-    data: every example is read once, in order.
-    num_batches: at most so many; None: all.
-    name: before the metrics' names.
+    data: the examples; each of them is read once, in order.
+    num_batches: maximum number of batches; None: all of them.
+    name: prefix of the names of the metrics.
   """
 
   data: data_config.DataConfig
@@ -66,7 +71,7 @@ class LossEvaluation:
   def prepare(
     self, model: nn.Module, vocabulary: Any, loss: training_step.LossConfig
   ) -> Evaluation:
-    """Makes the batches once, and what plans them for the current mesh."""
+    """Makes the batches once, and the router that plans them for the mesh."""
     batches = list(
       itertools.islice(
         self.data.open(vocabulary, model.config).eval_batches(),
@@ -94,9 +99,10 @@ class TextEvaluation:
   """Perplexity of a text, and bits per byte where its bytes were counted.
 
   Attributes:
-    data: one token cache of text; the length of 'targets' is that of a window.
-    reading: how windows follow each other.
-    name: before the metrics' names.
+    data: one token cache of text. The length of 'targets' is the number of
+      tokens of a window.
+    reading: how the windows follow each other.
+    name: prefix of the names of the metrics.
   """
 
   data: data_config.DataConfig
@@ -129,14 +135,14 @@ class TextEvaluation:
 class QuestionEvaluation:
   """Exact match and F1 of greedily generated answers, or a task's metrics.
 
-  A task of GLUE or SuperGLUE has metrics of its own. They come beside 'em', or
-  in place of the 'f1' of words.
+  A task of GLUE or SuperGLUE has metrics of its own. They are returned besides
+  'em', and a metric of the name 'f1' replaces the F1 of words.
 
   Attributes:
     data: a token cache of questions.
-    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: that of the
-      cache of questions.
-    name: before the metrics' names.
+    metric: `text_metrics.squad` or `text_metrics.trivia_qa`; None: the metric
+      that the token cache names.
+    name: prefix of the names of the metrics.
   """
 
   data: data_config.DataConfig

@@ -1,4 +1,4 @@
-"""Gin files and bindings from the command line; the only import of gin."""
+"""Reads gin files and bindings; no other module of the package imports gin."""
 
 import copy
 import difflib
@@ -40,8 +40,8 @@ def parse(
       line), or a binding sets a macro that no file knows.
   """
   gin.clear_config()
-  # Gin's second reader takes a path for a Python package: it fails where the
-  # folder gin_configs can be imported, and complains of every other folder.
+  # Gin's second reader looks for the file in a Python package. It fails if the
+  # folder gin_configs can be imported, and warns about every other folder.
   del gin.config._FILE_READERS[1:]
   for path in search_paths(paths):
     gin.add_config_file_search_path(path)
@@ -53,7 +53,8 @@ def parse(
       f'A gin file must exist, but {files} led to: {error}. Files are looked '
       f'up in {search_paths(paths)}; add a folder with --gin_search_paths.'
     ) from error
-  # Gin raises nearly every kind of error, with file and line in its text.
+  # Gin raises nearly every kind of error, so all of them are caught. Their
+  # texts name the file and the line.
   except Exception as error:
     raise GinError(
       f'The gin configuration cannot be read: {error}\nCorrect the name or '
@@ -101,40 +102,42 @@ def has_macro(name: str) -> bool:
 
 
 def made(name: str) -> Any:
-  """What a macro stands for: a reference in it is called."""
-  # Copying a reference calls it.
+  """The value of a macro, with every reference in it (`@name()`) called."""
+  # Gin calls a reference when it is deep-copied.
   return copy.deepcopy(macro(name))
 
 
 def configures(function: Callable[..., Any]) -> bool:
   """Whether what was parsed last sets an argument of a function or class."""
   try:
-    # Of an earlier file gin forgets the values, but not the function.
+    # clear_config forgets the values of earlier files, but the function stays
+    # registered. So only its bindings tell whether it is configured now.
     return bool(gin.get_bindings(function, resolve_references=False))
   except ValueError:
     return False
 
 
 def given_values() -> list[str]:
-  """All values that were parsed last, one in a line, such as 'STEPS = 8'."""
+  """All values that were parsed last, each as a line such as 'STEPS = 8'."""
   text = gin.config_str(max_line_length=10_000)
   lines = [line for line in text.splitlines() if ' = ' in line]
   return [line for line in lines if not line.startswith('#')]
 
 
 def operative_config() -> str:
-  """Everything that was used, as one gin file."""
+  """The text of one gin file with all values that were used so far."""
   return gin.operative_config_str()
 
 
 def _run_file(function):
-  return {'train': 'pretrain', 'usage': 'modules_usage'}.get(
+  """Name of the file in gin_configs/runs that configures a function."""
+  return {'Training': 'pretrain', 'usage': 'modules_usage'}.get(
     function.__name__, function.__name__
   )
 
 
 def _check_macros(bindings):
-  """A macro that nothing reads is a misspelt one."""
+  """Raises GinError if a binding sets a macro that nothing reads: a typo."""
   known = _known_macros()
   for binding in bindings:
     found = _MACRO.match(binding)
@@ -145,7 +148,7 @@ def _check_macros(bindings):
     hint = f' Did you mean {close[0]}?' if close else ''
     raise GinError(
       f'--gin.{name} must set a macro that a gin file reads, but none reads '
-      f'{name}.{hint} Known are {", ".join(sorted(known))}.'
+      f'{name}.{hint} Known macros are {", ".join(sorted(known))}.'
     )
 
 
@@ -157,7 +160,10 @@ def _known_macros() -> set[str]:
 
 
 def _check_all_given():
-  """Gin itself would pass on a placeholder, or fail deep inside a call."""
+  """Raises GinError if a value is missing.
+
+  Gin itself would pass on a placeholder, or fail deep inside a call.
+  """
   text = gin.config_str(max_line_length=10_000)
   given = dict(re.findall(r'^([A-Z][A-Z0-9_]*) = (.*)$', text, re.MULTILINE))
   required = [name for name, value in given.items() if value == _REQUIRED]
@@ -170,8 +176,8 @@ def _check_all_given():
   missing = set(re.findall(r'%([A-Z][A-Z0-9_]*)', text)) - set(given)
   if missing:
     raise GinError(
-      f'Some gin file must provide {", ".join(sorted(missing))}, but none of '
+      f'A gin file must provide {", ".join(sorted(missing))}, but none of '
       'those that were read does. MODEL and VOCABULARY are in gin_configs/'
-      'models/, OPTIMIZER and ROW_OPTIMIZER in gin_configs/optimizers/: put '
-      'a --gin_file of these before the one of the run.'
+      'models/, OPTIMIZER and ROW_OPTIMIZER in gin_configs/optimizers/. Put '
+      'a --gin_file from these folders before that of the run.'
     )

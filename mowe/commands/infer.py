@@ -1,4 +1,4 @@
-"""`mowe infer`: predictions of a trained model for every example of a task."""
+"""`mowe infer`: writes a model's prediction for every example of a task."""
 
 import json
 import pathlib
@@ -9,7 +9,8 @@ from mowe.models import decoding
 from mowe.stores import expert_stores
 from mowe.training import progress_lines
 
-# Examples written together: what a stopped run has to do again at most.
+# Number of batches whose predictions are written together. A run that was
+# stopped has to repeat at most these.
 _BATCHES_AT_ONCE = 8
 
 
@@ -23,19 +24,20 @@ def infer(
 ) -> pathlib.Path:
   """Writes one line of JSON for each example, in the order of the task.
 
-  A run that was stopped continues behind the last complete line.
+  A run that was stopped continues after the last complete line of its file.
 
   Args:
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
-    output_dir: gets <task>-predictions.jsonl.
-    data: a token cache with inputs; or of texts, of which the first tokens, as
-      many as the length of 'inputs', are continued.
-    store: where word experts lie; None: on the device, or on disk if their
-      tables are large.
-    strategy: how outputs are generated.
+    output_dir: folder for <task>-predictions.jsonl.
+    data: a token cache with inputs, or a token cache of text. Each text is cut
+      to the length of 'inputs', and the model continues it.
+    store: where the word experts lie. None: on the device, or on disk if they
+      are larger than 4 GiB.
+    strategy: how the tokens of a prediction are chosen.
 
   Returns:
-    The file: {"index", "inputs", "prediction", "score"} in each line.
+    The path of the file. Each of its lines is a JSON object with "index",
+    "inputs", "prediction" and "score".
   """
   loaded = model_folder.load(checkpoint_path, store)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
@@ -47,7 +49,7 @@ def infer(
   path.parent.mkdir(parents=True, exist_ok=True)
   first = _keep_complete_lines(path)
   if first:
-    print(f'{path} has {first:,} predictions; continuing behind them.')
+    print(f'{path} has {first:,} predictions; continuing after them.')
   group = data.batch_size * _BATCHES_AT_ONCE
   shown = progress_lines.Progress(cache.num_examples, first, log_period=group)
   decode = loaded.vocabulary.decode
@@ -77,10 +79,10 @@ def infer(
 
 
 def _inputs(cache, index, data):
-  """Of a text the beginning, which the model is to continue."""
+  """The inputs of an example, or the beginning of a text to be continued."""
   if 'inputs' in cache.features:
     return cache.tokens('inputs', index)
-  # Without its EOS, after which another text would begin.
+  # The EOS is left out: after it a language model begins another text.
   tokens = cache.tokens('targets', index)[:-1]
   return tokens[: data.task_feature_lengths['inputs']]
 

@@ -1,4 +1,4 @@
-"""`mowe modules`: a model with more modules, with fewer, or which are used."""
+"""`mowe modules`: adds, prunes or measures the modules of a model."""
 
 import itertools
 import json
@@ -22,7 +22,8 @@ GATES = {
 }
 
 _PICTURE = 'usage.png'
-# So that places of layers are not cut off where the output is a file.
+# Minimum width of a table. When the output goes to a file, rich would
+# otherwise cut off the places of layers.
 _WIDTH = 110
 
 
@@ -36,22 +37,23 @@ def add(
   seed: int = 0,
   expert_parts: int = 1,
 ) -> None:
-  """Writes a model with more modules, whose outputs are the same at first.
+  """Writes a model with more modules. At first its outputs are the same.
 
   Args:
     source: a model folder or a checkpoint in it; it is only read.
-    target: the model folder to write; must not be there.
-    mlp: new modules in every layer of MLP modules.
-    attention: new modules in every layer of attention modules.
-    k: the number of new modules that each token meets.
+    target: the model folder to write, which must not exist.
+    mlp: number of new modules in every layer of MLP modules.
+    attention: number of new modules in every layer of attention modules.
+    k: number of new modules that each token meets.
     seed: the seed from which the inner kernels and the router columns of the
       new modules are drawn.
-    expert_parts: parts of the mesh axis `expert` that modules will lie on.
+    expert_parts: the size of the mesh axis `expert`, over which the modules
+      will be split evenly.
 
   Raises:
-    FileExistsError: the target is there.
-    FileNotFoundError: the source is not there.
-    ValueError: modules that cannot be added. Nothing is written then.
+    FileExistsError: the target exists.
+    FileNotFoundError: the source does not exist.
+    ValueError: the modules cannot be added. Nothing is written then.
   """
   modules_folder.check_target(target)
   opened = modules_folder.open_source(source)
@@ -85,30 +87,33 @@ def prune(
 
   Args:
     source: a model folder or a checkpoint in it; it is only read.
-    target: the model folder to write; must not be there.
-    usage: usage.json of `mowe modules usage`, of this very model.
-    fraction: the share of the modules of each layer that is left.
-    threshold: instead: modules are left that were chosen at least so often,
-      relative to the mean of their layer.
-    gates: 'keep' or 'renormalise'; see `modules_pruned`.
-    expert_parts: parts of the mesh axis `expert` that modules will lie on.
+    target: the model folder to write, which must not exist.
+    usage: path of the usage.json that `mowe modules usage` wrote for the same
+      checkpoint.
+    fraction: the share of the modules of each layer that is kept.
+    threshold: can be given instead of `fraction`. Modules are kept that were
+      chosen at least this often, relative to the mean of their layer.
+    gates: 'keep' for `modules_pruned.KeepGates`, or 'renormalise' for
+      `modules_pruned.Renormalise`.
+    expert_parts: the size of the mesh axis `expert`, over which the modules
+      will be split evenly.
 
   Raises:
-    FileExistsError: the target is there.
-    FileNotFoundError: the source or the usage is not there.
-    ValueError: modules that cannot go. Nothing is written then.
+    FileExistsError: the target exists.
+    FileNotFoundError: the source or the usage does not exist.
+    ValueError: the modules cannot be removed. Nothing is written then.
   """
   modules_folder.check_target(target)
   if (fraction is None) == (threshold is None):
     raise ValueError(
-      'Modules are left by a fraction or by a threshold, but '
-      f'--fraction is {fraction} and --threshold is {threshold}. Give one.'
+      'Either --fraction or --threshold must be given, but --fraction is '
+      f'{fraction} and --threshold is {threshold}. Give exactly one of them.'
     )
   opened = modules_folder.open_source(source)
   measured = module_usage.read(pathlib.Path(usage))
   layers = module_surgery.module_layers(opened.config)
   if not layers:
-    # Which says what is missing.
+    # This raises an error that says what the model lacks.
     modules_pruned.prune(opened.config, {}, GATES[gates])
   _check_measured(measured, opened, layers)
   kept = {}
@@ -142,22 +147,25 @@ def usage(
   data: data_config.DataConfig,
   num_batches: int | None = None,
 ) -> module_usage.Usage:
-  """Counts on a task how often each module is chosen; padding does not count.
+  """Counts how often the tokens of a task choose each module.
 
-  Prints a table, and writes usage.json and usage.png.
+  Padding is not counted. Prints a table, and writes usage.json and usage.png.
 
   Args:
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
-    output_dir: where the files go.
-    data: the task; every example is read once, in order, and of running text
-      every token once.
-    num_batches: at most so many; None: all.
+    output_dir: folder for the two files.
+    data: the task. Every example is read once, in order; of running text every
+      token is read once.
+    num_batches: maximum number of batches; None: all of them.
+
+  Returns:
+    What was counted.
 
   Raises:
-    FileNotFoundError: no model, or no such task.
-    ValueError: a model without modules.
+    FileNotFoundError: there is no model, or no token cache of the task.
+    ValueError: the model has no modules.
   """
-  # Only here: matplotlib takes a second to load.
+  # Imported only here: matplotlib takes a second to load.
   from mowe.evaluation import module_usage_figure
 
   opened = modules_folder.open_source(checkpoint_path)
@@ -189,7 +197,7 @@ def usage(
 
 
 def _batches(data, loaded) -> Iterator[dict[str, np.ndarray]]:
-  """Every example or every token once."""
+  """Yields batches that hold every example, or every token of a text, once."""
   config = loaded.model.config
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
   if 'inputs' in cache.features or 'encoder' in config.streams:
@@ -205,6 +213,7 @@ def _batches(data, loaded) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _check_measured(measured, opened, layers):
+  """Raises ValueError unless the usage was measured with this checkpoint."""
   places = {one.place for one in layers}
   same = measured.model.get('manifest_sha256') == opened.digest
   if not same or set(measured.layers) != places:
@@ -217,7 +226,7 @@ def _check_measured(measured, opened, layers):
 
 
 def _check_parts(layers, parts):
-  """Raises unless every number of modules divides among so many devices."""
+  """Raises ValueError unless `parts` divides every layer's modules."""
   wrong = {
     one.place: one.num_modules for one in layers if one.num_modules % parts
   }
@@ -231,6 +240,7 @@ def _check_parts(layers, parts):
 
 
 def _show(opened, target, layers, reason):
+  """Prints how many modules each layer has, and what was written."""
   table = rich.table.Table(box=None, pad_edge=False)
   table.add_column('layer')
   table.add_column('modules before', justify='right')

@@ -1,4 +1,4 @@
-"""A counter for work whose end is not known, such as reading files."""
+"""Shows the progress of work whose end is not known, such as reading files."""
 
 import contextlib
 import sys
@@ -10,10 +10,14 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @contextlib.contextmanager
 def counting(what: str) -> Iterator[Callable[[int], None]]:
-  """Gives a function of the number done so far; shows it now and then.
+  """Gives a function that takes the number done so far, and shows it at times.
 
-  In a terminal one line is overwritten; elsewhere a line is written every few
-  seconds. Nothing is shown for work that is over at once.
+  A terminal shows one line, which is overwritten. Other outputs get a line
+  every five seconds. Nothing is shown for work that ends before the first line
+  is due.
+
+  Args:
+    what: what is counted, such as 'texts'.
   """
   is_terminal = sys.stderr.isatty()
   period = 0.2 if is_terminal else _SECONDS_BETWEEN_LINES

@@ -1,4 +1,4 @@
-"""What a run is about to do: parameters, FLOPs, batches, devices."""
+"""Prints what a run is about to do: parameters, FLOPs, batches, devices."""
 
 from typing import Any
 
@@ -8,49 +8,52 @@ import numpy as np
 import rich.console
 import rich.table
 
+from mowe.data import batch_source
 from mowe.models import model_config
 from mowe.models.families import costs
+from mowe.training.optimization import optimizers
 from mowe.words import placement
 
-# Load of the busiest block over the mean, from which on a remedy is told.
+# If the busiest block has more than this times the mean load, a remedy is
+# printed.
 _UNEVEN = 1.2
 
 
 def show(
   state: Any,
   data: Any,
-  batches: Any,
+  batches: batch_source.BatchSource,
   mesh: jax.sharding.Mesh,
   config: model_config.ModelConfig,
   freeze_experts: bool,
-  optimizer: Any = None,
+  optimizer: optimizers.Optimizer,
 ) -> None:
-  """Prints the table of a run; used before training and by a dry run.
+  """Prints the table of parameters and the sizes of a run, before it starts.
 
   Args:
-    state: the abstract TrainState.
-    data: the DataConfig.
-    batches: what it opened.
-    mesh: the devices.
-    config: the model.
-    freeze_experts: whether expert tables are frozen.
-    optimizer: of ordinary parameters; one that leaves some as they are says
-      how many by `num_frozen`.
+    state: the abstract TrainState, which has shapes instead of arrays.
+    data: the DataConfig of the run.
+    batches: what `data.open` returned.
+    mesh: the mesh of devices.
+    config: the config of the model.
+    freeze_experts: whether the expert tables are frozen.
+    optimizer: the optimizer of ordinary parameters.
   """
   console = rich.console.Console(highlight=False, soft_wrap=True)
   cost = costs.model_costs(config)
   tables = jax.tree.leaves(state.tables) if freeze_experts else []
-  num_frozen = getattr(optimizer, 'num_frozen', lambda path, shape: 0)
   frozen_tables = sum(int(np.prod(leaf.shape)) for leaf in tables)
-  console.print(_parameter_table(state.params, cost, num_frozen, frozen_tables))
+  console.print(
+    _parameter_table(state.params, cost, optimizer.num_frozen, frozen_tables)
+  )
   shapes = ', '.join(
     f'{name} {tuple(array.shape)}'
-    for name, array in _example_batch(batches).items()
+    for name, array in next(batches.from_step(0)).items()
   )
   mesh_shape = ' x '.join(f'{n} {name}' for name, n in mesh.shape.items())
   console.print(f'Batch      {shapes}')
   console.print(f'Data       {data.mixture_or_task_name}')
-  for task, counts in _reports(batches).items():
+  for task, counts in batches.report().items():
     said = ', '.join(f'{name} {count:,}' for name, count in counts.items())
     console.print(f'  {task}: {said}')
   console.print(f'Devices    {mesh_shape}')
@@ -59,12 +62,15 @@ def show(
 def show_experts(
   routing: Any, seen_loads: np.ndarray, mesh: jax.sharding.Mesh
 ) -> None:
-  """Prints how even the blocks of word experts are, if there are several.
+  """Prints how evenly the blocks of word experts are loaded.
+
+  Prints nothing if all experts are in one block.
 
   Args:
-    routing: the RoutingVocabulary.
-    seen_loads: <int64>[num_experts], tokens of each in the trial batches.
-    mesh: the devices.
+    routing: the RoutingVocabulary of the model.
+    seen_loads: <int64>[num_experts], tokens of each expert in the trial
+      batches.
+    mesh: the mesh of devices; its axis `expert` has one block for each part.
   """
   num_blocks = mesh.shape['expert']
   if num_blocks == 1:
@@ -84,9 +90,9 @@ def show_experts(
   elif expected > _UNEVEN:
     print(
       'Blocks of experts should be evenly loaded, but the busiest has '
-      f'{expected:.2f} times the mean: all devices wait for it. Build the '
-      'routing vocabulary with --num_blocks, such as 128; a model that is '
-      'trained already must keep its own.'
+      f'{expected:.2f} times the mean load, so all devices wait for it. Build '
+      'the routing vocabulary with --num_blocks, such as 128. A model that is '
+      'already trained must keep its routing vocabulary.'
     )
 
 
@@ -127,13 +133,3 @@ def _parameter_table(params, cost, num_frozen, frozen_tables):
   )
   table.caption_justify = 'left'
   return table
-
-
-def _example_batch(batches):
-  if callable(batches):
-    return batches(0)
-  return next(batches.from_step(0))
-
-
-def _reports(batches):
-  return batches.report() if hasattr(batches, 'report') else {}

@@ -1,4 +1,4 @@
-"""Makes a vocabulary of the text that a model will see."""
+"""`mowe train-vocabulary`: makes a subword vocabulary from text files."""
 
 import itertools
 import os
@@ -23,20 +23,26 @@ def train_vocabulary(
   questions: Sequence[str] = (),
   words: bool = False,
 ) -> base_vocabulary.Vocabulary:
-  """Trains SentencePiece on texts, and on questions if they are given.
+  """Trains a vocabulary on texts, and on questions if they are given.
 
   Args:
     output: the file to write.
-    files: paths or globs of texts (.txt, .jsonl, .gz).
-    size: pieces, padding, EOS and unknown; sentinels come on top. None: 32,000
-      pieces, or all words.
-    field: the field of a JSON line that holds the text.
-    questions: paths or globs of .jsonl with `question`: a question mark, say,
-      is an unknown piece to a vocabulary of an encyclopedia alone.
-    words: whole words between white space instead of pieces.
+    files: paths or globs of text files (.txt or .jsonl, also .gz).
+    size: number of ids, with padding, EOS and unknown but without sentinels.
+      None: 32,000 for pieces, or all words.
+    field: the field of .jsonl records that holds the text.
+    questions: paths or globs of .jsonl files whose records have `question`.
+      They matter because an encyclopedia, for example, may have no question
+      marks, which would then be unknown.
+    words: whether to take whole words between white space instead of pieces of
+      SentencePiece.
+
+  Returns:
+    The vocabulary that was saved.
 
   Raises:
-    ValueError: as `text_files.read_records` and `train_sentencepiece`.
+    ValueError: a file cannot be read (see `text_files.read_records`), or the
+      text is too small for `size` (see `train_sentencepiece`).
   """
   texts = (one[field] for one in text_files.read_records(files, (field,)))
   if questions:

@@ -320,11 +320,13 @@ def _prepare(
   for name, file in files.items():
     cache = folder / 'cache' / name
     kind = _kind(name, file)
-    options = {'kind': kind, 'vocabulary': vocabulary}
-    given = passages.Passages() if name.startswith('qa_') else cut
-    said = {name: value for name, value in vars(given).items() if value}
-    say('cache-task', cache, file, **options, **said)
-    cache_task.cache_task(cache, files=[file], cut=given, **options)
+    source = cache_task.FILES_OF_KIND[kind](files=[file])
+    said = {'kind': kind, 'vocabulary': vocabulary}
+    if kind == 'text':
+      source = dataclasses.replace(source, cut=cut)
+      said |= {name: value for name, value in vars(cut).items() if value}
+    say('cache-task', cache, file, **said)
+    cache_task.cache_task(cache, vocabulary, source)
   return Prepared(
     vocabulary=vocabulary,
     cache_dir=str(folder / 'cache'),

@@ -379,7 +379,7 @@ def _tokens_per_step(stage) -> float:
   data = _data_of(stage)
   folder = pathlib.Path(stage.folder)
   config, vocabulary = model_folder.load_config(folder)
-  make = data_config.batch_maker(data.open(vocabulary, config), 0)
+  make = data.open(vocabulary, config).batch_maker(0)
   names = ('encoder_input_tokens', 'decoder_target_tokens')
   return statistics.mean(
     sum(np.count_nonzero(batch[name]) for name in names if name in batch)

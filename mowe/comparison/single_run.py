@@ -134,8 +134,9 @@ def _train(planned, stage, is_pretraining):
   clock.unlink(missing_ok=True)
   start = time.monotonic()
   try:
-    gin_config.call(
-      train.train, config_text=gin_config.operative_config, **changes
+    train.train(
+      gin_config.call(train.Training, **changes),
+      config_text=gin_config.operative_config,
     )
   finally:
     if seconds is not None:

@@ -1,6 +1,8 @@
 """Makes batches, packed or not, as a pure function of the seed and the step."""
 
+import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -12,7 +14,47 @@ Batch = dict[str, np.ndarray]
 Example = tuple[np.ndarray, np.ndarray]
 
 
-class Batches:
+class BatchSource(abc.ABC):
+  """Training batches without end, which can begin at any step."""
+
+  @abc.abstractmethod
+  def from_step(self, first_step: int = 0) -> Iterator[Batch]:
+    """Yields the batches from `first_step` on, without end."""
+
+  def batch_maker(self, first_step: int) -> Callable[[int], Batch]:
+    """Returns a function that takes each step in turn and returns its batch.
+
+    Args:
+      first_step: the step with which the function is called first. It is
+        called from one thread.
+    """
+    batches = self.from_step(first_step)
+    return lambda step: next(batches)
+
+  def report(self) -> dict[str, dict[str, int]]:
+    """Returns counts of examples and rows by the name of each task.
+
+    A source that reads a stream has counted nothing when a run starts.
+    """
+    return {}
+
+
+class RandomAccessSource(BatchSource):
+  """Batches that are functions of their step: none needs those before it."""
+
+  @abc.abstractmethod
+  def __call__(self, step: int) -> Batch:
+    """Returns the batch of a step, from 0 on."""
+
+  def from_step(self, first_step: int = 0) -> Iterator[Batch]:
+    return map(self, itertools.count(first_step))
+
+  def batch_maker(self, first_step: int) -> Callable[[int], Batch]:
+    """Returns a function that any number of threads may call for any step."""
+    return self
+
+
+class Batches(RandomAccessSource):
   """Training batches of a task or a mixture of tasks, without end.
 
   Every example of a task comes once per epoch of that task, in an order that is
@@ -91,12 +133,6 @@ class Batches:
       for place, row in zip(here.tolist(), made, strict=True):
         rows[place] = row
     return self._make_batch(rows, self.feature_lengths, segments=self.pack)
-
-  def from_step(self, first_step: int = 0) -> Iterator[Batch]:
-    """Yields the batches from `first_step` on, without end."""
-    while True:
-      yield self(first_step)
-      first_step += 1
 
   def eval_batches(self) -> Iterator[Batch]:
     """Yields batches with every example once, in order, task after task.

@@ -66,7 +66,7 @@ def make_batch(
   return batch
 
 
-class ContiguousBatches:
+class ContiguousBatches(batch_source.RandomAccessSource):
   """Running text in its order, for models with a memory of earlier batches.
 
   The text is cut into as many parts as a batch has rows. Row r of batch b + 1
@@ -106,12 +106,6 @@ class ContiguousBatches:
     batch = rows_of_stream(self.task.stream, rows * self._length, self._length)
     batch['decoder_begins_part'] = np.full(self.batch_size, place == 0)
     return batch
-
-  def from_step(self, first_step: int = 0) -> Iterator[batch_source.Batch]:
-    """Yields the batches from `first_step` on, without end."""
-    while True:
-      yield self(first_step)
-      first_step += 1
 
   def report(self) -> dict[str, dict[str, int]]:
     """Returns counts of the task, and of tokens that do not fill a batch."""

@@ -35,9 +35,6 @@ class LanguageModelTask:
   feature_lengths: Mapping[str, int]
   name: str = 'language_model'
 
-  # Whether a row of a batch must continue the same row of the batch before.
-  is_contiguous = False
-
   def __post_init__(self):
     _check(self.cache, self.feature_lengths)
     _logger.info('Task %s: %s', self.name, self.report())
@@ -77,10 +74,9 @@ class LanguageModelTask:
 class ContiguousText(LanguageModelTask):
   """Running text in its order, for models with a memory.
 
-  Each row of a batch continues the same row of the batch before.
+  Each row of a batch continues the same row of the batch before (see
+  `lm_batches.ContiguousBatches`).
   """
-
-  is_contiguous = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +99,6 @@ class SeparateTexts:
   cache: token_cache.TokenCache
   feature_lengths: Mapping[str, int]
   name: str = 'separate_texts'
-
-  is_contiguous = False
 
   def __post_init__(self):
     _check(self.cache, self.feature_lengths)

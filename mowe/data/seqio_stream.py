@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mowe.data import batch_source
 from mowe.data.caches import cache_builders, token_cache
 from mowe.words import (
   base_vocabulary,
@@ -20,7 +21,7 @@ from mowe.words import (
   sentencepiece_vocabulary,
 )
 
-Batch = dict[str, np.ndarray]
+Batch = batch_source.Batch
 
 
 def import_seqio() -> tuple[types.ModuleType, types.ModuleType]:
@@ -65,7 +66,7 @@ def seqio_vocabulary(subwords: base_vocabulary.Vocabulary) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeqioBatches:
+class SeqioBatches(batch_source.BatchSource):
   """Batches of a seqio task or mixture, read as a stream.
 
   A stream has no random access: to start at a step, all batches before it are

@@ -1,11 +1,12 @@
-"""Metrics of GLUE, SuperGLUE and FEVER; of the first two as T5 computes them.
+"""Metrics of GLUE and SuperGLUE, as T5 computes them, and of FEVER.
 
 A metric takes `targets`, the records of examples with their 'answers', and
-`predictions`, one text each, and gives numbers by name: 0 to 100, correlations
--100 to 100. `of_task` knows the metrics of a task by its name, so that the
-token cache of a task is evaluated without TensorFlow.
+`predictions`, one text for each example. It returns numbers by name: from 0 to
+100, or from -100 to 100 for correlations. `of_task` finds the metric by the
+name of a task, so that a token cache can be evaluated without TensorFlow.
 
-A label's number is its place in `LABELS`; any other text is no class, INVALID.
+The number of a label is its place in `LABELS`. A prediction that is no label
+has the number INVALID.
 """
 
 import dataclasses
@@ -18,11 +19,12 @@ from mowe.evaluation import text_metrics
 
 Record = Mapping[str, Any]
 Metric = Callable[[Sequence[Record], Sequence[str]], dict[str, float]]
-# Numbers of targets and predictions <float64>[examples] to one number.
+# Takes the label numbers of targets and of predictions, each
+# <float64>[examples], and returns one number.
 Score = Callable[[np.ndarray, np.ndarray], float]
 
 INVALID = -1
-# The answer of examples whose label is not public.
+# Examples whose label is not public have this answer.
 UNKNOWN = '<unk>'
 _TWO_WAY = ('entailment', 'not_entailment')
 _TRUTH = ('False', 'True')
@@ -42,7 +44,7 @@ LABELS = {
   'wic': _TRUTH,
   'fever': ('supports', 'refutes', 'not enough info'),
 }
-# They do not tell one referent from another.
+# These words do not help to tell one referent from another.
 _DETERMINERS = frozenset(
   'a an the this that these those my your his her our their which whose '
   'few some many much each every'.split()
@@ -57,14 +59,14 @@ def accuracy(targets: np.ndarray, predictions: np.ndarray) -> float:
 def f1_of_class(
   targets: np.ndarray, predictions: np.ndarray, label: int
 ) -> float:
-  """F1 of one class, 0 to 1; 0 where nothing is or is said to be of it."""
+  """F1 of one class, 0 to 1; 0 if it is neither a target nor a prediction."""
   target, predicted = targets == label, predictions == label
   both = target.sum() + predicted.sum()
   return float(2 * (target & predicted).sum() / both) if both else 0.0
 
 
 def binary_f1(targets: np.ndarray, predictions: np.ndarray) -> float:
-  """F1 of class 1 of two; a prediction that is no class is the wrong one."""
+  """F1 of class 1 of two, 0 to 1; an INVALID prediction counts as wrong."""
   wrong = 1 - targets
   return f1_of_class(
     targets, np.where(predictions == INVALID, wrong, predictions), 1
@@ -79,9 +81,10 @@ def mean_f1(targets: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def matthews_correlation(targets: np.ndarray, predictions: np.ndarray) -> float:
-  """Correlation of classes, -1 to 1; 0 where all are of one class.
+  """Correlation of classes, -1 to 1; 0 if targets or predictions are constant.
 
-  For two classes Matthews' phi; INVALID is a third one (Gorodkin 2004, R_K).
+  For two classes this is Matthews' phi. INVALID counts as a third class, for
+  which it is the R_K of Gorodkin 2004.
   """
   classes = np.unique(np.concatenate([targets, predictions]))
   target = (targets[:, None] == classes).astype(np.float64)
@@ -90,7 +93,7 @@ def matthews_correlation(targets: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def pearson(targets: np.ndarray, predictions: np.ndarray) -> float:
-  """Pearson's correlation, -1 to 1; 0 where one of both is constant."""
+  """Pearson's correlation, -1 to 1; 0 if one of the arrays is constant."""
   return _correlation(targets[:, None], predictions[:, None])
 
 
@@ -100,32 +103,40 @@ def spearman(targets: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-  """Sum of covariances of columns, in units of the geometric mean of both."""
+  """Correlation of [examples, columns], summed over columns; 0 if constant.
+
+  The covariances of the columns are added up, and divided by the geometric mean
+  of both arrays' total variances.
+  """
   a, b = a - a.mean(axis=0), b - b.mean(axis=0)
   scale = np.sqrt((a * a).sum() * (b * b).sum())
   return float((a * b).sum() / scale) if scale else 0.0
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
+  """Ranks from 1; equal values share the mean of their ranks."""
   _, inverse, counts = np.unique(
     values, return_inverse=True, return_counts=True
   )
+  # The cumulative sum is the last rank of equal values, and their mean rank is
+  # half of the others' number below it.
   return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelMetric:
-  """Scores of predicted labels.
+  """A metric of tasks whose answers are labels.
 
   Attributes:
     labels: the texts of the classes.
-    scores: by name.
+    scores: pairs of the name of a score and its function.
 
-  Call: targets, predictions to numbers by name, 0 to 100.
+  Call: records and predicted texts of examples to numbers by name. Each is 100
+    times a score.
 
   Raises:
-    ValueError: no targets, not as many predictions, or an answer that is no
-      label.
+    ValueError: there are no records, not as many predictions as records, or an
+      answer is no label.
   """
 
   labels: tuple[str, ...]
@@ -143,7 +154,8 @@ def multirc(
 ) -> dict[str, float]:
   """F1 over all answers, and the share of questions with all answers right.
 
-  Records have 'idx/paragraph' and 'idx/question'.
+  Records need 'idx/paragraph' and 'idx/question', which tell the questions
+  apart.
   """
   right, found = _classes(LABELS['multirc'], targets, predictions)
   questions: dict[tuple[int, int], bool] = {}
@@ -159,10 +171,11 @@ def multirc(
 def record(
   targets: Sequence[Record], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """EM and F1 of ReCoRD, as SQuAD's with the best of the answers.
+  """EM and F1 of ReCoRD, computed as for SQuAD.
 
-  A query with several answers is several examples, of which one counts.
-  Records have 'idx/passage' and 'idx/query'.
+  A query with several answers is stored as several examples with the same
+  inputs, so only the first of them counts. Records need 'idx/passage' and
+  'idx/query', which tell the queries apart.
   """
   _check_lengths(targets, predictions)
   queries: dict[tuple[int, int], tuple[list[str], str]] = {}
@@ -189,10 +202,11 @@ def stsb(
 def wsc(
   targets: Sequence[Record], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Accuracy of telling whether a pronoun means a noun.
+  """Accuracy of deciding whether a pronoun refers to a noun.
 
-  The model says what the pronoun means; that it means the noun, the answer, is
-  right where the record's 'label' is 1.
+  The model says to what the pronoun refers. If `means` finds that this is the
+  noun in the record's answer, the decision is 1. It is right if it equals the
+  record's 'label'.
   """
   _check_lengths(targets, predictions)
   said = [
@@ -206,10 +220,11 @@ def wsc(
 
 
 def means(prediction: str, referent: str) -> int:
-  """1 if a text means the referent, 0 if not, INVALID if it says nothing.
+  """Returns 1 if a text means the referent, 0 if not, INVALID if it is empty.
 
-  The words of one are among those of the other, but for case and determiners.
-  'Bob' does not mean "Bob's hat".
+  It does if all words of one of them are in the other, where case and
+  determiners are ignored. But 'Bob' does not mean "Bob's hat": either both have
+  an apostrophe or neither has one.
   """
   said, meant = (_content(text) for text in (prediction, referent))
   if not said:
@@ -222,7 +237,7 @@ def means(prediction: str, referent: str) -> int:
 def dpr(
   targets: Sequence[Record], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Share of predictions that are the answer, 0 to 100."""
+  """Accuracy on definite pronoun resolution, where answers are free text."""
   _check_lengths(targets, predictions)
   right = [
     text == one['answers'][0]
@@ -232,7 +247,7 @@ def dpr(
 
 
 def of_task(name: str) -> Metric | None:
-  """The metric of a task of glue.py, super_glue.py or of fever, or None."""
+  """The metric of a seqio task of GLUE, SuperGLUE or FEVER; None for others."""
   return _METRICS.get(name)
 
 
@@ -249,7 +264,7 @@ def _number(text: str) -> float:
 
 
 def _classes(labels, targets, predictions) -> tuple[np.ndarray, np.ndarray]:
-  """Numbers of the labels of both, INVALID for other predictions."""
+  """Label numbers <float64>[examples] of the targets and of the predictions."""
   _check_lengths(targets, predictions)
   numbers = {label: float(number) for number, label in enumerate(labels)}
   answers = [one['answers'][0] for one in targets]

@@ -1,4 +1,4 @@
-"""Generating for many inputs of different lengths, with few compilations."""
+"""Generates outputs for many inputs of any lengths, with few compilations."""
 
 import dataclasses
 import logging
@@ -22,10 +22,12 @@ class Generations:
   """What was generated, in the order of the inputs.
 
   Attributes:
-    tokens: for each input <int32>[length], the last one EOS if it came.
+    tokens: for each input the generated tokens <int32>[length]. They end with
+      EOS unless the maximum length was reached.
     scores: <float32>[inputs], as the strategy defines them.
-    num_trimmed: inputs longer than the longest allowed, which lost their end.
-    num_unfinished: outputs that reached the maximal length without EOS.
+    num_trimmed: number of inputs that were too long and lost their end.
+    num_unfinished: number of outputs that reached the maximum length without
+      EOS.
   """
 
   tokens: list[np.ndarray]
@@ -36,22 +38,22 @@ class Generations:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-  """Generates for any number of inputs in batches of few shapes.
+  """Generates outputs for any number of inputs, in batches of few shapes.
 
-  Inputs are sorted by length and each batch is padded to the next of
-  `input_lengths`, so that at most as many programs are compiled. Generators
-  with equal models and settings share them: a new one for each checkpoint
-  compiles nothing.
+  Inputs are sorted by length, and each batch is padded to the next of the
+  `input_lengths`. So at most one program is compiled for each of these lengths.
+  Generators with equal models and settings share their programs: a new
+  Generator for each checkpoint compiles nothing.
 
   Attributes:
-    model: a Linen module that was built of a `model_config.ModelConfig`.
-    params: its parameters, the tables of experts among them
+    model: a Linen module that was built from a `model_config.ModelConfig`.
+    params: all parameters of the model, expert tables included
       (`models.parameters.merge_tables`).
     strategy: how tokens are chosen.
-    batch_size: inputs generated for at a time; the last batch is filled up.
-    max_target_length: most tokens of an output, EOS included.
-    input_lengths: lengths to which batches are padded, rising. Longer inputs
-      are trimmed, keep their EOS, and are counted.
+    batch_size: number of rows of a batch; the last batch is filled up.
+    max_target_length: maximum number of tokens of an output, EOS included.
+    input_lengths: lengths to which batches are padded, in rising order. Longer
+      inputs are trimmed but keep their EOS, and are counted.
     seed: the seed of strategies that sample. The same inputs give the same
       outputs.
 
@@ -59,7 +61,8 @@ class Generator:
     is called with the number of inputs done so far.
 
   Raises:
-    ValueError: sizes below 1, lengths that do not rise, an empty input.
+    ValueError: a size is below 1, the lengths do not rise, or an input is
+      empty.
   """
 
   model: nn.Module
@@ -137,9 +140,9 @@ class Generator:
   def _batches(
     self, rows: list[np.ndarray]
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices of the inputs of a batch, and its tokens [batch, length]."""
+    """Yields the input indices of a batch, and its tokens [batch, length]."""
     lengths = np.array([len(row) for row in rows], np.int64)
-    # Longest first: too little memory shows in the first batch.
+    # The longest come first, so that a lack of memory shows in the first batch.
     order = np.argsort(-lengths, kind='stable')
     for start in range(0, len(rows), self.batch_size):
       indices = order[start : start + self.batch_size]
@@ -148,7 +151,8 @@ class Generator:
       tokens = np.zeros(shape, np.int32)
       for place, index in enumerate(indices.tolist()):
         tokens[place, : len(rows[index])] = rows[index]
-      # Filled up with its last input: an empty one might never come to EOS.
+      # Rows that are left over repeat the last input. Empty rows might never
+      # generate EOS, and the batch would run to the maximum length.
       tokens[len(indices) :] = tokens[len(indices) - 1]
       yield indices, tokens
 
@@ -172,7 +176,14 @@ def generate_texts(
   subwords: base_vocabulary.Vocabulary,
   progress: Progress | None = None,
 ) -> list[str]:
-  """Generates one text for each text, whose prompt is already in it."""
+  """Generates one output text for each input text.
+
+  Args:
+    generator: generates the tokens of the outputs.
+    texts: the inputs, as the model reads them: prompts are already in them.
+    subwords: the vocabulary of the model.
+    progress: called with the number of inputs done so far.
+  """
   inputs = [
     [*ids, subwords.eos_id] for ids in subwords.encode_batch(list(texts))
   ]

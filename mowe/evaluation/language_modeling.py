@@ -1,4 +1,4 @@
-"""How well a model predicts a text: perplexity, and bits per byte."""
+"""Measures how well a model predicts a text: perplexity, and bits per byte."""
 
 import dataclasses
 import functools
@@ -21,15 +21,15 @@ from mowe.models.families import families
 class TextScore:
   """The cost of all tokens of a text.
 
-  Words and bytes are those of the text before it was cut into tokens, ends of
-  lines or records among them, so that models with different vocabularies can
-  be compared.
+  Words and bytes are counted in the text before it was cut into tokens, so that
+  models with different vocabularies can be compared. The end of each line or
+  record counts as well.
 
   Attributes:
-    nats: sum of -ln(probability) of every token.
-    num_tokens: tokens predicted, EOS among them.
-    num_words: words of the text, 0 if unknown.
-    num_bytes: bytes of the text, 0 if unknown.
+    nats: sum of -ln(probability) over all tokens.
+    num_tokens: number of predicted tokens, EOS included.
+    num_words: number of words of the text, or 0 if it is unknown.
+    num_bytes: number of bytes of the text, or 0 if it is unknown.
   """
 
   nats: float
@@ -38,11 +38,12 @@ class TextScore:
   num_bytes: int = 0
 
   def metrics(self) -> dict[str, float]:
-    """Those that are known of these.
+    """The metrics by name.
 
-    loss: nats per token; perplexity: e^loss; word_perplexity:
-    e^(nats per word); bits_per_byte: nats / ln 2 per byte, which for enwik8
-    are called bits per character.
+    'loss' is in nats per token, and 'perplexity' is e^loss. If words were
+    counted, 'word_perplexity' is e^(nats per word). If bytes were counted,
+    'bits_per_byte' is nats / ln 2 per byte; papers on enwik8 call it bits per
+    character.
     """
     loss = self.nats / max(1, self.num_tokens)
     values = {'loss': loss, 'perplexity': _exp(loss)}
@@ -54,20 +55,22 @@ class TextScore:
 
 
 def _exp(value: float) -> float:
-  # A model that knows nothing of a long word: e^1000 is no float.
+  # A poor model of long words may have 1000 nats per word; e^1000 overflows.
   return math.exp(value) if value < 700 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadingConfig:
-  """How a text is read.
+  """How a text is cut into windows.
+
+  Without a memory each window is read alone, and only those of its tokens count
+  that no window before it has. With a memory each window continues the one
+  before, and all of its tokens count.
 
   Attributes:
-    stride: tokens by which a window moves over the text; each window begins
-      anew, and only tokens that are new count. None: the whole window.
-    memory_length: for a model with a memory, tokens that it remembers, if
-      another number than in training; None: that of training. Windows then
-      continue each other, and every token counts.
+    stride: number of tokens by which the window moves; None: its whole length.
+    memory_length: number of tokens that a model with a memory remembers; None:
+      as many as in training.
   """
 
   stride: int | None = None
@@ -84,21 +87,22 @@ def score_text(
   reading: ReadingConfig = ReadingConfig(),
   progress: inference.Progress | None = None,
 ) -> TextScore:
-  """Predicts every token of a cache from those before it.
+  """Predicts every token of a token cache from those before it.
 
   Args:
     model: a decoder-only model.
-    params: its parameters, tables of experts among them.
-    cache: a token cache of the kind 'language_model', or of 'text', which
-      counts no words or bytes.
-    batch_size: windows read at once. Of a model with a memory the text is cut
-      into so many parts, each read from an empty memory: 1 reads it as one.
-    length: tokens of a window.
+    params: all parameters of the model, expert tables included.
+    cache: a token cache of the kind 'language_model'; or of the kind 'text',
+      whose words and bytes were not counted.
+    batch_size: number of windows that are read at once. For a model with a
+      memory it is also the number of parts into which the text is cut; each
+      part begins with an empty memory, and 1 keeps the text whole.
+    length: number of tokens of a window.
     reading: how the windows follow each other.
     progress: called with the number of tokens done so far.
 
   Raises:
-    ValueError: the model has an encoder, or cannot read in this way.
+    ValueError: the model has an encoder, or cannot read as `reading` says.
   """
   config = _check(model.config, reading)
   stream = cache.flat('targets')
@@ -129,7 +133,7 @@ def score_text(
 def _check(
   config: model_config.ModelConfig, reading: ReadingConfig
 ) -> model_config.ModelConfig:
-  """The config to read with."""
+  """Returns the config to read with, or raises ValueError if there is none."""
   if 'encoder' in config.streams:
     raise ValueError(
       'A text is scored by a model with one stack, but this one has an '
@@ -138,9 +142,9 @@ def _check(
   if reading.memory_length is not None:
     if not config.memory_length and reading.memory_length:
       raise ValueError(
-        'Only a model that was trained with a memory can have another one, '
-        f'but memory_length is {reading.memory_length} and its own is 0. Leave '
-        'it out, and set a stride.'
+        'Only a model that was trained with a memory can be read with another '
+        f'memory_length, but {reading.memory_length} was given for a model '
+        'without one. Leave memory_length out, and set a stride.'
       )
     config = dataclasses.replace(config, memory_length=reading.memory_length)
   if config.memory_length and reading.stride is not None:
@@ -154,7 +158,7 @@ def _check(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score_batch(model, params, memory, batch):
-  """Sum of the costs of tokens that count, and the next memory."""
+  """Sum of the costs, in nats, of tokens that count; and the next memory."""
   logits, changed = model.apply(
     {'params': params, model_config.MEMORY: memory},
     batch,
@@ -170,7 +174,7 @@ def _score_batch(model, params, memory, batch):
 
 
 def describe(score: TextScore) -> str:
-  """One line for a person."""
+  """The metrics as one line of text."""
   values = score.metrics()
   shown = '  '.join(
     f'{name.replace("_", " ")} {values[name]:.4g}'
@@ -181,6 +185,6 @@ def describe(score: TextScore) -> str:
 
 
 def as_json(score: TextScore) -> dict[str, Any]:
-  """Counts and metrics, numbers that JSON can hold."""
+  """Counts and metrics by name; None for infinity, which JSON cannot hold."""
   values = dataclasses.asdict(score) | score.metrics()
   return {k: v if np.isfinite(v) else None for k, v in values.items()}

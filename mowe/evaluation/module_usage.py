@@ -1,4 +1,4 @@
-"""How often the tokens of a task choose each module, layer by layer."""
+"""Counts how often the tokens of a task choose each module of each layer."""
 
 import dataclasses
 import functools
@@ -23,11 +23,11 @@ _FORMAT = 'mowe module usage'
 
 @dataclasses.dataclass(frozen=True)
 class LayerUsage:
-  """Choices of the tokens of one layer.
+  """What the tokens chose in one layer.
 
   Attributes:
     counts: for each module, the number of tokens that chose it.
-    num_tokens: that were routed; padding was not.
+    num_tokens: number of tokens that were routed; padding is not counted.
   """
 
   counts: tuple[int, ...]
@@ -35,12 +35,12 @@ class LayerUsage:
 
   @property
   def shares(self) -> tuple[float, ...]:
-    """Share of the tokens that chose each module."""
+    """For each module, the share of the tokens that chose it, 0 to 1."""
     return tuple(count / max(1, self.num_tokens) for count in self.counts)
 
   @property
   def num_effective(self) -> float:
-    """e^entropy of the choices: N if all N modules are used alike."""
+    """e^(entropy of the choices): N if all N modules are used equally."""
     total = sum(self.counts)
     parts = [count / total for count in self.counts if count]
     return math.exp(-sum(part * math.log(part) for part in parts))
@@ -48,12 +48,13 @@ class LayerUsage:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-  """Usage of all layers of modules of a model on a task.
+  """Usage of all modules of a model on a task.
 
   Attributes:
-    layers: place of a layer, such as 'decoder/layers_0/mlp' -> its usage.
+    layers: the usage of each layer by its place, such as
+      'decoder/layers_0/mlp'.
     task: name of the task.
-    model: what says which weights they were: folder, step, digest.
+    model: the folder, the step and the manifest's sha256 of the weights.
   """
 
   layers: Mapping[str, LayerUsage]
@@ -67,15 +68,17 @@ def count(
   batches: Iterable[Mapping[str, np.ndarray]],
   progress: inference.Progress | None = None,
 ) -> dict[str, LayerUsage]:
-  """Counts choices; sums are exact.
+  """Counts the choices of all tokens exactly, layer by layer.
 
   Args:
-    model: with layers of modules; its batches carry its memory on, if it has
-      one, so they must continue each other then.
-    params: all its parameters.
-    batches: batches of a task, as they are for training; padding is not
-      counted.
+    model: a model with layers of modules. If it has a memory, this is carried
+      from batch to batch, so the batches must continue each other.
+    params: all parameters of the model.
+    batches: batches of a task, in the form of training; padding is not counted.
     progress: called with the number of rows done so far.
+
+  Returns:
+    The usage of each layer by its place.
   """
   totals: dict[str, list[Any]] = {}
   memory, num_rows = {}, 0
@@ -85,7 +88,9 @@ def count(
       memory = model.config.initial_memory(rows)
     stats, memory = _stats(model, params, memory, dict(batch))
     for path, one in jax.device_get(stats).items():
-      # Of one batch the sums of float32 are whole numbers below 2^24.
+      # The float32 sums of one batch are exact, as they are whole numbers below
+      # 2^24. Those of all batches may exceed it, so they are int64.
+      # A choice counts even if a capacity dropped it.
       counts = np.rint(one.load + one.dropped).astype(np.int64)
       tokens = round(float(one.num_tokens)) - round(float(one.num_padding))
       total = totals.setdefault(path, [np.zeros_like(counts), 0])
@@ -102,7 +107,7 @@ def count(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _stats(model, params, memory, batch):
-  """Stats of every router by the place of its layer, and the next memory."""
+  """The RouterStats of each layer by its place, and the next memory."""
   _, changed = model.apply(
     {'params': params, model_config.MEMORY: memory},
     batch,
@@ -118,7 +123,7 @@ def _stats(model, params, memory, batch):
 
 
 def to_json(usage: Usage) -> dict[str, Any]:
-  """The usage as a tree of JSON values."""
+  """Turns a usage into a tree of JSON values; `read` reads it back."""
   return {
     'format': _FORMAT,
     'task': usage.task,
@@ -130,16 +135,16 @@ def to_json(usage: Usage) -> dict[str, Any]:
 
 
 def read(file: pathlib.Path) -> Usage:
-  """What a file holds that was written of `to_json`.
+  """Reads a usage.json, which holds what `to_json` returned.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is something else.
+    FileNotFoundError: there is no such file.
+    ValueError: the file holds something else.
   """
   if not file.is_file():
     raise FileNotFoundError(
-      f'The usage of modules must be a file, but {file} is none. Measure it '
-      'with `mowe modules usage`, which writes usage.json.'
+      f'The usage of modules must be a file, but there is no file {file}. '
+      'Measure it with `mowe modules usage`, which writes usage.json.'
     )
   try:
     tree = json.loads(file.read_text('utf-8'))
@@ -154,6 +159,6 @@ def read(file: pathlib.Path) -> Usage:
     return Usage(layers, tree['task'], dict(tree['model']))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
-      f'{file} must be what `mowe modules usage` wrote, but reading it failed: '
-      f'{type(error).__name__}: {error}. Give its usage.json.'
+      f'{file} must be a file that `mowe modules usage` wrote, but reading it '
+      f'failed: {type(error).__name__}: {error}. Give its usage.json.'
     ) from error

@@ -1,4 +1,4 @@
-"""The picture of how often modules are used, layer by layer."""
+"""Draws how often each module of each layer is used."""
 
 import os
 
@@ -16,16 +16,20 @@ _BAR = '#0072B2'
 _COLORS = mpl_colors.LinearSegmentedColormap.from_list(
   'usage', ['#ffffff', '#cfe6f5', '#56b4e9', '#0072b2', '#023858']
 )
-# So many modules or fewer have their share written in.
+# With at most this many modules in a layer, each cell shows its number.
 _MOST_WRITTEN = 16
-# So many layers or fewer have wide rows.
+# With at most this many layers, the rows of cells are high.
 _MOST_WIDE = 12
-# Where a layer has fewer modules than others.
+# Color of the cells of a layer that has fewer modules than others.
 _ABSENT = '#eef1f4'
 
 
 def draw(usage: module_usage.Usage, path: str | os.PathLike[str]) -> None:
-  """Writes the figure as PNG: a row of panels for each kind of layer."""
+  """Writes the figure to `path`, with a row of panels for each kind of layer.
+
+  The left panel shows the share of tokens that chose each module, the right one
+  the effective number of modules of each layer.
+  """
   groups: dict[str, list[str]] = {}
   for place in usage.layers:
     stream, _, name = place.split('/')
@@ -61,7 +65,7 @@ def draw(usage: module_usage.Usage, path: str | os.PathLike[str]) -> None:
 
 
 def _heat(figure, panel: mpl_axes.Axes, layers, labels) -> None:
-  """A cell for each module; layers may have different numbers of them."""
+  """Draws a cell for each module; layers may differ in their numbers."""
   most = max(len(layer.counts) for layer in layers)
   cells = np.full((len(layers), most), np.nan)
   for row, layer in enumerate(layers):
@@ -94,7 +98,7 @@ def _heat(figure, panel: mpl_axes.Axes, layers, labels) -> None:
 
 
 def _bars(panel: mpl_axes.Axes, layers, labels) -> None:
-  """How many modules each layer uses, out of those that it has."""
+  """Draws how many modules each layer uses, out of those that it has."""
   places = np.arange(len(layers)) + 0.5
   numbers = [len(layer.counts) for layer in layers]
   used = [layer.num_effective for layer in layers]
@@ -112,7 +116,7 @@ def _bars(panel: mpl_axes.Axes, layers, labels) -> None:
 
 
 def _rows(panel: mpl_axes.Axes, labels) -> None:
-  """Layers from the top down."""
+  """Labels the rows, one for each layer, from the top down."""
   panel.set_ylim(len(labels), 0)
   panel.set_yticks(np.arange(len(labels)) + 0.5, labels)
   panel.set_ylabel('block', color=_FAINT, fontsize=10)
@@ -120,6 +124,6 @@ def _rows(panel: mpl_axes.Axes, labels) -> None:
 
 
 def _plain(name: str, limit: int = 60) -> str:
-  """A name that matplotlib does not take for mathematics."""
+  """Shortens a name, and escapes `$`, which would begin a formula."""
   name = ' '.join(name.split()).replace('$', r'\$')
   return name if len(name) <= limit else name[: limit - 1] + '…'

@@ -1,4 +1,4 @@
-"""Asking a model: answers to questions, and spans it was shown before."""
+"""Scores what a model generates: answers to questions, and masked spans."""
 
 import dataclasses
 import json
@@ -14,7 +14,8 @@ from mowe.data.caches import token_cache
 from mowe.evaluation import classification_metrics, inference, text_metrics
 from mowe.words import atomic_files, base_vocabulary
 
-# Lists of answers and predictions to 'em' and 'f1', 0 to 100.
+# Takes lists of accepted answers and predictions; returns 'em' and 'f1', each
+# from 0 to 100.
 Metric = text_metrics.Metric
 
 _PREDICTIONS = 'predictions.jsonl'
@@ -23,7 +24,10 @@ _RESULTS = 'results.json'
 
 @dataclasses.dataclass(frozen=True)
 class RelationResult:
-  """Scores of the questions about one relation, 0 to 100; None: not known."""
+  """Scores of the questions about one relation, from 0 to 100.
+
+  They are None if an answer is not public.
+  """
 
   em: float | None
   f1: float | None
@@ -35,16 +39,17 @@ class EvaluationResult:
   """Scores of all questions.
 
   Attributes:
-    em: exact match, 0 to 100; None where answers are not public, as those of
+    em: exact match, 0 to 100; None if the answers are not public, like those of
       GLUE's test splits.
-    f1: F1 of words, 0 to 100, or None.
-    num_questions: questions asked; all of them count.
-    num_trimmed: questions that were too long for the model and lost their end.
-    num_unfinished: predictions cut off before EOS.
+    f1: F1 of words, 0 to 100; None if the answers are not public.
+    num_questions: number of questions asked, all of which count.
+    num_trimmed: number of questions that were too long for the generator and
+      lost their end.
+    num_unfinished: number of predictions that were cut off before EOS.
     metric: name of the metric.
-    per_relation: the scores of the records with a 'relation', by its name.
-    scores: a cache of a task of GLUE or SuperGLUE has the metrics of that task,
-      by name (`classification_metrics`).
+    per_relation: scores by relation, for records with a 'relation'.
+    scores: the metrics of a task of GLUE, SuperGLUE or FEVER by name, as
+      `classification_metrics` computes them; empty for other caches.
   """
 
   em: float | None
@@ -66,20 +71,22 @@ def evaluate_questions(
   output_dir: str | os.PathLike | None = None,
   progress: inference.Progress | None = None,
 ) -> EvaluationResult:
-  """Asks every question once and compares with all its accepted answers.
+  """Asks every question once, and compares each answer with all accepted ones.
 
   Args:
-    generator: generates the answers of the model. Its lengths count, not those
-      of a task.
-    questions: a cache of `cache_builders.cache_questions`, or a task over one.
-    subwords: the vocabulary of model and cache.
-    metric: `text_metrics.squad`, `text_metrics.trivia_qa`, or one like them;
-      None: that of the cache.
-    output_dir: gets predictions.jsonl, one line a question, and results.json.
+    generator: generates the answers of the model. Its lengths apply, and not
+      those of a task.
+    questions: a token cache of questions, or a task that reads one.
+    subwords: the vocabulary of the model and of the cache.
+    metric: `text_metrics.squad`, `text_metrics.trivia_qa`, or a function like
+      them; None: the metric that the cache names.
+    output_dir: folder for predictions.jsonl, with a line for each question, and
+      results.json; None: nothing is written.
     progress: called with the number of questions done so far.
 
   Raises:
-    ValueError: no questions, records without answers, another vocabulary.
+    ValueError: there are no questions, records have no answers, or the cache
+      was made with another vocabulary.
   """
   cache = getattr(questions, 'cache', questions)
   metric = metric or text_metrics.of_name(cache.metric)
@@ -110,7 +117,7 @@ def evaluate_questions(
     summary = json.dumps(
       dataclasses.asdict(result), indent=2, ensure_ascii=False
     )
-    # Last: where results are, the predictions are complete.
+    # The results are written last: if they exist, the predictions are complete.
     _write_text(folder / _RESULTS, summary + '\n')
   return result
 
@@ -118,10 +125,11 @@ def evaluate_questions(
 def read_records(
   cache: token_cache.TokenCache, subwords: base_vocabulary.Vocabulary
 ) -> list[dict[str, Any]]:
-  """The records of questions, each with 'answers'.
+  """Returns the records of all questions, each with its 'answers'.
 
   Raises:
-    ValueError: no questions, records without answers, another vocabulary.
+    ValueError: there are no questions, records have no answers, or the cache
+      was made with another vocabulary.
   """
   cache.check_vocabulary(subwords)
   records = list(cache.records())
@@ -142,7 +150,7 @@ def read_records(
 
 
 def are_public(records: Sequence[dict[str, Any]]) -> bool:
-  """Whether the right answers are known; those of test splits often are not."""
+  """Whether all answers are public; those of test splits often are not."""
   unknown = [classification_metrics.UNKNOWN]
   return all(list(record['answers']) != unknown for record in records)
 
@@ -155,7 +163,7 @@ def _score(metric, records, predictions) -> RelationResult:
 
 
 def _score_relations(metric, records, predictions):
-  """Results by relation, in the order of their names."""
+  """Scores by relation, in the order of the relations' names."""
   groups: dict[str, list[int]] = {}
   for index, record in enumerate(records):
     if 'relation' in record:
@@ -169,7 +177,7 @@ def _score_relations(metric, records, predictions):
 
 
 def _score_task(cache, records, predictions) -> dict[str, float]:
-  """What the seqio task of a cache measures, if its answers are public."""
+  """The metrics of a cache's seqio task; {} if it has none or no answers."""
   (source, *_) = cache.summary['recipe']['sources']
   metric = classification_metrics.of_task(source.get('seqio_task', ''))
   if metric is None or not are_public(records):
@@ -180,7 +188,7 @@ def _score_task(cache, records, predictions) -> dict[str, float]:
 def _prediction_line(metric, record, prediction, score, tokens, subwords):
   scores = _score(metric, [record], [prediction])
   line = {
-    # With a prompt of its own a record may have other fields.
+    # Records of a task with a prompt of its own may lack the question.
     'question': record.get('question', subwords.decode(tokens)),
     'prediction': prediction,
     'answers': record['answers'],
@@ -193,7 +201,7 @@ def _prediction_line(metric, record, prediction, score, tokens, subwords):
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:
-  # A prediction may hold a lone surrogate, which is no UTF-8.
+  # A prediction may hold a lone surrogate, which UTF-8 cannot encode.
   atomic_files.write_atomically(path, text.encode('utf-8', 'replace'))
 
 
@@ -203,9 +211,9 @@ class SpanRecall:
 
   Attributes:
     recall: num_right / num_spans, from 0 to 1.
-    num_right: spans generated token for token.
-    num_spans: spans that count.
-    num_examples: examples that were looked at.
+    num_right: number of spans that were generated token for token.
+    num_spans: number of spans that count.
+    num_examples: number of examples that were looked at.
   """
 
   recall: float
@@ -215,7 +223,7 @@ class SpanRecall:
 
 
 class NoSpanError(ValueError):
-  """Nothing was masked, or nothing that counts."""
+  """Error of a recall without any span: none was masked, or none counts."""
 
 
 def span_recall(
@@ -226,23 +234,24 @@ def span_recall(
   counts: Callable[[str], bool] | None = None,
   progress: inference.Progress | None = None,
 ) -> SpanRecall:
-  """Recall of masked spans, generated freely rather than with the targets.
+  """Measures the recall of masked spans, without teacher forcing.
 
   A span is right if the generated tokens after its sentinel, up to the next
   sentinel or EOS, are those of the target. The generator should be greedy.
 
   Args:
-    generator: generates the answers of the model.
-    batches: batches of salient or random span corruption, not packed, such as
-      `Batches.eval_batches()`. Rows of padding are left out.
-    subwords: the vocabulary of model and batches.
-    counts: tells by its text whether a span counts, such as only whole dates;
-      None: all do.
+    generator: generates the spans.
+    batches: batches of salient or random span corruption that are not packed,
+      such as `Batches.eval_batches()`. Rows of padding are left out.
+    subwords: the vocabulary of the model and of the batches.
+    counts: tells from the text of a span whether it counts, so that for example
+      only whole dates do; None: all spans count.
     progress: called with the number of examples done so far.
 
   Raises:
     NoSpanError: no span counts.
-    ValueError: packed batches, or targets that are longer than the generator's.
+    ValueError: the batches are packed, or targets are longer than the
+      generator's outputs can be.
   """
   inputs, targets = _read_examples(batches)
   longest = max(map(len, targets), default=0)
@@ -266,8 +275,8 @@ def span_recall(
   num_spans = sum(map(len, wanted))
   if not num_spans:
     raise NoSpanError(
-      f'At least one masked span must count, but of {len(targets)} examples '
-      'none has one. Give batches of span corruption, and check `counts`.'
+      f'At least one masked span must count, but none of {len(targets)} '
+      'examples has one. Give batches of span corruption, and check `counts`.'
     )
   num_right = 0
   for spans, tokens in zip(
@@ -283,15 +292,15 @@ def span_recall(
 def split_spans(
   tokens: np.ndarray, sentinels: range
 ) -> dict[int, tuple[int, ...]]:
-  """The tokens after each sentinel, up to the next sentinel or EOS.
+  """Splits tokens into spans: those after a sentinel, up to the next or EOS.
 
   Args:
     tokens: <int32>[length], targets or what was generated for them.
     sentinels: the ids of all sentinels.
 
   Returns:
-    Sentinel -> tokens. A sentinel that comes twice counts the first time;
-    tokens before any sentinel are left out.
+    The tokens of each span by its sentinel. If a sentinel comes twice, only its
+    first span is kept. Tokens before the first sentinel are left out.
   """
   spans: dict[int, list[int]] = {}
   current: list[int] = []

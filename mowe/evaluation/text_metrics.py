@@ -1,9 +1,10 @@
-"""Exact match and F1 of short text answers: SQuAD and TriviaQA conventions.
+"""Exact match and F1 of short text answers, as for SQuAD and TriviaQA.
 
 Three references are reproduced: the official SQuAD script and T5's `squad` and
-`trivia_qa` metrics. They differ in the normalisation (`normalize_squad`,
-`normalize_trivia_qa`) and in one corner of F1: when nothing is left of both
-the prediction and the answer, the SQuAD script gives 1 and T5 gives 0.
+`trivia_qa` metrics. They differ in the normalization (`normalize_squad`,
+`normalize_trivia_qa`) and in one corner case of F1: if normalization leaves
+both the prediction and the answer empty, the SQuAD script gives 1 and T5 gives
+0.
 """
 
 import collections
@@ -15,20 +16,21 @@ Normalize = Callable[[str], str]
 
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
 _SQUAD_PUNCTUATION = str.maketrans('', '', string.punctuation)
-# Blanks, not deletions: TriviaQA takes "New-York" for "New York", while SQuAD
-# takes "1,000" for "1000". Double typographic quotes are in neither list.
+# TriviaQA replaces punctuation by blanks, so "New-York" equals "New York".
+# SQuAD deletes it, so "1,000" equals "1000". Neither list has the typographic
+# double quotes.
 _TRIVIA_QA_PUNCTUATION = str.maketrans(
   dict.fromkeys(string.punctuation + '‘’´`_', ' ')
 )
 
 
 def normalize_squad(text: str) -> str:
-  """Lower case, punctuation deleted, articles and extra blanks removed."""
+  """Lowercases a text; deletes punctuation, articles and extra blanks."""
   return _without_articles(text.lower().translate(_SQUAD_PUNCTUATION))
 
 
 def normalize_trivia_qa(text: str) -> str:
-  """As `normalize_squad`, but punctuation becomes a blank."""
+  """Does the same as `normalize_squad`, but turns punctuation into blanks."""
   return _without_articles(text.lower().translate(_TRIVIA_QA_PUNCTUATION))
 
 
@@ -62,14 +64,14 @@ def f1(
   normalize: Normalize = normalize_squad,
   both_empty: float = 0.0,
 ) -> float:
-  """Returns the F1 of words with the best answer, from 0 to 1.
+  """Returns the F1 of the prediction's words with the best answer, 0 to 1.
 
   Args:
     prediction: the text of the model.
     answers: all accepted answers of the question.
     normalize: `normalize_squad` or `normalize_trivia_qa`.
     both_empty: the value when prediction and answer are both empty after
-      normalisation: 0.0 as in T5, 1.0 as in the official SQuAD script.
+      normalization: 0.0 as in T5, 1.0 as in the official SQuAD script.
 
   Raises:
     ValueError: `answers` is empty or one single string.
@@ -98,14 +100,14 @@ def _word_f1(
 def squad(
   targets: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Returns {'em', 'f1'} over all questions, 0 to 100, as T5's `squad`.
+  """Returns 'em' and 'f1' over all questions, 0 to 100, like T5's `squad`.
 
   Args:
     targets: the accepted answers of each question.
-    predictions: one text per question; the empty text for a missing one.
+    predictions: one text for each question; an empty text for a missing one.
 
   Raises:
-    ValueError: not as many predictions as targets, or no questions at all.
+    ValueError: there are no questions, or not as many predictions as questions.
   """
   return _percentages(targets, predictions, normalize_squad)
 
@@ -113,14 +115,14 @@ def squad(
 def trivia_qa(
   targets: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Returns {'em', 'f1'}, 0 to 100, as T5's `trivia_qa`; see `squad`."""
+  """Returns 'em' and 'f1' like `squad`, but with T5's `trivia_qa` metric."""
   return _percentages(targets, predictions, normalize_trivia_qa)
 
 
 def squad_script(
   targets: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Returns {'em', 'f1'}, 0 to 100, as the official script; see `squad`."""
+  """Returns 'em' and 'f1' like `squad`, but as the official SQuAD script."""
   return _percentages(targets, predictions, normalize_squad, both_empty=1.0)
 
 
@@ -155,15 +157,15 @@ def _check_answers(answers: Sequence[str]) -> None:
 
 Metric = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
 
-# What a cache of questions may name as its metric.
+# A token cache of questions names its metric by one of these keys.
 METRICS: dict[str, Metric] = {'squad': squad, 'trivia_qa': trivia_qa}
 
 
 def of_name(name: str) -> Metric:
-  """The metric of a name.
+  """Returns the metric of a name in `METRICS`.
 
   Raises:
-    ValueError: there is none.
+    ValueError: `METRICS` has no such name.
   """
   if name not in METRICS:
     raise ValueError(

@@ -1,4 +1,7 @@
-"""The ordinary layer norm, with mean and bias, which T5 does without."""
+"""The original layer norm, which subtracts the mean and adds a bias.
+
+T5 uses neither, see `layer_norm`.
+"""
 
 from typing import Any
 
@@ -12,7 +15,12 @@ from mowe.layers import parameter
 class CenteredLayerNorm(nn.Module):
   """Subtracts the mean, divides by the standard deviation, scales and shifts.
 
-  Source: arXiv 1607.06450. Computed in float32.
+  Source: arXiv 1607.06450. The computation is in float32, and only the result
+  is cast to `dtype`.
+
+  Attributes:
+    epsilon: added to the variance, so that it is never zero.
+    dtype: dtype of the result.
 
   Call: tokens <float>[..., embed] to <dtype>[..., embed].
   """

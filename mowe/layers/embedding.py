@@ -1,4 +1,4 @@
-"""Token embedding, read by id and, for tied logits, attended to."""
+"""Token embedding: reads vectors by id, and computes tied logits."""
 
 from typing import Any
 
@@ -12,10 +12,17 @@ from mowe.layers import parameter
 class Embedding(nn.Module):
   """Table of token vectors.
 
-  Rows are gathered: T5X multiplies with one-hot vectors instead, which costs
-  as much as the logits do.
+  Rows are gathered. T5X multiplies one-hot vectors with the table instead,
+  which costs as much as computing the logits.
 
-  Call: ids <int32>[batch, length] to <dtype>[batch, length, embed].
+  Attributes:
+    vocab_size: number of rows of the table.
+    embed_dim: width of the model.
+    dtype: dtype of the vectors that are read; the table itself is float32.
+    stddev: standard deviation of the numbers in a fresh table.
+
+  Call: ids <int32>[batch, length] to <dtype>[batch, length, embed]. An id out
+    of range reads the nearest row.
   """
 
   vocab_size: int
@@ -38,7 +45,18 @@ class Embedding(nn.Module):
   def both(
     self, ids: jax.Array, others: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Vectors of two arrays of ids: one gradient of the table, not two."""
+    """Returns the vectors of two arrays of ids.
+
+    The table is read once for both, so that its gradient is one array of its
+    size instead of two.
+
+    Args:
+      ids: <int32>[...], token ids.
+      others: <int32>[...], token ids; the shape may differ from that of `ids`.
+
+    Returns:
+      <dtype>[..., embed] for `ids`, and the same for `others`.
+    """
     vectors = self(jnp.concatenate([ids.reshape(-1), others.reshape(-1)]))
     return (
       vectors[: ids.size].reshape(*ids.shape, -1),
@@ -46,7 +64,15 @@ class Embedding(nn.Module):
     )
 
   def attend(self, tokens: jax.Array) -> jax.Array:
-    """Logits <float32>[batch, length, vocab] of tied embeddings (T5 1.0)."""
-    # Rescaled because the rows have unit variance: Mesh TensorFlow's T5.
+    """Returns the logits of tied embeddings, as in T5 1.0.
+
+    Args:
+      tokens: <float>[batch, length, embed], outputs of the decoder.
+
+    Returns:
+      <float32>[batch, length, vocab].
+    """
+    # The rows have unit variance, so logits would grow with the root of the
+    # width. The T5 of Mesh TensorFlow divides them by that root as well.
     tokens = tokens.astype(jnp.float32) * self.embed_dim**-0.5
     return jnp.einsum('blm,vm->blv', tokens, self.embedding)

@@ -17,7 +17,7 @@ _ACTIVATIONS = {
 
 
 def check_activations(activations: tuple[str, ...]) -> None:
-  """Raises ValueError unless every name is a known activation."""
+  """Raises ValueError unless there are names and all are known activations."""
   unknown = [name for name in activations if name not in _ACTIVATIONS]
   if unknown or not activations:
     raise ValueError(
@@ -27,27 +27,35 @@ def check_activations(activations: tuple[str, ...]) -> None:
 
 
 def kernel_names(activations: tuple[str, ...]) -> tuple[str, ...]:
-  """T5's names of the input kernels: `wi`, or `wi_0`, `wi_1` if gated."""
+  """Returns T5's names of the input kernels: `wi`, or `wi_0` and `wi_1`.
+
+  Args:
+    activations: one name, or two for a gated layer.
+  """
   if len(activations) == 1:
     return ('wi',)
   return tuple(f'wi_{i}' for i in range(len(activations)))
 
 
 def bias_name(kernel_name: str) -> str:
-  """Name of the bias that is added after a kernel: `wi_bias`."""
+  """Returns the name of the bias that is added after a kernel: `wi_bias`."""
   return f'{kernel_name}_bias'
 
 
 def hidden_units(
   rows: jax.Array, kernels: dict[str, jax.Array], activations: tuple[str, ...]
 ) -> jax.Array:
-  """Activated projections <float>[..., rows, mlp] of rows [..., rows, embed].
+  """Returns the hidden units of a feed-forward.
 
   Args:
-    rows: <float>[..., rows, embed].
-    kernels: `kernel_names` -> <float>[..., embed, mlp], and perhaps
-      `bias_name` of them -> <float>[..., mlp].
-    activations: a name for each kernel.
+    rows: <float>[..., rows, embed], the inputs.
+    kernels: for each name of `kernel_names` its kernel <float>[..., embed,
+      mlp]. Under the `bias_name` of a kernel there may be its bias
+      <float>[..., mlp], which is added to the projection.
+    activations: the activation after each kernel.
+
+  Returns:
+    <float>[..., rows, mlp].
   """
   projections = []
   for name in kernel_names(activations):
@@ -61,7 +69,17 @@ def hidden_units(
 def activate(
   projections: list[jax.Array], activations: tuple[str, ...]
 ) -> jax.Array:
-  """Product of the activated projections: gelu(x wi_0) * (x wi_1) if gated."""
+  """Returns the product of the activated projections.
+
+  In a gated layer that is, for example, gelu(x wi_0) * (x wi_1).
+
+  Args:
+    projections: one array <float>[..., mlp] for each input kernel.
+    activations: the activation of each projection.
+
+  Returns:
+    <float>[..., mlp].
+  """
   hidden = _ACTIVATIONS[activations[0]](projections[0])
   for name, projection in zip(activations[1:], projections[1:], strict=True):
     hidden = hidden * _ACTIVATIONS[name](projection)
@@ -69,19 +87,21 @@ def activate(
 
 
 class DenseFeedForward(feed_forward_base.FeedForward):
-  """Two-layer feed-forward.
+  """Feed-forward of two layers, gated or not.
 
-  Source: T5, arXiv 1910.10683; gating: arXiv 2002.05202. With ReLU and biases
-  that of arXiv 1706.03762, section 3.3, the dense baseline of arXiv 2310.10837.
+  Source: T5, arXiv 1910.10683; gating is from arXiv 2002.05202. With ReLU and
+  biases the layer is that of arXiv 1706.03762, section 3.3, which is the dense
+  baseline of arXiv 2310.10837.
 
   Attributes:
-    mlp_dim: hidden units.
+    mlp_dim: number of hidden units.
     activations: one name, or two for a gated layer.
-    dropout_rate: dropout of the hidden units, shared along the length.
+    dropout_rate: dropout rate of the hidden units. All tokens of a row share
+      one mask.
     dtype: dtype of the computation.
-    use_bias: all projections have a bias.
-    init_scale: variance of fresh kernels times fan-in; 2 / blocks in the models
-      of arXiv 2310.10837.
+    use_bias: whether all projections have a bias.
+    init_scale: variance of fresh kernels times their fan-in. The models of
+      arXiv 2310.10837 use 2 / number of blocks.
 
   Call: tokens <float>[batch, length, embed] to <dtype> of the same shape. The
     layer takes `routing_ids`, as every feed-forward does, and ignores them.
@@ -115,7 +135,12 @@ class DenseFeedForward(feed_forward_base.FeedForward):
     return wo(self.select(hidden, wo))
 
   def select(self, hidden: jax.Array, wo: linear.Dense) -> jax.Array:
-    """Hidden units <dtype>[batch, length, mlp] that reach `wo`: all here."""
+    """Returns the hidden units that reach `wo`; subclasses may zero some.
+
+    Args:
+      hidden: <dtype>[batch, length, mlp], after dropout.
+      wo: the second projection.
+    """
     del wo
     return hidden
 

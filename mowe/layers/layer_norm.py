@@ -1,4 +1,4 @@
-"""T5's layer norm: root mean square only, no mean, no bias."""
+"""T5's layer norm (RMSNorm), which subtracts no mean and adds no bias."""
 
 from typing import Any
 
@@ -12,9 +12,13 @@ from mowe.layers import parameter
 class LayerNorm(nn.Module):
   """Divides by the root mean square of the last axis and scales.
 
-  Source: T5, arXiv 1910.10683, section 2.1. The mean square is taken in
-  float32; the scale is applied after the cast to `dtype`, as in T5X, so that
+  Source: T5, arXiv 1910.10683, section 2.1. The mean square is computed in
+  float32. The scale is applied after the cast to `dtype`, as in T5X, so that
   restored checkpoints give the same bits.
+
+  Attributes:
+    epsilon: added to the mean square, so that it is never zero.
+    dtype: dtype of the result.
 
   Call: tokens <float>[..., embed] to <dtype>[..., embed].
   """

@@ -8,21 +8,21 @@ from flax import linen as nn
 
 from mowe.layers import parameter
 
-# T5's two initialisers: attention draws from a normal, the rest from a
-# truncated normal, both with variance 1 / fan-in.
+# T5 has two initializers: kernels of attention are drawn from a normal
+# distribution, all others from a truncated one. Both have variance 1 / fan-in.
 attention_init = parameter.variance_scaling(1.0, 'fan_in', 'normal')
 dense_init = parameter.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
 class Dense(nn.Module):
-  """Projection of the last axis.
+  """Linear projection of the last axis.
 
   Attributes:
     features: size of the last axis of the result.
     kernel_axes: logical names of the kernel's two axes.
-    kernel_init: initialiser of the float32 kernel.
+    kernel_init: initializer of the float32 kernel.
     dtype: dtype of the computation and of the result.
-    use_bias: a bias is added, zero at first.
+    use_bias: whether a bias is added, which starts at zero.
 
   Call: inputs <float>[..., embed] to <dtype>[..., features].
   """
@@ -42,7 +42,15 @@ class Dense(nn.Module):
 
   @nn.compact
   def weights(self, num_inputs: int) -> tuple[jax.Array, jax.Array | None]:
-    """Kernel <dtype>[inputs, features], bias <dtype>[features] or None."""
+    """Returns kernel and bias, for a caller that multiplies itself.
+
+    Args:
+      num_inputs: size of the last axis of the inputs.
+
+    Returns:
+      The kernel <dtype>[num_inputs, features], and the bias <dtype>[features]
+      or None.
+    """
     kernel = parameter.declare(
       self,
       'kernel',
@@ -61,11 +69,20 @@ class Dense(nn.Module):
 
 @jax.custom_vjp
 def project(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-  """inputs <float>[..., in] kernel <float>[in, out], to <float>[..., out].
+  """Multiplies inputs with a kernel.
 
-  Its own gradient, because XLA on CPU copies the first factor of inputs^T
-  cotangent to another layout, slowly, together with all that made it. JAX
-  always puts the cotangent first; here it is the narrower of the two.
+  The gradient of the kernel is a product of inputs and cotangents over all
+  tokens. XLA on CPU copies the first factor of that product to another layout,
+  and this copy is slow, as the operations that made the factor are fused into
+  it. JAX always puts the cotangents first. The gradient defined here puts the
+  narrower factor first, so that less is copied.
+
+  Args:
+    inputs: <float>[..., in].
+    kernel: <float>[in, out].
+
+  Returns:
+    <float>[..., out].
   """
   return jnp.matmul(inputs, kernel)
 
@@ -83,7 +100,8 @@ def _project_backward(residuals, cotangent):
   d_inputs = jax.lax.dot_general(
     cotangent, kernel, (((cotangent.ndim - 1,), (1,)), ((), ()))
   )
-  # Several kernels often share their inputs, so one copy: hence the 1.5.
+  # Several kernels often share their inputs, and then one copy of the inputs
+  # serves all of them. So inputs may be somewhat wider and still come first.
   if kernel.shape[0] > 1.5 * kernel.shape[1]:
     return d_inputs, over_tokens(cotangent, inputs).T
   return d_inputs, over_tokens(inputs, cotangent)

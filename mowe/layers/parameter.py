@@ -1,9 +1,10 @@
-"""How a layer declares a parameter: its logical axes, and how it is drawn.
+"""Declares the parameters of layers, with logical axes and a recipe.
 
-Linen's `init` is one program that draws every parameter, and takes seconds to
-compile, as each draw is code of its own. A parameter declared here leaves its
-`Recipe` beside its value: who has all recipes can draw the parameters one by
-one, with a small program for each kind (`models/initialization.py`).
+Linen's `init` is one program that draws every parameter. It takes seconds to
+compile, because the code of a draw is repeated for each parameter. A parameter
+that is declared here leaves its `Recipe` beside its value. With all recipes,
+`models/initialization.py` draws the parameters one by one, and compiles one
+small program for each distinct recipe.
 """
 
 import dataclasses
@@ -18,26 +19,29 @@ from flax.linen import partitioning
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
-# Linen's, but with equal settings they are the same function.
+# Linen's initializers, cached: equal settings give the same function object, so
+# that recipes which hold them compare equal.
 normal = functools.cache(nn.initializers.normal)
 variance_scaling = functools.cache(nn.initializers.variance_scaling)
 
-# The collection of recipes: the one that `init` leaves out unless asked for it.
+# The collection of recipes. Linen's `init` does not return this collection
+# unless it is asked to, so that recipes do not appear among the variables.
 RECIPES = 'intermediates'
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How a parameter is drawn; equal ones share one compiled program.
+  """How a parameter is drawn. Equal recipes share one compiled program.
 
   Attributes:
-    initializer: called with key, shape and dtype; the same function, say one
-      of `normal` and `variance_scaling` above, makes recipes equal.
-    shape: of the parameter.
-    dtype: of the parameter.
+    initializer: function of key, shape and dtype that draws the parameter.
+      Recipes are equal only if this is the same function object, as `normal`
+      and `variance_scaling` of this module return it for equal settings.
+    shape: shape of the parameter.
+    dtype: dtype of the parameter.
 
-  Call: a key to the parameter.
+  Call: a key to the parameter, <dtype>[*shape].
   """
 
   initializer: Initializer
@@ -56,21 +60,25 @@ def declare(
   axes: tuple[str, ...],
   dtype: Any = jnp.float32,
 ) -> jax.Array:
-  """The parameter `name` of `module`.
+  """Declares a parameter of a layer and returns its value.
 
   Args:
     module: the layer, in its `setup` or its compact method.
-    name: of the parameter in the layer.
-    initializer: see `Recipe`.
-    shape: of the parameter.
+    name: name of the parameter in the layer.
+    initializer: function of key, shape and dtype that draws the parameter; see
+      `Recipe`.
+    shape: shape of the parameter.
     axes: logical name of each axis, kept in `params_axes` as T5X expects.
-    dtype: of the parameter, which the initializer is given.
+    dtype: dtype of the parameter.
+
+  Returns:
+    The parameter, <dtype>[*shape].
   """
   recipe = Recipe(initializer, shape, dtype)
   value = partitioning.param_with_axes(
     name, initializer, shape, recipe.dtype, axes=axes, module=module
   )
   if module.is_initializing():
-    # Without reduce_fn Linen would append to a tuple.
+    # Without reduce_fn Linen would collect the values of `sow` in a tuple.
     module.sow(RECIPES, name, recipe, reduce_fn=lambda _, new: new)
   return value

@@ -1,4 +1,4 @@
-"""The train state a run begins with: resumed, from other weights, or fresh."""
+"""Makes the state a run begins with: resumed, from other weights, or fresh."""
 
 import contextlib
 import dataclasses
@@ -29,16 +29,18 @@ from mowe.training.optimization import optimizers, row_optimizers
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """How the train state is made, and where on the devices it lies.
+  """How the train state is made, and where it lies on the devices.
 
   Attributes:
-    model: the model.
+    model: the Linen module.
     optimizer: the optax transformation of ordinary parameters.
-    row_optimizer: the optimizer of the expert tables; None: they are frozen,
+    row_optimizer: the optimizer of the expert tables. None: they are frozen,
       and held apart from the trained state.
-    abstract: shapes and shardings of the state, whole tables always included.
+    abstract: shapes and shardings of the state. It always has the whole tables,
+      even if a store keeps them elsewhere.
     seed: the seed of fresh parameters.
-    make_memory: gives the memory before the first batch; None: there is none.
+    make_memory: returns the memory before the first batch; None: the model has
+      no memory.
   """
 
   model: nn.Module
@@ -89,6 +91,11 @@ class Setup:
     )
     return cls(model, built, row_optimizer, abstract, seed, make_memory)
 
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """The device mesh on which the state lies."""
+    return self.abstract.step.sharding.mesh
+
   def start(
     self,
     checkpoints: checkpointing.Checkpoints,
@@ -97,21 +104,27 @@ class Setup:
     store: expert_stores.Store = expert_stores.DeviceStore(),
     experts_at_once: int = 0,
   ) -> tuple[train_state.TrainState, expert_stores.Experts]:
-    """The state to train, and its word experts, to be closed in the end.
+    """Makes the state to train, and opens its word experts.
 
     Args:
-      checkpoints: of this run; its latest is resumed if there is one.
+      checkpoints: the checkpoints of this run. The latest is resumed if there
+        is one.
       described: what must be as it was when the run began.
-      initial_path: whose parameters a new run takes; None: fresh ones. Those
-        of a dense model become experts; see `upcycling`.
+      initial_path: a model folder or checkpoint whose parameters a new run
+        takes; None: it draws fresh ones. The feed-forwards of a dense model
+        become experts, as `upcycling` describes.
       store: where word experts lie.
-      experts_at_once: that an ordinary batch has.
+      experts_at_once: number of word experts that an ordinary batch has.
+
+    Returns:
+      The state; and the word experts, which the caller closes in the end.
     """
     if not self.abstract.tables:
       state, _, _ = self._start(checkpoints, described, initial_path)
       return state, no_experts.NoExperts()
     with contextlib.ExitStack() as if_it_fails:
-      # Before looking for checkpoints: another run may be about to end.
+      # The file is locked before checkpoints are looked for. Otherwise a run
+      # that is about to end in this folder might still write one.
       file = row_file.LockedFile(checkpoints.folder, jax.process_index())
       if_it_fails.callback(file.close)
       state, source, is_resumed = self._start(
@@ -131,11 +144,12 @@ class Setup:
           experts_at_once=experts_at_once,
         )
         tables, table_state = experts.start(source)
+      # From here on the experts hold the file, and close it in the end.
       if_it_fails.pop_all()
     return state.replace(tables=tables, table_state=table_state), experts
 
   def _start(self, checkpoints, described, initial_path):
-    """The state without tables, their source, whether a run is resumed."""
+    """The state without tables, their source, and whether the run resumes."""
     if checkpoints.latest_step() is not None:
       checkpoints.check_metadata(described)
       state = checkpoints.restore(self._without_tables())
@@ -148,12 +162,12 @@ class Setup:
     return self._begin(params), source, False
 
   def jit(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """The jitted step: the state is donated and stays where it lies."""
+    """Jits a train step. It donates the state and keeps its shardings."""
     trained = self.abstract
     if self.row_optimizer is None:
       trained = trained.replace(tables={})
     return jax.jit(
-      partitioning.on_mesh(train_step, self.abstract.step.sharding.mesh),
+      partitioning.on_mesh(train_step, self.mesh),
       donate_argnums=0,
       out_shardings=(_shardings(trained), None),
     )
@@ -165,7 +179,7 @@ class Setup:
     return self.abstract.replace(tables={}, table_state={})
 
   def _begin(self, params: Any) -> train_state.TrainState:
-    """Step 0 of training these ordinary parameters."""
+    """The state at step 0 of training these ordinary parameters."""
     return train_state.begin(
       params,
       {},
@@ -191,7 +205,7 @@ class Setup:
   def _parameters_of(
     self, path: str
   ) -> tuple[Any, expert_sources.ExpertSource | None]:
-    """Ordinary parameters of other weights, and their experts."""
+    """Ordinary parameters of another model, and the source of its experts."""
     folder, step = model_folder.split_checkpoint_path(path)
     wanted = self.abstract.params
     is_dense = self._is_dense_twin(folder)
@@ -221,7 +235,7 @@ class Setup:
     return source
 
   def _index(self, source, is_resumed) -> row_index.RowIndex:
-    """Where the experts lie in the file of this run, as it begins."""
+    """The index of the file of experts when this run begins."""
     if is_resumed:
       return source.index
     return row_index.RowIndex.empty(
@@ -230,7 +244,7 @@ class Setup:
     )
 
   def _is_dense_twin(self, folder: pathlib.Path) -> bool:
-    """Whether the folder has no experts and they are to be made of its MLPs."""
+    """Whether this model has routers and the model in the folder is dense."""
     if not model_config.routes_tokens(self.model.config):
       return False
     source, _ = model_folder.load_config(folder)

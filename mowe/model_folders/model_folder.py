@@ -1,12 +1,13 @@
 """A folder that holds a model: config, vocabularies, checkpoints.
 
   model.json              the model's config, and which vocabularies it reads
-  vocabulary.model        SentencePiece model, a copy (unless bytes are read)
-  routing_vocabulary.npz  a copy, for models with word experts
-  checkpoint_<step>/      see training/checkpoints
-  experts.0.rows          word experts of all checkpoints
+  vocabulary.model        a copy of the subword vocabulary (unless it is bytes)
+  routing_vocabulary.npz  a copy of it, for models with word experts
+  checkpoint_<step>/      a checkpoint, see training/checkpointing.py
+  experts.0.rows          the word experts of all checkpoints
 
-It says everything that `evaluate`, `infer` and `ask` need, and can be moved.
+The folder has everything that `evaluate`, `infer` and `ask` need, so it can be
+moved.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class LoadedModel:
 
   Attributes:
     model: the Linen module.
-    params: all parameters; expert tables among them, unless the model reads
+    params: all parameters. Expert tables are included unless the model reads
       experts from the host.
     vocabulary: the subword vocabulary.
     step: the training step of the checkpoint.
@@ -57,10 +58,11 @@ def create(
   config: model_config.ModelConfig,
   vocabulary: base_vocabulary.Vocabulary,
 ) -> pathlib.Path:
-  """Writes the model's description, or checks the one that is there.
+  """Makes a model folder without checkpoints, or checks that it is the same.
 
   Raises:
     CheckpointMismatchError: the folder holds another model.
+    ValueError: `folder` is a file.
   """
   path = pathlib.Path(folder)
   described = model_description.describe(config, vocabulary)
@@ -73,7 +75,8 @@ def create(
     )
   path.mkdir(parents=True, exist_ok=True)
   model_description.write_vocabularies(path, config, vocabulary)
-  # Last, and by renaming: a folder with a model.json is whole.
+  # model.json is written last, and is renamed into place. So a folder that has
+  # one is complete.
   content = json.dumps(described, indent=2) + '\n'
   atomic_files.write_atomically(path / _MODEL, content.encode())
   return path
@@ -84,13 +87,16 @@ def check_same_vocabularies(
   config: model_config.ModelConfig,
   vocabulary: base_vocabulary.Vocabulary,
 ) -> None:
-  """Raises ValueError if the weights there are for other tokens or words.
+  """Checks that weights belong to the vocabularies of a model.
 
   Args:
-    path: a model folder, or a checkpoint in it. Without a description in it
-      nothing is known, and nothing is refused.
+    path: a model folder, or a checkpoint in it. If the folder has no
+      model.json, nothing is checked.
     config: the config of the model that is to start from these weights.
     vocabulary: the subword vocabulary of that model.
+
+  Raises:
+    ValueError: the weights were trained with another vocabulary.
   """
   file = split_checkpoint_path(path)[0] / _MODEL
   if not file.is_file():
@@ -103,19 +109,24 @@ def check_same_vocabularies(
       raise ValueError(
         f'A model must start from weights of its own {kind} vocabulary, but '
         f'{path} has {_identity(old[name])} and the model '
-        f'{_identity(new[name])}. Take the {kind} vocabulary in '
+        f'{_identity(new[name])}. Give the {kind} vocabulary in '
         f'{file.parent}, or other weights.'
       )
 
 
 def _identity(described: dict[str, Any]) -> str:
+  """Names a vocabulary in a message by its digest."""
   sentinels = described.get('extra_ids')
   counted = '' if sentinels is None else f' and {sentinels} sentinels'
   return f'that of sha256 {described["sha256"][:12]}{counted}'
 
 
 def split_checkpoint_path(path: str) -> tuple[pathlib.Path, int | None]:
-  """A model folder and a step: of the folder, or of one checkpoint in it."""
+  """Splits a path into a model folder and a step.
+
+  The step is None if the path is that of the folder itself, instead of one of a
+  checkpoint `.../checkpoint_<step>`.
+  """
   whole = pathlib.Path(path)
   prefix, _, step = whole.name.rpartition('_')
   if prefix == 'checkpoint' and step.isdigit():
@@ -130,13 +141,13 @@ def load(
 
   Args:
     path: a model folder (its latest checkpoint), or `.../checkpoint_<step>`.
-    store: where word experts lie; None: on the device, or on disk if they are
-      larger than 4 GiB.
+    store: where the word experts lie. None: on the device, or on disk if they
+      are larger than 4 GiB.
     **changes: fields of the config to replace, such as `dtype`.
 
   Raises:
-    FileNotFoundError: no model or no checkpoint there.
-    ValueError: a vocabulary in the folder is not the one of model.json.
+    FileNotFoundError: there is no model folder, or no such checkpoint in it.
+    ValueError: a vocabulary in the folder is not the one that model.json names.
   """
   folder, step = split_checkpoint_path(path)
   config, vocabulary = load_config(folder, **changes)
@@ -165,7 +176,16 @@ def load(
 def load_config(
   folder: pathlib.Path, **changes: Any
 ) -> tuple[model_config.ModelConfig, base_vocabulary.Vocabulary]:
-  """Config and subword vocabulary of a model folder."""
+  """Reads the config and the subword vocabulary of a model folder.
+
+  Args:
+    folder: the model folder.
+    **changes: fields of the config to replace, such as `dtype`.
+
+  Raises:
+    FileNotFoundError: the folder has no model.json.
+    ValueError: a vocabulary in the folder is not the one that model.json names.
+  """
   file = folder / _MODEL
   if not file.is_file():
     raise FileNotFoundError(
@@ -180,7 +200,7 @@ def _check_same(file, described):
   if old == described:
     return
   differences = [
-    f'{name}: {old_value!r} there, {new_value!r} now'
+    f'{name}: {old_value!r} in the folder, {new_value!r} now'
     for name, old_value, new_value in _differing(old, described)
   ]
   raise checkpointing.CheckpointMismatchError(
@@ -191,6 +211,7 @@ def _check_same(file, described):
 
 
 def _differing(old, new, name=''):
+  """Yields the dotted name and both values of each leaf that differs."""
   if isinstance(old, dict) and isinstance(new, dict):
     for key in {**old, **new}:
       yield from _differing(

@@ -1,4 +1,4 @@
-"""The weights of a model folder, to be converted, and a folder of weights."""
+"""Reads the weights of a model folder for conversion; writes new folders."""
 
 import contextlib
 import os
@@ -26,15 +26,16 @@ _BITS = np.dtype(np.uint16)
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
-  """The model of a folder, or of one checkpoint in it.
+  """Opens the weights of a model folder, or of one checkpoint in it.
 
-  Arrays are read when they are used, and as long as the context is open. Of
-  optimizers the state of Adafactor is there if it is that of all parameters.
+  Arrays are read when they are used, which is possible only while the context
+  is open. The optimizer's state is given only if it is one of Adafactor for all
+  parameters.
 
   Raises:
-    FileNotFoundError: no model or no checkpoint there.
+    FileNotFoundError: there is no model folder, or no such checkpoint in it.
     DamagedCheckpointError: files are not what was written.
-    ValueError: parameters that are not those of the model.
+    ValueError: the parameters do not fit the model.
   """
   folder, step = model_folder.split_checkpoint_path(os.fspath(path))
   config, vocabulary = model_folder.load_config(folder)
@@ -52,7 +53,7 @@ def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
       source = expert_sources.SavedExperts(checkpoint, kernels_only=True)
       closing.callback(source.close)
       params |= _tables(source)
-      # Their rows have another optimizer.
+      # Tables have a row optimizer, so the state is not of all parameters.
       moments = None
     yield weights.Weights(
       config,
@@ -67,11 +68,11 @@ def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
 def save(folder: str | os.PathLike, given: weights.Weights) -> None:
   """Writes a model folder with one checkpoint, complete or not at all.
 
-  It can be asked, evaluated and finetuned.
+  The model can then be asked, evaluated and finetuned.
 
   Raises:
-    FileExistsError: the folder is there.
-    ValueError: no vocabulary.
+    FileExistsError: the folder exists.
+    ValueError: the weights have no vocabulary.
   """
   vocabulary = weights.needs_vocabulary(given)
   abstract = initialization.abstract_variables(families.build(given.config))[
@@ -84,7 +85,7 @@ def save(folder: str | os.PathLike, given: weights.Weights) -> None:
   state = train_state.TrainState(
     step=np.asarray(given.step, np.int32),
     params=jax.tree.map(_whole, ordinary, is_leaf=_is_array),
-    # Tables have another optimizer, and so their model has no such state.
+    # Tables have a row optimizer, so the given state cannot be continued.
     opt_state={} if tables else _adafactor_state(given),
     tables={},
     table_state={},
@@ -103,9 +104,9 @@ def save(folder: str | os.PathLike, given: weights.Weights) -> None:
 
 
 class SavedTable:
-  """A kernel of word experts in the file of a model folder.
+  """A kernel of all word experts, which reads them from the file of experts.
 
-  See `weights.Array`.
+  It is a `weights.Array`.
   """
 
   def __init__(self, source: expert_sources.SavedExperts, field: str):
@@ -138,7 +139,7 @@ def _tables(source) -> dict[Path, SavedTable]:
 
 
 def _write_tables(checkpoint, tables, params):
-  """Writes word experts beside a checkpoint, a few at a time."""
+  """Writes word experts beside a checkpoint, a few at a time to save memory."""
   if not tables:
     return
   dtype = expert_records.record_dtype(tables, {})
@@ -164,6 +165,7 @@ def _write_tables(checkpoint, tables, params):
 
 
 def _bits(rows):
+  """The rows; bfloat16 as uint16 with the same bits, as records hold it."""
   rows = np.asarray(rows)
   return rows.view(_BITS) if rows.dtype == weights.BFLOAT16 else rows
 
@@ -177,7 +179,7 @@ def _whole(array):
 
 
 def _find_moments(arrays, params) -> dict[str, dict[Path, Any]] | None:
-  """The one state of Adafactor that is of all parameters, if there is one."""
+  """The state of Adafactor, if exactly one is there and has all parameters."""
   first = t5x_tree.MOMENTS[0]
   places = {
     path[: path.index(first)]
@@ -199,7 +201,7 @@ def _find_moments(arrays, params) -> dict[str, dict[Path, Any]] | None:
 
 
 def _adafactor_state(given):
-  """What `optimizers.Adafactor` goes on with; {} if it is not known."""
+  """The state with which `optimizers.Adafactor` continues; {} if unknown."""
   if given.moments is None:
     return {}
   trees = {

@@ -1,8 +1,7 @@
-"""Model folders before and after modules are added or pruned.
+"""Reads model folders whose modules are to be changed, and writes new ones.
 
-  modules.json   in the folder that is made: from which weights, by which rule
-
-The folder from which it comes is only read.
+The source folder is only read. The new folder has a modules.json, which says
+from which weights and by which rule it was made.
 """
 
 import dataclasses
@@ -34,17 +33,17 @@ _STATE = 'state'
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A checkpoint that is read as a whole.
+  """A checkpoint whose modules are to be changed.
 
   Attributes:
     folder: the model folder.
     step: the training step of the checkpoint.
-    digest: sha256 of its manifest, which has those of all its files.
+    digest: sha256 of the manifest, which holds the sha256 of every file.
     config: the config of the model.
     vocabulary: the subword vocabulary.
-    metadata: what was saved with the checkpoint.
-    provenance: where the modules come from, if the folder was made of another
-      one; or None.
+    metadata: the metadata that was saved with the checkpoint.
+    provenance: content of the folder's modules.json, which says how its own
+      modules were changed; None: the folder has no such file.
   """
 
   folder: pathlib.Path
@@ -61,7 +60,7 @@ class Source:
     return self.folder / f'checkpoint_{self.step}'
 
   def named(self) -> dict[str, Any]:
-    """What says which weights these are."""
+    """Names these weights, for modules.json and usage.json."""
     return {
       'folder': str(self.folder.resolve()),
       'step': self.step,
@@ -70,12 +69,12 @@ class Source:
 
 
 def open_source(path: str | os.PathLike) -> Source:
-  """Reads everything but the arrays.
+  """Opens a model folder, or a checkpoint in it, without reading its arrays.
 
   Raises:
-    FileNotFoundError: no model or no checkpoint there.
+    FileNotFoundError: there is no model folder, or no such checkpoint in it.
     DamagedCheckpointError: files are not what was written.
-    ValueError: a model with word experts.
+    ValueError: the model has word experts.
   """
   folder, step = model_folder.split_checkpoint_path(os.fspath(path))
   config, vocabulary = model_folder.load_config(folder)
@@ -85,8 +84,8 @@ def open_source(path: str | os.PathLike) -> Source:
   manifests.verify(checkpoint)
   if row_index.exists(checkpoint):
     raise ValueError(
-      'Modules are added to and taken from models without word experts, but '
-      f'{checkpoint} has a table of them. Take a model whose layers have '
+      'Modules can be added or pruned only in models without word experts, but '
+      f'{checkpoint} has a table of them. Give a model whose layers have '
       'routers.'
     )
   provenance = folder / PROVENANCE
@@ -104,12 +103,17 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def digest_of(checkpoint: pathlib.Path) -> str:
-  """What tells the files of a checkpoint from any others."""
+  """The sha256 of a checkpoint's manifest, which identifies all its files."""
   return manifests.digest(checkpoint / manifests.FILE_NAME)
 
 
 def check_target(target: str | os.PathLike) -> None:
-  """Raises if a model folder cannot be written there."""
+  """Raises unless a model folder can be written to `target`.
+
+  Raises:
+    FileExistsError: `target` exists.
+    ValueError: `target` is named like a checkpoint, or is in a model folder.
+  """
   new_folder.check_new(target)
   whole = pathlib.Path(target).resolve()
   _, step = model_folder.split_checkpoint_path(os.fspath(whole))
@@ -136,14 +140,14 @@ def write(
   """Writes the changed model to a new folder, complete or not at all.
 
   Args:
-    target: the folder.
+    target: the folder to write.
     source: the model that is changed.
     config: the config of the changed model.
-    edits: the edits of the parameters of the source.
-    rule: what was done, for `modules.json`.
+    edits: the edits of the source's parameters.
+    rule: description of the change, for modules.json.
 
   Returns:
-    None if the state of the optimizer was kept, else why it was left out.
+    The reason why the optimizer's state was left out; None: it was kept.
   """
   state = _read_state(source)
   old = _flat(state['params'])
@@ -157,7 +161,8 @@ def write(
       axes,
     )
   except ValueError as error:
-    # Parameters go on without it, as in finetuning.
+    # The parameters are usable without the optimizer's state. Training then
+    # starts from them with a fresh one, as finetuning does.
     opt_state, reason = {}, str(error)
   new = weights.for_model(
     modules_edits.apply(edits, old), config, 'the changed config'
@@ -179,7 +184,7 @@ def write(
 
 
 def _read_state(source):
-  """The whole state as it was saved, its arrays on the host."""
+  """Reads the whole saved train state; its arrays are in host memory."""
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
     folder = (source.checkpoint / _STATE).absolute()
     saved = checkpointer.metadata(folder).item_metadata.tree

@@ -287,7 +287,7 @@ class BeamSearch:
     if self.num_beams < 1 or self.alpha < 0:
       raise ValueError(
         'BeamSearch needs num_beams >= 1 and alpha >= 0, but they are '
-        f"{self.num_beams} and {self.alpha}. T5X's are 4 and 0.6."
+        f"{self.num_beams} and {self.alpha}. Use T5X's values, 4 and 0.6."
       )
 
   @property

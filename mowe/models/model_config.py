@@ -52,8 +52,8 @@ class Routing(Protocol):
 class ModelConfig(Protocol):
   """Sizes and parts of a model.
 
-  `families.build` makes a Linen module of it, which keeps it as `config` and has
-  two calls:
+  `families.build` makes a Linen module of it, which keeps it as `config` and
+  has two calls:
     of_batch(batch, enable_dropout=...): logits <float32>[batch, targets, vocab]
       of a batch as docs/architecture/data.md describes it;
     start_generation(variables, inputs, max_length, rows_per_example): the
@@ -159,7 +159,7 @@ def of_block(config: Any, stream: str, number: int) -> Any:
 
 
 def check_block_layers(config: ModelConfig) -> None:
-  """Raises ValueError if `block_layers` names places that there are not."""
+  """Raises ValueError if `block_layers` names places that do not exist."""
   known = {
     f'{stream}/layers_{number}/{name}'
     for stream, name in config.layer_fields
@@ -168,8 +168,9 @@ def check_block_layers(config: ModelConfig) -> None:
   unknown = [place for place, _ in config.block_layers if place not in known]
   if unknown:
     raise ValueError(
-      'block_layers must name layers of blocks, such as '
-      f"'{min(known)}', but names {unknown}. Blocks count from 0."
+      'block_layers must name layers of the blocks of the model, such as '
+      f"'{min(known)}', but names {unknown}. Correct these places; blocks are "
+      'counted from 0.'
     )
 
 
@@ -184,13 +185,19 @@ def changed_block_layers(
 
 
 def check_blocks(stream: str, blocks: tuple[int, ...], depth: int) -> None:
-  """Raises ValueError unless the sparse blocks of a stream are there."""
+  """Raises ValueError unless all sparse blocks of a stream exist.
+
+  Args:
+    stream: the stream, 'encoder' or 'decoder'.
+    blocks: numbers of the sparse blocks, counted from 0.
+    depth: number of blocks of the stream.
+  """
   outside = [i for i in blocks if not 0 <= i < depth]
   if outside:
     raise ValueError(
       f'sparse_{stream}_layers must lie in 0..{depth - 1}, as the {stream} '
-      f'has {depth} blocks, but holds {outside}. Blocks count from 0: '
-      'the fifth is 4.'
+      f'has {depth} blocks, but holds {outside}. Count blocks from 0: the '
+      'fifth is 4.'
     )
 
 
@@ -200,8 +207,8 @@ def check_layers(config: ModelConfig) -> None:
   decoder = layers['decoder']
   if blocks['decoder'] and feed_forward_base.contract(decoder).looks_ahead:
     raise ValueError(
-      'Experts of a token of the decoder, and whether they have room for it, '
-      f'must not depend on later tokens, but with {decoder.kind()} they do: '
+      'In a decoder, the experts of a token and whether they have a slot for '
+      f'it must not depend on later tokens, but with {decoder.kind()} they do: '
       'the decoder would learn from the future and fail when it generates. '
       'Give the decoder a layer with a hash router, or with TokensChoose whose '
       'first_choices_first and batch_prioritized are False '
@@ -256,16 +263,16 @@ def check_attentions(config: ModelConfig) -> None:
   for name, layer in config.attentions().items():
     if not isinstance(layer, attention_base.Attention):
       raise ValueError(
-        'An attention must be a subclass of attention_base.Attention, or of a '
-        f'class that is one, but that of {name} is a {type(layer).__name__}. '
-        'Name that class among the bases of yours.'
+        'An attention must be an instance of attention_base.Attention or of a '
+        f'subclass, but that of {name} is a {type(layer).__name__}. Derive '
+        'your class from attention_base.Attention.'
       )
     layer.check_width(config.emb_dim)
     if name != ENCODER_ATTENTION and layer.looks_ahead:
       raise ValueError(
-        'Modules of a token of the decoder, and whether they have room for it, '
-        f'must not depend on later tokens, but with {layer.kind()} in {name} '
-        'they do. Use TokensChoose whose first_choices_first and '
+        'In a decoder, the modules of a token and whether they have a slot for '
+        f'it must not depend on later tokens, but with {layer.kind()} in '
+        f'{name} they do. Use TokensChoose whose first_choices_first and '
         'batch_prioritized are False there.'
       )
     if name == ENCODER_ATTENTION and layer.looks_back_only:
@@ -275,18 +282,19 @@ def check_attentions(config: ModelConfig) -> None:
       )
     if name != ENCODER_ATTENTION and layer.needs_all_queries:
       raise ValueError(
-        f'{name} must do with one query at a time, to generate text, but it is '
-        f'{layer.kind()}. Use Softmax or StickBreaking there.'
+        f'{name} must work with one query at a time, so that the model can '
+        f'generate text, but it is {layer.kind()}, which needs all queries at '
+        'once. Use Softmax or StickBreaking there.'
       )
     if name == CROSS_ATTENTION and layer.looks_back_only:
       raise ValueError(
-        'Attention to the encoder must not depend on an order of its tokens, '
-        f'but it is {layer.kind()}. Use Softmax there.'
+        'Attention to the encoder must not depend on the order of its tokens, '
+        f'but it is {layer.kind()}, which does. Use Softmax there.'
       )
 
 
 def routes_tokens(config: ModelConfig) -> bool:
-  """Whether sparse layers take token ids for routing ids."""
+  """Returns whether some sparse layer can take token ids for routing ids."""
   return any(
     feed_forward_base.contract(layer).reads_token_ids
     for layer in config.sparse_layers().values()
@@ -294,7 +302,7 @@ def routes_tokens(config: ModelConfig) -> bool:
 
 
 def word_streams(config: ModelConfig) -> tuple[str, ...]:
-  """Streams with sparse layers that read word experts."""
+  """Returns the streams that have sparse layers which read word experts."""
   if config.sparse_feed_forward is None or config.routing is None:
     return ()
   return tuple(
@@ -370,7 +378,12 @@ def changed_factory(factory: Factory | None, changes: Mapping[str, Any]):
 def shared_modules(
   layers: Iterable[nn.Module], emb_dim: int
 ) -> dict[str, nn.Module]:
-  """Modules shared by all sparse layers, such as a table of experts."""
+  """Returns the modules, by name, that all sparse layers share.
+
+  Args:
+    layers: the sparse layers; the first that shares modules makes them.
+    emb_dim: width of the model.
+  """
   for layer in layers:
     shared = feed_forward_base.contract(layer).make_shared(emb_dim)
     if shared:
@@ -379,7 +392,7 @@ def shared_modules(
 
 
 def with_shared(layer: nn.Module, shared: dict[str, nn.Module]) -> nn.Module:
-  """The layer with those shared modules that it uses."""
+  """Returns the layer with those of the shared modules that it uses."""
   if shared and isinstance(layer, feed_forward_base.FeedForward):
     return layer.with_shared(shared)
   return layer

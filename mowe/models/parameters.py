@@ -65,10 +65,14 @@ def by_table(factors: Any, tables: Tables) -> dict[str, TableFactors]:
 
 
 def initial_variables(model: nn.Module, key: jax.Array, **settings: Any) -> Any:
-  """What `model.init` gives; wrap in `jit` or `eval_shape`.
+  """Returns what `model.init` gives; call it within `jit` or `eval_shape`.
 
-  Lengths do not matter to any parameter, so tiny inputs do. `settings` are for
-  Linen, such as `mutable`.
+  The inputs are tiny, because no parameter depends on their length.
+
+  Args:
+    model: the module whose variables are made.
+    key: random key from which parameters are drawn.
+    **settings: settings of Linen's `init`, such as `mutable`.
   """
   ids, config = jnp.ones((1, 2), jnp.int32), model.config
   batch = {'decoder_target_tokens': ids}

@@ -9,7 +9,7 @@ def every_nth(num_layers: int, n: int) -> tuple[int, ...]:
 
   Args:
     num_layers: number of blocks of the stack.
-    n: one of so many blocks is sparse.
+    n: one in n blocks is sparse.
 
   Raises:
     ValueError: no block would be sparse.

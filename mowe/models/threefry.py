@@ -51,7 +51,10 @@ def key_of_rows(
   elif row <= _MOST:
     offsets = jnp.stack([first, jnp.uint32(0)])
   else:
-    raise ValueError(f'A row must have at most 2^32 elements, but has {row}.')
+    raise ValueError(
+      f'A row must have at most 2^32 elements, but has {row}. Make the rows '
+      'smaller.'
+    )
   is_split = jnp.uint32(shape[0] * row > _MOST)
   words = jnp.concatenate([jax.random.key_data(key), offsets, is_split[None]])
   return jax.random.wrap_key_data(words, impl=_OF_ROWS)

@@ -1,5 +1,7 @@
 """Makes routing ids and plans of batches, on the host and before the step."""
 
+import abc
+import dataclasses
 import functools
 from collections.abc import Iterable
 
@@ -8,6 +10,7 @@ import numpy as np
 from mowe.words import batch_plans, routing_vocabulary, sharded_plan
 
 Batch = dict[str, np.ndarray]
+Plan = batch_plans.ExpertPlan | sharded_plan.ShardedPlan
 
 
 def add_routing_ids(
@@ -37,7 +40,48 @@ def add_routing_ids(
   return batch
 
 
-class BatchRouter:
+class RoutesBatches(abc.ABC):
+  """What is done on the host with each batch before a step.
+
+  Attributes:
+    seen_loads: <int64>[num_experts], number of tokens of each word expert in
+      the trial batches, if there were any; empty without word experts.
+    experts_at_once: number of word experts that an ordinary batch reads, with
+      some slack; 0 if batches have no plan.
+
+  Call: takes a batch, returns the batch with its routing ids, if the model
+    needs them, and its plan or None. It may be called from several threads.
+  """
+
+  seen_loads: np.ndarray = np.zeros(0, np.int64)
+  experts_at_once: int = 0
+
+  @abc.abstractmethod
+  def __call__(self, batch: Batch) -> tuple[Batch, Plan | None]: ...
+
+
+class NoRouter(RoutesBatches):
+  """Leaves batches as they are: the model has no word experts."""
+
+  def __call__(self, batch: Batch) -> tuple[Batch, None]:
+    return batch, None
+
+
+@dataclasses.dataclass(frozen=True)
+class IdsRouter(RoutesBatches):
+  """Adds routing ids and plans nothing, as for experts read from the host.
+
+  Attributes:
+    routing: the routing vocabulary of the model.
+  """
+
+  routing: routing_vocabulary.RoutingVocabulary
+
+  def __call__(self, batch: Batch) -> tuple[Batch, None]:
+    return add_routing_ids(batch, self.routing), None
+
+
+class BatchRouter(RoutesBatches):
   """Adds routing ids to batches and plans their experts.
 
   Args:
@@ -50,14 +94,8 @@ class BatchRouter:
       than one along `expert`, plans are ShardedPlans.
 
   Attributes:
-    seen_loads: <int64>[num_experts], tokens of each expert in the trial
-      batches.
-    experts_at_once: number of experts that the first profile has places for,
-      which are those of an ordinary batch and some slack.
+    experts_at_once: number of experts that the first profile has places for.
     planner: makes the plans, and counts which profiles it used.
-
-  Call: takes a batch, returns the batch with routing ids and its plan. It may
-    be called from several threads.
   """
 
   def __init__(
@@ -91,9 +129,7 @@ class BatchRouter:
       make_plan=make_plan,
     )
 
-  def __call__(
-    self, batch: Batch
-  ) -> tuple[Batch, batch_plans.ExpertPlan | sharded_plan.ShardedPlan]:
+  def __call__(self, batch: Batch) -> tuple[Batch, Plan]:
     batch = add_routing_ids(batch, self._routing)
     return batch, self.planner(self._ids(batch))
 

@@ -1,7 +1,8 @@
-"""The `mowe` command in this process: every verb, and how errors are said."""
+"""Tests the `mowe` command in this process: every verb, and its errors."""
 
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from mowe.words import placement, routing_vocabulary, subword_vocabularies
 
 @pytest.fixture(scope='module')
 def trained(world, tmp_path_factory):
-  """A model that has hardly learnt anything, and a gin file of its questions."""
+  """A model after a few steps of training, and a gin file of its questions."""
   folder = tmp_path_factory.mktemp('trained') / 'run'
   jax.config.update('jax_disable_most_optimizations', True)
   world.train(folder, 1)
@@ -27,7 +28,7 @@ def _run(*arguments):
 
 
 def _refused(capsys, *arguments):
-  """The error of a command: one paragraph, no trace, exit status 1."""
+  """Runs a command that must fail with one paragraph, no trace and status 1."""
   capsys.readouterr()
   assert _run(*arguments) == 1
   text = capsys.readouterr().err
@@ -64,7 +65,7 @@ def _training(world, model_dir, *more, model='mowe', **macros):
   ]
 
 
-# Reading gin and checking its parts, before anything is compiled.
+# These tests read gin files and check their values; nothing is compiled.
 
 
 def test_help_lists_the_verbs(capsys):
@@ -146,7 +147,8 @@ def test_missing_macros_are_named(capsys):
       {'TASK_FEATURE_LENGTHS': {'inputs': 3, 'targets': 1}},
       ['feature_lengths'],
     ),
-    # Of another subword vocabulary: of the model, and of the cache.
+    # The routing vocabulary, and then the cache, is for another subword
+    # vocabulary.
     ({'VOCABULARY_PATH': 'bytes', 'VOCAB_SIZE': 384}, ['built for', 'sha256']),
     ({'VOCABULARY_PATH': 'bytes', 'VOCAB_SIZE': 384, 'model': 't5'},
      ['vocabulary', 'cache']),
@@ -191,14 +193,14 @@ def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
     'model.json', 'routing_vocabulary.npz', 'tensorboard',
     'train_metrics.jsonl', 'vocabulary.model',
   }  # fmt: skip
-  # What was run can be run again: nothing is left to do.
+  # A finished run can be started again from its config, and does nothing.
   assert _run('train', f'--gin_file={folder / "config.gin"}') == 0
   assert 'Resumed' in capsys.readouterr().out
   text = _refused(capsys, *_training(world, folder, RANDOM_SEED=7))
   assert 'seed: 0 then, 7 now' in text and 'another folder' in text
 
 
-# Verbs on text.
+# The verbs below read text.
 
 
 def test_cache_task(world, tmp_path, capsys):
@@ -209,7 +211,7 @@ def test_cache_task(world, tmp_path, capsys):
   )  # fmt: skip
   assert _run(*arguments) == 0
   assert '21 examples' in capsys.readouterr().out
-  # Made already: the same command does it once.
+  # If the cache exists, the same command leaves it as it is.
   before = (tmp_path / 'cache' / 'cache.json').stat().st_mtime_ns
   assert _run(*arguments) == 0
   assert (tmp_path / 'cache' / 'cache.json').stat().st_mtime_ns == before
@@ -225,6 +227,15 @@ def test_cache_task(world, tmp_path, capsys):
     (['absent.jsonl'], 'absent.jsonl'),
     (['{file}', '--field', 'body'], 'body'),
     (['{file}', '--kind', 'questions'], 'answers'),
+    (['{file}', '--seqio_task', 'x'], 'exactly one'),
+    # Options of other sources are not dropped silently.
+    (['{file}', '--split', 'test'], "of kind 'text' are .*, but --split was"),
+    (['{file}', '--kind', 'claims', '--prompt', 'a'], 'are none, but --prompt'),
+    (
+      ['{file}', '--kind', 'questions', '--title_field', 'a'],
+      'are answers_field, metric, prompt, but --title_field was given. Leave',
+    ),
+    (['--seqio_task', 'x', '--kind', 'text'], 'of a seqio task .* but --kind'),
   ],
 )
 def test_cache_task_refuses(world, tmp_path, capsys, options, part):
@@ -234,7 +245,7 @@ def test_cache_task_refuses(world, tmp_path, capsys, options, part):
     capsys, 'cache-task', tmp_path / 'c', *options,
     '--vocabulary', world.vocabulary_path,
   )  # fmt: skip
-  assert part in text
+  assert re.search(part, text)
 
 
 def _build(world, output, *more):
@@ -270,7 +281,7 @@ def test_build_routing_vocabulary_in_blocks(world, tmp_path, capsys):
     for name in ('plain.npz', 'placed.npz')
   )
   assert placed < plain
-  # Refused before any text is read.
+  # The number of blocks is refused before any text is read.
   text = _refused(
     capsys, *_build(world, tmp_path / 'no.npz', '--num_blocks', 4)
   )
@@ -329,7 +340,7 @@ def test_a_vocabulary_knows_the_characters_of_questions(world, tmp_path):
   assert known.decode(known.encode('it\u00bf')) == 'it\u00bf'
 
 
-# Verbs on a trained model.
+# The verbs below read a trained model.
 
 
 def _asking(world, verb, trained, output, **macros):
@@ -367,7 +378,7 @@ def test_infer_goes_on_behind_a_half_written_line(
   lines = whole.split(b'\n')[:-1]
   assert [json.loads(line)['index'] for line in lines] == list(range(21))
   assert 'met Quimby' in json.loads(lines[0])['inputs']
-  # Five lines and a half are left of a run that was killed.
+  # A run that was killed has left five lines and a half.
   end = len(b'\n'.join(lines[:5])) + 1
   path.write_bytes(whole[: end + 9])
   capsys.readouterr()
@@ -379,7 +390,7 @@ def test_infer_goes_on_behind_a_half_written_line(
     one, other = json.loads(one), json.loads(other)
     assert other.pop('score') == pytest.approx(one.pop('score'), abs=1e-4)
     assert one == other
-  # All is done: nothing is added.
+  # All predictions are there, so nothing is added.
   before = path.read_bytes()
   assert _run(*arguments) == 0 and path.read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""The command that builds a cache, from files."""
+"""Tests `mowe cache-task` on files."""
 
 import gzip
 import json
@@ -20,15 +20,16 @@ def test_text_and_questions_from_files(tmp_path):
   questions = _write(
     tmp_path / 'q.jsonl.gz', [{'claim': 'it is', 'label': 'SUPPORTS'}]
   )
-  built = cache_task.cache_task(tmp_path / 'a', 'bytes', files=[text])
+  built = cache_task.cache_task(
+    tmp_path / 'a', 'bytes', cache_task.TextFiles([text])
+  )
   assert built.kind == 'text' and built.spans(0).tolist() == [[12, 17]]
   built = cache_task.cache_task(
     tmp_path / 'b',
     'bytes',
-    files=[questions],
-    kind='questions',
-    prompt='fever claim: {claim}',
-    answers_field='label',
+    cache_task.QuestionFiles(
+      [questions], prompt='fever claim: {claim}', answers_field='label'
+    ),
   )
   assert built.record(0)['answers'] == ['SUPPORTS']
   assert built.summary['recipe']['sources'][0]['name'] == 'q.jsonl.gz'
@@ -40,7 +41,7 @@ def test_claims_from_files(tmp_path):
     [{'claim': 'it is', 'label': 'NOT ENOUGH INFO', 'evidence': ['e']}],
   )
   built = cache_task.cache_task(
-    tmp_path / 'a', 'bytes', files=[claims], kind='claims'
+    tmp_path / 'a', 'bytes', cache_task.ClaimFiles([claims])
   )
   text = byte_vocabulary.ByteVocabulary().decode
   assert text(built.tokens('inputs', 0)) == 'fever claim: it is'
@@ -54,13 +55,4 @@ def test_claims_from_files(tmp_path):
   }
   bad = _write(tmp_path / 'b.jsonl.gz', [{'claim': 'it is', 'label': 'TRUE'}])
   with pytest.raises(ValueError, match="must be one of .* 'TRUE' in 'it is'"):
-    cache_task.cache_task(tmp_path / 'b', 'bytes', files=[bad], kind='claims')
-
-
-def test_bad_arguments_are_refused(tmp_path):
-  with pytest.raises(ValueError, match='Give exactly one'):
-    cache_task.cache_task(tmp_path / 'a', 'bytes')
-  with pytest.raises(ValueError, match='Give exactly one'):
-    cache_task.cache_task(tmp_path / 'a', 'bytes', files=['x'], seqio_task='y')
-  with pytest.raises(ValueError, match="is 'answers'"):
-    cache_task.cache_task(tmp_path / 'a', 'bytes', files=['x'], kind='answers')
+    cache_task.cache_task(tmp_path / 'b', 'bytes', cache_task.ClaimFiles([bad]))

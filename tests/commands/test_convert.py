@@ -1,4 +1,4 @@
-"""`mowe convert`: every format into every other, bit for bit."""
+"""Tests `mowe convert`: every format becomes every other without loss."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from mowe.training.optimization import optimizers
 
 
 def _params(config, seed=0):
-  """Other numbers everywhere, as `Weights` holds them."""
+  """Parameters as `Weights` holds them, without two equal numbers."""
   rng = np.random.default_rng(seed)
   return {
     path: rng.normal(size=leaf.shape).astype(leaf.dtype)
@@ -51,7 +51,7 @@ def _model(world, kind):
       ),
       routing=None,
     )
-  # Tables of every block, or one for all.
+  # The layers have a table each, or share one.
   dtype, share = kind
   layer = functools.partial(
     word_experts.MoweLayer,
@@ -80,7 +80,7 @@ def test_models_come_back_through_safetensors(kind, world, tmp_path):
   assert again.step == 7
   assert again.vocabulary.sha256 == world.vocabulary.sha256
   _assert_same(again.params, given.params)
-  # The model folder has them where it is asked.
+  # The converted model folder has the same parameters.
   loaded = model_folder.load(str(tmp_path / 'b'))
   assert loaded.step == 7
   found = flax.traverse_util.flatten_dict(loaded.params)
@@ -117,7 +117,8 @@ def test_tables_have_no_state_of_adafactor(world, tmp_path, capsys):
   given = weights.Weights(
     config,
     params,
-    # As t5x has it, for which tables are parameters like others.
+    # For t5x tables are ordinary parameters, so its optimizer state has them
+    # too.
     moments={
       name: params
       if name == 'v'
@@ -138,7 +139,7 @@ def test_tables_have_no_state_of_adafactor(world, tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def pretrained(world, tmp_path_factory):
-  """A dense T5 after two steps of Adafactor."""
+  """A dense T5 after two steps of training with Adafactor."""
   folder = tmp_path_factory.mktemp('pretrained') / 'run'
   world.train(
     folder,
@@ -212,7 +213,7 @@ def test_finetuning_starts_from_other_weights(world, tmp_path, capsys):
   convert.convert(
     str(their), str(ours), 'mowe', vocabulary=world.vocabulary_path
   )
-  # A rate of zero shows where it began.
+  # With a learning rate of zero the run ends with the weights it began with.
   world.train(
     tmp_path / 'finetuned',
     2,
@@ -262,10 +263,10 @@ def test_what_is_unknown_says_what_is_there(world, pretrained, tmp_path):
       convert.convert(str(folder), out, 'mowe', **settings)
     assert {one.name for one in tmp_path.iterdir()} <= {'a'}
 
-  refused('must be there, but', FileNotFoundError)
+  refused('must exist, but', FileNotFoundError)
   folder.mkdir()
   (folder / 'model.ckpt-1.index').touch()
-  refused(r"has \['model.ckpt-1.index'\]. Give the folder of a whole one")
+  refused(r"has \['model.ckpt-1.index'\]. Give the folder of a complete one")
   (folder / 'pytorch_model.bin').touch()
   refused('pytorch_model.bin: a pickle, which can run any code')
   (folder / 'config.json').write_text('{"model_type": "mowe"}')
@@ -331,7 +332,7 @@ def test_what_is_read_again_must_be_what_was_written(
     save(folder, dataclasses.replace(given, params=other), layout)
 
   monkeypatch.setattr(t5x_checkpoint, 'save', spoilt)
-  with pytest.raises(ValueError, match='read again it is something else'):
+  with pytest.raises(ValueError, match='reading it again gave something else'):
     convert.convert(str(pretrained), str(tmp_path / 'a'), 't5x')
   assert not list(tmp_path.iterdir())
 
@@ -365,7 +366,7 @@ def test_checkpoints_of_others_are_named(pretrained, tmp_path):
   source.mkdir()
   (source / 'checkpoint').write_text('model_checkpoint_path: "model.ckpt-9"')
   (source / 'model.ckpt-9.index').touch()
-  with pytest.raises(ValueError, match='TensorFlow are to be saved by t5x'):
+  with pytest.raises(ValueError, match='checkpoint of TensorFlow with t5x'):
     convert.convert(str(source), str(out), 'mowe')
   shutil.copytree(pretrained / 'checkpoint_2', tmp_path / 'b' / 'checkpoint_2')
   for path in ('b', 'b/checkpoint_2'):
@@ -375,10 +376,14 @@ def test_checkpoints_of_others_are_named(pretrained, tmp_path):
 
 def test_a_model_keeps_its_vocabulary(world, pretrained, tmp_path):
   out = str(tmp_path / 'out')
-  with pytest.raises(ValueError, match='must be the one of the model where'):
+  with pytest.raises(
+    ValueError, match='must be the same as that in the source'
+  ):
     convert.convert(str(pretrained), out, 'safetensors', vocabulary='bytes')
   own = world.vocabulary_path
-  with pytest.raises(ValueError, match='must be the one of the model where'):
+  with pytest.raises(
+    ValueError, match='must be the same as that in the source'
+  ):
     convert.convert(
       str(pretrained), out, 'safetensors', vocabulary=own, extra_ids=3
     )
@@ -456,6 +461,6 @@ def test_moments_are_read_again_too(pretrained, tmp_path, monkeypatch):
     save(folder, dataclasses.replace(given, moments=moments), layout)
 
   monkeypatch.setattr(t5x_checkpoint, 'save', spoilt)
-  with pytest.raises(ValueError, match='read again it is something else'):
+  with pytest.raises(ValueError, match='reading it again gave something else'):
     convert.convert(str(pretrained), str(tmp_path / 'a'), 't5x')
   assert not list(tmp_path.iterdir())

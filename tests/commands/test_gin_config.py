@@ -1,4 +1,4 @@
-"""Gin files and bindings: what is refused, and how it is said."""
+"""Tests gin files and bindings: what is refused, and with which message."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_later_bindings_win():
     ],
   )
   config = gin_config.call(t5_config.T5Config)
-  # Nothing is left of what was parsed before.
+  # The values of the files that were parsed before are forgotten.
   assert config.vocab_size == 32128 and config.mlp_dim == 77
 
 
@@ -73,14 +73,16 @@ def test_a_misspelt_macro_suggests_the_right_one():
     gin_config.GinError, match='--gin.BATCHSIZE .* Did you mean BATCH_SIZE?'
   ):
     gin_config.parse([_RUN], ['BATCHSIZE = 8'])
-  with pytest.raises(gin_config.GinError, match='Known are BATCH_SIZE, '):
+  with pytest.raises(
+    gin_config.GinError, match='Known macros are BATCH_SIZE, '
+  ):
     gin_config.parse([_RUN], ['XYZ = 8'])
 
 
 def test_required_macros_are_named_all_at_once():
   gin_config.parse([_RUN], ["MODEL_DIR = 'runs/a'"])
   with pytest.raises(gin_config.GinError) as caught:
-    gin_config.call(train.train)
+    gin_config.call(train.Training)
   text = str(caught.value)
   assert 'MIXTURE_OR_TASK_NAME, VOCABULARY_PATH.' in text
   assert 'MODEL_DIR,' not in text
@@ -97,7 +99,7 @@ def test_a_run_without_a_model_names_the_files_to_add():
     ],
   )
   with pytest.raises(gin_config.GinError) as caught:
-    gin_config.call(train.train)
+    gin_config.call(train.Training)
   text = str(caught.value)
   assert 'MODEL, OPTIMIZER, ROW_OPTIMIZER, VOCABULARY' in text
   assert 'gin_configs/models/' in text

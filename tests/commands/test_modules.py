@@ -1,4 +1,4 @@
-"""`mowe modules`: added, trained, measured, pruned, and used as any model."""
+"""Tests `mowe modules`: models with added or pruned modules, and their usage."""
 
 import functools
 import hashlib
@@ -58,13 +58,12 @@ def parts(world):
 
 @pytest.fixture(scope='module')
 def folder(world, tmp_path_factory):
-  """A model that was trained for a few steps, and its text."""
+  """The folder of a model after a few steps of training on text."""
   jax.config.update('jax_disable_most_optimizations', True)
   cache_task.cache_task(
     f'{world.cache_dir}/modules_text',
     world.vocabulary_path,
-    files=[str(world.folder / 'text.jsonl')],
-    kind='language_model',
+    cache_task.RunningTextFiles([str(world.folder / 'text.jsonl')]),
   )
   path = tmp_path_factory.mktemp('modules') / 'run'
   world.train(path, 4, **parts(world))
@@ -144,7 +143,7 @@ def test_added_modules_learn_and_all_else_stays(world, folder, tmp_path):
     np.testing.assert_array_equal(cut(new[path])[0], cut(array)[0])
     assert (cut(new[path])[1] != cut(array)[1]).any(), path
   assert loss_of(trained, world, tmp_path / 'eval3') < whole
-  # Of the optimizer there is as much as of what is trained.
+  # Only the new modules are trained, so only they have moments.
   saved = orbax_arrays.read(trained / 'checkpoint_6' / 'state')
   moments = {p: x.shape for p, x in saved.items() if 'mu' in p}
   assert len(moments) == 2 * 4
@@ -155,7 +154,7 @@ def test_added_modules_learn_and_all_else_stays(world, folder, tmp_path):
 def test_a_model_goes_on_with_the_state_of_its_optimizer(
   world, folder, tmp_path, capsys
 ):
-  """Of the larger model, all of which is trained then."""
+  """The whole larger model is trained here, with the old optimizer state."""
   larger = tmp_path / 'larger'
   assert not run('modules', 'add', folder, larger, '--mlp', 2)
   assert 'state kept' in capsys.readouterr().out
@@ -207,13 +206,13 @@ def test_usage_and_pruning(world, folder, tmp_path, capsys):
     )
   assert digests(folder) == before
   assert losses['keep'] != losses['renormalise']
-  # The usage of one model says nothing of another.
+  # The usage of one model must not be used to prune another.
   assert run(
     'modules', 'prune', tmp_path / 'keep', tmp_path / 'no', '--fraction', 0.5,
     '--usage', usage / 'usage.json',
   )  # fmt: skip
   assert 'Measure this very model' in capsys.readouterr().err
-  # It goes on: from the weights alone, with what was kept.
+  # The pruned model can be finetuned from its weights.
   assert not run(*_finetune(world, tmp_path / 'keep', tmp_path / 'on'))
 
 

@@ -1,7 +1,8 @@
-"""The table of parameters: what is stored, met by a token, and frozen."""
+"""Tests the printed table: parameters in all, active per token, and frozen."""
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from mowe.commands import summary
+from mowe.data import batch_source
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import added_modules, tokens_choose
 from mowe.models import parameters
@@ -16,7 +18,12 @@ from mowe.models.t5 import t5
 from mowe.training.optimization import modules_training, optimizers
 
 
-def _rows(capsys, config, freeze_experts, optimizer=None):
+class _NoBatches(batch_source.BatchSource):
+  def from_step(self, first_step=0):
+    return itertools.repeat({})
+
+
+def _rows(capsys, config, freeze_experts, optimizer=optimizers.AdamW(1e-3)):
   variables = jax.eval_shape(
     functools.partial(parameters.initial_variables, t5.T5(config)),
     jax.random.key(0),
@@ -25,7 +32,7 @@ def _rows(capsys, config, freeze_experts, optimizer=None):
   summary.show(
     types.SimpleNamespace(params=params, tables=tables),
     types.SimpleNamespace(mixture_or_task_name='text'),
-    lambda step: {},
+    _NoBatches(),
     jax.sharding.Mesh(jax.devices()[:1], ('data',)),
     config,
     freeze_experts,
@@ -50,7 +57,8 @@ def test_rows_add_up_and_only_tables_are_frozen(world, capsys, freeze_experts):
     sparse_decoder_layers=(0,),
   )
   rows = _rows(capsys, mixture, freeze_experts)
-  # Two layers of four experts of three kernels, two of which a token meets.
+  # There are two layers of four experts with three kernels each. A token meets
+  # two experts of a layer.
   kernel = 12 * 14
   assert rows['experts'] == [2 * 4 * 3 * kernel, 2 * 2 * 3 * kernel, 0]
   total = rows.pop('all')
@@ -70,7 +78,7 @@ def test_what_an_optimizer_leaves_as_it_is_counts_as_frozen(world, capsys):
   )
   adam = optimizers.AdamW(0.1)
   rows = _rows(capsys, config, False, modules_training.TrainAdded(adam, config))
-  # Three of seven modules train, and their columns of the router.
+  # Three of the seven modules are trained, and their columns of the router.
   module = 3 * 12 * 14
   assert rows['experts'] == [7 * module, 3 * module, 4 * module]
   assert rows['all'][0] - rows['all'][2] == 3 * module + 3 * 12
@@ -91,7 +99,8 @@ def test_how_even_blocks_of_experts_are(world, capsys):
   routing = dataclasses.replace(routing, counts=counts).with_experts(
     8, num_skipped=0
   )
-  # Of ten frequent words experts 0 and 1 have two each, the others one.
+  # The ten frequent words give experts 0 and 1 two words each, and the others
+  # one word each.
   seen = np.array([6, 2, 1, 1, 1, 1, 1, 1])
 
   def shown(num_blocks, seen=seen):
@@ -110,5 +119,5 @@ def test_how_even_blocks_of_experts_are(world, capsys):
     'load by the counts of words, 1.43 times in trial batches\n'
   )
   assert ('--num_blocks' in text) == (expected > 1.2)
-  # With a block for each expert the busiest are more than the mean.
+  # With one expert in each block, the busiest block has far more than the mean.
   assert repr(routing.word(0)) in shown(8)

@@ -1,4 +1,4 @@
-"""`train`: exact resume, finetuning, refusals, divergence, evaluations."""
+"""Tests `train`: exact resuming, finetuning, refusals, and evaluations."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def _assert_same_bits(actual, expected):
 
 @pytest.fixture(scope='module')
 def straight(world, tmp_path_factory):
-  """A run that was never interrupted: its folder and last state."""
+  """A run that was never interrupted: its folder and its last state."""
   folder = tmp_path_factory.mktemp('straight') / 'run'
   jax.config.update('jax_disable_most_optimizations', True)
   return folder, jax.device_get(world.train(folder, _TOTAL))
@@ -63,7 +63,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     world.train(tmp_path / 'run', stop)
   state = world.train(tmp_path / 'run', _TOTAL)
   _assert_same_bits(state, straight[1])
-  # The table has moved, and so has its state: equality says something.
+  # The table and its state have changed, so the equality above means something.
   assert np.any(np.asarray(state.table_state['experts'].counts) > 1)
 
 
@@ -109,7 +109,7 @@ def test_weights_for_other_words_are_refused(world, tmp_path, kind):
     ):
       _finetune(world, path, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
-  # A dense model has no words.
+  # A dense model has no routing vocabulary that could differ.
   model_folder.check_same_vocabularies(
     str(source), world.config(sparse=False), other
   )
@@ -123,13 +123,13 @@ def test_finetuning_with_frozen_experts(world, straight, tmp_path):
   _assert_same_bits(state.tables, pretrained.tables)
   moved = state.params['token_embedder']['embedding']
   assert np.any(moved != pretrained.params['token_embedder']['embedding'])
-  # The checkpoint is whole: evaluation needs no other folder.
+  # The checkpoint is complete, so it can be loaded without the initial one.
   loaded = model_folder.load(str(tmp_path / 'run'))
   assert loaded.step == 2
   _assert_same_bits(
     loaded.params, parameters.merge_tables(state.params, state.tables)
   )
-  # And the run resumes from its own, not from the initial checkpoint.
+  # The run resumes from its own checkpoint, and not from the initial one.
   again = _finetune(world, source, tmp_path / 'run', freeze_experts=True)
   _assert_same_bits(again, state)
 
@@ -155,7 +155,7 @@ def test_experts_of_a_mixture_are_frozen_by_the_same_switch(
       freeze_experts=freeze,
     )
     params[freeze] = state.params
-    # The table before the run says how many: four experts of three kernels.
+    # The table before the run counts four experts of three kernels as frozen.
     (line,) = (
       line for line in capsys.readouterr().out.splitlines() if '│ all' in line
     )
@@ -179,7 +179,7 @@ def test_finetuning_with_trained_experts_from_an_earlier_step(
     world, source / 'checkpoint_3', tmp_path / 'run', row_optimizer=slow_rows
   )
   counts = np.asarray(state.table_state['experts'].counts)
-  # A fresh row state: visits count from here.
+  # The row state is fresh, so visits are counted from here.
   assert counts.max() == 2 and counts.min() == 0
   early = model_folder.load(str(source / 'checkpoint_3')).params
   still = counts == 0
@@ -365,7 +365,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything(world, tmp_path):
 
 
 def test_a_task_without_cache_is_refused(world, tmp_path):
-  # Other modules' tests share the folder, and may have made further ones.
+  # Other test modules share this folder and may have made more caches.
   there = sorted(path.name for path in world.folder.glob('cache/*'))
   with pytest.raises(FileNotFoundError, match=re.escape(f'are {there}.')):
     world.train(tmp_path / 'run', 2, data=world.data('absent'))
@@ -413,7 +413,7 @@ def test_paths_of_models_and_checkpoints():
 
 
 class _PartsOfExperts:
-  """An evaluation that says into how many parts experts are split for it."""
+  """An evaluation that reports into how many parts the experts are split."""
 
   def prepare(self, model, vocabulary, loss):
     return lambda params, tables: {'parts': expert_parallel.num_shards()}

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are stopped and killed, then rerun."""
+"""Runs in processes of their own are stopped or killed, and then run again."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 _TOTAL = 240
-# Every step of two processes waits for both.
+# With two processes every step waits for both, so these runs are shorter.
 _TOTAL_OF_TWO = 60
 _SECONDS = 240
 
@@ -89,7 +89,7 @@ def _final(folder):
   with checkpointing.Checkpoints(folder) as saved:
     assert saved.latest_step() == _TOTAL
   state = folder / f'checkpoint_{_TOTAL}' / 'state'
-  # As numpy arrays, wherever they were.
+  # Arrays are restored as numpy arrays, on whichever devices they were.
   checkpointer = ocp.PyTreeCheckpointer()
   tree = checkpointer.metadata(state).item_metadata.tree
   as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
@@ -161,8 +161,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint(world, straight, tmp_path):
 
 
 def test_experts_on_disk_survive_ten_kills(world, tmp_path):
-  """At random moments, also while experts or a checkpoint are written."""
-  # Few experts in a batch.
+  """The kills come at random moments, also while experts are being written."""
+  # With one row in a batch, few experts are in slots.
   small = '--gin.BATCH_SIZE=1'
   straight = tmp_path / 'straight'
   process = _start(world, straight, small)
@@ -183,8 +183,9 @@ def test_experts_on_disk_survive_ten_kills(world, tmp_path):
   killed_at = [0]
   for index in range(10):
     process = _start(world, folder, *on_disk)
-    # Most of the time is start-up. One kill comes after a checkpoint, so that
-    # the run goes forward on any machine, the next soon after the first steps.
+    # Most of the time goes into starting up. Every other kill waits for a new
+    # checkpoint, so that the run makes progress on any machine. The others come
+    # soon after a run has logged its first steps.
     seen = newest if index % 2 else size
     before = seen()
     _wait_until(lambda seen=seen, before=before: seen() != before, process)
@@ -226,7 +227,7 @@ def test_two_processes_stop_together_and_train_as_one(
   processes = _start_two(world, folder)
   log = folder / 'train_metrics.jsonl'
   _wait_until(lambda: log.exists() and log.stat().st_size > 0, processes[0])
-  # One of them is told, and not the one that writes.
+  # Only one process gets the signal, and it is not the one that writes.
   processes[1].terminate()
   outputs = [_finish(process) for process in processes]
   assert [p.returncode for p in processes] == [130, 130], outputs
@@ -241,8 +242,8 @@ def test_two_processes_stop_together_and_train_as_one(
   assert f'at step {step}.' in outputs[0]
   with checkpointing.Checkpoints(folder) as saved:
     assert saved.latest_step() == _TOTAL_OF_TWO
-  # Sums over devices are taken in another order than on one, which training
-  # amplifies: only the first steps can be compared.
+  # Two processes add up in another order than one device. Training amplifies
+  # the difference, so only the first steps are compared.
   first = lambda path: [
     line['loss'] for line in train_metrics.read_json_lines(path)[:4]
   ]

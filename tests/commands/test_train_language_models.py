@@ -1,4 +1,4 @@
-"""Language models from text to perplexity, by the commands and their gin."""
+"""Tests language models from text to perplexity, with commands and gin files."""
 
 import functools
 import json
@@ -29,12 +29,11 @@ LENGTHS = {'targets': 12}
 
 @pytest.fixture(scope='module')
 def lm_world(world):
-  """The world with its text cached as running text."""
+  """The small world, with its text cached as running text."""
   cache_task.cache_task(
     f'{world.cache_dir}/running',
     world.vocabulary_path,
-    files=[str(world.folder / 'text.jsonl')],
-    kind='language_model',
+    cache_task.RunningTextFiles([str(world.folder / 'text.jsonl')]),
   )
   return world
 
@@ -120,7 +119,7 @@ def test_a_run_that_was_resumed_ends_with_the_same_bits(
 
 
 def test_an_epoch_begins_without_a_memory(lm_world):
-  """A batch that begins its parts gives what it gives in a fresh run."""
+  """A batch at the start of an epoch gives the same as in a fresh run."""
   config = memory_parts(lm_world)['model']
   model = families.build(config)
   state = train_state.begin(
@@ -160,7 +159,7 @@ def test_an_epoch_begins_without_a_memory(lm_world):
 
 
 def test_microbatches_keep_every_row_of_the_memory(lm_world, tmp_path):
-  """The same gradients: only dropout differs, which is off."""
+  """The gradients must be equal; only dropout could differ, and it is off."""
   parts = memory_parts(lm_world)
   parts['model'] = make_config(
     lm_world,
@@ -240,7 +239,7 @@ def test_evaluations_and_predictions(lm_world, tmp_path):
 
 @pytest.mark.slow
 def test_questions_are_answered_by_a_prefix_lm(lm_world, tmp_path):
-  """Inputs and targets in one row; finetuned on few questions until right."""
+  """Inputs and targets share a row; finetuning makes the few answers right."""
   lengths = {'inputs': 30, 'targets': 11}
   data = lm_world.data('questions', pack=True, task_feature_lengths=lengths)
   lm_world.train(
@@ -261,10 +260,10 @@ def test_questions_are_answered_by_a_prefix_lm(lm_world, tmp_path):
 def test_a_memory_needs_text_in_its_order(lm_world):
   config = memory_parts(lm_world)['model']
   open_for = lambda data, model: data.open(lm_world.vocabulary, model)
-  with pytest.raises(ValueError, match='must read text in its order'):
+  with pytest.raises(ValueError, match='must read contiguous text'):
     open_for(make_data(lm_world), config)
   in_order = make_data(lm_world, objective=lm_tasks.ContiguousText, pack=True)
-  with pytest.raises(ValueError, match='not packed'):
+  with pytest.raises(ValueError, match='without packing'):
     open_for(in_order, config)
   plain = make_data(lm_world, objective=lm_tasks.ContiguousText)
   with pytest.raises(ValueError, match='has two'):
@@ -308,6 +307,7 @@ def test_an_example_runs(name, options, tmp_path, capsys):
   results = json.loads((tmp_path / 'eval' / 'results.json').read_text())
   assert results['num_bytes'] == results['num_tokens'] == text.stat().st_size
   assert 'word_perplexity' not in results
-  # Less than the bits of 256 bytes, and than of its letters alike.
+  # A uniform model needs 8 bits for a byte, and more than 3 even if it knows
+  # which letters occur.
   assert results['bits_per_byte'] < 3
   assert 'bits per byte' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Mixtures of experts of every kind, from their gin files: train and resume."""
+"""Trains and resumes every kind of mixture of experts from its gin files."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from mowe.cli import main
 from mowe.model_folders import model_folder
 from mowe.training import train_metrics
 
-# A constant learning rate: one that falls would depend on TRAIN_STEPS.
+# The learning rate is constant, because a decaying one depends on TRAIN_STEPS.
 _SMALL = """
 from __gin__ import dynamic_registration
 from mowe.models.t5 import t5_config
@@ -22,7 +22,7 @@ t5_config.T5Config.num_decoder_layers = 2
 """
 
 
-# Two parts of the experts, on the eight devices of these tests.
+# The experts are split in two parts over the eight devices of these tests.
 _PARTS = [
   '--gin.partitioning.make_mesh.expert=2',
   '--gin.token_groups.TokenGroups.multiple=8',

@@ -1,4 +1,4 @@
-"""Runs on seqio tasks without a token cache, and token caches of TFDS tasks."""
+"""Tests runs on seqio tasks without a token cache, and caches of TFDS tasks."""
 
 import json
 
@@ -54,7 +54,7 @@ _TRIVIA = {
 
 @pytest.fixture(autouse=True)
 def registry():
-  """An empty registry for each test: tasks remember where TFDS data lie."""
+  """Each test gets an empty registry, as tasks remember where TFDS data lie."""
   kinds = (seqio.MixtureRegistry, seqio.TaskRegistry)
   before = {
     kind: {name: kind.get(name) for name in kind.names()} for kind in kinds
@@ -84,7 +84,7 @@ def text(tmp_path):
 
 
 def _train(folder, text, steps, model='t5_tiny', *options):
-  # As a new process: nothing is registered.
+  # As in a new process, the task must not be registered yet.
   if 'local_text' in seqio.TaskRegistry.names():
     seqio.TaskRegistry.remove('local_text')
   gin_file = text.parent / f'{model}.gin'
@@ -141,14 +141,15 @@ def _data_dir(task):
   return seqio.TaskRegistry.get(task).source.tfds_dataset.data_dir
 
 
-@pytest.mark.parametrize('modules', [(), ('mowe.tasks.closed_book_qa',)])
-def test_a_tfds_task_is_cached(tmp_path, modules):
+@pytest.mark.parametrize(
+  'options', [{}, {'task_modules': ('mowe.tasks.closed_book_qa',)}]
+)
+def test_a_tfds_task_is_cached(tmp_path, options):
   with _mocked(_TRIVIA):
     cache = cache_task.cache_task(
       tmp_path / 'c',
       'bytes',
-      seqio_task='trivia_qa_open',
-      task_modules=modules,
+      cache_task.SeqioTask('trivia_qa_open', **options),
     )
   inputs = _BYTES.decode(cache.tokens('inputs', 0))
   assert inputs == 'trivia_qa question: who?'
@@ -178,7 +179,7 @@ def test_the_command_says_where_tfds_data_lie(tmp_path, capsys):
 def test_examples_register_their_tasks(
   tmp_path, capsys, monkeypatch, example, name
 ):
-  # TFDS mocks the data but not their number.
+  # TFDS mocks the data but not the number of examples.
   loader = seqio.utils.LazyTfdsLoader
   monkeypatch.setattr(loader, 'size', lambda self, split: 10**9)
   with tfds.testing.mock_data(num_examples=4):

@@ -1,4 +1,4 @@
-"""Experts on disk and in host memory, from training to answers."""
+"""Tests experts on disk and in host memory, from training to answers."""
 
 import functools
 import shutil
@@ -21,7 +21,7 @@ _ALL_ON_DISK = expert_stores.DiskStore(num_slots=small_runs.NUM_EXPERTS)
 
 def _train(world, folder, total_steps=_TOTAL, **changes):
   settings = {
-    # Few experts in a batch.
+    # With one row in a batch, few experts are present.
     'data': world.data(batch_size=1),
     'eval_configs': [
       evaluations.LossEvaluation(world.data(), num_batches=1),
@@ -33,14 +33,14 @@ def _train(world, folder, total_steps=_TOTAL, **changes):
 
 
 def _experts(folder, step):
-  """Records of all experts of a checkpoint."""
+  """The records of all experts of a checkpoint."""
   source = expert_sources.SavedExperts(folder / f'checkpoint_{step}')
   return source.records(0, small_runs.NUM_EXPERTS, source.read.dtype)
 
 
 @pytest.fixture(scope='module')
 def runs(world, tmp_path_factory):
-  """Store -> folder of a run with it, and its last state."""
+  """For each store, the folder of a run with it, and its last state."""
   made = {}
   jax.config.update('jax_disable_most_optimizations', True)
   for name, store in (
@@ -126,7 +126,8 @@ def test_finetuning_frozen_experts_from_another_store(world, runs, tmp_path):
   )
   tuned, source = _experts(tmp_path, 2), _experts(folder, _TOTAL)
   kernels = [name for name in source.dtype.names if name[:2] == 'ke']
-  # No row state, and the same kernels.
+  # A finetuned checkpoint with frozen experts has no row state, and the same
+  # kernels.
   assert list(tuned.dtype.names) == kernels
   for name in kernels:
     np.testing.assert_array_equal(tuned[name], source[name])
@@ -150,7 +151,7 @@ def test_experts_on_several_devices_continue_and_move_to_one(world, tmp_path):
   assert (
     _experts(straight, _TOTAL).tobytes() == _experts(stopped, _TOTAL).tobytes()
   )
-  # What several devices have written, one takes up, on disk.
+  # One device resumes, on disk, what several devices have written.
   state = _train(world, stopped, _TOTAL + 1, store=_ALL_ON_DISK, **changes)
   assert int(state.step) == _TOTAL + 1
   before, after = _experts(stopped, _TOTAL), _experts(stopped, _TOTAL + 1)

@@ -1,4 +1,4 @@
-"""From C4 by way of masked entities to GLUE, on mocked TFDS; local claims."""
+"""Tests runs from C4 through masked entities to GLUE, and on local claims."""
 
 import json
 
@@ -50,7 +50,7 @@ def mocked(monkeypatch):
       dataset = dataset.map(lambda example: example | {'spans': _SPAN})
     return dataset
 
-  # TFDS mocks the data but not their number.
+  # TFDS mocks the data but not the number of examples.
   loader = seqio.utils.LazyTfdsLoader
   monkeypatch.setattr(loader, 'size', lambda self, split: 10**9)
   kinds = (seqio.MixtureRegistry, seqio.TaskRegistry)
@@ -90,7 +90,7 @@ def test_c4_then_masked_entities_then_glue(tmp_path, mocked, small, capsys):
     MODEL_DIR=folder('a'),
     TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16},
   )
-  # The second stage asks for the entity that the tagger found.
+  # The second stage masks the entity that the tagger found.
   _train(
     small,
     ['examples/wikipedia_salient'],
@@ -127,7 +127,7 @@ def test_c4_then_masked_entities_then_glue(tmp_path, mocked, small, capsys):
     MIXTURE_OR_TASK_NAME='validation',
     **caches,
   )
-  # After two steps no word is a label.
+  # After two steps no prediction is a label, so the correlation is 0.
   results = json.loads((tmp_path / 'e/results.json').read_text())
   assert results['scores'] == {'matthews_corrcoef': 0.0}
   assert 'matthews_corrcoef 0.0  (9 questions' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A run with experts that starts from the checkpoint of a dense model."""
+"""Tests a run with experts that starts from the checkpoint of a dense model."""
 
 import functools
 
@@ -46,10 +46,10 @@ def test_a_run_starts_from_copies_and_resumes(world, dense_folder, tmp_path):
   new = np.asarray(
     loaded.params['encoder']['layers_0']['mlp']['expert']['wo']['kernel']
   )
-  # One update of AdamW moves a number by its learning rate at most.
+  # One update of AdamW changes a number by at most its learning rate.
   assert new.shape == (4, *old.shape)
   assert 0 < np.abs(new - old[None]).max() < 0.02
-  # The second step goes on from there, and not from the dense model.
+  # The second step continues the run, and does not start from the dense model.
   assert int(start(2).step) == 2
 
 

@@ -1,4 +1,4 @@
-"""The solver of widths, against a search through all of them."""
+"""Tests the solver of widths against a search through all of them."""
 
 import functools
 
@@ -23,7 +23,7 @@ def _nearest(cost, target, granule, widest):
   'cost',
   [
     lambda width: 190 + 6 * width,
-    # Rounded, as the capacity of a layer is, and bent.
+    # This cost has steps, like the capacity of a layer, and a bend.
     lambda width: 190 + 40 * (width // 8) + width**2 // 900,
   ],
 )
@@ -62,7 +62,7 @@ def test_costs_on_a_curve_are_bisected():
 @pytest.mark.parametrize(
   ('target', 'nearest'),
   [
-    # Even the narrowest has more, and between two widths there is none.
+    # The narrowest model is too large, or no width between two comes close.
     (500.0, r'1,000 \(\+100.0%\) at width 16'),
     (2_000.0, r'1,800 \(-10.0%\) at width 32'),
   ],
@@ -85,7 +85,7 @@ def test_flops_are_those_of_the_pretraining_examples():
   assert budgets.flops_per_token(model, lengths) == 350
   assert budgets.EqualFlops('T5').cost(model, lengths) == 350
   assert budgets.EqualParameters('T5').cost(model, lengths) == 7000
-  # A language model has no inputs.
+  # A language model has no inputs, so only targets are counted.
   assert budgets.flops_per_token(model, {'targets': 9}) == 500
 
 

@@ -1,4 +1,4 @@
-"""A comparison of two models, killed in between, continued and added to."""
+"""A comparison of two models is killed, continued, and then extended."""
 
 import json
 import os
@@ -132,7 +132,8 @@ def test_killed_and_continued(world, tmp_path, capfd):
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  # Its run ends with it; this waits for that.
+  # The run that the killed process had started ends with it. Taking the lock
+  # waits until it has.
   with run_process.only_one(folder):
     log = (first / 'train_metrics.jsonl').read_text().splitlines()
   assert not (folder / 'runs' / 'mowe_seed0').exists()
@@ -140,7 +141,7 @@ def test_killed_and_continued(world, tmp_path, capfd):
   shown = _run(file, folder)
   assert 'EXPERT_DIM = 14 for the FLOPs per token of T5 (+0.00%)' in shown
   resumed = re.search(r'Resumed \S*t5_seed0/pretrained at step (\d+)', shown)
-  # Unless the kill came too late to stop anything.
+  # The kill may come too late to stop the run.
   assert resumed or json.loads(log[-1])['step'] == _STEPS
   dense, sparse = json.loads((folder / 'report' / 'results.json').read_text())
   assert (dense['name'], sparse['name']) == ('T5', 'MoWE')
@@ -152,7 +153,7 @@ def test_killed_and_continued(world, tmp_path, capfd):
     assert result['score']['num_questions'] == 21
     assert result['flops_compiled'] > result['flops_formula']
     assert result['tokens_per_second'] > 0 and result['peak_memory'] > 2**20
-    # A stop logs its step, too.
+    # A stop also logs its step, so there may be more steps than these.
     steps = [step for step, _ in result['curve']]
     assert set(steps) >= set(range(4, 41, 4)) and steps == sorted(steps)
     assert result['text_loss'] > 0 and result['held_out_loss'] is None
@@ -164,7 +165,7 @@ def test_killed_and_continued(world, tmp_path, capfd):
   for load in sparse['loads']:
     assert sum(load['shares']) == pytest.approx(1)
 
-  # What is done is not done again; a model from elsewhere is only measured.
+  # What is done is not repeated. A model from another folder is only measured.
   other = folder / 'runs' / 't5_seed0' / 'finetuned'
   experiment = experiments.with_folder(
     experiments.load([str(file)], [f'OUTPUT = {str(folder)!r}']),
@@ -210,7 +211,7 @@ def test_equal_programs_are_compiled_once(tmp_path, no_compilation_cache):
     lambda event, **_: hits.append(event.endswith('cache_hits'))
   )
 
-  # Long enough to be kept.
+  # The program must take long enough to compile to be kept in the cache.
   def program(x):
     for _ in range(300):
       x = jnp.sort(jnp.sin(x) @ x)
@@ -243,7 +244,7 @@ def test_what_is_known_of_questions(world, planned):
     tuple(record['answers']) for record in small_runs.QUESTIONS
   ]
   assert {question.relation for question in questions} == {'met'}
-  # Finetuning is on the same questions, which name no entity.
+  # Finetuning used the same questions, and they name no entity.
   assert all(question.is_answer_seen for question in questions)
   assert {question.entity_count for question in questions} == {None}
 
@@ -254,7 +255,7 @@ def test_entities_are_counted_by_whole_words():
     iter(texts), ['Anna of Delft', 'Anna', 'Quimby', '?']
   )
   assert counts == {'Anna of Delft': 2, 'Anna': 3, 'Quimby': 0, '?': 0}
-  # Without text nothing is known, not even that there is nothing.
+  # Without text no count is known, so it must not be 0.
   assert question_files._count(iter([]), ['Anna']) == {}
 
 
@@ -288,7 +289,7 @@ def test_speed_leaves_out_compilation():
     {'step': 10},
     {'step': 20, measurements.SECONDS: 2.0},
     {'step': 30, measurements.SECONDS: 4.0},
-    # Resumed: compiled again.
+    # A resumed run compiles again, so its first interval does not count.
     {'step': 40},
     {'step': 45, measurements.SECONDS: 0.5},
   ]

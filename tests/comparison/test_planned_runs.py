@@ -1,4 +1,4 @@
-"""Experiments: what is refused, how models are sized, and what runs share."""
+"""Tests experiments: what is refused, how models are sized, what runs share."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from mowe.words import subword_vocabularies
 
 
 def _all_runs(plan):
-  """Of each model its runs, by its name, with the first of its tries."""
+  """The runs of each model by its name, with the first of its tries."""
   return {name: plan.runs(name) for name in plan.tries}
 
 
@@ -75,7 +75,7 @@ def test_models_are_sized_relative_to_their_base(plan):
   sized = {one.model.name: one for one in plan.sized}
   dense, mowe, larger = (sized[n] for n in ('T5', 'MoWE', 'larger'))
   assert list(sized) == ['larger', 'MoWE', 'T5', 'trained']
-  # As wide as the MLP that it replaces.
+  # An expert of equal FLOPs is as wide as the MLP that it replaces.
   assert 'EXPERT_DIM = 14' in mowe.bindings
   assert mowe.note == 'EXPERT_DIM = 14 for the FLOPs per token of T5 (+0.00%)'
   assert mowe.cost.flops_per_input_token == dense.cost.flops_per_input_token
@@ -105,7 +105,7 @@ def test_models_that_begin_alike_share_pretraining(plan):
   every = [
     folder for runs in folders.values() for run in runs for folder in run
   ]
-  # Of 4 models, 2 seeds and 2 stages, two are shared.
+  # Of the 16 stages of 4 models, 2 seeds and 2 stages, two are shared.
   assert len(set(every)) == 14
   run = plan.runs('trained')[1]
   assert f'INITIAL_CHECKPOINT_PATH = {run.pretrained!r}' in (
@@ -123,7 +123,7 @@ def test_digests_tell_runs_apart_and_forget_places(plan, world, tmp_path):
 
 def test_digests_know_what_is_in_gin_files_and_caches(world, tmp_path):
   def digest(size, cache_dir=world.cache_dir):
-    # Of the same name each time.
+    # The file has the same name each time, so that only its content differs.
     file = tmp_path / 'model.gin'
     file.write_text(
       '# A comment changes nothing.\n' * (size % 2)
@@ -138,7 +138,7 @@ def test_digests_know_what_is_in_gin_files_and_caches(world, tmp_path):
 
   first = digest(2)
   assert first == digest(3) and first != digest(4)
-  # Caches of the same names, one with other text.
+  # The other caches have the same names; later one of them has other text.
   other = tmp_path / 'cache'
   shutil.copytree(world.cache_dir, other)
   assert digest(2, other) == first
@@ -147,9 +147,8 @@ def test_digests_know_what_is_in_gin_files_and_caches(world, tmp_path):
   small_runs.write_lines(text, [{'text': 'Zorblat ate a plum of Delft.'}] * 9)
   cache_task.cache_task(
     other / 'text',
-    files=[str(text)],
-    kind='text',
-    vocabulary=world.vocabulary_path,
+    world.vocabulary_path,
+    cache_task.TextFiles([str(text)]),
   )
   assert digest(2, other) != first
 
@@ -169,9 +168,8 @@ def test_questions_that_cannot_be_scored(world, tmp_path, record, message):
   small_runs.write_lines(file, [{'question': 'Who?'} | record])
   cache_task.cache_task(
     tmp_path / 'cache' / 'questions',
-    files=[str(file)],
-    kind='questions',
-    vocabulary=world.vocabulary_path,
+    world.vocabulary_path,
+    cache_task.QuestionFiles([str(file)]),
   )
   experiment = small_experiments.experiment(
     world, tmp_path, (small_experiments.dense(),)
@@ -187,7 +185,7 @@ def test_a_folder_of_other_settings_is_refused(plan, world, tmp_path):
   )
   (tmp_path / 'compare.json').write_text('{"words": null}')
   run = dataclasses.replace(plan.runs('MoWE')[0], stages=(stage,))
-  # Nothing was trained with them yet.
+  # The folders have no checkpoint yet, so their settings may still change.
   single_run.check_folders(run)
   (tmp_path / 'checkpoint_3').mkdir()
   with pytest.raises(ValueError, match='differs in values.*another OUTPUT'):
@@ -214,7 +212,7 @@ def test_rates_that_cannot_be_tried(rates, row_rates, message):
 
 
 def _two_parts_of_questions(world, folder):
-  """Caches of the world, with one of the questions called 'choosing'."""
+  """The caches of the world, with one of the questions as 'choosing'."""
   caches = folder / 'cache'
   shutil.copytree(world.cache_dir, caches)
   shutil.copytree(caches / 'questions', caches / 'choosing')
@@ -237,13 +235,13 @@ def test_every_model_has_as_many_tries_of_its_rates(world, tmp_path):
   }
   assert tries['T5'] == [{'LEARNING_RATE': rate} for rate in (1e-3, 3e-3, 1e-2)]
   assert tries['MoWE'][2] == {'LEARNING_RATE': 1e-2, 'ROW_LEARNING_RATE': 2e-2}
-  # Three tries with the first seed, and the chosen one with the other.
+  # The first seed has three tries; the other seed has only the chosen one.
   assert plan.num_runs('T5') == plan.num_runs('MoWE') == 4
   first, other = plan.runs('MoWE', 2)
   assert first is plan.tries['MoWE'][2]
   assert (first.seed, other.seed) == (3, 4) and first.rates == other.rates
   assert other.folder.endswith('mowe_rate0.01_rows0.02_seed4')
-  # Pretraining has the rates, finetuning has its own.
+  # The tries change the rates of pretraining; finetuning keeps its own.
   pretrained, finetuned = other.stages
   for stage, rate in ((pretrained, 1e-2), (finetuned, 3e-3)):
     gin_config.parse(stage.gin_files, stage.bindings)
@@ -280,7 +278,8 @@ def test_the_best_try_is_chosen_by_its_own_questions(world, tmp_path):
       world, tmp_path / 'out', data=data, tuning=_tuning()
     )
   )
-  # EM and F1 of two questions for choosing; what is reported says otherwise.
+  # These are EM and F1 of the two questions for choosing. The reported
+  # questions would choose otherwise.
   scores = [((0, 100), (40, 100)), ((100, 0), (100, 60)), ((0, 100), (60, 100))]
   for run, (em, f1) in zip(plan.tries['T5'], scores, strict=True):
     folder = pathlib.Path(run.folder)
@@ -289,7 +288,8 @@ def test_the_best_try_is_chosen_by_its_own_questions(world, tmp_path):
     lines.append({'task': 'questions', 'em': 100 - em[0], 'f1': 0})
     small_runs.write_lines(folder / measurements.QUESTIONS, lines)
   choice = rate_choice.choose(plan.tries['T5'], ('choosing',))
-  # All have EM 50; the F1 of the second and the third is 80.
+  # All tries have an EM of 50. The second and the third have an F1 of 80, and
+  # the first of equals is taken.
   assert choice.number == 1
   assert [one.em for one in choice.tries] == [50] * 3
   assert [one.f1 for one in choice.tries] == [70, 80, 80]
@@ -316,13 +316,14 @@ def test_questions_are_split_by_entity(tmp_path):
   parts = split(120)
   choosing, reported = parts['qa_choosing'], parts['qa_reported']
   assert len(choosing) + len(reported) == 120
-  # Both questions about a person are in one part; about a third is to choose.
+  # Both questions about a person are in the same part, and about a third of the
+  # questions are for choosing.
   assert not set(choosing) & set(reported)
   assert 25 <= len(choosing) <= 55
-  # In a smaller set everyone is where they were.
+  # In a smaller set everyone must stay in the same part.
   for name, entities in split(40).items():
     assert set(entities) <= set(parts[name])
-  # One question is reported.
+  # A single question is reported, and none is for choosing.
   assert list(split(1)) == ['qa_reported']
 
 
@@ -397,7 +398,7 @@ def test_plans_that_cannot_be_met(world, tmp_path, models, message):
 @pytest.mark.parametrize(
   ('questions', 'message'),
   [
-    # Other tests of this process may have made caches beside these two.
+    # Other tests of this process may have added caches to these two.
     ('absent', "caches in .* are .*'questions'.*'text'"),
     ('text', 'of kind .text'),
   ],
@@ -430,7 +431,7 @@ def test_models_from_elsewhere(world, tmp_path):
     added = experiments.with_folder(whole, f'mine={tmp_path / name}')
     with pytest.raises((ValueError, OSError), match=message):
       _plan(added)
-  # One folder is one run, whatever seeds the others have.
+  # A folder is one run, so it is not repeated for the seeds of other models.
   folder = model_folder.create(
     str(tmp_path / 'done'), world.config(sparse=False), world.vocabulary
   )
@@ -441,7 +442,7 @@ def test_models_from_elsewhere(world, tmp_path):
   added = experiments.with_folder(whole, f'mine={folder}')
   plan = _plan(added)
   assert [len(runs) for runs in _all_runs(plan).values()] == [2, 1]
-  # Trained further it is another model.
+  # If the folder's checkpoint changes, only the run of that model changes.
   manifest.write_text('{"state": "other"}')
   again = _plan(added)
   assert plan.runs('T5')[1].digest() == again.runs('T5')[1].digest()
@@ -475,7 +476,7 @@ def test_files_of_ones_own(tmp_path):
   assert not data.prepare(tmp_path / 'out').has_held_out
   data = dataclasses.replace(data, held_out=str(folder / 'all.jsonl'))
   prepared = data.prepare(tmp_path / 'out')
-  # Three of the nine are not in the text of pretraining.
+  # Three of the nine documents are not in the text of pretraining.
   assert prepared.has_held_out and '3 other documents' in prepared.notes[1]
   data = dataclasses.replace(data, held_out=str(folder / 'documents.jsonl'))
   with pytest.raises(ValueError, match='no document that'):
@@ -502,7 +503,7 @@ def test_files_of_claims_and_text_elsewhere(tmp_path):
   )
   assert cache.record(0)['question'] == 'Zorblat 1 is no fish.'
   assert cache.record(0)['answers'] == ['supports']
-  # Text in the folder, under another name.
+  # The folder has the text under another name.
   small_runs.write_lines(folder / 'evidence.jsonl', texts)
   data = experiment_data.Files(str(folder), 'bytes')
   found = data.prepare(tmp_path / 'again').documents
@@ -540,7 +541,7 @@ def test_what_is_measured_is_of_all_seeds(tmp_path, monkeypatch):
     folder.mkdir()
     recall = {'all spans': {'right': right, 'spans': 9}}
     if seed:
-      # The other seed has masked none.
+      # Only this seed has masked whole dates.
       recall['whole dates'] = {'right': 2, 'spans': 3}
     measured = constant | {
       'recall': recall,
@@ -559,7 +560,7 @@ def test_what_is_measured_is_of_all_seeds(tmp_path, monkeypatch):
   result = compare._result(sized, runs, (), rate_choice.Choice(0))
   assert result.recall == {'all spans': (5, 18), 'whole dates': (2, 3)}
   assert result.text_loss == 3.0 and result.curve == [(0, 2.5)]
-  # Where one was not measured, there is no mean.
+  # There is no mean of a number that one of the runs did not measure.
   assert result.tokens_per_second is None and result.held_out_loss is None
 
 
@@ -567,7 +568,7 @@ def test_held_out_text_of_the_world_has_its_facts_in_other_words():
   config = generated_world.WorldConfig(num_people=9, num_values=7)
   world = generated_world.make_world(config)
   held_out = experiment_data._other_wordings(config)
-  # One for each fact.
+  # Each fact has one other wording.
   assert len(held_out) == 9 * len(config.relations)
   known = {(q['entity'], *q['answers']) for q in world.qa_train}
   known |= {(q['entity'], *q['answers']) for q in world.qa_validation}

@@ -1,4 +1,4 @@
-"""Batches: the keys and shifts by hand, packing, resuming, evaluation."""
+"""Tests batches: keys and shifts by hand, packing, resuming, evaluation."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ _LENGTHS = {'inputs': 8, 'targets': 6}
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
-  """Example i has `sizes[i]` tokens, all i + 2, then EOS; noise is optional."""
+  """Example i has `sizes[i]` tokens i + 2, then EOS; it can add noise."""
 
   sizes: tuple[tuple[int, int], ...]
   name: str = 'numbered'
@@ -66,7 +66,7 @@ def test_a_batch_by_hand():
 
 
 def test_a_packed_batch_by_hand():
-  # The example of seqio's EncDecFeatureConverter.
+  # This is the example in the documentation of seqio's EncDecFeatureConverter.
   examples = [
     (np.array([7, 8, 5, 1]), np.array([3, 9, 1])),
     (np.array([8, 4, 9, 3, 1]), np.array([4, 1])),
@@ -86,7 +86,7 @@ def test_a_packed_batch_by_hand():
 
 
 def _examples_of(batch):
-  """First tokens of the examples in a packed batch."""
+  """The first token of each example in a packed batch."""
   starts = (batch['encoder_positions'] == 0) & (
     batch['encoder_segment_ids'] > 0
   )
@@ -147,7 +147,7 @@ def test_rows_are_filled_next_fit(bounds, seed):
   rows = packing.pack_rows(bounds, 8, 6, seed)
   order = [rows.examples(row).tolist() for row in range(rows.num_rows)]
   assert sorted(itertools.chain(*order)) == list(range(len(bounds)))
-  # The same by adding one example after another.
+  # Adding one example after another must give the same rows.
   expected, used = [[]], np.zeros(2)
   for index in rows.order.tolist():
     used = used + bounds[index]
@@ -175,7 +175,7 @@ def test_resuming_gives_identical_batches(pack):
 
 
 def test_rates_are_of_examples_also_when_packed():
-  # The first task's examples fill a row, four of the second's share one.
+  # Each example of the first task fills a row; four of the second share one.
   long = _Numbered(((7, 5),) * 10, offset=2)
   short = _Numbered(((1, 0),) * 100, offset=200)
   made = batch_source.Batches([(long, 1), (short, 3)], 64, _LENGTHS, pack=True)

@@ -1,4 +1,4 @@
-"""Running text: its cache, its tasks, and batches by hand."""
+"""Tests running text: its cache, its tasks, and batches by hand."""
 
 import gzip
 
@@ -29,7 +29,7 @@ def cache(tmp_path):
 
 
 def _stream_cache(tmp_path, size):
-  """A cache whose tokens are 3, 4, 5, ..."""
+  """A cache of the tokens 3, 4, 5, ..., so that each token tells its place."""
   content = bytes(range(size))
   (tmp_path / 'raw').write_bytes(content)
   return lm_cache.cache_texts(
@@ -38,10 +38,11 @@ def _stream_cache(tmp_path, size):
 
 
 def test_every_line_is_kept_and_counted(cache):
-  # The blank line too: WikiText counts an end for each.
+  # The blank line counts too, because WikiText has an end for each line.
   expected = [*_ids('ab'), 1, 1, *_ids(' c d é '), 1]
   assert cache.flat('targets').tolist() == expected
-  # Words: ab, c, d, é, and three ends. Bytes are those of the file.
+  # The words are ab, c, d, é and three line ends. The bytes are those of the
+  # file.
   assert cache.totals == {
     'texts': 3,
     'words': 7,
@@ -137,7 +138,8 @@ def test_inputs_stand_before_targets():
     'decoder_target_tokens': [5, 1, 6, 7, 1, 8, 1, 0, 0],
     'decoder_input_tokens': [0, 5, 1, 6, 7, 0, 8, 0, 0],
     'decoder_loss_weights': [0, 0, 1, 1, 1, 1, 1, 0, 0],
-    # Where 0, 5 and 1 go in.
+    # The places where 0, 5 and 1 are read belong to the prefix, so they see each
+    # other.
     'decoder_causal_attention': [1, 1, 1, 0, 0, 0, 0, 0, 0],
     'decoder_segment_ids': [1, 1, 1, 1, 1, 2, 2, 0, 0],
     'decoder_positions': [0, 1, 2, 3, 4, 0, 1, 0, 0],
@@ -148,7 +150,8 @@ def test_inputs_stand_before_targets():
 
 
 def test_rows_continue_those_of_the_batch_before(tmp_path):
-  # Nine rows of 3 for 2 parts: 4 steps, and 4 tokens are left out.
+  # 28 tokens are nine rows of 3 and one token. Two parts have four rows each,
+  # so 4 tokens are left out.
   cache = _stream_cache(tmp_path, 28)
   task = lm_tasks.ContiguousText(cache, {'targets': 3})
   made = lm_batches.ContiguousBatches(task, 2)
@@ -156,7 +159,7 @@ def test_rows_continue_those_of_the_batch_before(tmp_path):
   assert made.report()[task.name]['tokens_left_out'] == 4
   first, second = made(0), made(1)
   assert first['decoder_target_tokens'].tolist() == [[3, 4, 5], [15, 16, 17]]
-  # The token before the second part is known to it.
+  # The first input of the second part is the token before it, as in one text.
   assert first['decoder_input_tokens'].tolist() == [[0, 3, 4], [14, 15, 16]]
   assert second['decoder_input_tokens'].tolist() == [[5, 6, 7], [17, 18, 19]]
   # The parts begin anew in every epoch, and only then.
@@ -169,7 +172,7 @@ def test_rows_continue_those_of_the_batch_before(tmp_path):
 
 
 def _seen(made):
-  """How often each token counts."""
+  """How often each token counts in the loss."""
   counts = np.zeros(40, int)
   for batch in made:
     weights = batch['decoder_loss_weights'] > 0
@@ -202,7 +205,7 @@ def test_windows_by_hand():
     [0, 12, 13, 14],
   ]
   assert first['decoder_loss_weights'].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-  # The end of the text, and a row of padding.
+  # The text ends here, so the last row is all padding.
   assert second['decoder_target_tokens'].tolist() == [
     [14, 15, 16, 0],
     [0, 0, 0, 0],

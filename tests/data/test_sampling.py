@@ -1,4 +1,4 @@
-"""Permutations are bijections, mixtures are exact."""
+"""Tests that orders are permutations, and that mixtures have exact counts."""
 
 import hypothesis
 import numpy as np
@@ -31,7 +31,7 @@ def test_epochs_and_seeds_give_other_orders_that_look_random():
     for key in ((0, 0), (0, 1), (1, 0))
   ]
   for a, b in ((0, 1), (0, 2), (1, 2)):
-    # Two random orders agree at one place on average.
+    # Two random orders agree in one place on average.
     assert (orders[a] == orders[b]).sum() < 8
   for order in orders:
     correlation = np.corrcoef(order, np.arange(1000))[0, 1]
@@ -59,13 +59,14 @@ def test_mixture_counts_are_exact_in_every_block(rates, seed, block):
   exact = np.array(rates) / sum(rates) * sampling.BLOCK
   assert (np.abs(counts - exact) < 1).all()
   for task, count in enumerate(counts):
-    # Each task-local number comes once, in order.
+    # Each number of an example within its task comes once, in order.
     expected = block * count + np.arange(count)
     np.testing.assert_array_equal(ranks[tasks == task], expected)
 
 
 def test_mixture_by_hand():
-  # 4096 * (1, 2, 4) / 7 = 585.14, 1170.29, 2340.57: the third gets the last.
+  # The shares of 4096 are 4096 * (1, 2, 4) / 7 = 585.14, 1170.29, 2340.57. The
+  # last task gets the one that remains after rounding down.
   mixture = sampling.Mixture([1, 2, 4], seed=0)
   assert mixture.counts.tolist() == [585, 1170, 2341]
 

@@ -1,4 +1,4 @@
-"""Streaming a seqio task: keys, resuming, evaluation, errors."""
+"""Tests a seqio task that is streamed: keys, resuming, evaluation, errors."""
 
 import itertools
 import subprocess
@@ -21,7 +21,7 @@ _EXAMPLES = [([7, 8, 5], [3, 9]), ([8, 4, 9, 3], [4]), ([6], [5, 5])]
 
 @pytest.fixture(scope='module', autouse=True)
 def numbers():
-  """A task of three examples, in a form that needs no text."""
+  """A task of three examples of numbers, which needs no text."""
 
   def read(split, shuffle_files=False, seed=None):
     return tf.data.Dataset.from_generator(
@@ -97,7 +97,7 @@ def test_a_task_without_placeholder_is_cached_finished(tmp_path):
 
 def test_a_sentencepiece_file_is_known_by_its_digest(tmp_path):
   texts = ['the cat sat on the mat', 'a dog ate the cat', 'dogs and mats']
-  # Of the same size: only the digest tells them apart.
+  # The vocabularies have equal sizes, so only their digests differ.
   ours, other = (
     sentencepiece_vocabulary.train_sentencepiece(
       texts, tmp_path / f'{kind}.model', 20, model_type=kind

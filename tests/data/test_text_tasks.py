@@ -1,4 +1,4 @@
-"""Tasks over small caches: contents, bounds, counts and errors."""
+"""Tests tasks over small caches: contents, bounds, counts and errors."""
 
 import numpy as np
 import pytest
@@ -42,9 +42,10 @@ def test_span_corruption_chunks_are_the_stream(tmp_path):
   cache = _text_cache(tmp_path, ['a' * 50, 'b' * 50, 'c' * 33])
   lengths = {'inputs': 32, 'targets': 20}
   task = text_tasks.SpanCorruptionTask(cache, lengths)
-  # 35 tokens: 5 masked in 2 spans, 30 + 2 + 1 = 33 > 32. 34: 29 + 2 + 1 = 32.
+  # Of 35 tokens 5 are masked in 2 spans, so the inputs have 30 + 2 + 1 = 33
+  # tokens, one too many. For 34 tokens they have 29 + 2 + 1 = 32.
   assert task.chunk_length == 34
-  # 51 + 51 + 34 = 136 tokens are 4 full chunks.
+  # The texts have 51 + 51 + 34 = 136 tokens, which are 4 full chunks.
   assert task.num_examples == 4
   rng = np.random.default_rng(0)
   examples = [task.example(index, rng) for index in range(4)]
@@ -56,7 +57,8 @@ def test_span_corruption_chunks_are_the_stream(tmp_path):
 
 @pytest.mark.parametrize(
   ('size', 'num_examples', 'left_out'),
-  # With EOS: 35 tokens leave one over, 36 make a second, short example.
+  # The EOS is a token as well: 35 tokens leave one over, and 36 make a second,
+  # short example.
   [(1, 1, 0), (20, 1, 0), (33, 1, 0), (34, 1, 1), (35, 2, 0)],
 )
 def test_the_rest_of_the_stream(tmp_path, size, num_examples, left_out):
@@ -86,7 +88,8 @@ def test_salient_spans_mask_whole_spans(tmp_path):
     inputs, targets = task.example(0, np.random.default_rng(seed))
     assert _BYTES.decode(_restored(inputs, targets)) == text
     seen.add(_BYTES.decode(targets))
-  # The budget is round(22 * 0.15) = 3: one of them, never both.
+  # The budget is round(22 * 0.15) = 3 tokens, so one span is masked but never
+  # both.
   assert seen == {'<extra_id_0>Ada', '<extra_id_0>Paris'}
   _check_bounds(task)
 
@@ -96,8 +99,10 @@ def test_salient_spans_leave_out_and_count(tmp_path):
     tmp_path,
     [
       'nothing of note',
-      {'text': 'x' * 40, 'spans': [[0, 30]]},  # Longer than the targets.
-      {'text': 'y' * 90, 'spans': [[2, 5], [80, 84]]},  # In windows.
+      # This span is longer than the targets.
+      {'text': 'x' * 40, 'spans': [[0, 30]]},
+      # This text is longer than the inputs, so it is cut into windows.
+      {'text': 'y' * 90, 'spans': [[2, 5], [80, 84]]},
       {'text': 'z' * 9, 'spans': [[2, 5]]},
     ],
   )
@@ -115,7 +120,8 @@ def test_salient_spans_leave_out_and_count(tmp_path):
     inputs, targets = task.example(0, np.random.default_rng(seed))
     assert len(_restored(inputs, targets)) == 19
     starts.add(len(targets))
-  # Both spans are asked for: 3 or 4 tokens, a sentinel, EOS.
+  # The targets are a span of 3 or 4 tokens, a sentinel and EOS. Both spans must
+  # occur.
   assert starts == {5, 6}
 
 
@@ -163,11 +169,12 @@ def test_bounds_of_salient_targets_are_tight(tmp_path):
   spans = [[0, 1], [2, 3], [4, 5], [10, 13], [20, 30]]
   cache = _text_cache(tmp_path, ['none', {'text': 'x' * 40, 'spans': spans}])
   lengths = {'inputs': 64, 'targets': 64}
-  # A budget of 4 holds the three single tokens, or one of them and the three:
-  # at most 4 tokens with 3 sentinels. The span of 10 comes alone: 10 + 1 + 1.
+  # A budget of 4 tokens holds three spans of one token, or one of these and the
+  # span of three: at most 4 tokens with 3 sentinels. The span of 10 is masked
+  # alone, with a sentinel and EOS: 10 + 1 + 1.
   task = text_tasks.SalientSpanTask(cache, lengths, 0.1)
   np.testing.assert_array_equal(task.length_bounds(), [[41, 12]])
-  # Without that span: 4 + 3 + 1.
+  # Without that span there are at most 4 tokens, 3 sentinels and EOS.
   short = text_tasks.SalientSpanTask(cache, {'inputs': 64, 'targets': 9}, 0.1)
   np.testing.assert_array_equal(short.length_bounds(), [[41, 8]])
   _check_bounds(task)

@@ -1,4 +1,4 @@
-"""Metrics of GLUE, SuperGLUE and FEVER against values worked out by hand."""
+"""Tests the metrics of GLUE, SuperGLUE and FEVER by hand."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_accuracy_of_labels():
   scores = _scores(
     'super_glue_copa_v102',
     ['choice1', 'choice2', 'choice2', 'choice1'],
-    # A text that is no label is wrong.
+    # A prediction that is no label is wrong.
     ['choice1', 'choice2', 'choice', ''],
   )
   assert scores == {'accuracy': 50.0}
@@ -31,10 +31,11 @@ def test_f1_counts_no_label_as_the_wrong_one():
   scores = _scores(
     'glue_mrpc_v002',
     [yes, yes, yes, no, no, no, no],
-    # Two right; missed by 'what'; 'what' is said to be equivalent in the last.
+    # Two of three equivalent pairs are found. The last pair is not equivalent,
+    # and 'what' counts there as the wrong label.
     [yes, yes, 'what', no, no, yes, 'what'],
   )
-  # Precision 2/4, recall 2/3.
+  # The precision is 2/4 and the recall 2/3.
   assert scores == {
     'f1': pytest.approx(100 * 4 / 7),
     'accuracy': pytest.approx(100 * 4 / 7),
@@ -47,7 +48,8 @@ def test_f1_counts_no_label_as_the_wrong_one():
 
 def test_matthews_correlation_of_two_classes():
   yes, no = 'acceptable', 'unacceptable'
-  # tp 3, fn 1, fp 1, tn 2: (3 * 2 - 1) / sqrt(4 * 4 * 3 * 3) = 5/12.
+  # There are 3 true and 1 false positives, 1 false and 2 true negatives: (3 * 2
+  # - 1) / sqrt(4 * 4 * 3 * 3) = 5/12.
   scores = _scores(
     'glue_cola_v002',
     [yes] * 4 + [no] * 3,
@@ -62,8 +64,9 @@ def test_matthews_correlation_has_a_third_class_for_other_texts():
   yes, no = 'acceptable', 'unacceptable'
   answers = [yes, yes, yes, no, no]
   predictions = [yes, yes, 'a', no, 'b']
-  # Gorodkin: right c = 3 of s = 5; answers t = (3, 2, 0), predictions
-  # p = (2, 1, 2): (c s - t.p) / sqrt((s^2 - p.p)(s^2 - t.t)).
+  # By Gorodkin, c = 3 of s = 5 are right, the answers have t = (3, 2, 0) and
+  # the predictions p = (2, 1, 2) of each class: (c s - t.p) / sqrt((s^2 -
+  # p.p)(s^2 - t.t)).
   expected = (15 - 8) / math.sqrt((25 - 9) * (25 - 13))
   scores = _scores('glue_cola_v002', answers, predictions)
   assert scores == {'matthews_corrcoef': pytest.approx(100 * expected)}
@@ -75,12 +78,13 @@ def test_mean_f1_of_three_classes():
     ['entailment', 'entailment', 'contradiction', 'neutral', 'neutral'],
     ['entailment', 'contradiction', 'contradiction', 'neutral', 'no'],
   )
-  # 2 * 1 / (2 + 1), 2 * 1 / (1 + 2), 2 * 1 / (2 + 1).
+  # The F1 of the classes are 2 * 1 / (2 + 1), 2 * 1 / (1 + 2) and 2 * 1 / (2 +
+  # 1).
   assert scores == {
     'mean_3class_f1': pytest.approx(100 * 2 / 3),
     'accuracy': pytest.approx(60.0),
   }
-  # A class that nothing is of counts as 0.
+  # A class that neither an answer nor a prediction has counts as 0.
   scores = _scores('super_glue_cb_v102', ['entailment'], ['entailment'])
   assert scores['mean_3class_f1'] == pytest.approx(100 / 3)
 
@@ -89,8 +93,9 @@ def test_correlations_of_similarities():
   scores = _scores(
     'glue_stsb_v002', ['1.0', '2.0', '3.0', '5.0'], ['0', '2', '2', '4']
   )
-  # Deviations (-7, -3, 1, 9) / 4 and (-2, 0, 0, 2): 8 / sqrt(8.75 * 8).
-  # Ranks (1, 2, 3, 4) and (1, 2.5, 2.5, 4): 4.5 / sqrt(5 * 4.5).
+  # Pearson: the deviations are (-7, -3, 1, 9) / 4 and (-2, 0, 0, 2), which
+  # gives 8 / sqrt(8.75 * 8). Spearman: the ranks are (1, 2, 3, 4) and (1, 2.5,
+  # 2.5, 4), which gives 4.5 / sqrt(5 * 4.5).
   assert scores == {
     'pearson_corrcoef': pytest.approx(100 * 8 / math.sqrt(70)),
     'spearman_corrcoef': pytest.approx(100 * 4.5 / math.sqrt(22.5)),
@@ -99,7 +104,7 @@ def test_correlations_of_similarities():
 
 @pytest.mark.parametrize('text', ['', 'same', 'nan', 'inf', '-1.0'])
 def test_a_similarity_that_is_no_number_is_minus_one(text):
-  # (1, 2, 3) and (-1, 2, 5) are on one line.
+  # If the text counts as -1, the points (1, 2, 3) and (-1, 2, 5) are on a line.
   scores = _scores('glue_stsb_v002', ['1.0', '2.0', '3.0'], [text, '2', '5'])
   assert scores['pearson_corrcoef'] == pytest.approx(100)
 
@@ -117,7 +122,8 @@ def test_multirc_groups_the_answers_of_a_question():
       'answers': [answer],
     }
 
-  # Three questions, the first and the last of the same number.
+  # There are three questions; the first and the last have the same number in
+  # different paragraphs.
   records = [
     one(0, 0, 'True'),
     one(0, 0, 'False'),
@@ -129,12 +135,13 @@ def test_multirc_groups_the_answers_of_a_question():
   scores = classification_metrics.of_task('super_glue_multirc_v102')(
     records, predictions
   )
-  # tp 2, fn 1, and 'maybe' is a false positive.
+  # There are 2 true positives and 1 false negative, and 'maybe' counts as a
+  # false positive.
   assert scores == {
     'f1': pytest.approx(100 * 4 / 6),
     'exact_match': pytest.approx(100 / 3),
   }
-  # Only neighbours or not: the order does not matter.
+  # The answers of a question need not be neighbors.
   order = [3, 0, 4, 2, 1]
   assert scores == classification_metrics.multirc(
     [records[i] for i in order], [predictions[i] for i in order]
@@ -154,7 +161,7 @@ def test_record_takes_the_best_answer_and_counts_a_query_once():
   scores = classification_metrics.of_task('super_glue_record_v102')(
     records, ['york', 'not asked', 'Li', 'Oslo']
   )
-  # EM 1, 0, 1; F1 1, 2/3, 1.
+  # The EM are 1, 0, 1 and the F1 are 1, 2/3, 1.
   assert scores == {
     'em': pytest.approx(200 / 3),
     'f1': pytest.approx(100 * (8 / 3) / 3),
@@ -184,7 +191,7 @@ def test_wsc_asks_whether_the_pronoun_means_the_noun():
     {'answers': ['the dog'], 'label': label} for label in (1, 1, 0, 0, 0)
   ]
   predictions = ['dog', 'cat', 'cat', 'a dog', '']
-  # Right are the first and the third; nothing is not "no".
+  # The first and the third are right. An empty prediction does not mean "no".
   scores = classification_metrics.of_task('super_glue_wsc_v102_simple_eval')(
     records, predictions
   )
@@ -231,7 +238,7 @@ def test_correlations_are_those_of_numpy(seed):
   assert classification_metrics.pearson(targets, predictions) == pytest.approx(
     expected
   )
-  # For two classes Matthews' correlation is Pearson's.
+  # For two classes Matthews' correlation equals Pearson's.
   targets, predictions = targets % 2, predictions % 2
   assert classification_metrics.matthews_correlation(
     targets, predictions

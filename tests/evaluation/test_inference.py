@@ -1,4 +1,4 @@
-"""Generating for many inputs: order, shapes, trimming, number of programs."""
+"""Tests generation for many inputs: order, shapes, trimming, compilations."""
 
 import functools
 
@@ -62,7 +62,8 @@ def test_outputs_come_in_the_order_of_the_inputs():
   inputs = make_inputs([2, 9, 4, 5, 3, 7, 2, 8])
   seen = []
   generations = generator(inputs, seen.append)
-  # Lengths 9 8 7 | 5 4 3 | 2 2: three batches, the last with one row filled up.
+  # Sorted by length, the batches are 9 8 7, 5 4 3 and 2 2; one row of the last
+  # batch is filled up.
   assert seen == [3, 6, 8]
   assert len(generations.tokens) == 8 and generations.scores.shape == (8,)
   for i, tokens in enumerate(inputs):
@@ -118,7 +119,7 @@ def test_sampling_is_deterministic_and_depends_on_the_seed():
   ]
   lists = [[row.tolist() for row in run.tokens] for run in runs]
   assert lists[0] == lists[1] != lists[2]
-  # Equal rows of different batches draw from different keys.
+  # Equal inputs in different batches draw from different keys.
   equal = make_generator(strategy=strategy)([inputs[0]] * 6)
   rows = [row.tolist() for row in equal.tokens]
   assert rows[:3] != rows[3:]
@@ -130,7 +131,8 @@ def test_no_inputs_give_no_outputs():
 
 
 def test_texts_in_texts_out():
-  # Bytes 3.. of a vocabulary that the model has only the beginning of.
+  # The model has only the first ids of the byte vocabulary, so these texts use
+  # the first bytes.
   vocabulary = byte_vocabulary.ByteVocabulary(extra_ids=0)
   texts = ['\x01\x02', '\x05', '\x07\x08\x09']
   generator = make_generator()

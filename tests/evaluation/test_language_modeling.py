@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte, of models whose probabilities are known."""
+"""Tests perplexity and bits per byte of models with known probabilities."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ class _Config:
 
 
 class _Known(nn.Module):
-  """A token has probability 1/2 if it is the one before plus one, else even."""
+  """A model that expects the last id plus 1 with 1/2, and the others equally."""
 
   config: _Config = _Config()
 
@@ -49,15 +49,16 @@ def _cache(tmp_path, text=TEXT):
 
 
 def test_numbers_by_hand(tmp_path):
-  # Tokens: a ␣ b EOS EOS a b c ␣ d EOS. After a comes b, after b comes c in
-  # `abc`: 2 of 11 tokens have probability 1/2, in windows of 11.
+  # The tokens are a ␣ b EOS EOS a b c ␣ d EOS. Only b after a and c after b, in
+  # `abc`, have probability 1/2: 2 of 11 tokens in a window of 11.
   score = language_modeling.score_text(
     _Known(), {}, _cache(tmp_path), batch_size=2, length=11
   )
   other = -math.log(0.5 / (BYTES.size - 1))
   nats = 2 * math.log(2) + 9 * other
   assert score.nats == pytest.approx(nats, rel=1e-6)
-  # Words: a, b, end, end, abc, d, end. Bytes: all of the file.
+  # The words are a, b, end, end, abc, d and end. The bytes are those of the
+  # file.
   assert (score.num_tokens, score.num_words, score.num_bytes) == (11, 7, 11)
   values = score.metrics()
   assert values['perplexity'] == pytest.approx(math.exp(score.nats / 11))
@@ -68,7 +69,8 @@ def test_numbers_by_hand(tmp_path):
 
 def test_windows_that_do_not_overlap_lose_what_was_before(tmp_path):
   cache = _cache(tmp_path)
-  # Windows of 6 begin at `b` of abc: only c is expected.
+  # The second window of 6 begins at the b of abc, so b is not expected and only
+  # c is.
   score = language_modeling.score_text(
     _Known(), {}, cache, batch_size=1, length=6
   )
@@ -113,7 +115,7 @@ def _memory_model(**changes):
 
 
 def test_a_memory_that_holds_all_is_one_long_row(tmp_path):
-  """One block deep, so that a token sees no further than its memory."""
+  """The model has one block, so a token sees no further than its memory."""
   cache = _cache(tmp_path, 'the dog and the fox, the fox and the cat\n')
   model, params = _memory_model(memory_length=100)
   score = language_modeling.score_text(
@@ -125,7 +127,7 @@ def test_a_memory_that_holds_all_is_one_long_row(tmp_path):
   )
   assert score.num_tokens == expected.num_tokens == 41
   assert score.nats == pytest.approx(expected.nats, rel=1e-5)
-  # Without it the text is another to the model.
+  # Without a memory the model sees less, so the cost differs.
   none = language_modeling.score_text(
     model,
     params,

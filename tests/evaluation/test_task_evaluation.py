@@ -1,4 +1,4 @@
-"""Scores, files and recall, with a generator that says what it is told."""
+"""Tests scores, files and recall, with a generator of prepared outputs."""
 
 import json
 import types
@@ -27,7 +27,7 @@ ANSWERS = {
 
 
 class Parrot:
-  """Gives for each input the tokens that were laid down for it."""
+  """A generator that gives for each input the tokens prepared for it."""
 
   max_target_length = 12
 
@@ -62,8 +62,8 @@ def test_scores_by_relation_and_in_total(tmp_path):
     make_parrot(), make_cache(tmp_path / 'cache'), BYTES, progress=seen.append
   )
   assert seen == [4]
-  # Exact: 'A. Lee' and 'Rain'. SQuAD takes New-York for one word, newyork.
-  # F1 of '2 May' with '1 May' is 1/2.
+  # 'A. Lee' and 'Rain' are exact matches. SQuAD reads New-York as the one word
+  # newyork. The F1 of '2 May' with '1 May' is 1/2.
   assert (result.em, result.f1, result.num_questions) == (50.0, 62.5, 4)
   assert result.per_relation == {
     'date': task_evaluation.RelationResult(0.0, 50.0, 1),
@@ -85,7 +85,7 @@ def test_files_and_another_metric(tmp_path):
     metric=text_metrics.trivia_qa,
     output_dir=folder,
   )
-  # TriviaQA takes New-York for two words.
+  # TriviaQA reads New-York as two words, so it matches.
   assert result.em == 75.0
   assert json.loads((folder / 'results.json').read_text()) == {
     'em': 75.0,
@@ -118,7 +118,7 @@ def test_files_and_another_metric(tmp_path):
 
 @pytest.mark.parametrize(
   ('label', 'scores', 'em'),
-  # One of two is right; what is not public cannot be scored.
+  # One of two answers is right. Answers that are not public have no scores.
   [('choice2', {'accuracy': 50.0}, 50.0), ('<unk>', {}, None)],
 )
 def test_a_cache_of_a_task_has_its_scores(tmp_path, label, scores, em):
@@ -163,12 +163,12 @@ def test_the_metric_comes_with_the_cache(tmp_path):
     )
     result = task_evaluation.evaluate_questions(parrot, cache, BYTES)
     assert (result.metric, result.em) == (metric, em)
-    # What is asked for comes first.
+    # A metric that is asked for is used instead of the one of the cache.
     result = task_evaluation.evaluate_questions(
       parrot, cache, BYTES, metric=text_metrics.squad
     )
     assert (result.metric, result.em) == ('squad', 0)
-  # Another metric is another cache.
+  # A cache with another metric is another cache.
   with pytest.raises(ValueError, match='metric'):
     cache_builders.cache_questions([record], tmp_path / 'trivia_qa', BYTES)
 
@@ -192,7 +192,8 @@ def test_caches_that_ask_nothing_are_refused(tmp_path):
 
 
 def test_spans_are_split_at_sentinels_and_eos():
-  # Sentinels are 90..99. The second 99 does not count, nor do 7 and 8.
+  # The sentinels are 90 to 99. The second 99 does not count, nor do the 7
+  # before the first sentinel and the 8 after EOS.
   tokens = np.array([7, 99, 3, 4, 98, 97, 5, 0, 6, 99, 3, 1, 96, 8])
   assert task_evaluation.split_spans(tokens, range(90, 100)) == {
     99: (3, 4),
@@ -205,9 +206,9 @@ MARKS = [BYTES.sentinel_id(i) for i in range(3)]
 
 
 def make_span_case():
-  """Two examples with 2 and 1 spans, a row of padding, and what is generated.
+  """Two examples with 2 and 1 spans, a row of padding, and generated outputs.
 
-  Right are 'ab' and '1987'; 'cd' is generated one token too long.
+  'ab' and '1987' are right; 'cd' is generated with one token too many.
   """
   targets = [
     [MARKS[0], *BYTES.encode('ab'), MARKS[1], *BYTES.encode('cd'), 1],
@@ -217,7 +218,7 @@ def make_span_case():
   inputs = [[10, MARKS[0], 11, MARKS[1], 1], [12, MARKS[0], 1], []]
   generated = [
     [MARKS[0], *BYTES.encode('ab'), MARKS[1], *BYTES.encode('cde'), 1],
-    # Without EOS, but with another sentinel.
+    # This output has no EOS, but another sentinel ends its span.
     [MARKS[0], *BYTES.encode('1987'), MARKS[2], 50],
   ]
   pad = lambda rows, length: np.stack(

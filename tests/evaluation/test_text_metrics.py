@@ -1,4 +1,4 @@
-"""Text metrics: by hand, and against the numbers of three references."""
+"""Tests text metrics by hand, and against the numbers of three references."""
 
 import gzip
 import json
@@ -23,11 +23,11 @@ _TRIVIA_QA = text_metrics.normalize_trivia_qa
 @pytest.mark.parametrize(
   'text, squad, trivia_qa',
   [
-    # Articles go, but not inside words; blanks of any kind are one blank.
+    # Articles are removed, but not inside words. Blanks of any kind become one.
     ('The  theatre\tof a Man', 'theatre of man', 'theatre of man'),
     ('New-York', 'newyork', 'new york'),
     ('1,000', '1000', '1 000'),
-    # "a" of U.S.A. becomes a word, then an article, for TriviaQA only.
+    # Only for TriviaQA the "a" of U.S.A. becomes a word, and so an article.
     ('U.S.A.', 'usa', 'u s'),
     ('O’Brien', 'o’brien', 'o brien'),
     ('“quoted”', '“quoted”', '“quoted”'),
@@ -41,9 +41,9 @@ def test_normalisation(text, squad, trivia_qa):
 
 
 def test_f1_counts_each_common_word_once():
-  # Common: one "yes", one "no". Precision 2/3 and recall 2/3.
+  # One "yes" and one "no" are common: precision and recall are both 2/3.
   assert text_metrics.f1('yes yes no', ['yes no no']) == pytest.approx(2 / 3)
-  # Precision 1/2, recall 1; the best of the answers counts.
+  # For 'cat' precision is 1/2 and recall is 1. The best of the answers counts.
   assert text_metrics.f1('cat dog', ['fish', 'cat']) == pytest.approx(2 / 3)
 
 
@@ -57,7 +57,8 @@ def test_both_empty_is_zero_in_t5_and_one_in_the_squad_script():
 def test_percentages_over_questions():
   targets = [['New York'], ['Mark Twain', 'Samuel Clemens']]
   predictions = ['New-York', 'Samuel']
-  # SQuAD: 0 and F1 2/3 of the second; TriviaQA: the first one is right too.
+  # In SQuAD neither answer is exact, and the second has an F1 of 2/3. In
+  # TriviaQA the first one is exact.
   squad = text_metrics.squad(targets, predictions)
   assert squad == pytest.approx({'em': 0.0, 'f1': 100 / 3})
   trivia_qa = text_metrics.trivia_qa(targets, predictions)

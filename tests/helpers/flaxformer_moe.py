@@ -1,8 +1,8 @@
-"""Where flaxformer's mixture of experts does otherwise, for comparison.
+"""The parts in which flaxformer's mixture of experts differs, for comparison.
 
-Source: google/flaxformer at 399ea3a, architectures/moe. With these three, a
-MoeLayer gives flaxformer's numbers; `TokensChoose.routes_padding` and
-`ExpertsChoose.routes_padding` are the rest of its ways with padding.
+Source: google/flaxformer at 399ea3a, architectures/moe. With these classes a
+MoeLayer gives flaxformer's numbers. `TokensChoose.routes_padding` and
+`ExpertsChoose.routes_padding` do the rest of what it does with padding.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from mowe.layers.routers import router_losses
 
 @dataclasses.dataclass(frozen=True)
 class FlaxformerCapacity(capacity_dispatch.CapacityDispatch):
-  """Capacity that does not grow with the choices of a token.
+  """A capacity that does not grow with the number of choices of a token.
 
-  flaxformer's experts choose as many tokens as they have slots: there, give
-  ExpertsChoose the same factor.
+  In flaxformer experts choose as many tokens as they have slots. For this case,
+  give ExpertsChoose the same factor.
   """
 
   def check(self, router, groups) -> None:
@@ -35,9 +35,9 @@ class FlaxformerCapacity(capacity_dispatch.CapacityDispatch):
 
 @dataclasses.dataclass(frozen=True)
 class FlaxformerLosses(router_losses.RouterLosses):
-  """Losses that divide by all tokens; balance is k at its best.
+  """Losses that are divided by the number of all tokens; the best balance is k.
 
-  Padding counts as a token with equal logits in the z-loss.
+  In the z-loss padding counts as a token with equal logits.
   """
 
   def sums(self, logits, probs, num_chosen, is_valid) -> dict[str, jax.Array]:
@@ -56,11 +56,12 @@ class FlaxformerLosses(router_losses.RouterLosses):
 
 @dataclasses.dataclass(frozen=True)
 class FlaxformerGroups:
-  """At least as many groups as experts, and zero tokens that are routed.
+  """Makes at least as many groups as experts; tokens that fill them are routed.
 
   Attributes:
-    size: tokens of a group at most.
-    num_experts: experts of the layer, times their copies on other devices.
+    size: maximum number of tokens of a group.
+    num_experts: number of experts of the layer, times their copies on other
+      devices.
 
   Raises:
     ValueError: no number of groups divides the tokens.
@@ -72,7 +73,7 @@ class FlaxformerGroups:
   routes_filling = True
 
   def num_groups(self, batch: int, length: int) -> int:
-    """Groups of [batch, length] tokens and what is added to them."""
+    """The number of groups for [batch, length] tokens and those added."""
     num_tokens = math.prod(self._padded(batch, length))
     least = max(num_tokens // self.size, self.num_experts)
     for number in range(least, num_tokens + 1):
@@ -94,12 +95,12 @@ class FlaxformerGroups:
     return padded.reshape(num_groups, -1, *array.shape[2:])
 
   def merge(self, groups: jax.Array, batch: int, length: int) -> jax.Array:
-    """Inverse of `split`, without what was added."""
+    """Inverse of `split`; what was added is removed."""
     padded = groups.reshape(*self._padded(batch, length), *groups.shape[2:])
     return padded[:batch, :length]
 
   def single(self) -> 'FlaxformerGroups':
-    """The same: flaxformer's groups join sequences in evaluation, too."""
+    """Returns itself, as flaxformer also joins sequences in evaluation."""
     return self
 
   def _padded(self, batch, length):

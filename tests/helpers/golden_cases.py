@@ -1,7 +1,7 @@
-"""Reads cases of golden arrays and compares with them.
+"""Reads cases of golden arrays, and compares computed arrays with them.
 
-The options of a case come from the JSON file beside the arrays alone, so that
-any folder in that format will do: `pytest tests/parity --golden_dir=DIR`.
+All options of a case come from the JSON file beside the arrays. So the tests
+run on any folder in that format: `pytest tests/parity --golden_dir=DIR`.
 """
 
 import functools
@@ -14,7 +14,7 @@ import pytest
 
 
 def parametrize(metafunc, name, kinds):
-  """One test per case of these kinds; one that skips without the file."""
+  """Makes a test for each case of these kinds; without the file, one skips."""
   path = metafunc.config.parity_dir / f'{name}.json'
   if not path.is_file():
     reason = f'needs {path}; name its folder with --golden_dir'
@@ -27,14 +27,22 @@ def parametrize(metafunc, name, kinds):
 
 
 def read(folder, name):
-  """What the JSON file says, and all arrays."""
+  """The content of the JSON file, and all arrays by name."""
   with np.load(folder / f'{name}.npz') as arrays:
     arrays = dict(arrays)
   return json.loads((folder / f'{name}.json').read_text()), arrays
 
 
 def values_and_gradients(options, run, params, cotangents=None):
-  """What `run` finds, with the objectives, and their gradients by name."""
+  """The outputs of `run` with the objectives, and their gradients by name.
+
+  Args:
+    options: the options of a case.
+    run: maps parameters to a dict of outputs.
+    params: the parameters.
+    cotangents: a cotangent of each output. Their sum of products is the
+      objective if `run` does not return its value.
+  """
   objectives = {
     name: weights
     for name, weights in options['objectives'].items()
@@ -61,7 +69,7 @@ def values_and_gradients(options, run, params, cotangents=None):
 
 
 def load(golden, case):
-  """Options and arrays by role, and what compares found arrays with them."""
+  """The options of a case, its given arrays, and a function that compares."""
   document, arrays = golden
   options = document['cases'][case]
   read = lambda roles: {role: arrays[name] for role, name in roles.items()}
@@ -104,9 +112,9 @@ def load(golden, case):
 
 
 def in_order(slots):
-  """Slots of the last axis by their index; those of weight 0 come last.
+  """Sorts slots along the last axis by index; those of weight 0 come last.
 
-  `slots` are an array of indices, and perhaps one of weights.
+  `slots` has an array of indices, and may have one of weights.
   """
   index, *weights = sorted(slots.values(), key=lambda x: x.dtype.kind != 'i')
   if weights:

@@ -1,4 +1,4 @@
-"""Parts of a layer, its parameters and its loss, from a case's options."""
+"""Makes parts, parameters and the loss of a layer from options of a case."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ _ACTIVATIONS = {'gelu_tanh': 'gelu', 'relu': 'relu', 'silu': 'silu'}
 
 
 def visible(options, keep=None):
-  """<bool>[batch, 1, query, key]; queries stand at the last keys."""
+  """<bool>[batch, 1, query, key]; the queries have the places of last keys."""
   assert options['causal'] and options['remainder'] == 'dropped'
   num_queries = options.get('query_length', options.get('length'))
   num_keys = options.get('key_length', num_queries)
@@ -28,7 +28,7 @@ def visible(options, keep=None):
 
 
 def parts(options):
-  """The router and how its losses are formed."""
+  """The router of a case, and the class that computes its losses."""
   router = tokens_choose.TokensChoose(
     options['k'], renormalize=options['renormalize_gates']
   )
@@ -48,7 +48,7 @@ def logits(options):
 
 
 def router_tree(params, prefix=''):
-  """Parameters of the module `router` for a case's parameters."""
+  """The parameters of the layer's `router` from those of a case."""
   own = {
     name.removeprefix(prefix): value
     for name, value in params.items()
@@ -72,7 +72,7 @@ def router_tree(params, prefix=''):
 
 
 def mlp_fields(options, num_tokens):
-  """Fields of the MoeLayer."""
+  """Fields of the MoeLayer of a case."""
   router, losses = parts(options)
   return {
     'num_experts': options['num_modules'],
@@ -88,7 +88,7 @@ def mlp_fields(options, num_tokens):
 
 
 def mlp_tree(params, prefix=''):
-  """Parameters of the MoeLayer."""
+  """Parameters of the MoeLayer of a case."""
   expert = {
     'wi': {'kernel': params[f'{prefix}w_in']},
     'wo': {'kernel': params[f'{prefix}w_out']},
@@ -100,7 +100,7 @@ def mlp_tree(params, prefix=''):
 
 
 def attention_fields(options, num_tokens):
-  """Fields of the mixture of heads that config and stack do not give."""
+  """Fields of the mixture of heads, without those that config and stack set."""
   router, losses = parts(options)
   return {
     'num_experts': options['num_modules'],
@@ -110,13 +110,13 @@ def attention_fields(options, num_tokens):
     'groups': token_groups.TokenGroups(num_tokens),
     'use_bias': not options['identity_kv'],
     'identity_memory': options['identity_kv'],
-    # What sees nothing is routed all the same, unless it is skipped.
+    # Queries that see no key are routed all the same, unless they are skipped.
     'routes_padding': options.get('keep_mask') != 'skip',
   }
 
 
 def attention_tree(params, prefix='att_'):
-  """Parameters of the mixture of heads."""
+  """Parameters of the mixture of heads of a case."""
   tree = {
     'router': router_tree(params, prefix),
     'expert': {
@@ -135,11 +135,12 @@ def attention_tree(params, prefix='att_'):
 
 
 class Seen:
-  """What went through routers and attentions while it was looked at.
+  """Records the logits of routers and the weights of attentions.
 
   Attributes:
-    logits: of each router, in order.
-    weights: of each attention, <float>[batch, selected, heads, query, key].
+    logits: the logits of each router, in the order of the calls.
+    weights: the weights of each attention,
+      <float>[batch, selected, heads, query, key].
   """
 
   def __init__(self):
@@ -153,10 +154,10 @@ class Seen:
 
 
 class Weighing(inner_attention.StickBreaking):
-  """Keeps the weights that it has given to keys.
+  """Stick-breaking attention that records the weights which it gives to keys.
 
   Attributes:
-    seen: where they are kept.
+    seen: the Seen that holds the weights.
   """
 
   def __init__(self, seen):
@@ -174,11 +175,11 @@ class Weighing(inner_attention.StickBreaking):
 
 
 def choices(options, router_logits, shape, keep=None):
-  """top_idx, top_gates and probs of tokens [batch, length]."""
+  """The arrays top_idx, top_gates and probs for tokens [batch, length]."""
   is_valid = jnp.ones(shape, bool)
   if options.get('keep_mask') == 'skip':
     is_valid = keep > 0
-  # One group, as the layers of the cases have.
+  # There is one group, as in the layers of the cases.
   groups = token_groups.TokenGroups(shape[0] * shape[1])
   is_valid = groups.split(is_valid, False)
   router, _ = parts(options)

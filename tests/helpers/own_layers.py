@@ -1,4 +1,4 @@
-"""Layers as a user writes them in a module of their own."""
+"""Layers as users write them in a module of their own."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from mowe.layers import feed_forward_base
 
 
 class PlainFeedForward(nn.Module):
-  """A Linen module that knows nothing of this package."""
+  """A Linen module that does not use this package."""
 
   hidden: int = 9
   dropout_rate: float = 0.0
@@ -24,7 +24,7 @@ class PlainFeedForward(nn.Module):
 
 
 class ByParity(feed_forward_base.FeedForward):
-  """Adds one of two vectors to a token, by its id."""
+  """Adds one of two vectors to a token, one for odd ids and one for even."""
 
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
@@ -45,6 +45,6 @@ class ByParity(feed_forward_base.FeedForward):
 
 
 class LooksAhead(ByParity):
-  """Says of itself that it looks ahead."""
+  """A layer that declares that it looks ahead."""
 
   looks_ahead = True

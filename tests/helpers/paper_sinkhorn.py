@@ -1,4 +1,4 @@
-"""Sinkhorn as the code of sigma-MoE's paper has it, for comparison."""
+"""Sinkhorn as in the code of sigma-MoE's paper, for comparison."""
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +7,17 @@ from mowe.layers.routers import sinkhorn_choose
 
 
 class PaperSinkhornChoose(sinkhorn_choose.SinkhornChoose):
-  """S-BASE as it was measured in arXiv 2310.10837.
+  """S-BASE as the paper measured it, arXiv 2310.10837.
 
-  Its updates subtract the potentials that the assignment adds, so that the
-  iteration does not converge: loads are balanced loosely, and after some 20
-  iterations of large logits all tokens prefer expert 0.
+  Its updates subtract the potentials that the assignment adds. So the iteration
+  does not converge: loads are balanced loosely, and with large logits all
+  tokens prefer expert 0 after some 20 iterations.
 
   Source: https://github.com/RobertCsordas/moe at 6b175aa.
   """
 
   def log_assignment(self, logits: jax.Array, is_valid: jax.Array) -> jax.Array:
-    """Logarithms of what that code ranks experts by."""
+    """The logarithms by which that code ranks the experts."""
     is_real = is_valid[:, :, None]
     num_real = jnp.sum(is_real, axis=1, keepdims=True)
     num_experts = logits.shape[-1]

@@ -1,4 +1,4 @@
-"""All shipped models that are small enough to run, as gin files make them."""
+"""Makes all shipped models that are small enough to run from gin files."""
 
 import dataclasses
 import functools
@@ -19,16 +19,16 @@ NAMES = sorted(
   for path in _FOLDER.glob('*.gin')
   if path.stem.endswith(('_tiny', '_mini'))
 )
-# Ids of bytes; 0 is padding and 1 the end.
+# The model reads the ids of bytes; 0 is padding and 1 is EOS.
 VOCAB = 384
 
 
 def make(name, folder):
-  """A model and its variables, with routers that crowd tokens together.
+  """Makes a model, and parameters whose routers crowd tokens together.
 
   Args:
     name: one of NAMES.
-    folder: where a routing vocabulary may lie.
+    folder: a folder for the routing vocabulary.
 
   Returns:
     The Linen module without dropout, and {'params': ...}.
@@ -55,12 +55,13 @@ def make(name, folder):
 
 
 def _draw(rng, path, leaf):
-  """A random parameter; to draw it as the model does takes long to compile."""
+  """Draws a parameter; compiling the model's own initializers takes longer."""
   name = jax.tree_util.keystr(path, simple=True, separator='/')
   if name.endswith('scale'):
     return jnp.ones(leaf.shape)
-  # Logits of routers far apart: many tokens want the same expert. Not their
-  # hidden units, which would also make each rounding error 50 times as large.
+  # Logits of routers are far apart, so that many tokens want the same expert.
+  # The hidden units of routers stay small, as they would make each rounding
+  # error 50 times as large.
   is_last = 'router_weights' in name and 'hidden' not in name
   size = 3.0 if is_last else 1.0
   rows = leaf.shape[-2] if len(leaf.shape) > 1 else 100
@@ -68,15 +69,15 @@ def _draw(rng, path, leaf):
 
 
 def make_batch(config, seed, batch, inputs, length):
-  """Random tokens as a dict by T5X's keys; every other row is packed."""
+  """Random tokens under T5X's keys; every other row is packed."""
   rng = np.random.default_rng(seed)
   draw = lambda *shape: rng.integers(3, 259, shape).astype(np.int32)
   segments = np.ones((batch, length), np.int32)
   segments[::2, length // 3 :] = 2
-  # Padding at the end of a row.
+  # The last row ends with padding.
   targets = draw(batch, length)
   targets[-1, -2:] = segments[-1, -2:] = 0
-  # A model with a memory reads running text: nothing is packed.
+  # A model with a memory reads running text, which is not packed.
   is_packed = not config.memory_length
   made = with_targets(
     {'decoder_segment_ids': segments} if is_packed else {}, targets
@@ -89,7 +90,7 @@ def make_batch(config, seed, batch, inputs, length):
 
 
 def with_targets(batch, targets):
-  """The batch with other targets, and inputs that are shifted by one."""
+  """Replaces the targets of a batch, and its inputs by the shifted targets."""
   inputs = np.zeros_like(targets)
   inputs[:, 1:] = targets[:, :-1]
   segments = batch.get('decoder_segment_ids')
@@ -103,7 +104,7 @@ def with_targets(batch, targets):
 
 
 def logits_of(model, training):
-  """A jitted (variables, batch) -> logits; training is without dropout."""
+  """A jitted (variables, batch) -> logits; training has no dropout here."""
   config = model.config
 
   def logits(variables, batch):
@@ -125,8 +126,8 @@ def logits_of(model, training):
 def generated(model, max_length):
   """A jitted (variables, inputs, ends) -> tokens and logits of each step.
 
-  Greedy. A row is fed padding from the step `ends` <int32>[batch] on, as rows
-  are that have ended.
+  Decodes greedily. From step `ends` <int32>[batch] on a row is fed padding,
+  like a row that has ended.
   """
 
   def generate(variables, inputs, ends):

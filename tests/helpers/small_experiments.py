@@ -1,4 +1,4 @@
-"""A tiny experiment on the text and questions of small_runs.World."""
+"""A tiny experiment on the text and the questions of small_runs.World."""
 
 import small_runs
 
@@ -24,7 +24,7 @@ WORDS = experiment_data.Words(16, num_words=30, num_skipped=2)
 
 
 def stages(steps=4, finetune_steps=2, **changes):
-  """Pretraining on the text, and finetuning on the questions themselves."""
+  """Stages that pretrain on the text, and finetune on the same questions."""
   lengths = f'TASK_FEATURE_LENGTHS = {small_runs.LENGTHS}'
   common = {'BATCH_SIZE': 8, 'WARMUP_STEPS': 1, 'LOG_PERIOD': 1, **changes}
   common = (lengths, *(f'{k} = {v!r}' for k, v in common.items()))
@@ -44,7 +44,7 @@ def stages(steps=4, finetune_steps=2, **changes):
 
 
 def dense(name='T5', **changes):
-  """A dense model."""
+  """A dense model; `changes` replaces its fields."""
   fields = {
     'gin_files': ('gin_configs/models/t5_tiny.gin',),
     'bindings': SIZES,
@@ -54,7 +54,7 @@ def dense(name='T5', **changes):
 
 
 def words(name='MoWE', **changes):
-  """A model of word experts, with the FLOPs of the dense one."""
+  """A model of word experts with the FLOPs of the dense model."""
   fields = {
     'gin_files': ('gin_configs/models/mowe_tiny.gin',),
     'bindings': (*SIZES, *_SPARSE),
@@ -67,7 +67,7 @@ def words(name='MoWE', **changes):
 
 
 def experiment(world, folder, models=None, **changes):
-  """An experiment in a folder; models: those above."""
+  """An experiment in a folder; without `models` it has the two above."""
   fields = {
     'title': 'Tiny',
     'models': (dense(), words()) if models is None else models,

@@ -24,7 +24,7 @@ from mowe.words import (
 
 NUM_EXPERTS = 16
 LENGTHS = {'inputs': 18, 'targets': 11}
-# Two epochs of the text are about five batches of eight.
+# Two epochs of these texts are about five batches of eight.
 TEXTS = [
   f'{name} of {town} met {other} in the old town and ate a {fruit}.'
   for name, other in (('Zorblat', 'Quimby'), ('Anna', 'Karl'))
@@ -39,7 +39,7 @@ QUESTIONS = [
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Files of a world, and models that fit them."""
+  """The files of a world, and models that fit them."""
 
   folder: pathlib.Path
   vocabulary: base_vocabulary.Vocabulary
@@ -89,8 +89,15 @@ class World:
     }
     return data_config.DataConfig(**(settings | changes))
 
-  def train(self, model_dir, total_steps, **changes) -> Any:
-    """Trains on one device: compiles faster than on eight."""
+  def train(
+    self,
+    model_dir,
+    total_steps,
+    dry_run=False,
+    config_text=None,
+    **changes,
+  ) -> Any:
+    """Trains on one device, as programs for eight take longer to compile."""
     settings = {
       'model': self.config(),
       'vocabulary': self.vocabulary,
@@ -104,8 +111,11 @@ class World:
       'log_period': 2,
       'tensorboard': False,
     }
-    return train_command.train(
+    training = train_command.Training(
       model_dir=str(model_dir), total_steps=total_steps, **(settings | changes)
+    )
+    return train_command.train(
+      training, dry_run=dry_run, config_text=config_text
     )
 
 
@@ -120,12 +130,14 @@ def world(tmp_path_factory) -> World:
     TEXTS, vocabulary, num_words=30, num_experts=NUM_EXPERTS, num_skipped=2
   )
   routing.save(folder / 'routing.npz')
-  for name, kind in (('text', 'text'), ('questions', 'questions')):
+  for name, source in (
+    ('text', cache_task.TextFiles),
+    ('questions', cache_task.QuestionFiles),
+  ):
     cache_task.cache_task(
       folder / 'cache' / name,
       str(path),
-      files=[str(folder / f'{name}.jsonl')],
-      kind=kind,
+      source(files=[str(folder / f'{name}.jsonl')]),
       num_workers=1,
     )
   return World(folder, vocabulary, routing)

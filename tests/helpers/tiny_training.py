@@ -19,13 +19,13 @@ VOCAB, EXPERTS = 32, 12
 
 @dataclasses.dataclass(frozen=True)
 class FixedRouting:
-  """Stands for a routing vocabulary: the tests' batches have their ids."""
+  """Stands for a routing vocabulary; the tests make routing ids themselves."""
 
   num_experts: int = EXPERTS
 
 
 def make_config(sparse=True, **changes):
-  """Every size is another one, and all divide among up to four devices."""
+  """All sizes differ, and those that are sharded divide over four devices."""
   sparse_parts = {}
   if sparse:
     sparse_parts = {
@@ -52,7 +52,7 @@ def make_config(sparse=True, **changes):
 def make_batch(seed=0, absent=()):
   """Rows of uneven lengths, one of them without any target.
 
-  Experts in `absent` do not occur; `EXPERTS` marks tokens without one.
+  Experts in `absent` do not occur; the id `EXPERTS` marks tokens without one.
   """
   rng = np.random.default_rng(seed)
 
@@ -85,7 +85,7 @@ def stream_ids(batch):
   return {name: batch[f'{name}_routing_ids'] for name in ('encoder', 'decoder')}
 
 
-# Two size classes hold any batch: few classes compile in a few seconds.
+# Two size classes hold any batch, and compile within a few seconds.
 _STREAM = batch_plans.ClassSizes(((4, EXPERTS), (BATCH * INPUTS, EXPERTS)))
 _PROFILE = batch_plans.CapacityProfile(
   (('encoder', _STREAM), ('decoder', _STREAM)),
@@ -102,7 +102,7 @@ def make_plan(batch, num_microbatches=1):
 
 
 def jit(function, **settings):
-  """`jax.jit` that compiles in half the time, to slower code."""
+  """`jax.jit` that compiles in half the time, to slower programs."""
   return jax.jit(
     function,
     compiler_options={
@@ -123,12 +123,12 @@ def make_state(model, optimizer, row_optimizer, seed=0):
 
 
 def copy(state):
-  """A copy that may be donated."""
+  """A copy of the arrays, which may be donated."""
   return jax.tree.map(jnp.array, state)
 
 
 def assert_close(actual, expected, tolerance):
-  """Compares trees; `tolerance` is relative to each array's maximum."""
+  """Compares trees; `tolerance` is relative to the maximum of each array."""
   actual, expected = jax.device_get((actual, expected))
   expected_leaves = jax.tree_util.tree_leaves_with_path(expected)
   assert jax.tree.structure(actual) == jax.tree.structure(expected)

@@ -1,4 +1,4 @@
-"""Models in and out: bit for bit, and complete or not at all."""
+"""Tests Hugging Face checkpoints: same bits, complete or not written at all."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def t5_folder(golden_dir):
 
 
 def _params(config, dtype=np.float32):
-  """Other numbers everywhere, which `dtype` holds."""
+  """Parameters without two equal numbers, all of which `dtype` can hold."""
   shapes = jax.eval_shape(
     lambda key: parameters.initial_variables(t5.T5(config), key),
     jax.random.key(0),
@@ -119,7 +119,7 @@ def test_bfloat16_in_parts(golden, tmp_path):
   )
   again, read = huggingface.load(tmp_path / 'a')
   _assert_same(read, rounded)
-  # Nothing is rounded twice.
+  # What was rounded to bfloat16 once is not changed by rounding again.
   huggingface.save(tmp_path / 'b', again, read, dtype='bfloat16')
   _assert_same(
     safetensors_format.read(tmp_path / 'b' / 'model.safetensors'), tensors
@@ -180,7 +180,7 @@ def test_a_switch_with_biases_comes_back(is_tied, tmp_path):
     tensors[f'{block}.router.classifier.bias'],
     mlp['router']['router_weights']['w']['bias'],
   )
-  # Tied, transformers writes one array; untied it has four.
+  # If embeddings are tied transformers writes one array, otherwise four.
   copies = {'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight'}
   names = copies | {'lm_head.weight', 'shared.weight'}
   expected = {'shared.weight'} if is_tied else names
@@ -188,7 +188,7 @@ def test_a_switch_with_biases_comes_back(is_tied, tmp_path):
 
 
 def _copy(source, target, change=None, drop=(), add=None):
-  """A checkpoint with other tensors, or another config."""
+  """A copy of a checkpoint with other tensors or another config."""
   described = json.loads((source / 'config.json').read_text())
   target.mkdir()
   (target / 'config.json').write_text(json.dumps(described | (change or {})))
@@ -246,11 +246,11 @@ def test_experts_that_are_missing_are_listed(golden_dir, tmp_path):
   more = {name.replace('_2', '_7'): np.zeros((48, 32), np.float32)}
   with pytest.raises(ValueError, match='too many: .*expert_7.wi.weight. Take'):
     huggingface.load(_copy(folder, tmp_path / 'b', add=more))
-  # Separate embeddings are ones that we do not have.
+  # Our models share the embedding of both stacks, so separate ones are refused.
   other = {'encoder.embed_tokens.weight': np.zeros((96, 32), np.float32)}
   with pytest.raises(ValueError, match='embed_tokens.weight must equal shared'):
     huggingface.load(_copy(folder, tmp_path / 'c', add=other))
-  # transformers ties no Switch whose config does not say so.
+  # transformers does not tie a Switch unless its config says so.
   with pytest.raises(ValueError, match='missing: lm_head.weight. Take'):
     huggingface.load(_copy(folder, tmp_path / 'd', drop=['lm_head.weight']))
 
@@ -268,7 +268,7 @@ def test_scaled_logits_need_a_tied_head(t5_folder, tmp_path):
 
 @pytest.mark.parametrize('kept', ['shared.weight', 'lm_head.weight'])
 def test_without_scaling_one_array_is_read_for_both(kept, t5_folder, tmp_path):
-  """transformers 5 ties every T5 with one array, whichever it is."""
+  """transformers 5 ties every T5, and may write either of the tied arrays."""
   both = {'shared.weight', 'lm_head.weight'}
   folder = _copy(
     t5_folder,
@@ -297,7 +297,7 @@ def test_copies_and_what_no_model_reads_may_be_there(t5_folder, tmp_path):
   _, expected = huggingface.load(t5_folder)
   _, actual = huggingface.load(_copy(t5_folder, tmp_path / 'a', add=more))
   _assert_same(actual, expected)
-  # Some checkpoints have the embedding under its other names only.
+  # Some checkpoints have the embedding only under its other names.
   folder = _copy(t5_folder, tmp_path / 'b', add=more, drop=['shared.weight'])
   _assert_same(huggingface.load(folder)[1], expected)
 

@@ -1,4 +1,4 @@
-"""config.json to T5Config and back, and what cannot be read or described."""
+"""Tests config.json to T5Config and back, and what cannot be represented."""
 
 import dataclasses
 import functools
@@ -55,18 +55,18 @@ def test_sizes():
   assert huggingface_config.make_config(_T5).num_decoder_layers == 4
 
 
-# Released sizes: what config.json of each says, and what follows from it.
+# For each released model, the content of its config.json and what follows.
 @pytest.mark.parametrize(
   ('described', 'activations', 'is_tied'),
   [
-    # T5 1.0 and 1.1 as released: neither names what transformers 5 adds.
+    # T5 1.0 and 1.1 were released without the fields that transformers 5 adds.
     ({'vocab_size': 32128}, ('relu',), True),
     (
       {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False},
       ('gelu', 'linear'),
       False,
     ),
-    # 1.1, and a T5 1.0, as transformers 5 writes them.
+    # These are T5 1.1 and a T5 1.0 as transformers 5 writes them.
     (
       {
         'feed_forward_proj': 'gated-gelu',
@@ -83,14 +83,14 @@ def test_sizes():
       ('relu',),
       True,
     ),
-    # mT5: transformers 5 says that it is tied, and never scales.
+    # For mT5, transformers 5 says that it is tied, but it never scales logits.
     ({'model_type': 'mt5', 'vocab_size': 250112}, ('gelu', 'linear'), False),
     (
       {'model_type': 'mt5', 'tie_word_embeddings': True},
       ('gelu', 'linear'),
       False,
     ),
-    # ByT5: a decoder of a third of the encoder's depth.
+    # In ByT5 the decoder has a third of the encoder's depth.
     (
       {
         'vocab_size': 384,
@@ -126,7 +126,7 @@ def test_a_config_of_switch():
   layer, _ = config.make_sparse_layers()
   assert layer.activations == config.mlp_activations == ('relu',)
   assert (layer.num_experts, layer.expert_dim) == (4, 7)
-  # transformers' default.
+  # This is the default of transformers.
   assert layer.routing.jitter == 0.01
 
 
@@ -140,7 +140,8 @@ def test_sparse_blocks(depth, step, expected):
 
 @pytest.mark.parametrize(
   ('number', 'expected'),
-  # 5 // 2 = 2, and a step of the whole depth leaves the second block.
+  # 2 sparse layers of 5 blocks have a step of 5 // 2 = 2. For 0 the step is the
+  # whole depth, which makes the second block sparse.
   [(5, (0, 1, 2, 3, 4)), (2, (1, 3)), (0, (1,)), (None, (0, 1, 2, 3, 4))],
 )
 def test_a_step_that_is_not_saved_follows_from_the_number(number, expected):
@@ -169,7 +170,7 @@ def test_a_switch_without_experts_is_dense():
     ({'is_encoder_decoder': False}, 'must be True, but is False'),
     ({'router_dtype': 'bfloat16'}, 'must be float32, but is bfloat16'),
     ({'dense_act_fn': 'gelu'}, "but is 'gelu'. A checkpoint"),
-    # transformers builds no gated Switch either.
+    # transformers does not build a gated Switch either.
     ({'dense_act_fn': 'gated-gelu'}, "but is 'gated-gelu'. A checkpoint"),
     ({'d_model': None}, 'd_model of .* from 1 to 16777216, but is None. Take'),
     ({'d_ff': '7'}, "d_ff of .* but is '7'. Take"),
@@ -222,7 +223,7 @@ def test_the_description_is_that_of_transformers(name, golden_dir):
   actual = huggingface_config.describe(
     huggingface_config.make_config(expected), 'bfloat16'
   )
-  # Of who wrote the file.
+  # This field names the version that wrote the file.
   del expected['transformers_version']
   assert actual == expected | {'dtype': 'bfloat16'}
 
@@ -231,7 +232,8 @@ def test_the_description_is_that_of_transformers(name, golden_dir):
   'change',
   [
     {},
-    # As above, but in a stack of its own depth; then none in one stack.
+    # Here the encoder is much deeper than the decoder, and in the next case the
+    # decoder has no sparse layers.
     {'num_layers': 12, 'encoder_sparse_step': 4},
     {'decoder_sparse_step': 0},
     {'encoder_sparse_step': 1, 'router_bias': True, 'router_jitter_noise': 0.5},

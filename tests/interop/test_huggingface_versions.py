@@ -1,4 +1,4 @@
-"""Tied and untied versions of T5 against what transformers 5 computes."""
+"""Tests tied and untied versions of T5 against transformers 5."""
 
 import flax
 import numpy as np
@@ -36,7 +36,7 @@ def test_logits_and_tensors(name, golden_dir, tmp_path):
   after = safetensors_format.read(tmp_path / 'again' / 'model.safetensors')
   for tensor, value in before.items():
     np.testing.assert_array_equal(after[tensor], value)
-  # Without scaling, our logits have a kernel of their own.
+  # If logits are not scaled, our model has a kernel of its own for them.
   is_split = name in _TIED and name not in _SCALED
   assert set(after) - set(before) == ({'lm_head.weight'} if is_split else set())
   again, read = huggingface.load(tmp_path / 'again')

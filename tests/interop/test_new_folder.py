@@ -1,4 +1,4 @@
-"""New folders are there whole or not at all."""
+"""Tests that a new folder is there completely or not at all."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ def test_nothing_is_left_of_writers_that_go_on(tmp_path):
       time.sleep(0.001)
 
   def write_until_done(folder):
-    # As removing races with it.
+    # The other process may remove the folder at any moment.
     end = time.monotonic() + 0.3
     while time.monotonic() < end:
       try:

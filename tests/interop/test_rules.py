@@ -1,4 +1,4 @@
-"""A table of rules by hand, in both directions."""
+"""Tests a small table of rules in both directions."""
 
 import re
 
@@ -19,7 +19,8 @@ _RULES = (
 )
 
 _KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
-# Ten experts: in order of their numbers, and not of their names.
+# There are more than ten experts, so that the order of numbers is not that of
+# names.
 _EXPERTS = np.arange(11 * 4 * 5, dtype=np.float32).reshape(11, 4, 5)
 
 _THEIRS = {

@@ -1,4 +1,4 @@
-"""Folders: whole, in parts, incomplete, hostile; and written or not at all."""
+"""Tests folders of safetensors: whole, in parts, incomplete, or hostile."""
 
 import json
 import os
@@ -44,7 +44,8 @@ def test_one_file(tmp_path):
 
 
 def test_parts_with_an_index(tmp_path):
-  # a and b take 20 and 24 bytes: 40 hold b and c, 16 bytes, together.
+  # a, b and c have 20, 24 and 16 bytes, so a file of 40 bytes holds b and c
+  # together.
   folder = _write(tmp_path / 'model', max_file_bytes=40)
   first = 'model-00001-of-00002.safetensors'
   second = 'model-00002-of-00002.safetensors'

@@ -1,4 +1,4 @@
-"""The format by hand, against the package, and damaged in every way."""
+"""Tests the format by hand, against its package, and with damaged files."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def _assert_same(actual, expected):
 
 def test_written_bytes_by_hand(tmp_path):
   file = tmp_path / 'x.safetensors'
-  # A transpose is written in the order of its own rows.
+  # A transposed view must be written in the order of its own rows.
   safetensors_format.write(
     file, {'w': np.asarray([[1, 3], [2, 4]], np.float32).T}
   )
@@ -189,7 +189,8 @@ def test_a_pickle_with_another_name_is_refused(content, kind, tmp_path):
 
 def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
   file = tmp_path / 'x.safetensors'
-  # 0x0280 bytes: the file starts with the bytes 80 02 of pickle's protocol 2.
+  # The header has 0x0280 bytes, so the file starts with the bytes 80 02, as a
+  # pickle of protocol 2 does.
   header = json.dumps({'w': _entry(0, 8)}).encode().ljust(0x280)
   file.write_bytes(_file(header, bytes(8)))
   assert file.read_bytes()[:2] == b'\x80\x02'

@@ -1,4 +1,4 @@
-"""Feed-forwards that users bring along: trained, saved, read again, refused."""
+"""Tests layers of users: they are trained, saved, read again, or refused."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def _config(world, layer):
 
 @pytest.fixture
 def trusted(monkeypatch):
-  """Trusts the module of the layers until the end of a test."""
+  """Trusts the module with the layers until the test ends."""
   monkeypatch.setattr(saved_config, '_trusted', set())
   saved_config.trust('own_layers')
 

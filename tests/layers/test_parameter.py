@@ -1,4 +1,4 @@
-"""Declaring a parameter: what Linen sees, and the recipe that is left."""
+"""Tests the declaration of parameters: Linen's view of it, and the recipe."""
 
 import flax
 import jax

@@ -1,4 +1,4 @@
-"""TopKFeedForward by hand and against float64."""
+"""Tests TopKFeedForward by hand and against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +51,20 @@ def test_any_numbers_are_ranked_as_by_sorting():
   units, k = 37, 11
   rng = np.random.default_rng(0)
   ranks = rng.normal(size=(6, units)) * 10.0 ** rng.integers(-30, 30, (6, 1))
-  # Many ties, infinities, and the smallest numbers.
+  # These rows have many ties, infinities, and very small numbers.
   ranks[0] = rng.integers(-2, 3, units)
   ranks[1, :3] = np.inf, -np.inf, 1e-38
   ranks = ranks.astype(np.float32)
   kth = -np.sort(-ranks, axis=1)[:, k - 1 : k]
   found = top_k_feed_forward.strongest(jnp.ones_like(ranks), ranks, k)
   np.testing.assert_array_equal(found, ranks >= kth)
-  ranks[:, 5] = np.nan
+  ranks[:, 5] = [np.nan, -np.nan, *[np.nan] * (len(ranks) - 2)]
   found = top_k_feed_forward.strongest(jnp.asarray(ranks), ranks, k)
   assert np.isnan(found[:, 5]).all()
 
 
-# Width, hidden units; parameters of the paper's dense blocks, with biases.
+# Each case has the width, the hidden units, and the parameters of one dense
+# block with biases in the paper.
 @pytest.mark.parametrize(
   ('embed', 'mlp', 'expected'),
   [(412, 2053, 1_694_137), (1024, 4110, 8_422_414), (512, 2053, 2_104_837)],

@@ -1,4 +1,4 @@
-"""The state a run begins with: where it lies, and what is not computed."""
+"""Tests the state a run begins with: its place, and what is not computed."""
 
 import functools
 
@@ -40,7 +40,7 @@ def _setup(frozen=False, seed=0, **mesh_sizes):
 
 
 def _start(setup, folder, initial_path=None, save_as=None):
-  """The state, and its tables, frozen or not."""
+  """The state and its tables, which may be frozen."""
   folder.mkdir(exist_ok=True)
   with checkpointing.Checkpoints(folder) as saved:
     state, experts = setup.start(saved, {}, initial_path)
@@ -62,7 +62,7 @@ def _assert_same_bits(actual, expected):
 
 @pytest.fixture
 def saved(tmp_path):
-  """A folder with a state of another seed."""
+  """A folder with a state that was drawn from another seed."""
   setup = _setup(seed=1)
   state, _ = _start(setup, tmp_path / 'saved', save_as=3)
   return tmp_path / 'saved', state

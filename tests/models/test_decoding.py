@@ -1,4 +1,4 @@
-"""Decoding against teacher forcing, enumeration, and tables by hand."""
+"""Tests decoding against teacher forcing, enumeration, and tables by hand."""
 
 import functools
 import itertools
@@ -25,10 +25,10 @@ TEXTS = ['the dog and the fox', 'zorblat met the fox', 'a zorblat sang'] * 3
 
 @functools.cache
 def make_model(kind):
-  """The model and its variables.
+  """Makes a model and its variables.
 
   'mowe' shares one table of experts, 'modules' has modules of heads and of the
-  feed-forward, and 'sticks' no positions in the decoder.
+  feed-forward, and 'sticks' has no positions in the decoder.
   """
   parts = {}
   if kind == 'mowe':
@@ -77,8 +77,9 @@ def make_model(kind):
   ids = jnp.ones((1, 2), jnp.int32)
   init = functools.partial(model.init, enable_dropout=False)
   shapes = jax.eval_shape(init, jax.random.key(0), ids, ids, ids)['params']
-  # Drawn here, as compiling the initialisers takes longer than most tests.
-  # Experts are as large as the rest, so that a wrong one is seen.
+  # Parameters are drawn with numpy, because compiling the initializers takes
+  # longer than most tests. Experts are as large as the rest, so that a wrong
+  # one shows.
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda leaf: rng.normal(size=leaf.shape, scale=0.4).astype(np.float32),
@@ -97,13 +98,13 @@ def shift(targets):
 
 
 INPUT_TOKENS = np.stack([encode('zorblat', INPUTS), encode('the fox', INPUTS)])
-# Words that go on, begin and end, so that each step changes the word so far.
+# The words continue, begin and end, so that each step changes the word so far.
 TARGET_TOKENS = np.stack([encode('a zorb', TARGETS), encode('the fo', TARGETS)])
 
 
 @functools.partial(jax.jit, static_argnames='model')
 def teacher_forced(model, variables, inputs, targets, **segments):
-  """Logits of targets whose shifted inputs are made here."""
+  """Logits of targets; the decoder's inputs are shifted here."""
   shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
   if segments:
     before = jnp.pad(segments['decoder_segment_ids'], ((0, 0), (1, 0)))[:, :-1]
@@ -128,7 +129,7 @@ def test_steps_with_cache_equal_teacher_forcing(model_and_variables):
   actual = []
 
   def follow(step_function, cache, batch_size, max_length, key):
-    """A strategy that is told its tokens, and keeps the logits."""
+    """A strategy that is told its tokens, and keeps the logits of each step."""
     tokens = jnp.asarray(shift(TARGET_TOKENS))
     for position in range(max_length):
       logits, cache = step_function(tokens[:, position, None], cache)
@@ -142,7 +143,8 @@ def test_steps_with_cache_equal_teacher_forcing(model_and_variables):
 
 
 def test_the_words_of_the_decoder_have_an_effect():
-  # Otherwise the tests of word experts here would test nothing.
+  # If the experts had no effect, the tests of word experts here would test
+  # nothing.
   model, variables = make_model('mowe')
   experts = variables['params']['experts']
   rolled = {name: jnp.roll(w, 1, axis=0) for name, w in experts.items()}
@@ -161,7 +163,7 @@ def test_a_later_target_changes_no_earlier_logit(model_and_variables):
     targets = TARGET_TOKENS.copy()
     targets[:, changed:] = encode('x!', TARGETS)[: TARGETS - changed] + 1
     logits = teacher_forced(model, variables, INPUT_TOKENS, targets)
-    # The logits at `changed` come from the tokens before it.
+    # The logits at `changed` depend only on the tokens before it.
     np.testing.assert_allclose(
       logits[:, : changed + 1], expected[:, : changed + 1], atol=1e-6
     )
@@ -169,14 +171,16 @@ def test_a_later_target_changes_no_earlier_logit(model_and_variables):
 
 def test_greedy_equals_the_argmax_chain_without_cache(model_and_variables):
   model, variables = model_and_variables
-  # All places count as real; those not yet filled are seen by no earlier one.
+  # Every place counts as real. Places that are not yet filled are not seen by
+  # earlier ones.
   targets = np.full((BATCH, TARGETS), 9, np.int32)
   expected_scores = np.zeros(BATCH)
   for position in range(TARGETS):
     logits = teacher_forced(model, variables, INPUT_TOKENS, targets)
     targets[:, position] = np.argmax(logits[:, position], axis=-1)
     expected_scores += jax.nn.log_softmax(logits[:, position]).max(axis=-1)
-  # Chosen so that no row ends early, which would be padded.
+  # The inputs were chosen so that no row ends early, as its rest would be
+  # padding.
   assert not np.isin(targets, [0, 1]).any()
   tokens, scores = decoding.generate(
     model, variables, INPUT_TOKENS, TARGETS, decoding.Greedy()
@@ -198,13 +202,14 @@ def test_no_step_copies_keys_and_values():
   assert 'dynamic-update-slice' in body
   for line in body.splitlines():
     shape = re.search(r' = f32\[(\d+),(\d+),(\d+),(\d+)\]', line)
-    # Two rows of two heads of three numbers, for each position.
+    # An array of this size has a number for each of two rows, two heads, three
+    # numbers of a head, and each position: it is a cache.
     if shape and math.prod(map(int, shape.groups())) >= 2 * 2 * 3 * TARGETS:
       assert 'get-tuple-element' in line or 'dynamic-update-slice' in line
 
 
 def test_beams_of_a_model_keep_their_own_cache(model_and_variables):
-  # A cache that follows the wrong beam gives scores that no sequence has.
+  # If a cache followed the wrong beam, scores would not fit any sequence.
   model, variables = model_and_variables
   tokens, scores = decoding.generate(
     model,
@@ -236,7 +241,8 @@ def test_beams_of_a_model_keep_their_own_cache(model_and_variables):
 def test_packed_rows_equal_separate_ones(model_and_variables):
   model, variables = model_and_variables
   inputs = [encode('a zorblat', INPUTS), encode('the foxes', INPUTS)]
-  # Without segments, the second would continue the word of the first.
+  # Without segments the second example would continue the last word of the
+  # first.
   targets = [encode('a zorb', 6), encode('blat', 4)]
   packed = teacher_forced(
     model,
@@ -256,12 +262,12 @@ def test_packed_rows_equal_separate_ones(model_and_variables):
   np.testing.assert_allclose(packed[6:], second[:4], rtol=1e-5, atol=1e-5)
 
 
-# From here on the "model" is a table: logits of the next token by example,
-# position and last token.
+# In the tests below the "model" is a table of logits of the next token, by
+# example, position and last token.
 
 
 def run_table(strategy, log_probs, key=None):
-  """Decodes from <float>[batch, length, last token, vocab]."""
+  """Decodes from a table <float>[batch, length, last token, vocab]."""
   log_probs = jnp.asarray(log_probs, jnp.float32)
   batch_size, max_length = log_probs.shape[:2]
 
@@ -285,22 +291,22 @@ def random_table(seed, batch=3, length=5, vocab=7):
 
 
 def test_rows_end_with_eos_and_are_padded():
-  # Example 0: 2, EOS. Example 1: 3, 3, EOS. Then the loop must stop: NaNs from
-  # position 3 on would reach the scores.
+  # Example 0 gives 2 and EOS, and example 1 gives 3, 3 and EOS. Then the loop
+  # must stop, or the NaNs from position 3 on would reach the scores.
   table = np.full((2, 5, 4, 4), -9.0)
   table[0, 0, 0, 2] = table[0, 1, 2, 1] = 0
   table[1, 0, 0, 3] = table[1, 1, 3, 3] = table[1, 2, 3, 1] = 0
   table[:, 3:] = np.nan
   tokens, scores = run_table(decoding.Greedy(), table)
   np.testing.assert_array_equal(tokens, [[2, 1, 0, 0, 0], [3, 3, 1, 0, 0]])
-  # Each of the choices has the probability 1 / (1 + 3 exp(-9)).
+  # Each choice has the probability 1 / (1 + 3 exp(-9)).
   one = -np.log1p(3 * np.exp(-9))
   np.testing.assert_allclose(scores, [2 * one, 3 * one], atol=1e-6)
 
 
 def test_greedy_takes_the_first_of_equals():
-  # Whole numbers, so that the greatest often comes more than once, in one block
-  # of 8 tokens or in several; no EOS.
+  # With whole numbers the greatest logit often occurs more than once, in one
+  # block of 8 tokens or in several. EOS is never the greatest.
   table = np.random.default_rng(3).integers(-2, 3, (6, 5, 24, 24)).astype(float)
   table[..., 1] = -9
   tokens, scores = run_table(decoding.Greedy(), table)
@@ -323,7 +329,7 @@ def test_wide_beam_search_equals_enumeration(alpha):
   table = random_table(0, batch=2, length=length, vocab=vocab)
 
   def enumerate_all(table):
-    """All sequences that end with EOS, with their scores, best first."""
+    """All sequences that end with EOS, with their scores, the best first."""
     found = []
     for size in range(1, length + 1):
       for body in itertools.product([0, 2, 3], repeat=size - 1):
@@ -335,8 +341,8 @@ def test_wide_beam_search_equals_enumeration(alpha):
     return sorted(found, reverse=True)
 
   expected = [enumerate_all(rows) for rows in table]
-  # The last step has 9 live beams with 4 tokens each: 18 beams look at all 36.
-  # 13 sequences end with EOS.
+  # In the last step there are 9 live beams with 4 tokens each, so 18 beams see
+  # all 36 candidates. 13 sequences end with EOS.
   tokens, scores = run_table(decoding.AllBeams(18, alpha), table)
   for row in range(2):
     np.testing.assert_allclose(
@@ -354,7 +360,7 @@ def test_wide_beam_search_equals_enumeration(alpha):
 def test_one_beam_equals_greedy_where_eos_is_never_second(seed):
   table = random_table(seed)
   table[..., 1] = -50
-  # Whatever it was, the token 4 is followed by EOS and hardly anything else.
+  # After the token 4 EOS is nearly certain, whatever came before it.
   table[:, :, 4] = -50
   table[:, :, 4, 1] = 0
   greedy, log_probs = run_table(decoding.Greedy(), table)
@@ -390,10 +396,12 @@ def test_top_1_and_tiny_top_p_are_greedy():
   'sample, expected',
   [
     (decoding.Sample(), [0.05, 0, 0.5, 0.15, 0.3]),
-    # 0.5 + 0.3 reach 0.6, and 0.5 alone does not: 5/8 and 3/8.
+    # 0.5 + 0.3 reach 0.6, and 0.5 alone does not. So two tokens are left, with
+    # 5/8 and 3/8.
     (decoding.Sample(top_p=0.6), [0, 0, 0.625, 0, 0.375]),
     (decoding.Sample(top_k=3), [0, 0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]),
-    # Square roots of the probabilities of the best two: 0.7071 and 0.5477.
+    # The square roots of the two largest probabilities are 0.7071 and 0.5477,
+    # which are normalized.
     (decoding.Sample(temperature=2.0, top_k=2), [0, 0, 0.5635, 0, 0.4365]),
   ],
 )
@@ -405,7 +413,7 @@ def test_sampled_frequencies(sample, expected):
   # Three standard deviations of 8000 draws are below 0.017.
   np.testing.assert_allclose(frequencies, expected, atol=0.017)
   np.testing.assert_array_equal(frequencies == 0, np.array(expected) == 0)
-  # Scores are the model's own log-probabilities.
+  # The scores are the log-probabilities of the model itself.
   np.testing.assert_allclose(scores, np.log(probs)[tokens[:, 0]], rtol=1e-4)
 
 

@@ -1,7 +1,7 @@
 """A row is answered as if it were alone, whatever else is in its batch.
 
-Walks all shipped models that are small enough. Their routers crowd tokens: with
-a capacity in generation most choices would be dropped.
+The test runs all shipped models that are small enough. Their routers crowd
+tokens, so that a capacity in generation would drop most choices.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def test_generation_alone(name, tmp_path):
   generate = shipped_models.generated(model, _STEPS)
   rng = np.random.default_rng(0)
   inputs = rng.integers(3, 259, (_BATCH, _INPUTS)).astype(np.int32)
-  # Inputs of other lengths.
+  # The inputs have different lengths.
   inputs[1::3, 4:] = 0
   goes_on = np.full(_BATCH, _STEPS)
   tokens, logits = map(np.asarray, generate(variables, inputs, goes_on))

@@ -1,4 +1,4 @@
-"""Fresh parameters: few programs, the right values, in the right place."""
+"""Tests fresh parameters: few programs, right values, and right devices."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from mowe.models import initialization, parameters, threefry
 from mowe.models.t5 import t5, t5_config
 from mowe.training import partitioning
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -60,7 +60,7 @@ def _assert_same_bits(actual, expected):
 
 @contextlib.contextmanager
 def _compilations():
-  """A list of what is compiled meanwhile."""
+  """A list that is filled with the programs compiled in the meantime."""
   compiled = []
 
   def listen(event, duration, **unused):
@@ -75,7 +75,7 @@ def _compilations():
 
 
 def test_one_program_for_each_kind_of_parameter():
-  # A width that no other test has: nothing is compiled yet.
+  # No other test has this width, so nothing is compiled yet.
   draw = lambda depth: jax.block_until_ready(
     initialization.initial_parameters(
       _model(depth, emb_dim=34), threefry.key(0)
@@ -83,8 +83,9 @@ def test_one_program_for_each_kind_of_parameter():
   )
   with _compilations() as compiled:
     draw(depth=2)
-  # embedding and logits, relpos_bias, scale; query, key and value, out; wi, wo;
-  # experts' wi and wo: ten. And a few for keys.
+  # Ten kinds need a program each: embedding and logits; relpos_bias; scale;
+  # query; key and value; out; wi; wo; and wi and wo of experts. Keys need a few
+  # more.
   assert 10 <= len(compiled) <= 15
   with _compilations() as compiled:
     draw(depth=5)
@@ -108,7 +109,7 @@ def test_values_are_distributed_as_linens():
     parameters.initial_variables(_model(), jax.random.key(1))['params']
   )
   for name, value in _parameters().items():
-    # Three standard errors of two estimates.
+    # The tolerance is three standard errors of the difference of two estimates.
     rtol = 3 * (1 / value.size) ** 0.5
     np.testing.assert_allclose(
       np.sqrt(np.mean(value**2)),
@@ -127,7 +128,7 @@ def test_the_standard_deviations_of_t5():
     'encoder/layers_0/attention/key/kernel': 32**-0.5,
     'encoder/layers_0/mlp/wo/kernel': 40**-0.5,
     'experts/wi_0': 32**-0.5,
-    # Ten times smaller than T5's.
+    # These are ten times smaller than in T5.
     'experts/wo': 0.1 * 20**-0.5,
   }
   for name, deviation in wanted.items():
@@ -203,7 +204,7 @@ def test_no_device_holds_more_than_its_part():
 
 
 class _UndeclaredLayer(nn.Module):
-  """A feed-forward of someone who knows Linen only."""
+  """A feed-forward by someone who knows only Linen."""
 
   dropout_rate: float
   dtype: jnp.dtype

@@ -1,9 +1,9 @@
-"""No token of a decoder learns from a later one, whatever stands in it.
+"""No token of a decoder may depend on a later one, whatever that is.
 
-Targets are changed from a position on, in all rows; no logit at or before that
-position may move. (The input of a position is the target before it.) Walks all
-shipped models that are small enough, in training and in evaluation, with packed
-and other rows in each batch.
+Targets are changed from a position on, in all rows. No logit at or before that
+position may change, because the input of a position is the target before it.
+The test runs all shipped models that are small enough, in training and in
+evaluation, with packed and other rows in each batch.
 """
 
 import numpy as np
@@ -31,5 +31,5 @@ def test_causal(name, tmp_path):
       distance = np.abs(moved - logits).max(axis=(0, 2))
       tolerance = 1e-5 * np.abs(logits).max()
       assert distance[: first + 1].max() <= tolerance, (training, first)
-      # What stands behind does move.
+      # The logits behind the position do change.
       assert distance[first + 1] > 100 * tolerance

@@ -1,4 +1,4 @@
-"""Blocks with experts, by hand."""
+"""Tests which blocks have experts, by hand."""
 
 import pytest
 

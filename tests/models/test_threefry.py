@@ -1,4 +1,4 @@
-"""Threefry written out: bit by bit what JAX draws."""
+"""Tests our Threefry: it must draw what JAX draws, bit by bit."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from mowe.models import threefry
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -52,20 +52,21 @@ def test_normal_draws_are_jaxs():
   own, jaxs = (
     jax.random.truncated_normal(key, -2.0, 2.0, (40, 3)) for key in _keys()
   )
-  # Not to the bit: compiled in one loop with the bits, erf_inv is rounded
-  # otherwise.
+  # The last bit may differ, because erf_inv rounds otherwise when it is
+  # compiled into one loop with the bits.
   np.testing.assert_allclose(own, jaxs, rtol=2e-6)
 
 
 def test_elements_beyond_one_word_have_numbers_of_their_own(monkeypatch):
-  # As if a word could number four elements: nothing larger than 2^32 fits here.
+  # Here a word can number only four elements, because a test with more than
+  # 2^32 elements would not fit into memory.
   monkeypatch.setattr(threefry, '_MOST', 4)
   high, low = threefry._counters((3, 2, 2))
   np.testing.assert_array_equal(high[:, 0, 0], [0, 1, 2])
   np.testing.assert_array_equal(low[1], [[0, 1], [2, 3]])
   pairs = set(zip(high.ravel().tolist(), low.ravel().tolist(), strict=True))
   assert len(pairs) == 12
-  # Axes too large for one word together are cut between two of them.
+  # If all axes together need more than one word, they are split between two.
   high, low = threefry._counters((2, 4, 3))
   pairs = set(zip(high.ravel().tolist(), low.ravel().tolist(), strict=True))
   assert len(pairs) == 24 and low.max() == 2

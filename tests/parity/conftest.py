@@ -1,4 +1,4 @@
-"""Where the golden arrays of reference implementations are."""
+"""The folder of golden arrays of reference implementations."""
 
 import pathlib
 

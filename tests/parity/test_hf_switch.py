@@ -1,7 +1,8 @@
-"""Switch against the arrays of Hugging Face transformers.
+"""Tests Switch against arrays that Hugging Face transformers computed.
 
-Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR` takes
-DIR/hf_switch_*. The README of hf_switch_tiny says what one holds.
+The tests run on any folder in that format: `pytest tests/parity
+--golden_dir=DIR` takes DIR/hf_switch_*. The README of hf_switch_tiny describes
+the format.
 """
 
 import functools
@@ -20,7 +21,7 @@ from mowe.models.t5 import t5
 
 
 def pytest_generate_tests(metafunc):
-  """All tests for each folder; they skip if there is none."""
+  """Makes all tests for each folder; they skip if there is none."""
   if 'folder' not in metafunc.fixturenames:
     return
   parent = metafunc.config.parity_dir
@@ -50,14 +51,14 @@ def assert_close(actual, expected):
 
 
 def run(model, params, embedded, io):
-  """As transformers does it: only keys are masked, and padding is routed.
+  """Runs the model like transformers: padding is routed, but masked as keys.
 
   Args:
     model: the model.
     params: its parameters.
-    embedded: of the inputs and of the decoder's inputs; they are arguments
-      because transformers keeps an embedding for each.
-    io: inputs.
+    embedded: the embedded inputs of encoder and decoder. They are arguments
+      because transformers has an embedding for each.
+    io: the inputs.
 
   Returns:
     Logits, encoder outputs, and the router logits of both stacks.
@@ -136,12 +137,12 @@ def test_logits_equal_transformers(results, io):
 
 
 def test_encoder_equals_transformers(results, io):
-  # Those of padding too: it was routed.
+  # The outputs of padding must be equal too, as it was routed.
   assert_close(results[1], io['encoder_last_hidden_state'])
 
 
 def test_the_model_as_it_is_called_has_the_same_logits(loaded, io):
-  """Padding at the end takes no slot of a real token: here it has none."""
+  """Padding at the end takes no slot of a real token; here it has no slot."""
   model, params = loaded
   inputs, targets = io['input_ids'], io['decoder_input_ids']
   real = io['attention_mask'].astype(bool)
@@ -165,7 +166,7 @@ def test_routers_equal_transformers(stack, results, io):
 
 
 def losses(logits_of_layers):
-  """z and aux loss of a stack; transformers joins its layers along tokens."""
+  """The z-loss and aux loss of a stack; its layers are joined along tokens."""
   logits = jnp.concatenate(logits_of_layers, axis=1)
   probs = jax.nn.softmax(logits)
   num_experts = logits.shape[-1]
@@ -194,7 +195,7 @@ def test_losses_equal_transformers(folder, results, io):
   np.testing.assert_allclose(total, io['cross_entropy'], rtol=1e-5)
   for stack in ('encoder', 'decoder'):
     if described[f'{stack}_sparse_step'] == 1:
-      # transformers leaves both losses of such a stack out.
+      # For such a stack transformers leaves out both losses.
       assert io[f'{stack}_z_loss'] == io[f'{stack}_aux_loss'] == 0
       continue
     z_loss, aux_loss = losses(results[2][stack])
@@ -229,7 +230,7 @@ def test_gradients_equal_transformers(folder, loaded, io):
     )
   }
   flat = flax.traverse_util.flatten_dict(grads)
-  # Where both stacks share one embedding, it has the gradients of both.
+  # If both stacks share an embedding, it has the sum of both gradients.
   of_table['shared.weight'] = (
     sum(of_table.values()) + (flat['token_embedder', 'embedding'])
   )

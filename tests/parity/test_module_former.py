@@ -1,7 +1,8 @@
-"""Attention, routers and MLP modules of moduleformer.json, by the authors' code.
+"""Tests attention, routers and MLP modules against moduleformer.json.
 
-Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR`. The
-options of a case come from the JSON file alone.
+Its arrays were made with the authors' code. The tests run on any folder in that
+format: `pytest tests/parity --golden_dir=DIR`. All options of a case come from
+the JSON file.
 """
 
 import functools
@@ -47,7 +48,7 @@ def test_attention(case, golden):
 
   def run(params):
     query, key, value = params['q'], params['k'], params['v']
-    # Values that show the weights.
+    # With an identity matrix as values, the outputs are the weights.
     batch, length, heads, _ = key.shape
     ones = jnp.broadcast_to(
       jnp.eye(length)[None, :, None], (batch, length, heads, length)
@@ -175,7 +176,7 @@ def positions(start, end, num_keys):
 
 
 def step_by_step(layer, variables, tokens, mask, prefill):
-  """Outputs of some tokens at once, then of one after another."""
+  """The outputs of some tokens at once, and then of one token after another."""
   length = tokens.shape[1]
 
   def some(cache, start, end):

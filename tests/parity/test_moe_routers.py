@@ -1,7 +1,7 @@
-"""Every case of moe_routers.json against its arrays, made with flaxformer.
+"""Tests every case of moe_routers.json against arrays made with flaxformer.
 
-Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR`. The
-options of a case come from the JSON file alone.
+The tests run on any folder in that format: `pytest tests/parity
+--golden_dir=DIR`. All options of a case come from the JSON file.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def test_router(case, golden):
 
 @dataclasses.dataclass(frozen=True)
 class Exactly(capacity_dispatch.CapacityDispatch):
-  """The capacity of the case, whatever it follows from."""
+  """Has exactly the capacity of the case, however that was computed."""
 
   room: int = 0
 
@@ -108,8 +108,9 @@ def test_layer(case, golden):
       {'params': as_tree(params)},
       params['inputs'],
       ids,
-      # In evaluation flaxformer drops tokens with another factor, where we
-      # drop none; there is no dropout here that tells the two apart.
+      # In evaluation flaxformer drops tokens with another factor, and we drop
+      # none. The cases of both kinds run in training mode, which differs only
+      # in dropout, and there is none here.
       deterministic=False,
       mutable=['router_stats'],
     )
@@ -127,8 +128,8 @@ def test_layer(case, golden):
 
 
 def make_router(options, group_size, capacity):
-  """The router of a case; experts choose `capacity` tokens."""
-  # Only flaxformer's masked tokens-choose leaves padding out altogether.
+  """The router of a case; if experts choose, each takes `capacity` tokens."""
+  # In flaxformer only masked tokens-choose leaves padding out completely.
   routes_padding = options['ignore_padding'] and not (
     options['router'] == 'tokens_choose' and options['dispatch'] == 'mask'
   )
@@ -153,7 +154,7 @@ def make_router(options, group_size, capacity):
 
 def make_layer(options):
   assert not options['expert_bias'], 'our experts have no bias'
-  # flaxformer counts the devices; the arrays were made on one.
+  # flaxformer counts the devices; these arrays were made on one device.
   devices = options['num_expert_partitions'] * options['num_model_partitions']
   copies = max(1, 1 // devices)
   dispatch = capacity_dispatch.CapacityDispatch
@@ -188,7 +189,7 @@ def router_logits(inputs, params):
 
 
 def as_tree(params):
-  """The case's parameters under the layer's names."""
+  """Puts the parameters of a case under the names of the layer."""
   w = {'kernel': params['router_kernel']}
   if 'router_bias' in params:
     w['bias'] = params['router_bias']
@@ -221,7 +222,8 @@ def flaxformer_metrics(options, stats, is_real):
   num_tokens = stats.num_tokens
   if options['ignore_padding']:
     num_tokens = jnp.sum(is_real)
-    # flaxformer's scatter dispatch counts the tokens after repeating them.
+    # flaxformer's scatter dispatch counts tokens after it has repeated them k
+    # times.
     if options['dispatch'] == 'scatter':
       num_tokens *= options['k']
   load = jnp.sum(stats.load)
@@ -234,7 +236,7 @@ def flaxformer_metrics(options, stats, is_real):
 
 
 def as_masks(choices, plan, num_experts, capacity):
-  """flaxformer's arrays [groups, tokens, experts, capacity]."""
+  """Masks as flaxformer has them, [groups, tokens, experts, capacity]."""
   num_groups, num_tokens, _ = choices.pairs.shape
   sources = np.asarray(plan.sources)
   mask = np.zeros((num_groups, num_tokens, num_experts, capacity))
@@ -249,7 +251,7 @@ def as_masks(choices, plan, num_experts, capacity):
 
 
 def as_indices(choices, plan, num_experts, capacity):
-  """flaxformer's arrays [groups, tokens, k, 2] and [groups, tokens, k]."""
+  """flaxformer's indices [groups, tokens, k, 2] and weights without the 2."""
   num_groups, num_pairs = choices.experts.shape
   pairs = np.asarray(choices.pairs)
   group = np.arange(num_groups)[:, None, None]

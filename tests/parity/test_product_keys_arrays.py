@@ -1,7 +1,7 @@
-"""Every case of pkm.json against its arrays, made with the paper's code.
+"""Tests every case of pkm.json against arrays made with the paper's code.
 
-Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR`. The
-options of a case come from the JSON file alone.
+The tests run on any folder in that format: `pytest tests/parity
+--golden_dir=DIR`. All options of a case come from the JSON file.
 """
 
 import golden_cases
@@ -61,7 +61,7 @@ def make_layer(options):
 
 
 def as_tree(params):
-  """The case's parameters under the layer's names."""
+  """Puts the parameters of a case under the names of the layer."""
   tree = {
     'keys_0': params['keys.0'],
     'keys_1': params['keys.1'],
@@ -76,7 +76,7 @@ def as_tree(params):
 
 
 def selection(options, params):
-  """Chosen values and their scores [tokens, heads, knn]."""
+  """The chosen values and their scores, [tokens, heads, knn]."""
   queries = params['x'].reshape(-1, 1, options['embed_dim'])
   if options['query_projection']:
     queries = queries[:, 0] @ params['query_proj.weight'].T

@@ -1,7 +1,7 @@
-"""Every case of sigma_moe.json against its arrays, made with the paper's code.
+"""Tests every case of sigma_moe.json against arrays made with the paper's code.
 
-Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR`. The
-options of a case come from the JSON file alone.
+The tests run on any folder in that format: `pytest tests/parity
+--golden_dir=DIR`. All options of a case come from the JSON file.
 """
 
 import golden_cases
@@ -102,7 +102,7 @@ def test_layer(case, golden):
 
 
 class AnyChoose(tokens_choose.TokensChoose):
-  """Also the one weight of one choice, which is always 1, if so asked."""
+  """A router that may renormalize a single weight, which is then always 1."""
 
   def __post_init__(self):
     pass
@@ -134,7 +134,7 @@ def make_layer(options):
     assert options['renormalize_gates']
   per_sequence = _PER_SEQUENCE[options['regularizer_scope']]
   num_tokens = options['batch'] * options['length']
-  # Sinkhorn is per sequence whatever the regulariser is.
+  # Sinkhorn works per sequence, whatever the regularizer does.
   in_sequences = per_sequence or options['rank_by'] == 'sinkhorn'
   return sigma_moe.SigmaMoe(
     options['num_experts'],
@@ -155,7 +155,7 @@ def make_layer(options):
 
 
 def as_tree(params):
-  """The case's parameters under the layer's names."""
+  """Puts the parameters of a case under the names of the layer."""
   w = {'kernel': params['expert_sel'].T}
   wi, wo = {'kernel': params['keys']}, {'kernel': params['values']}
   tree = {
@@ -171,7 +171,7 @@ def as_tree(params):
 
 
 def selection(options, layer, params, excluded):
-  """Chosen experts and weights, and what was ranked, [batch, length, ...]."""
+  """The chosen experts, their weights, and the ranks, [batch, length, ...]."""
   x = params['x']
   logits = x @ params['expert_sel'].T
   if 'sel_bias' in params:
@@ -204,7 +204,7 @@ def selection(options, layer, params, excluded):
 
 
 def regularizer(options, stats):
-  """The case's regulariser; None where our layers have none like it."""
+  """The regularizer of a case; None if our layers have no equivalent."""
   if options['regularizer'] is None or options['regularizer_logits'] != 'all':
     return None
   losses = router_losses.losses(stats)
@@ -212,6 +212,7 @@ def regularizer(options, stats):
   if options['regularizer'] == 'entropy':
     return options['regularizer_weight'] * mean('entropy_regularizer')
   assert options['regularizer'] == 'switch', options['regularizer']
-  # A mean over experts there, N times the sum here and in Switch.
+  # The paper's code takes a mean over experts. Ours takes N times the sum, as
+  # Switch does.
   factor = options['regularizer_weight'] / options['num_experts'] ** 2
   return factor * mean('load_balance_loss')

@@ -1,7 +1,7 @@
-"""Every case of topk_ffn.json against its arrays, made with the paper's code.
+"""Tests every case of topk_ffn.json against arrays made with the paper's code.
 
-Runs on any folder in that format: `pytest tests/parity --golden_dir=DIR`. The
-options of a case come from the JSON file alone.
+The tests run on any folder in that format: `pytest tests/parity
+--golden_dir=DIR`. All options of a case come from the JSON file.
 """
 
 import golden_cases
@@ -48,7 +48,7 @@ def test_layer(case, golden):
 
     with nn.intercept_methods(look):
       outputs = layer.apply({'params': as_tree(params)}, params['x'])
-    # What the second layer is given.
+    # `u` is what the second dense layer reads.
     return {'y': outputs, 'u': hidden[-1]}
 
   params = arrays['params']
@@ -67,7 +67,7 @@ def test_layer(case, golden):
 
 
 def as_tree(params):
-  """The case's parameters under the layer's names."""
+  """Puts the parameters of a case under the names of the layer."""
   return {
     'wi': {'kernel': params['w1'].T, 'bias': params['b1']},
     'wo': {'kernel': params['w2'].T, 'bias': params['b2']},

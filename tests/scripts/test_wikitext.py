@@ -1,4 +1,4 @@
-"""Text in the form of WikiText, by hand."""
+"""Tests text in the form of WikiText, by hand."""
 
 import pytest
 import wikitext
@@ -30,7 +30,8 @@ def test_an_article_and_its_rare_words():
     ['A', 'cat', 'sat', '.'],
     ['The', 'cat', 'slept', '.'],
   ]
-  # cat 3; . = The 2; then by the alphabet: A.
+  # cat occurs 3 times, and `.`, = and The twice. Of the words that occur once,
+  # A is first in the alphabet.
   known = wikitext.frequent_words(lines, 5)
   assert known == {'cat', '.', '=', 'The', 'A'}
   assert wikitext.masked(lines[3], known) == ' A cat <unk> . '

@@ -1,4 +1,4 @@
-"""Experts drawn or read: the same in parts, other precisions, little memory."""
+"""Tests experts that are drawn or read: equal in parts, and in little memory."""
 
 import pathlib
 import re
@@ -41,7 +41,7 @@ def _abstract(dtype='float32', num_experts=_EXPERTS, width=3, sharding=None):
 
 
 def _save(folder, abstract, seed=0):
-  """A checkpoint of random experts; returns its folder and the records."""
+  """Writes a checkpoint of random experts; returns its folder and records."""
   dtype = expert_records.record_dtype(*abstract)
   rng = np.random.default_rng(seed)
   records = np.zeros(_EXPERTS, dtype)
@@ -68,7 +68,7 @@ def _save(folder, abstract, seed=0):
 
 
 def _arrays(source, abstract, monkeypatch):
-  # A few experts at a time, the last of them twice.
+  # Two experts are read at a time, and the last chunk overlaps the one before.
   dtype = expert_records.record_dtype(*abstract)
   monkeypatch.setattr(expert_sources, '_CHUNK_BYTES', 2 * dtype.itemsize)
   return source.arrays(abstract)
@@ -184,7 +184,7 @@ def test_state_of_another_row_optimizer(tmp_path):
 def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
   tmp_path,
 ):
-  """The process may take a fifth more than the table, beyond what it began."""
+  """The process may grow by the table and a fifth of its size."""
   program = """
     import pathlib, re, sys
     import jax, jax.numpy as jnp
@@ -197,7 +197,7 @@ def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
       row_index,
     )
     folder, action = pathlib.Path(sys.argv[1]), sys.argv[2]
-    experts = 100_000  # of 8 KiB
+    experts = 100_000  # An expert has 8 KiB.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaf = jax.ShapeDtypeStruct((experts, 2048), 'float32', sharding=device)
     abstract = {'experts': {'wi': leaf}}, {}
@@ -237,8 +237,8 @@ def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
       timeout=200,
     )
     assert run.returncode == 0, run.stderr
-    # A slow restore says how far it is.
+    # A slow restore also prints its progress, so only the last word counts.
     grown[action] = float(run.stdout.split()[-1])
   assert grown['save'] < 0.2 * table_mib
-  # The table itself is new here.
+  # Restoring makes the table, so that counts as well.
   assert 0.9 * table_mib < grown['restore'] < 1.2 * table_mib

@@ -1,4 +1,4 @@
-"""Stores end with the same bits as each other, also when they take turns."""
+"""Tests that all stores end with the same bits, even if they take turns."""
 
 import functools
 
@@ -20,7 +20,7 @@ from mowe.stores import (
 from mowe.training import manifests, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -29,7 +29,7 @@ _ROW_OPTIMIZER = row_optimizers.RowAdam(0.1, weight_decay=0.1)
 _OPTIMIZER = optimizers.AdamW(1e-2).build(None)
 _STORES = {
   'device': expert_stores.DeviceStore(),
-  # Each batch has up to 6 experts.
+  # Each batch has up to 6 experts, so these slots are reused.
   'host': expert_stores.HostStore(num_slots=8),
   'disk': expert_stores.DiskStore(num_slots=7),
 }
@@ -44,7 +44,7 @@ def _config(table_dtype):
 
 
 def _batches(first, last):
-  """Every batch lacks other experts."""
+  """In every batch other experts are absent."""
   for number in range(first, last):
     absent = [(number * 5 + i) % tiny_training.EXPERTS for i in range(6)]
     batch = tiny_training.make_batch(number, absent=absent)
@@ -67,7 +67,7 @@ def _step(table_dtype, num_slots, is_trained):
 
 
 class _Run:
-  """A run in a folder, from fresh parameters or its last checkpoint."""
+  """A run in a folder, from fresh parameters or from its last checkpoint."""
 
   def __init__(self, folder, store, table_dtype='float32', is_trained=True):
     self.folder, self._dtype = folder, table_dtype
@@ -133,7 +133,7 @@ class _Run:
 
 
 def _outcome(path):
-  """All experts and the ordinary parameters of a checkpoint, as bytes."""
+  """All experts and ordinary parameters of a checkpoint, as bytes."""
   reader = row_index.RowReader(path.parent, row_index.RowIndex.load(path))
   records = reader(np.arange(tiny_training.EXPERTS))
   reader.close()
@@ -153,7 +153,7 @@ def _assert_same(actual, expected):
 
 @pytest.fixture(scope='module')
 def on_device(tmp_path_factory):
-  """table dtype -> outcome of the run with all experts on the device."""
+  """For each dtype, the outcome of a run with all experts on the device."""
 
   @functools.cache
   def outcome(table_dtype):
@@ -177,7 +177,8 @@ def test_same_bits_as_on_the_device(tmp_path, on_device, store, table_dtype):
   run.close()
   expected = on_device(table_dtype)
   _assert_same(_outcome(path), expected)
-  # Training has changed something, and rows came and went.
+  # Training has changed experts. Some of them were in slots already, and others
+  # were moved.
   counts = expected[0]['state/experts/counts']
   assert counts.max() > 1
   assert any(0 < one['experts/hit_rate'].total for one in values)
@@ -191,12 +192,12 @@ def test_stores_continue_each_other(tmp_path, on_device, stores):
   for number, store in enumerate(stores):
     run = _Run(tmp_path, _STORES[store])
     run.train(2 * number + 1)
-    # Not saved: lost, and done again.
+    # This step was not saved, so it is lost and done again.
     if number == 1:
       run.close()
       run = _Run(tmp_path, _STORES[store])
     run.train(2 * number + 2)
-    # Evaluations in between change nothing.
+    # An evaluation in between must change nothing.
     run.experts.tables(run.state)
     path = run.save()
     run.close()

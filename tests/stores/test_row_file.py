@@ -1,4 +1,4 @@
-"""Experts on disk: same bits back, old checkpoints unharmed, damage found."""
+"""Tests experts on disk: same bits, checkpoints unharmed, damage found."""
 
 import contextlib
 import errno
@@ -83,7 +83,7 @@ def test_records_come_back_in_any_order(saved):
 
 @pytest.mark.parametrize('seed', range(5))
 def test_checkpoints_stay_as_they_were(tmp_path, seed):
-  """Random writes, checkpoints, removals and restarts against plain copies."""
+  """Compares random writes, checkpoints, removals and restarts with copies."""
   rng = np.random.default_rng(seed)
   file = _fresh(tmp_path)
   now = _records(_EXPERTS, seed)
@@ -109,7 +109,7 @@ def test_checkpoints_stay_as_they_were(tmp_path, seed):
         part.unlink()
       removed.rmdir()
     if copies and rng.random() < 0.3:
-      # As after a kill: what was written since the last checkpoint is lost.
+      # After a kill, what was written since the last checkpoint is lost.
       file.close()
       last = max(copies, key=lambda path: int(path.name.split('_')[1]))
       file = row_file.RowFile(
@@ -121,7 +121,8 @@ def test_checkpoints_stay_as_they_were(tmp_path, seed):
       _assert_same_bits(_read(path), records)
   size = row_index.data_path(tmp_path, 0).stat().st_size
   file.close()
-  # Two checkpoints, the present state, and one that may not be finished.
+  # The file has room for two checkpoints, the present state, and one checkpoint
+  # that may be unfinished.
   assert size <= 5 * _EXPERTS * _DTYPE.itemsize
 
 
@@ -144,7 +145,7 @@ def test_processes_share_a_table(tmp_path):
     file.close()
   _finish(path)
   _assert_same_bits(_read(path), records)
-  # One process goes on with what two have written.
+  # One process continues with the files that two have written.
   file = row_file.RowFile(
     row_file.LockedFile(tmp_path), row_index.RowIndex.load(path)
   )

@@ -1,4 +1,4 @@
-"""Slots against a plain least-recently-used cache."""
+"""Tests the schedule of slots against a plain least-recently-used cache."""
 
 import collections
 
@@ -15,7 +15,7 @@ _EXPERTS, _SLOTS = 40, 13
 def test_least_recently_used_experts_leave(seed):
   rng = np.random.default_rng(seed)
   schedule = slot_schedule.SlotSchedule(_EXPERTS, _SLOTS)
-  last_use = {}  # Of the experts that are in slots.
+  last_use = {}  # This has only the experts that are in slots.
   expert_in = {}
   for now in range(60):
     number = rng.integers(0, _SLOTS + 1)

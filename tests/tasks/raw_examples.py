@@ -1,4 +1,4 @@
-"""What TFDS gives for tasks of GLUE and SuperGLUE, as one example each."""
+"""Mocks what TFDS gives for tasks of GLUE and SuperGLUE."""
 
 import contextlib
 
@@ -11,16 +11,17 @@ _LENGTHS = {'inputs': 400, 'targets': 40}
 
 
 def read(name, split, raw, most=None):
-  """The examples of a task, or of a mixture, whose data set holds `raw`.
+  """Reads the examples of a task or mixture whose data set holds `raw`.
 
   Args:
-    name: of the task.
-    split: of it.
-    raw: lists of fields; or a function that gives them for the
-      name of the builder's config.
-    most: so many of the examples, begun again and again; None: each once.
+    name: name of the task or mixture.
+    split: the split to read.
+    raw: fields with lists of their values; or a function that returns them for
+      the name of the builder's config.
+    most: number of examples to read, where the data repeat; None reads each
+      example once.
   """
-  # Counting examples, to cache few in memory, is not mocked by TFDS.
+  # TFDS does not mock the count of examples that caching in memory needs.
   with mocked(raw):
     dataset = seqio.get_mixture_or_task(name).get_dataset(
       _LENGTHS,
@@ -34,7 +35,7 @@ def read(name, split, raw, most=None):
 
 @contextlib.contextmanager
 def mocked(raw):
-  """TFDS gives these raw examples, whatever it is asked for."""
+  """Makes TFDS give these raw examples for whatever it is asked."""
   import tensorflow as tf
 
   def give(self, *args, **kwargs):
@@ -49,11 +50,11 @@ def mocked(raw):
 
 @contextlib.contextmanager
 def registered(module):
-  """The tasks of a module, and what stood in the registry after it."""
+  """Registers the tasks of a module, and restores the registry at the end."""
   kinds = (seqio.MixtureRegistry, seqio.TaskRegistry)
   before = {kind: set(kind.names()) for kind in kinds}
   names = module.register_tfds_tasks('bytes')
-  # Once is enough.
+  # Registering a second time must change nothing.
   assert names == module.register_tfds_tasks('bytes')
   try:
     yield names
@@ -64,7 +65,7 @@ def registered(module):
 
 
 def scores(name, examples, predictions):
-  """What the metric of a task says of predictions, by the way of seqio."""
+  """The scores of predictions that seqio computes with the metric of a task."""
   task = seqio.get_mixture_or_task(name)
   (metric,) = task.metric_fns
   targets = [

@@ -1,4 +1,4 @@
-"""seqio question answering tasks over local files and mocked TFDS."""
+"""Tests seqio tasks of question answering on local files and mocked TFDS."""
 
 import json
 
@@ -28,7 +28,7 @@ def _write(path, records):
 
 
 def _examples(name, split='train'):
-  # Counting examples, to cache few in memory, is not mocked by TFDS.
+  # TFDS does not mock the count of examples that caching in memory needs.
   dataset = seqio.get_mixture_or_task(name).get_dataset(
     _LENGTHS, split, shuffle=False, try_in_mem_cache=False
   )
@@ -51,7 +51,7 @@ def test_local_questions(tmp_path, name):
   assert example['inputs'][-1] == example['targets'][-1] == 1
   (other,) = _examples(name, 'validation')
   assert _BYTES.decode(other['inputs']) == 'question: où?'
-  # A target is all its answers, a prediction is its text.
+  # As a target an example is all its answers; as a prediction it is a text.
   assert task.postprocess_fn('x', example=example, is_target=True) == [
     'Ada',
     'A.',
@@ -100,7 +100,7 @@ def test_a_bad_record_stops_the_stream(tmp_path, name):
     _examples(name)
 
 
-# What TFDS gives, as one example each, and what must come out.
+# For each data set one example of TFDS, and what must become of it.
 _RAW = {
   'trivia_qa_open': (
     {
@@ -161,7 +161,7 @@ def test_tfds_tasks_on_examples_by_hand(base, tfds_tasks):
 
 @pytest.mark.parametrize('base', list(_RAW))
 def test_tfds_features_are_those_of_the_release(base, tfds_tasks):
-  # Random data in the form that the TFDS builder declares.
+  # TFDS makes random data with the features that its builder declares.
   with tfds.testing.mock_data(num_examples=2):
     for example in _examples(base):
       assert example['inputs'].dtype == 'int32'

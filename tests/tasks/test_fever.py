@@ -1,4 +1,4 @@
-"""FEVER's TFDS builder on local files, and its seqio tasks on mocked data."""
+"""Tests FEVER's TFDS builder on local files, and its seqio tasks."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from tasks import closed_book_qa, fever
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _LENGTHS = {'inputs': 64, 'targets': 32}
-# Lines of the form that is downloaded.
+# These lines have the form of the files that are downloaded.
 _FILES = {
   'train': [
     {'id': 7, 'verifiable': 'VERIFIABLE', 'label': 'SUPPORTS'}
@@ -30,7 +30,7 @@ _FILES = {
 
 @pytest.fixture
 def downloads(tmp_path, monkeypatch):
-  """TFDS's folder; what is downloaded are the files above."""
+  """A folder for TFDS, where downloads give the files above."""
 
   def download(self, urls):
     assert urls == fever.URLS

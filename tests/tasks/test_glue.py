@@ -1,4 +1,4 @@
-"""seqio tasks of GLUE on mocked TFDS: texts, labels, metrics, the mixture."""
+"""Tests seqio tasks of GLUE on mocked TFDS: texts, labels, metrics, mixture."""
 
 import pytest
 import raw_examples
@@ -13,7 +13,8 @@ from tasks import glue
 
 _BYTES = byte_vocabulary.ByteVocabulary()
 _TWO = ['sentence1', 'sentence2']
-# Fields of TFDS, and the inputs of the texts 'A b.' and 'C?' in their order.
+# The fields of TFDS, and the inputs if these hold 'A b.' and 'C?' in this
+# order.
 _TEXTS = {
   'cola': (['sentence'], 'cola sentence: A b.'),
   'sst2': (['sentence'], 'sst2 sentence: A b.'),
@@ -52,7 +53,7 @@ def test_each_task_is_written_as_in_t5(kind):
   assert example['idx'] == 7
   target = _BYTES.decode(example['targets'])
   assert example['answers'].tolist() == [target.encode()]
-  # Second in the list of TFDS, except for the number.
+  # These are the second labels in the list of TFDS; stsb has a number.
   assert target == {
     'cola': 'acceptable',
     'sst2': 'positive',
@@ -131,7 +132,7 @@ def test_the_mixture_takes_tasks_by_their_size():
 
   examples = raw_examples.read('glue_v002_proportional', 'train', raw, most=60)
   starts = [_BYTES.decode(one['inputs']).split()[0] for one in examples]
-  # Together eight of ten.
+  # The two tasks have about eight of ten examples.
   assert 35 < starts.count('mnli') + starts.count('qqp') < 60
 
 

@@ -1,4 +1,4 @@
-"""seqio pretraining tasks over local files and mocked TFDS."""
+"""Tests seqio pretraining tasks on local files and mocked TFDS."""
 
 import json
 
@@ -38,7 +38,7 @@ def name(request):
 
 
 def _examples(name, seed=3, lengths=_LENGTHS):
-  # Counting examples, to cache few in memory, is not mocked by TFDS.
+  # TFDS does not mock the count of examples that caching in memory needs.
   dataset = seqio.get_mixture_or_task(name).get_dataset(
     lengths, 'train', shuffle=False, seed=seed, try_in_mem_cache=False
   )
@@ -95,7 +95,7 @@ def test_running_text_fills_the_rows_of_a_language_model(text_file, name):
     'è, my word',
     '',
   ]
-  # Rows are full but for the last one; the first input of each is 0.
+  # All rows but the last one are full, and the first input of each row is 0.
   assert (rows[: len(tokens) // 16] > 0).all()
   inputs = np.concatenate([one['decoder_input_tokens'] for one in batches])
   np.testing.assert_array_equal(inputs[:, 0], 0)
@@ -113,7 +113,7 @@ def test_inputs_and_targets_share_the_row_of_a_prefix_lm(text_file, name):
   (weights,) = batch['decoder_loss_weights']
   assert len(row) == sum(_LENGTHS.values())
   size = int(prefix.sum()) - 1
-  # As in `lm_batches`: one place more than there are inputs.
+  # As in `lm_batches`, the prefix is one place longer than the inputs.
   assert row[size - 1] == 1 and weights[size - 1] == 0 and weights[size] == 1
 
 
@@ -151,7 +151,7 @@ def test_the_cache_is_before_the_noise(text_file, name, tmp_path):
   assert cache.features == ('targets', 'spans')
   assert cache.kind == 'text'
   assert _BYTES.decode(cache.tokens('targets', 2)) == 'è, my word'
-  # è is two bytes.
+  # The letter è has two bytes.
   assert cache.spans(2).tolist() == [[7, 11]]
   again = seqio_stream.cache_seqio_task(name, tmp_path / 'c', _BYTES)
   assert again.summary == cache.summary
@@ -180,7 +180,8 @@ def _mocked(self, *args, **kwargs):
 
 def test_tfds_tasks_run_on_mocked_data():
   names = pretraining.register_tfds_tasks('bytes')
-  assert names == pretraining.register_tfds_tasks('bytes')  # Once is enough.
+  # Registering a second time must change nothing.
+  assert names == pretraining.register_tfds_tasks('bytes')
   try:
     with tfds.testing.mock_data(num_examples=3, as_dataset_fn=_mocked):
       for name in names:
@@ -188,7 +189,7 @@ def test_tfds_tasks_run_on_mocked_data():
         assert examples, name
         for inputs, targets in examples:
           assert len(inputs) <= 40 and len(targets) <= 24
-      # The tagger's spans are bytes, not characters.
+      # The spans of the tagger are in bytes and not in characters.
       targets = [_BYTES.decode(t) for _, t in _examples(names[2])]
       assert targets == ['<extra_id_0>Oslo'] * 3
   finally:

@@ -1,4 +1,4 @@
-"""seqio tasks of SuperGLUE on mocked TFDS: texts, metrics, the mixture."""
+"""Tests seqio tasks of SuperGLUE on mocked TFDS: texts, metrics, mixture."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tasks import super_glue
 _BYTES = byte_vocabulary.ByteVocabulary()
 _PREMISES = {'premise': ['A b.'], 'hypothesis': ['C?']}
 _SENTENCES = {'sentence1': ['A b.'], 'sentence2': ['C?']}
-# Fields of TFDS with the label 1, what is asked, and the label.
+# Each task has the fields of TFDS with label 1, the inputs, and the target.
 _LABELLED = {
   'boolq': (
     {'question': ['is it'], 'passage': ['A b.']},
@@ -115,7 +115,7 @@ def test_multirc_has_no_markup_and_its_questions_are_grouped():
     (f'multirc question: When? answer: Now {paragraph}', 'True'),
   ]
   scores = raw_examples.scores(name, examples, ['True', 'True', 'True'])
-  # Precision 2/3, recall 1; one of two questions.
+  # The precision is 2/3 and the recall 1. One of two questions is all right.
   assert scores == {'f1': pytest.approx(80.0), 'exact_match': 50.0}
 
 
@@ -132,7 +132,7 @@ def test_record_has_an_example_for_each_answer():
     (second, 'B.'),
   ]
   assert examples[1]['answers'].tolist() == [b'Ada', b'Ada B.']
-  # Of each query the first prediction counts.
+  # Only the first prediction for each query counts.
   scores = raw_examples.scores(name, examples, ['ada b', 'x', 'x', 'Bo'])
   assert scores == {'em': 50.0, 'f1': 50.0}
 
@@ -155,7 +155,8 @@ def test_wsc_is_trained_on_pronouns_that_mean_the_noun():
   name = 'super_glue_wsc_v102_simple_eval'
   examples = raw_examples.read(name, 'validation', _WSC)
   assert _texts(examples) == [(asked, 'Bo'), (asked, 'Al')]
-  # Both say what it means; only of the second that is not the noun.
+  # Both predictions name what the pronoun means. Only in the second example
+  # this is not the noun.
   assert raw_examples.scores(name, examples, ['Bo', 'Bo']) == {
     'accuracy': 100.0
   }
@@ -165,10 +166,10 @@ def test_wsc_is_trained_on_pronouns_that_mean_the_noun():
 @pytest.mark.parametrize(
   ('text', 'pronoun', 'index', 'expected'),
   [
-    # The word at the index, not the first one.
+    # The word at the index is marked, and not the first one that is equal.
     ('if it is , it was', 'it', 4, 'if it is , *it* was'),
     ('"Good for him," he said. ', 'him', 2, '"Good for *him* ," he said. '),
-    # WSC has the index of the word before in one place.
+    # In one place of WSC, the index is that of the word before.
     ('to use it , but now', 'it', 1, 'to use *it* , but now'),
     ('They ran', 'They', 0, '*They* ran'),
   ],
@@ -221,7 +222,7 @@ def test_the_mixture_holds_what_is_trained_on(names):
     'super_glue_v102_proportional', 'train', _raw, most=40
   )
   starts = [_BYTES.decode(one['inputs']).split()[0] for one in examples]
-  # Three of four, and of the others multirc is the largest.
+  # Three of four examples are ReCoRD, and multirc is the largest of the others.
   assert 20 < starts.count('record') < 40 and 'multirc' in starts
   assert set(examples[0]) == {'inputs', 'targets'}
 

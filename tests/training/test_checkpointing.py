@@ -1,4 +1,4 @@
-"""Checkpoints: same bits back, damage found, kills survived, steps kept."""
+"""Tests checkpoints: same bits, damage found, kills survived, steps kept."""
 
 import json
 import pathlib
@@ -53,7 +53,7 @@ def _abstract(state):
 
 @pytest.fixture
 def saved(tmp_path):
-  """Checkpoints with steps 1 and 2 in the folder."""
+  """A folder of checkpoints with steps 1 and 2."""
   with checkpointing.Checkpoints(tmp_path / 'run') as checkpoints:
     for step in (1, 2):
       metadata = {'vocabulary': 'abc', 'config': {'embed': 3, 'layers': [1]}}
@@ -66,7 +66,7 @@ def test_round_trip_has_the_same_bits(saved):
   assert saved.all_steps() == [1, 2]
   _assert_same_bits(saved.restore(_abstract(_state())), _state(2))
   _assert_same_bits(saved.restore(_abstract(_state()), step=1), _state(1))
-  # Arrays serve as the abstract state as well.
+  # The abstract state may also be a state of arrays.
   _assert_same_bits(saved.restore(_state()), _state(2))
 
 
@@ -95,7 +95,7 @@ def test_restores_onto_other_devices(saved):
   restored = saved.restore(abstract)
   _assert_same_bits(restored, _state(2))
   assert restored.tables['experts']['wi'].sharding == split
-  # Back from eight devices to one.
+  # The state goes back from eight devices to one.
   saved.save(3, restored)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
@@ -159,7 +159,7 @@ def test_truncated_missing_and_foreign_files_are_found(saved):
   (saved.folder / 'checkpoint_2' / 'manifest.json').write_text('{')
   with pytest.raises(error, match='manifest.json cannot be read'):
     saved.restore(_abstract(_state()))
-  # The step before is still good.
+  # The checkpoint of the step before is still good.
   _assert_same_bits(saved.restore(_abstract(_state()), step=1), _state(1))
 
 
@@ -169,7 +169,7 @@ def test_without_manifest_a_checkpoint_is_unfinished(saved):
   _assert_same_bits(saved.restore(_abstract(_state())), _state(1))
   with pytest.raises(checkpointing.NoCheckpointError, match='of step 2'):
     saved.restore(_abstract(_state()), step=2)
-  # Its number is free again, and what was left of it goes.
+  # The step can be saved again, which removes what was left of it.
   assert saved.save(2, _state(7))
   _assert_same_bits(saved.restore(_abstract(_state())), _state(7))
 
@@ -183,7 +183,7 @@ def test_killed_while_saving(tmp_path):
       run.save(1, {{'w': jnp.ones(10)}})
       run.wait()
       run.save(2, {{'w': jnp.ones(10)}})
-      os._exit(9)  # As a kill: no thread gets to its end.
+      os._exit(9)  # This acts like a kill: no thread reaches its end.
   """)
   root = pathlib.Path(__file__).parents[2]
   result = subprocess.run(
@@ -197,7 +197,7 @@ def test_killed_while_saving(tmp_path):
     np.testing.assert_array_equal(restored['w'], np.ones(10))
     checkpoints.save(3, {'w': jnp.ones(10)})
     checkpoints.wait()
-    # Whatever was half written is gone.
+    # All folders that were half written are gone.
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f'checkpoint_{step}' for step in (*steps, 3)}
 
@@ -261,7 +261,7 @@ def test_metadata_is_compared_by_name(saved):
 
 
 def test_a_folder_with_another_run_is_refused(saved):
-  assert not saved.save(2, _state(2))  # Saved a moment ago: nothing to do.
+  assert not saved.save(2, _state(2))  # This step is saved already.
   with checkpointing.Checkpoints(saved.folder) as other:
     for step in (0, 2):
       with pytest.raises(

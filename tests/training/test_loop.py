@@ -1,4 +1,4 @@
-"""The loop: order of actions, clean stops, divergence, resuming."""
+"""Tests the loop: order of actions, clean stops, divergence, resuming."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from mowe.training.train_metrics import Mean
 
 
 def _batch(number):
-  """Four tokens: three of inputs, one of targets."""
+  """A batch of four tokens: three of inputs and one of targets."""
   return {
     'encoder_input_tokens': np.array([[5, 6, 1, 0]]),
     'decoder_target_tokens': np.array([[7, 0]]),
@@ -24,7 +24,7 @@ def _batch(number):
 
 
 class _Recorder:
-  """A writer that remembers."""
+  """A writer that keeps what it is given."""
 
   def __init__(self):
     self.lines = []
@@ -44,7 +44,7 @@ def _run(
   on_step=None,
   stop=None,
 ):
-  """Runs fake steps whose loss in step n is `losses[n]`, else n."""
+  """Runs fake steps; step n has the loss `losses[n]`, or n if there is none."""
   seen = []
 
   def train_step(state, batch, plan):
@@ -110,7 +110,8 @@ def test_an_action_gets_the_state_after_its_step():
 
 def test_metrics_are_means_over_the_log_period():
   _, _, lines, _ = _run(5, log_period=2)
-  # Losses 0 to 4, in pairs; the last step has a line of its own.
+  # The losses 0 to 4 are averaged in pairs; the last step has a line of its
+  # own.
   assert [(step, values['loss']) for step, values in lines] == [
     (2, 0.5),
     (4, 2.5),
@@ -152,7 +153,7 @@ def test_a_signal_ends_the_run_after_its_step_and_saves():
 
 
 def test_a_signal_during_an_action_loses_no_step():
-  # It comes after the loop has decided whether step 2 is the last.
+  # The signal comes after the loop has decided whether step 2 is the last.
   saved, save = _recording(100)
   interrupt = loop.Every(
     2, lambda step, state: os.kill(os.getpid(), signal.SIGTERM)
@@ -171,7 +172,7 @@ def test_what_takes_long_is_not_done_at_a_stop():
   _run(9, actions=[evaluate, save], on_step=_kill(3))
   assert evaluated == [3] and saved == [4]
   evaluated.clear()
-  # But it is at the end, and when it is due anyway.
+  # But it runs at the end, and also when it is due.
   _run(4, actions=[evaluate])
   assert evaluated == [3, 4]
   evaluated.clear()
@@ -180,7 +181,7 @@ def test_what_takes_long_is_not_done_at_a_stop():
 
 
 def test_the_step_of_the_stop_is_told_while_the_host_is_busy(capsys):
-  """Python's own handler would come after the sleep, as after compilation."""
+  """A handler of Python would run only after the sleep, or a compilation."""
   told_after = []
 
   def on_step(number):
@@ -188,7 +189,7 @@ def test_the_step_of_the_stop_is_told_while_the_host_is_busy(capsys):
       return
     start = time.monotonic()
     os.kill(os.getpid(), signal.SIGTERM)
-    # One call that does not return to Python's instructions.
+    # This single call does not return to Python's instructions until it ends.
     time.sleep(0.5)
     told_after.append(time.monotonic() - start)
 
@@ -209,7 +210,7 @@ def test_a_loop_in_another_thread_leaves_signals_alone():
 
 
 def test_the_host_is_at_most_two_steps_ahead():
-  """A step is waited for before the third one after it is handed over."""
+  """Before the third step after it is handed over, a step must be finished."""
   waited = []
 
   class Loss:
@@ -227,7 +228,7 @@ def test_the_host_is_at_most_two_steps_ahead():
     given.append((batch['number'], list(waited)))
     return state, {'loss': Loss(batch['number'])}
 
-  # The end would merge these metrics, which are no numbers.
+  # At the end the loop would merge these metrics, which are no numbers.
   batches = ((_batch(n), None) for n in range(5))
   loop.run(
     train_state.TrainState(jnp.int32(0), {}, {}, {}, {}),
@@ -269,7 +270,8 @@ def test_divergence_between_two_log_lines_is_not_saved():
 
 
 def test_gradients_that_are_not_finite_are_not_saved():
-  # The loss is of the parameters before the update: these are lost already.
+  # The loss belongs to the parameters before the update, so these are lost
+  # already.
   saved, save = _recording(3)
   _, _, _, error = _run(
     20, norms={2: float('nan')}, actions=[save], log_period=10

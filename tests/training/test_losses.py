@@ -1,4 +1,4 @@
-"""Cross entropy against float64 numpy: smoothing, z-loss, gradients."""
+"""Tests cross entropy against float64 numpy: smoothing, z-loss, gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ def _inputs(seed=0):
 
 
 def _soft_targets(targets, smoothing):
-  """As in T5X: `1 - smoothing` for the target, the rest shared by the others."""
+  """T5X's targets: `1 - smoothing` for the right token, the rest is shared."""
   soft = np.full((*targets.shape, _VOCAB), smoothing / (_VOCAB - 1))
   np.put_along_axis(soft, targets[..., None], 1.0 - smoothing, axis=-1)
   return soft
 
 
 def _expected(logits, targets, smoothing, z_loss):
-  """T5X's definition, written out: -sum p log q, less the entropy of p."""
+  """T5X's definition: -sum p log q, minus the entropy of p."""
   log_z = np.log(np.exp(logits).sum(-1))
   soft = _soft_targets(targets, smoothing)
   entropy = -(soft * np.log(soft, where=soft > 0, out=np.zeros_like(soft)))
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_the_definition(smoothing, z_loss):
 
 
 def test_uniform_logits_by_hand():
-  # Four equal logits of 2: q is 1/4, log Z = 2 + log 4.
+  # The four logits are all 2, so q is 1/4 and log Z is 2 + log 4.
   logits = jnp.full((1, 1, 4), 2.0)
   entropy, z = losses.cross_entropy(
     logits, jnp.array([[3]]), z_loss=0.5, label_smoothing=0.0
@@ -90,7 +90,8 @@ def test_large_logits_stay_finite():
   entropy, z = losses.cross_entropy(
     logits, jnp.array([[1]]), label_smoothing=0.1, z_loss=1e-4
   )
-  # log Z = 1e4; the smoothed target has 0.9 at -1e4 and 0.05 at 1e4 and 0.
+  # Here log Z is 1e4. The smoothed target has 0.9 at the logit -1e4, and 0.05
+  # each at 1e4 and at 0.
   constant = -(0.9 * np.log(0.9) + 2 * 0.05 * np.log(0.05))
   np.testing.assert_allclose(
     entropy, [[1e4 + 0.9e4 - 0.05e4 - constant]], rtol=1e-6

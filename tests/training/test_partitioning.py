@@ -1,4 +1,4 @@
-"""Eight virtual devices: equal to one, sharded as the rules say, traced once."""
+"""Tests eight virtual devices: equal to one, sharded by rules, traced once."""
 
 import functools
 
@@ -15,7 +15,7 @@ from mowe.models.t5 import t5
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -43,7 +43,7 @@ def _axes(model):
 
 
 def _train(sparse, mesh_sizes=None):
-  """Three steps; returns the state, its initial shardings, and the traces."""
+  """Trains 3 steps; returns state, initial shardings, and number of traces."""
   model = t5.T5(tiny_training.make_config(sparse=sparse, dropout_rate=0.2))
   row_optimizer = _row_optimizer(sparse)
   optimizer = _OPTIMIZER.build(None)
@@ -106,7 +106,7 @@ def test_training_equals_one_device(name, sparse):
     {k: m.compute() for k, m in expected_metrics.items()}, rel=1e-4
   )
   assert num_traces == 1
-  # Training leaves everything where it was put.
+  # After training everything is where it was put.
   jax.tree.map(
     lambda x, s: np.testing.assert_equal(x.sharding.spec, s.spec),
     state,
@@ -155,10 +155,10 @@ def test_parameters_lie_where_the_rules_say():
   assert rows.counts.spec == P('expert')
   assert rows.v_row['wo'].spec == P('expert', None)
   assert shardings.step.spec == P()
-  # Moments of a parameter lie with it.
+  # The moments of a parameter are sharded as the parameter is.
   moments = optax.tree_utils.tree_get(shardings.opt_state, 'mu')
   assert moments['token_embedder']['embedding'].spec == P('model', None)
-  # No device axis gets lost: every sharded size divides.
+  # Every sharded size must divide over its devices, or this raises an error.
   jax.tree.map(lambda x, s: s.shard_shape(x.shape), state, shardings)
 
 
@@ -198,7 +198,7 @@ def test_a_layers_own_table_is_split_by_expert():
 
 
 def test_a_name_that_only_ends_alike_is_not_taken_for_it():
-  # 'wo/kernel' of one layer must not shard a 'two/kernel' of something else.
+  # The 'wo/kernel' of one layer must not shard a 'two/kernel' of another.
   axes = {('wo', 'kernel'): ('mlp', 'embed')}
   mesh = partitioning.make_mesh(data=4, model=2)
   shape = jax.ShapeDtypeStruct((4, 6), np.float32)

@@ -1,4 +1,4 @@
-"""Progress: plain lines with exact numbers, and a bar in a terminal."""
+"""Tests progress: plain lines with exact numbers, and a bar in a terminal."""
 
 import io
 
@@ -36,7 +36,8 @@ def _run(stream, first_step=0, total_steps=5, log_period=2):
 
 
 def test_plain_lines_once_per_period():
-  # 3000 tokens in 2 seconds; 2 seconds for each step that is left.
+  # There are 3000 tokens in 2 seconds, and 2 seconds for each step that is
+  # left.
   assert _run(io.StringIO()).splitlines() == [
     'step 2/5  loss 5  1.5K tokens/s  ETA 6s',
     'step 4/5  loss 2.5  1.5K tokens/s  ETA 2s',
@@ -52,7 +53,7 @@ def test_a_resumed_run_counts_its_own_steps_only():
 def test_a_terminal_gets_a_bar():
   text = _run(_Terminal())
   assert '5/5' in text and 'loss 2.5' in text and 'ETA 0s' in text
-  # Redrawn in place, not line after line.
+  # The bar is redrawn in place, and not line after line.
   assert '\x1b[' in text
 
 

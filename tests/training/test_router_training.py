@@ -1,4 +1,4 @@
-"""Training with a router: its losses, biases and metrics in the step."""
+"""Tests training with a router: its losses, biases and metrics in the step."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ _LAYER = ('encoder', 'layers_0', 'mlp')
 
 def _model(router=None, **fields):
   fields = {
-    # Rows are groups: cutting the batch changes no group.
+    # Each row is a group, so that cutting the batch changes no group.
     'groups': token_groups.TokenGroups(tiny_training.INPUTS)
   } | fields
   layer = functools.partial(
@@ -103,7 +103,7 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
         * (0.5 * one.load_balance + 0.25 * one.z_loss + 0.125 * one.importance)
         / one.num_loss_tokens
       )
-      # Not halved: added up over both layers.
+      # The losses of both layers are added and not averaged.
       probs = one.total_probs / one.num_loss_tokens
       information = jnp.sum(probs * jnp.log(probs))
       total += 0.0625 * information
@@ -119,7 +119,7 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
   tiny_training.assert_close(
     new.params, optax.apply_updates(state.params, updates), 1e-5
   )
-  # Padding of encoder and decoder was not routed.
+  # The padding of encoder and decoder was not routed.
   real = (batch['encoder_input_tokens'] > 0).mean()
   assert metrics['encoder/layers_0/mlp/padding'] == pytest.approx(1 - real)
   real = (batch['decoder_target_tokens'] > 0).mean()
@@ -139,8 +139,9 @@ def test_microbatches_change_nothing(number):
   _, parts, other = _run(model, batch, config, number)
   tiny_training.assert_close(parts.params, whole.params, 1e-5)
   for name, value in metrics.items():
-    # Two metrics are differences of larger terms, whose rounding they have:
-    # mutual information of two entropies, importance of a mean square and one.
+    # Two metrics are differences of larger terms and have the rounding errors
+    # of these: mutual information is one of two entropies, and importance is
+    # one of a mean square and one.
     terms = {
       'mutual_information_loss': math.log(_NUM_EXPERTS),
       'importance_loss': 1.0,
@@ -162,7 +163,7 @@ def test_the_selection_bias_follows_the_loads_alone():
   np.testing.assert_array_equal(bias(state), 0)
   load = metrics['encoder/layers_0/mlp/load']
   np.testing.assert_allclose(bias(new), 0.01 * np.sign(load.mean() - load))
-  # It is read: a large bias sends every token to one expert.
+  # The bias is used: a large one sends every token to one expert.
   state.params['encoder']['layers_0']['mlp']['router'][
     router_base.SELECTION_BIAS
   ] = jnp.asarray([0.0, 9.0, 0.0, 0.0])

@@ -1,4 +1,4 @@
-"""Metrics: exact merging, lines that survive a kill, no TensorFlow."""
+"""Tests metrics: exact merging, lines that survive a kill, no TensorFlow."""
 
 import json
 import math
@@ -16,7 +16,8 @@ from mowe.training import train_metrics
 
 
 def test_merging_weighs_by_count():
-  # Two tokens with mean 1 and six with mean 3: (2 + 18) / 8, not 2.
+  # Two tokens have the mean 1 and six have the mean 3, so all have (2 + 18) / 8
+  # and not 2.
   first = train_metrics.Mean.of(jnp.full(2, 1.0))
   second = train_metrics.Mean.of(
     jnp.array([3.0] * 6 + [100.0]), jnp.array([1.0] * 6 + [0.0])
@@ -44,7 +45,7 @@ def test_json_lines_append_and_resume(tmp_path):
   writer = train_metrics.JsonLinesWriter(path)
   for step in (1, 2, 3):
     writer.write(step, {'loss': np.float32(step) / 2})
-    # Flushed at once: another reader sees it.
+    # Each line is flushed at once, so another reader sees it.
     assert train_metrics.read_json_lines(path)[-1] == {
       'step': step,
       'loss': step / 2,
@@ -72,7 +73,8 @@ def test_a_foreign_file_is_refused(tmp_path):
 
 
 def test_tensorboard_without_tensorflow(tmp_path):
-  # In a process of its own: another test may have imported TensorFlow.
+  # A process of its own is needed, as another test may have imported
+  # TensorFlow.
   script = textwrap.dedent(f"""
       import sys
       from mowe.training import train_metrics

@@ -1,4 +1,4 @@
-"""A fresh state: what is in it, frozen or not."""
+"""Tests what a fresh state holds, with frozen experts or without."""
 
 import functools
 
@@ -44,7 +44,7 @@ def test_tables_are_apart_from_params():
   for leaf in jax.tree.leaves(state.table_state):
     assert leaf.shape[0] == tiny_training.EXPERTS
   assert state.step.shape == () and state.step.dtype == jnp.int32
-  # The optimizer of params knows nothing of tables.
+  # The optimizer of ordinary parameters does not know of tables.
   names = str(jax.tree_util.tree_structure(state.opt_state))
   assert 'experts' not in names
 

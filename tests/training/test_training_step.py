@@ -1,4 +1,4 @@
-"""The train step against a plain oracle; microbatches; frozen experts."""
+"""Tests the train step against a plain oracle; microbatches; frozen experts."""
 
 import functools
 
@@ -21,7 +21,8 @@ from mowe.training.optimization import (
 
 _LOSS = training_step.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 _ABSENT = (2, 5, 11)
-# A large eps: Adam's first step is the sign of gradients near zero otherwise.
+# With a small eps, Adam's first step would be the sign of gradients, which is
+# unstable near zero.
 _OPTIMIZER = optax.adam(1e-2, eps=1e-3)
 _ROW_OPTIMIZERS = {
   'adafactor': row_optimizers.RowAdafactor(0.05),
@@ -62,7 +63,7 @@ def _values(metrics):
 
 @functools.cache
 def _oracle_gradients():
-  """Mean loss over target tokens, differentiated through the whole tables."""
+  """Gradients of the mean loss over target tokens, by the whole tables."""
   batch = tiny_training.make_batch(0, _ABSENT)
 
   def mean_loss(trained):
@@ -150,7 +151,8 @@ def test_every_row_that_is_present_moves():
 def test_microbatches_change_nothing(number):
   batch = tiny_training.make_batch(1, _ABSENT)
   tokens = batch['decoder_loss_weights'].sum(axis=1)
-  # Parts of different numbers of tokens, or a mean of means would pass.
+  # The parts must have different numbers of tokens, or a mean of means would
+  # pass.
   assert len({tokens[part::number].sum() for part in range(number)}) > 1
   state = _initial()
   whole = _step()(state, {}, batch, tiny_training.make_plan(batch))
@@ -176,12 +178,12 @@ def test_frozen_tables_are_read_but_are_not_in_the_state():
   trained, trained_metrics = _step()(
     _initial(), {}, batch, tiny_training.make_plan(batch)
   )
-  # Freezing is no gradient for tables, and the same gradient for the others.
+  # Frozen tables have no gradient, and the other gradients stay the same.
   tiny_training.assert_close(new.params, trained.params, 1e-6)
   of_trained = _values(trained_metrics)
   assert of_trained.pop('expert_gradient_bound') > 0
   assert _values(metrics) == pytest.approx(of_trained, rel=1e-6)
-  # Their values matter: without experts the loss is another one.
+  # The values of frozen tables matter: without experts the loss differs.
   none = jax.tree.map(jnp.zeros_like, frozen)
   _, other = _step(None)(state, none, batch, tiny_training.make_plan(batch))
   assert _values(other)['loss'] != _values(metrics)['loss']
@@ -199,7 +201,7 @@ def test_a_tiny_model_memorises_a_batch():
   last = _values(metrics)
   assert first['accuracy'] < 0.3
   assert last['accuracy'] == 1.0
-  # With smoothing a perfect prediction has the loss 0.
+  # With label smoothing a perfect prediction has a loss of 0.
   assert last['loss'] < 0.05 * first['loss']
 
 
@@ -275,14 +277,14 @@ def test_a_batch_of_padding_changes_no_table_and_gives_numbers():
 
 @pytest.mark.parametrize('scale', [np.inf, 1e30])
 def test_an_overflow_in_one_expert_alone_is_seen(monkeypatch, scale):
-  """Ordinary gradients and the loss are as always."""
+  """The ordinary gradients and the loss are finite as always."""
   product = grouped.expert_product
 
   @jax.custom_vjp
   def overflowing(factors):
     return factors
 
-  # The factors of the first token, so of one expert.
+  # Only the factors of the first token change, and so one expert.
   overflowing.defvjp(
     lambda factors: (factors, None),
     lambda _, found: (jax.tree.map(lambda x: x.at[0].set(scale), found),),
@@ -294,7 +296,8 @@ def test_an_overflow_in_one_expert_alone_is_seen(monkeypatch, scale):
       tokens, kernels, plan, factors and overflowing(factors)
     ),
   )
-  # Not the cached one: it is to be traced with the other factors.
+  # This step is not the cached one, as it must be traced with the changed
+  # factors.
   step = tiny_training.jit(
     training_step.make_train_step(
       _model(),
@@ -307,7 +310,7 @@ def test_an_overflow_in_one_expert_alone_is_seen(monkeypatch, scale):
   batch = tiny_training.make_batch(0)
   state = _initial()
   new, metrics = step(state, {}, batch, tiny_training.make_plan(batch))
-  # No row is written, also not of other experts.
+  # No row may be written, not even those of other experts.
   tiny_training.assert_same_bits(
     (new.tables, new.table_state), (state.tables, state.table_state)
   )

@@ -1,4 +1,4 @@
-"""A training step of a T5 with experts on eight devices equals one device."""
+"""Tests a training step of a T5 with experts on eight devices and on one."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from mowe.models.t5 import t5
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import optimizers
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -30,7 +30,7 @@ _OPTIMIZER = optimizers.ClipByGlobalNorm(
 
 
 def _step(dispatch, sizes):
-  """State and metrics after one step; sizes of the mesh, or one device."""
+  """State and metrics after one step, on a mesh of these sizes or one device."""
   layer = functools.partial(
     moe.MoeLayer,
     4,
@@ -99,10 +99,12 @@ def test_a_step_equals_one_device(dispatch):
   expected, expected_metrics, _ = _step(dispatch, {})
   assert ' all-to-all(' in text
   tiny_training.assert_close(state, expected, 1e-5)
-  # Looser: the importance of nearly even experts is a difference of near equals.
+  # The tolerance is looser, as the importance of nearly even experts is a
+  # difference of nearly equal numbers.
   for name, expected in expected_metrics.items():
     if name.endswith('mutual_information_loss'):
-      # A difference of two entropies, each of which is log(experts) at most.
+      # This is the difference of two entropies, each of which is at most
+      # log(experts).
       terms = float(expected.count) * math.log(4)
       np.testing.assert_allclose(
         metrics[name].total, expected.total, rtol=0, atol=1e-5 * terms

@@ -1,4 +1,4 @@
-"""Memory of the compiled train step: nothing grows with the expert table."""
+"""The memory of a compiled train step must not grow with the expert table."""
 
 import re
 
@@ -12,7 +12,7 @@ from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import batch_plans
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -22,7 +22,7 @@ _BATCH, _INPUTS, _TARGETS = 2, 6, 4
 
 @pytest.fixture(scope='module', params=['float32', 'bfloat16'])
 def compiled(request):
-  """Number of experts -> (bytes of tables and their state, program)."""
+  """For each number of experts: bytes of tables and state, and a program."""
   return {number: _compile(number, request.param) for number in (_FEW, _MANY)}
 
 
@@ -59,7 +59,8 @@ def _compile(num_experts, table_dtype):
     seed=0,
   )
   rng = np.random.default_rng(0)
-  # Ids below both numbers of experts, so that both get the same plan's sizes.
+  # The ids are below both numbers of experts, so that both plans have the same
+  # sizes.
   ids = {
     'encoder': rng.integers(0, _FEW, (_BATCH, _INPUTS), np.int32),
     'decoder': rng.integers(0, _FEW, (_BATCH, _TARGETS), np.int32),
@@ -83,7 +84,7 @@ def test_temporaries_do_not_grow_with_the_table(compiled):
   few, many = (
     compiled[n][1].memory_analysis().temp_size_in_bytes for n in (_FEW, _MANY)
   )
-  # Alignment may differ by a little; one copied kernel would be 64 MiB.
+  # Alignment may differ a little. One copied kernel would be 64 MiB.
   assert abs(many - few) < 4096
 
 
@@ -101,5 +102,5 @@ def test_tables_are_updated_in_place(compiled):
   grown = compiled[_MANY][0] - compiled[_FEW][0]
   few, many = (compiled[n][1].memory_analysis() for n in (_FEW, _MANY))
   assert many.alias_size_in_bytes - few.alias_size_in_bytes == grown
-  # Outputs beyond the aliased state are metrics.
+  # All outputs besides the donated state are metrics.
   assert many.output_size_in_bytes - many.alias_size_in_bytes < 4096

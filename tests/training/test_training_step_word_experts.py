@@ -1,4 +1,4 @@
-"""A training step with word experts on eight devices equals one device."""
+"""Tests a training step with word experts on eight devices and on one."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import row_gradients
 from mowe.words import batch_plans, sharded_plan
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -23,13 +23,14 @@ MESHES = {
   '2x4': {'data': 2, 'expert': 4},
   '2x2x2': {'data': 2, 'expert': 2, 'model': 2},
 }
-# Without second moments: they have twice the relative error of gradients.
+# This optimizer has no second moments, whose relative error is twice that of
+# the gradients.
 _OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Descent:
-  """Gradient descent that keeps the gradients it has seen, added up."""
+  """Gradient descent that keeps the sum of all gradients it has seen."""
 
   def init(self, table):
     return jax.tree.map(jnp.zeros_like, dict(table))
@@ -45,7 +46,7 @@ _ROW_OPTIMIZER = _Descent()
 
 
 def make_plan(batch, mesh, num_microbatches):
-  """In two size classes, as in `tiny.make_plan`."""
+  """A plan with two size classes, as in `tiny_training.make_plan`."""
   devices = mesh.shape['data'], mesh.shape['expert']
   own = tiny_training.EXPERTS // devices[1]
   num_tokens = 2 * tiny_training.BATCH * tiny_training.INPUTS
@@ -65,7 +66,7 @@ def make_plan(batch, mesh, num_microbatches):
 
 
 def _step(sizes, num_microbatches, dropout_rate):
-  """State and metrics after one step; sizes of the mesh, or one device."""
+  """State and metrics after one step, on a mesh of these sizes or one device."""
   model = t5.T5(tiny_training.make_config(dropout_rate=dropout_rate))
   create = functools.partial(
     train_state.create,
@@ -126,7 +127,7 @@ def test_a_step_equals_one_device(mesh, num_microbatches, dropout_rate):
 
 
 def _memory(num_experts):
-  """Bytes of the tables of a device, and memory of the step on 2 x 4."""
+  """The bytes of tables on a device, and the memory of the step on 2 x 4."""
   layer = functools.partial(
     tiny_training.word_experts.MoweLayer, num_experts, 4
   )
@@ -187,5 +188,5 @@ def test_tables_are_updated_in_place_on_their_devices():
   )
   grown = many[0] - few[0]
   assert many[1].alias_size_in_bytes - few[1].alias_size_in_bytes == grown
-  # One kernel of one device would be 147 KB more.
+  # One more kernel on each device would be 147 KB.
   assert abs(many[1].temp_size_in_bytes - few[1].temp_size_in_bytes) < 8192

@@ -1,4 +1,4 @@
-"""A tiny subword vocabulary and a routing vocabulary built on it."""
+"""Fixtures: a tiny subword vocabulary, and a routing vocabulary built on it."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from mowe.words import (
   vocabulary_builder,
 )
 
-# Names with many pieces, punctuation, accents, capitals.
+# The texts have names of many pieces, punctuation, accents and capitals.
 TEXTS = [
   'The quick brown fox (Zorblat) jumps over the lazy dog, again and again.',
   'Zorblat met Quimby. "Zorblat!" said Quimby; the dog was not amused.',

@@ -1,4 +1,4 @@
-"""Plans: every token gets one slot, of its own expert, whatever the batch."""
+"""Tests plans: every token has one slot, of its own expert, in any batch."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ NUM_EXPERTS = 7
 
 
 def routing(rng, batch, length, num_experts=NUM_EXPERTS):
-  """Ids with padding (-1) and tokens without an expert (num_experts)."""
+  """Routing ids, with padding (-1) and tokens without expert (num_experts)."""
   return rng.integers(-1, num_experts + 1, (batch, length)).astype(np.int32)
 
 
@@ -26,7 +26,7 @@ def cut(stream, microbatch):
 
 
 def owners_and_tokens(classes):
-  """Expert of each slot, and the token in it, read back from a plan."""
+  """The expert of each slot and the token in it, read from a plan."""
   owners = [
     np.repeat(experts, sources.shape[1])
     for experts, sources in zip(*classes, strict=True)
@@ -36,22 +36,23 @@ def owners_and_tokens(classes):
 
 
 def check_classes(classes, ids, num_experts):
-  """Every routed token has one slot, of its expert; each expert one place."""
+  """Every routed token has one slot, of its expert; an expert has one place."""
   flat = ids.reshape(-1)
   owners, tokens = owners_and_tokens(classes)
   filled = tokens < flat.size
-  # All other slots are empty, and say so by the same number.
+  # All other slots are empty, and hold the number that says so.
   assert (tokens[~filled] == flat.size).all()
   np.testing.assert_array_equal(
     np.sort(tokens[filled]),
     np.flatnonzero((flat >= 0) & (flat < num_experts)),
   )
   np.testing.assert_array_equal(owners[filled], flat[tokens[filled]])
-  # In order, and empty slots last: one plan for one batch.
+  # Tokens are in order and empty slots come last, so a batch has only one plan.
   for sources in classes.sources:
     assert (np.diff(sources, axis=1) >= (sources[:, 1:] < flat.size)).all()
   experts = np.concatenate(classes.experts)
-  # Unused places have numbers of their own, so that a scatter may rely on it.
+  # Each unused place has a number of its own, so that a scatter may rely on
+  # unique indices.
   assert np.unique(experts).size == experts.size
   present = np.unique(flat)
   present = present[(present >= 0) & (present < num_experts)]
@@ -71,17 +72,17 @@ def check_stream(stream, ids, num_experts):
 
 
 def profile(*classes):
-  """The same sizes for an encoder, and for its updates."""
+  """A profile with the same sizes for an encoder and for its updates."""
   sizes = batch_plans.ClassSizes(classes)
   return batch_plans.CapacityProfile((('encoder', sizes),), updates=sizes)
 
 
 def test_three_tokens_by_hand():
-  # Expert 2 has two tokens, expert 0 one, the last token none.
+  # Expert 2 has two tokens, expert 0 has one, and the last token has no expert.
   ids = np.array([[2, 0, 2, 3]], np.int32)
   plan = batch_plans.make_plan({'encoder': ids}, profile((1, 2), (2, 1)), 3)
-  # Class 1 holds expert 0 and an unused place (number 3 + 1), class 2 holds
-  # expert 2.
+  # Class 1 holds expert 0 and an unused place, whose number is 3 + 1. Class 2
+  # holds expert 2.
   classes = plan.encoder.classes
   np.testing.assert_array_equal(classes.experts[0], [0, 4])
   np.testing.assert_array_equal(classes.experts[1], [2])
@@ -92,7 +93,8 @@ def test_three_tokens_by_hand():
 
 
 def test_updates_count_the_tokens_of_all_streams():
-  # Expert 1 is in both streams; the decoder's tokens follow the encoder's 3.
+  # Expert 1 is in both streams. The tokens of the decoder are numbered from 3,
+  # after those of the encoder.
   ids = {
     'encoder': np.array([[1, 0, 2]], np.int32),
     'decoder': np.array([[2, 1]], np.int32),
@@ -127,7 +129,7 @@ def test_a_batch_that_does_not_fit_gives_no_plan():
 @settings(max_examples=60, deadline=None)
 @given(
   st.integers(0, 2**31),
-  # Beyond 2**16 experts, numbers are sorted in two rounds.
+  # With more than 2**16 experts, their numbers are sorted in two rounds.
   st.integers(1, 300) | st.integers(2**16 - 1, 2**20),
   st.sampled_from([1, 2]),
 )

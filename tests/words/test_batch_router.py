@@ -1,4 +1,4 @@
-"""Routing ids and plans of batches: those of the model, for either stream."""
+"""Tests that batches get the model's routing ids and plans, for each stream."""
 
 import concurrent.futures
 
@@ -82,7 +82,7 @@ def test_every_token_finds_its_expert_in_the_plan(routing, make_batch, number):
     ids = batch[f'{name}_routing_ids']
     for part in range(number):
       take = lambda x, part=part: x if number == 1 else x[part]
-      # Expert of each slot, class after class.
+      # The expert of each slot, class after class.
       of_slot = np.concatenate(
         [
           np.repeat(take(experts), take(sources).shape[1])

@@ -11,8 +11,8 @@ from mowe.words import base_vocabulary, lookup
 
 BATCH, LENGTH = 3, 11
 
-# A vocabulary of 12 ids: special pad, EOS; unknown; then starts, continues,
-# punctuation; two sentinels.
+# The vocabulary has 12 ids: padding, EOS and unknown; then pieces that start
+# and continue words, and punctuation; and two sentinels at the end.
 KINDS = np.array([3, 3, 2, 1, 1, 1, 0, 0, 0, 2, 3, 3], np.uint8)
 WORDS = [(3,), (3, 6), (4, 7, 7), (6, 8), (8,), (5, 6, 7, 8, 6)]
 
@@ -48,8 +48,8 @@ TABLES = make_tables()
 
 
 def plain_words(row, segments, whole):
-  """The rule in a plain loop, with words as tuples."""
-  words = []  # the pieces of the words, by position of the first
+  """The rule of whole words as a plain loop, with words as tuples."""
+  words = []  # Each word is a list of its pieces.
   for i, piece in enumerate(row):
     continues = (
       i > 0
@@ -88,7 +88,7 @@ def jax_step(arrays, tokens, state):
   )
 
 
-# Mostly pieces that begin or continue words, or few long words would occur.
+# Most ids start or continue words, or long words would be rare.
 tokens_strategy = st.lists(
   st.sampled_from(list(range(12)) + [3, 4, 5, 6, 6, 7, 7, 8, 8]),
   min_size=BATCH * LENGTH,
@@ -101,16 +101,19 @@ quick = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def test_by_hand():
-  # pad | 3 6 | 4 7 (no word: pieces) | '.' | 6 8 | EOS | 8 | sentinel | pad
+  # The tokens are padding | 3 6 | 4 7, no word, so its pieces are routed | '.'
+  # | 6 8 | EOS | 8 | sentinel | padding.
   tokens = np.array([[0, 3, 6, 4, 7, 9, 6, 8, 1, 8, 11, 0]])
   whole = lookup.whole_words(TABLES, tokens)
-  # Pieces have the ids 6 + piece; specials 18, the number of words.
+  # A piece has the id 6 + its number. Special ones have 18, the number of
+  # words.
   assert whole.tolist() == [[18, 1, 1, 10, 13, 15, 3, 3, 18, 4, 18, 18]]
   so_far = lookup.words_so_far(TABLES, tokens)
-  # Prefixes: 3 is word 0; 6 of `6 8` is unknown and backs off to 12.
+  # For prefixes, 3 is word 0. The 6 of `6 8` is no word and backs off to 12.
   assert so_far.tolist() == [[18, 0, 1, 10, 13, 15, 12, 3, 18, 4, 18, 18]]
   experts = lookup.to_experts(TABLES, tokens, whole)
-  # id % 5; padding -1; specials and the skipped word 0 have 5.
+  # Experts are id % 5, padding is -1, and special ids and the skipped word 0
+  # have 5.
   assert experts.tolist() == [[-1, 1, 1, 0, 3, 0, 3, 3, 5, 4, 5, -1]]
   assert experts.dtype == np.int32
   skipped = lookup.to_experts(TABLES, np.array([[3]]), np.array([[0]]))
@@ -192,7 +195,7 @@ def test_later_tokens_change_no_earlier_word_so_far(tokens, others, cut):
 def test_float_tokens_and_ids_beyond_the_vocabulary():
   tokens = np.array([[3, 6, 99, 6, -1]])
   whole = lookup.whole_words(TABLES, tokens.astype(np.float32))
-  # 99 counts as the last id, a sentinel; -1 as padding.
+  # The id 99 counts as the last id, a sentinel, and -1 counts as padding.
   assert whole.tolist() == [[1, 1, 18, 12, 18]]
   assert lookup.to_experts(TABLES, tokens, whole).tolist() == [[1, 1, 5, 2, -1]]
   found = jax.jit(lambda tokens: lookup.whole_words(TABLES, tokens))(tokens)
@@ -202,7 +205,8 @@ def test_float_tokens_and_ids_beyond_the_vocabulary():
 @pytest.mark.parametrize('num_keys', [0, 1, 2, 100, 5000])
 def test_every_key_is_found_and_nothing_else(num_keys):
   rng = np.random.default_rng(num_keys)
-  # Crowded at both ends: large buckets, the largest hash, no empty first one.
+  # The keys crowd at both ends, so that there are large buckets, the largest
+  # hash, and a first bucket that is not empty.
   keys = rng.integers(0, 2**32, num_keys, dtype=np.uint64)
   keys[num_keys // 2 :] >>= 20
   keys = np.unique(np.append(keys, [2**32 - 1] * (num_keys > 1)))
@@ -228,7 +232,7 @@ def test_every_key_is_found_and_nothing_else(num_keys):
 
 
 def test_a_long_row():
-  # The sums of the prefix trick wrap around many times.
+  # In a long row the sums of the prefix trick overflow many times.
   tokens = np.full((1, 3000), 7, np.int32)
   tokens[0, 2000:2005] = [5, 6, 7, 8, 6]
   tokens[0, 2005] = 9

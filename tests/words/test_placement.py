@@ -1,4 +1,4 @@
-"""Blocks of experts: of equal count, evenly loaded, for fewer devices too."""
+"""Tests blocks of experts: equal counts, even loads, also for fewer devices."""
 
 import dataclasses
 
@@ -25,11 +25,12 @@ def _placed(loads, num_blocks):
 
 
 def test_by_hand():
-  # Heaviest first: 9 | 7, then 5 | 4 to the lighter part: 9 4 | 7 5, and so
-  # on: 1 fills the second, 0 is left for the first: {9, 4, 0} and {7, 5, 1}.
+  # The heaviest are placed first: 9 | 7, then 5 and 4 go to the lighter block:
+  # 9 4 | 7 5. The 1 then fills the second block and the 0 goes to the first:
+  # {9, 4, 0} and {7, 5, 1}.
   loads = np.array([1, 9, 0, 5, 7, 4])
   numbers = placement.place_experts(loads, 2)
-  # Old experts 1, 2, 5 in their order, then 0, 3, 4.
+  # The old experts 1, 2 and 5 come first in their order, then 0, 3 and 4.
   assert numbers.tolist() == [3, 0, 1, 4, 5, 2]
   balance = placement.balance(_placed(loads, 2), 2)
   assert balance == placement.Balance(2, 1.0, ())
@@ -46,7 +47,7 @@ def test_one_placement_serves_all_divisors():
   for num_blocks in (2, 4, 8, 16, 32):
     even = placement.balance(placed, num_blocks)
     assert even.max_over_mean < 1.02
-    # In the order of their frequency it would be far from that.
+    # In the order of frequency the loads would be far from even.
     in_order = placement.balance(loads, num_blocks)
     assert in_order.max_over_mean > 1.4
 
@@ -58,7 +59,8 @@ def test_blocks_of_a_number_that_is_not_a_power_of_two():
 
 
 def test_light_experts_gather_around_a_heavy_one():
-  # Half of all tokens are one expert's: 2 blocks are even, 4 cannot be.
+  # Half of all tokens belong to one expert, so 2 blocks can be even and 4
+  # cannot.
   loads = np.array([31, 1] + [2] * 15 + [0] * 23)
   placed = _placed(loads, 4)
   assert placement.balance(placed, 2).max_over_mean == 1.0
@@ -83,7 +85,8 @@ def test_blocks_must_divide_the_experts(num_blocks):
 def test_a_vocabulary_keeps_its_words_together(routing, tmp_path):
   routing = routing.with_experts(8, num_skipped=2)
   placed = placement.in_blocks(routing, 4)
-  # A renumbering: the same words share an expert, and as many have none.
+  # Experts are only renumbered: the same words share one, and as many have
+  # none.
   pairs = set(
     zip(routing.experts.tolist(), placed.experts.tolist(), strict=True)
   )
@@ -103,7 +106,8 @@ def test_a_vocabulary_keeps_its_words_together(routing, tmp_path):
 def test_hot_words_are_named(routing):
   counts = np.ones_like(routing.counts)
   counts[:3] = 0, 1000, 600
-  # Word 0 has no expert, words 1 and 2 have 1 and 2 to themselves, nearly.
+  # Word 0 has no expert. Words 1 and 2 have experts 1 and 2 nearly to
+  # themselves.
   routing = dataclasses.replace(routing, counts=counts)
   routing = routing.with_experts(8, num_skipped=1)
   assert placement.describe_hot_words(routing, 1) == ''
@@ -112,5 +116,5 @@ def test_hot_words_are_named(routing):
   assert f'{routing.word(1)!r} (expert 1) has' in text
   assert f'of {routing.word(2)!r} (expert 2) has' in text
   assert '--num_skipped' in text
-  # The busiest alone for two blocks.
+  # With two blocks only the busiest word is hot.
   assert repr(routing.word(2)) not in placement.describe_hot_words(routing, 2)

@@ -40,7 +40,8 @@ def test_a_flipped_bit_is_noticed(routing, tmp_path, share):
   except ValueError as error:
     assert 'damaged' in str(error)
     assert 'build_routing_vocabulary' in str(error)
-  else:  # Padding and dates of the zip: the content is whole.
+  else:
+    # Only padding or a date of the zip has changed, so the content is whole.
     assert loaded.sha256 == routing.sha256
 
 
@@ -105,7 +106,7 @@ def test_entries_are_in_order(routing):
   ]
   assert len(words) == 20
   assert {'the', 'zorblat', 'karlsburg', 'dog'} <= set(words)
-  # Each piece but the specials (2 and 10 sentinels) has an entry.
+  # Each piece has an entry, except for the 12 special ones: 2 and 10 sentinels.
   assert routing.is_piece.sum() == 100 - 12
   assert (routing.piece_word_ids == routing.num_words).sum() == 12
   with pytest.raises(ValueError, match='A word id must be in'):
@@ -162,7 +163,8 @@ def test_assignments_by_hand():
   skipped = np.array([True, False, False, False, False, False])
   by_hash = routing_vocabulary.assign_by_hash(loads, 2, skipped)
   assert by_hash.tolist() == [2, 1, 0, 1, 0, 1]
-  # 6 -> 0, 5 -> 1, 4 -> 1 (9), 3 -> 0 (9), and the unseen one to the first.
+  # The loads 6, 5, 4 and 3 go to experts 0, 1, 1 and 0, which makes 9 for each.
+  # The entry that never occurs goes to the first expert.
   balanced = routing_vocabulary.assign_balanced(loads, 2, skipped)
   assert balanced.tolist() == [2, 0, 1, 1, 0, 0]
   assert balanced.dtype == by_hash.dtype == np.int32

@@ -1,4 +1,4 @@
-"""Plans for several devices: every token reaches its expert, in order."""
+"""Tests plans for several devices: each token reaches its expert, in order."""
 
 import functools
 
@@ -17,7 +17,7 @@ def make_ids(seed, rows=16, names=('encoder', 'decoder')):
   popularity = 1 / np.arange(1, EXPERTS + 3)
   popularity = rng.permutation(popularity / popularity.sum())
   return {
-    # -1 is padding, EXPERTS a word without an expert.
+    # An id of -1 is padding, and EXPERTS is a word without an expert.
     name: rng.choice(
       np.arange(-1, EXPERTS + 1),
       (rows, SHAPES[name][1]),
@@ -39,7 +39,7 @@ def make_planner(trials, devices, num_microbatches=1):
 
 
 def experts_of_slots(classes):
-  """Expert of each slot, class after class."""
+  """The expert of each slot, class after class."""
   return np.concatenate(
     [
       np.repeat(experts, sources.shape[1])
@@ -49,7 +49,7 @@ def experts_of_slots(classes):
 
 
 def on(plan, *index):
-  """Part of a plan: every array at `index`."""
+  """The part of a plan that has every array at `index`."""
   if isinstance(plan, np.ndarray):
     return plan[index]
   parts = [on(part, *index) for part in plan]
@@ -60,7 +60,7 @@ def check_stream(stream, ids, devices):
   """Follows each token to its expert; returns what each device received."""
   data, owners = devices
   own = EXPERTS // owners
-  # (token number in the batch or -1, expert) of each row that comes.
+  # `came` has the number of the token in each row that arrives, or -1.
   tokens = np.arange(ids.size).reshape(*devices, -1)
   capacity = stream.sent.shape[-1]
   came = np.full((*devices, owners, capacity), -1)
@@ -70,11 +70,12 @@ def check_stream(stream, ids, devices):
     filled = sent < tokens.shape[-1]
     for owner in range(owners):
       row = sent[owner][filled[owner]]
-      # Filled from the front, in the order of tokens.
+      # A buffer is filled from the front, in the order of tokens.
       assert filled[owner][: row.size].all() and (np.diff(row) > 0).all()
       came[i, owner, j, : row.size] = tokens[i, j][row]
     has_expert = (routes[i, j] >= 0) & (routes[i, j] < EXPERTS)
-    # Each token is in the place that it is said to be in, and no other is.
+    # Each token with an expert is where the plan says, and no other token is
+    # sent.
     assert (stream.places[i, j][~has_expert] == sent.size).all()
     np.testing.assert_array_equal(
       sent.reshape(-1)[stream.places[i, j][has_expert]],
@@ -112,7 +113,7 @@ def test_no_token_is_lost(devices, seed, num_microbatches):
       tokens = check_stream(of_part, ids, devices)
       came.append(np.where(tokens < 0, -1, tokens + first))
       first += ids.size
-  # All tokens of all parts, in the order of a plan for one device.
+  # All tokens of all parts are in the order of a plan for one device.
   everything = np.concatenate(
     [
       part.reshape(-1)
@@ -129,7 +130,7 @@ def test_no_token_is_lost(devices, seed, num_microbatches):
           assert (of_expert >= rows.size).all()
           continue
         tokens = rows[of_expert[of_expert < rows.size]]
-        # Every token of the expert, in the order of the batch.
+        # The expert has all of its tokens, in the order of the batch.
         np.testing.assert_array_equal(
           tokens, np.flatnonzero(everything == owner * own + expert)
         )
@@ -145,7 +146,7 @@ def test_no_token_is_lost(devices, seed, num_microbatches):
 def test_a_larger_profile_holds_what_no_trial_had():
   devices = (2, 4)
   trials = [make_ids(seed, rows=8) for seed in range(3)]
-  # Every token has the same expert.
+  # In this batch all tokens have the same expert.
   hot = {name: np.full_like(ids, 7) for name, ids in trials[0].items()}
   planner = make_planner(trials, devices)
   planner(trials[0])
@@ -158,7 +159,7 @@ def test_shapes_depend_on_the_profile_alone():
   shapes = set()
   for seed in range(4):
     plan = planner(make_ids(seed))
-    # Stacked over devices, so all are alike on all of them.
+    # Plans are stacked over devices, so their shapes are equal on all devices.
     assert plan.encoder.sent.shape[:3] == (2, 4, 4)
     assert plan.encoder.received.slots.shape[:2] == (2, 4)
     assert all(x.shape[0] == 4 for x in plan.updates.experts)

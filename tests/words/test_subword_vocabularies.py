@@ -29,8 +29,9 @@ def test_ids_are_those_of_t5(tiny):
 
 def test_kinds_of_the_t5_vocabulary(t5_vocabulary):
   assert t5_vocabulary.size == 32100
-  # From the model file: '▁(' and ').' have no letter, 'Z' goes on after '(' by
-  # its piece; that '(' ends a word is the look-up's business.
+  # The kinds come from the model file. '▁(' and ').' have no letters. 'Z'
+  # continues after '(', as its piece says; that '(' ends a word is known only
+  # to the look-up.
   assert kinds_of(t5_vocabulary, 'lead (Zorblat). é 3') == [
     ('▁lead', base_vocabulary.STARTS),
     ('▁(', base_vocabulary.ALONE),
@@ -55,16 +56,18 @@ def test_kinds_of_the_t5_vocabulary(t5_vocabulary):
 
 
 def test_offsets_are_characters_of_the_given_text(t5_vocabulary):
-  text = 'Café  crème  ＡＢＣ the'  # double spaces, full-width letters
+  # The text has double spaces and full-width letters.
+  text = 'Café  crème  ＡＢＣ the'
   ids, starts, ends = t5_vocabulary.encode_with_offsets(text)
   assert ids == t5_vocabulary.encode(text)
   spans = [text[a:b] for a, b in zip(starts, ends, strict=True)]
   assert spans == ['Café', 'crème', 'ＡＢＣ', 'the']
-  # A combining accent is two characters and becomes one piece.
+  # A combining accent makes two characters, which become one piece.
   text = 'e\u0301a ﬁne x'
   _, starts, ends = t5_vocabulary.encode_with_offsets(text)
   spans = [text[a:b] for a, b in zip(starts, ends, strict=True)]
-  assert spans == ['', 'e\u0301', 'a', 'ﬁne', '', 'x']  # '': bare marks
+  # A bare mark of a word start covers no character.
+  assert spans == ['', 'e\u0301', 'a', 'ﬁne', '', 'x']
 
 
 @pytest.mark.parametrize('text', ['', ' ', 'Zorblat  met\n(Quimby)', 'xé日'])
@@ -99,7 +102,7 @@ def test_a_vocabulary_travels_to_other_processes(tiny):
 def test_bytes():
   vocabulary = subword_vocabularies.load_subwords('bytes')
   assert vocabulary.size == 359
-  # 'a' is byte 97; 'é' is bytes 195, 169; each + 3.
+  # 'a' is byte 97 and 'é' is the bytes 195 and 169; each id is 3 larger.
   assert vocabulary.encode('a é') == [100, 35, 198, 172]
   assert kinds_of(vocabulary, 'a é.') == [
     ('a', base_vocabulary.CONTINUES),

@@ -14,7 +14,7 @@ def test_counts_by_hand(tiny):
     for i in range(routing.num_words)
     if not routing.is_piece[i]
   }
-  # Tokens: each of the four spellings of dog, times its number of pieces.
+  # Tokens are counted: dog has four spellings, each with its number of pieces.
   assert [tiny.piece(i) for i in tiny.encode('(dog)')[:2]] == ['▁', '(']
   num_pieces = len(tiny.encode('(dog)')) - len('▁()')
   num_pieces += sum(len(tiny.encode(text)) for text in ('Dog', 'dog', 'dOg'))
@@ -22,7 +22,7 @@ def test_counts_by_hand(tiny):
   num_tokens = sum(len(tiny.encode(text)) for text in texts)
   assert routing.counts.sum() == num_tokens
   assert report.num_texts == 2
-  # Dog, dog, (dog), zzz, dOg, 'fox,' and fox.
+  # The chunks are Dog, dog, (dog), zzz, dOg, 'fox,' and fox.
   assert report.num_chunks == 7
   assert report.num_kept_words == 1
   assert report.known_share == pytest.approx(num_pieces / num_tokens)
@@ -66,14 +66,15 @@ def test_memory_is_bounded_and_what_was_forgotten_is_said(tiny):
   _, report = vocabulary_builder.build_routing_vocabulary(
     texts, tiny, num_words=10, num_experts=5, max_chunks=6
   )
-  # After the second list 7 chunks are held: the six seen once are forgotten.
+  # After the second list 7 chunks are held, and the six that were seen once are
+  # dropped.
   assert report.num_pruned_chunks == 6
   assert report.num_pruned_occurrences == 6
   assert report.num_chunks == 2
 
 
 def test_the_more_frequent_word_keeps_a_key(tiny, monkeypatch):
-  # Hashes of few bits collide often.
+  # With hashes of few bits there are many collisions.
   monkeypatch.setattr(
     lookup, 'hash_words', lambda mixes, pieces, offsets: few_bits(offsets)
   )
@@ -81,7 +82,8 @@ def test_the_more_frequent_word_keeps_a_key(tiny, monkeypatch):
   def few_bits(offsets):
     return (np.arange(len(offsets) - 1) % 2).astype(np.uint32)
 
-  # Words 0, 1, 2: keys 0 and 1 go to words 0 and 0 or 1 by rank.
+  # The hashes of the four spellings are 0, 1, 0 and 1. Words 0 and 1 keep these
+  # keys, because they are more frequent than word 2.
   spellings = [[b'\x05\0\0\0'], [b'\x06\0\0\0'], [b'\x07\0\0\0', b'\x08\0\0\0']]
   keys, words, collisions = vocabulary_builder._keys(spellings, tiny)
   assert keys.tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""Vocabularies of whole words."""
+"""Tests vocabularies of whole words."""
 
 import pickle
 
@@ -19,7 +19,8 @@ def vocabulary(tmp_path):
 
 
 def test_frequent_words_come_first(vocabulary):
-  # the 3, dog 2, then `,`, a and fox in the order of their characters.
+  # `the` occurs 3 times and dog twice. Then `,`, a and fox follow in the order
+  # of their characters.
   assert vocabulary.encode('the dog , a fox') == [3, 4, 5, 6, 7]
   assert vocabulary.size == 3 + 5 + 2
   assert vocabulary.sentinel_id(0) == 9
@@ -74,7 +75,7 @@ def test_errors(tmp_path):
 
 
 def test_wikitext_has_the_published_counts(shared_data, tmp_path):
-  """A word for each line end, as in the perplexities of papers."""
+  """Each line end counts as a word, as in the perplexities of papers."""
   folder = shared_data / 'wikitext2_eval'
   for name, tokens in (('validation', 217_646), ('test', 245_569)):
     file = str(folder / f'{name}.txt.gz')

@@ -1,8 +1,9 @@
-"""Attention inside of each module of a mixture of heads: parts with one call.
+"""Kinds of attention for the modules of a mixture of heads.
 
-Modules share keys and values, so queries have an axis `groups`: one for each
-module that a token has chosen. All parts divide logits by sqrt(kv), so that the
-kernels of queries are drawn as others are.
+A mixture of heads has one of these classes as a part, and all of them are
+called in the same way. All modules share keys and values. Queries have an axis
+`groups`, with one entry for each module that a token has chosen. All classes
+divide logits by sqrt(kv), so that kernels of queries are drawn like all others.
 """
 
 import dataclasses
@@ -15,16 +16,17 @@ import numpy as np
 
 from mowe.layers.attention import stick_breaking
 
-# As in `attention`.
+# The logit of a key that is not visible, as in `multi_head`.
 _MASKED = -1e10
 
 
 class InnerAttention(Protocol):
-  """Attention with shared keys and values.
+  """Attention of several groups of queries to the same keys and values.
 
   Attributes:
-    looks_back_only: the last key comes first, so none may lie ahead.
-    needs_all_queries: queries and keys must be the same tokens.
+    looks_back_only: whether keys are visited from the last one on, so that no
+      key may lie ahead of the query.
+    needs_all_queries: whether queries and keys must be the same tokens.
   """
 
   looks_back_only: bool
@@ -41,23 +43,28 @@ class InnerAttention(Protocol):
     num_visible: np.ndarray | None,
     dropout: Callable[[jax.Array], jax.Array],
   ) -> jax.Array:
-    """Values for each query, <float>[batch, query, groups, heads, kv].
+    """Returns the weighted sums of values for each query.
 
     Args:
       query: <float>[batch, query, groups, heads, kv].
       key: <float>[batch, key, heads, kv].
       value: <float>[batch, key, heads, kv].
-      bias: <float>[1, heads, query, key] of all groups, or None.
+      bias: <float>[1, heads, query, key], which is added to the logits of all
+        groups; or None.
       mask: <bool>[batch, 1, query, key], True where a key is visible.
-      num_visible: <int>[query] of numpy: each query sees none of the keys from
-        this number on; or None.
-      dropout: of the weights.
+      num_visible: numpy array <int>[query]. A query sees none of the keys from
+        this number on, which then need not be computed. None where that is not
+        known before the program runs.
+      dropout: function of the weights that applies dropout to them.
+
+    Returns:
+      <float>[batch, query, groups, heads, kv].
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-  """Softmax of the logits and the bias; all modules have the same bias."""
+  """Softmax attention. The bias, if any, is the same for all modules."""
 
   looks_back_only = False
   needs_all_queries = False
@@ -75,7 +82,9 @@ class Softmax:
 
 @dataclasses.dataclass(frozen=True)
 class StickBreaking:
-  """The newest key takes its part first; neither bias nor dropout.
+  """Stick-breaking attention, in which the newest key takes its part first.
+
+  It ignores the bias and the dropout; see `stick_breaking`.
 
   Source: ModuleFormer, arXiv 2306.04640.
   """
@@ -96,13 +105,16 @@ class StickBreaking:
 
 @dataclasses.dataclass(frozen=True)
 class NearestFirst:
-  """Stick-breaking in both directions: the nearest key takes its part first.
+  """Stick-breaking attention in which the nearest key takes its part first.
 
-  Keys are visited by distance: the query's own, the next one, the one before,
-  the second next, and so on. With nothing ahead visible it is StickBreaking.
+  Keys are visited by distance: first the key at the query's own position, then
+  the one after it, the one before it, the second one after it, and so on. If no
+  key ahead of the query is visible, this is StickBreaking. Bias and dropout are
+  ignored.
 
   Source: the order is that of geometric attention (arXiv 2110.07732), which
-  leaves out a query's own position; what remains is dropped, as in ModuleFormer.
+  however leaves out the query's own position. The part of the stick that no key
+  takes is dropped, as in ModuleFormer.
   """
 
   looks_back_only = False
@@ -122,6 +134,8 @@ class NearestFirst:
         f'there are {length} queries and {key.shape[1]} keys. Use it in an '
         'encoder, and StickBreaking or Softmax elsewhere.'
       )
+    # [query, key]: logits and mask are sorted into the order of the visits, and
+    # weights are sorted back, so that values stay where they are.
     order = visits(length)
     inverse = np.argsort(order, axis=1)
     sort = lambda x, by: jnp.take_along_axis(
@@ -136,9 +150,14 @@ class NearestFirst:
 
 
 def visits(length: int) -> np.ndarray:
-  """Keys <int>[query, key] in the order in which each query visits them.
+  """Returns the order in which each query visits keys, for NearestFirst.
 
-  The first visit stands last, as the newest key does in stick-breaking.
+  Args:
+    length: number of queries and of keys.
+
+  Returns:
+    numpy array <int>[query, key] of keys. The key that is visited first stands
+    last, as the newest key does in stick-breaking.
   """
   places = np.arange(length)
   ahead = places[None, :] - places[:, None]

@@ -22,17 +22,18 @@ def dot_product_attention(
   mask: jax.Array | None,
   dropout=lambda weights: weights,
 ) -> jax.Array:
-  """softmax(query key^T + bias) value, with no division by sqrt(kv).
+  """Computes softmax(query key^T + bias) value, with no division by sqrt(kv).
 
-  T5 leaves the division to the initialiser of the query kernel.
+  In T5, the initializer of the query kernel contains the division.
 
   Args:
     query: <float>[batch, query, heads, kv].
     key: <float>[batch, key, heads, kv].
     value: <float>[batch, key, heads, kv].
-    bias: <float>[1, heads, query, key] or None.
-    mask: <bool>[batch, 1, query, key], True where attention is allowed.
-    dropout: applied to the weights [batch, heads, query, key].
+    bias: <float>[1 or batch, heads, query, key], added to the logits; or None.
+    mask: <bool>[batch, 1, query, key], True where attention is allowed; or
+      None if it is allowed everywhere.
+    dropout: function that is applied to the weights [batch, heads, query, key].
 
   Returns:
     <float>[batch, query, heads, kv] in the dtype of `value`.
@@ -47,16 +48,29 @@ def dot_product_attention(
 
 
 def as_kept(projected: jax.Array) -> jax.Array:
-  """Keys or values as decoding keeps them: [batch, heads, kv, length].
+  """Returns keys or values in the layout of the decoding cache.
 
-  In this order XLA on CPU multiplies them as they are. Of [batch, length,
-  heads, kv] it would make a transposed copy for every token.
+  XLA on CPU can multiply [batch, heads, kv, length] without a copy. Of [batch,
+  length, heads, kv] it would make a transposed copy for every token.
+
+  Args:
+    projected: <float>[batch, length, heads, kv].
+
+  Returns:
+    <float>[batch, heads, kv, length].
   """
   return jnp.moveaxis(projected, 1, 3)
 
 
 def as_projected(kept: jax.Array) -> jax.Array:
-  """The other way round: [batch, length, heads, kv]."""
+  """Inverts `as_kept`.
+
+  Args:
+    kept: <float>[batch, heads, kv, length].
+
+  Returns:
+    <float>[batch, length, heads, kv].
+  """
   return jnp.moveaxis(kept, 3, 1)
 
 
@@ -66,15 +80,17 @@ class MultiHeadAttention(attention_base.Attention):
   Attributes:
     num_heads: number of heads.
     head_dim: size of one head.
-    dropout_rate: dropout of the attention weights, shared by all queries.
+    dropout_rate: dropout rate of the attention weights. All queries share one
+      mask.
     dtype: dtype of the computation.
 
-  Call: queries <float>[batch, query, embed], memory <float>[batch, key, embed]
-    to <dtype>[batch, query, embed].
+  Call: queries <float>[batch, query, embed] and memory <float>[batch, key,
+    embed] to <dtype>[batch, query, embed].
 
-  Methods for decoding: `project_memory` gives the keys and values of a memory
-  once, `attend` uses them; with `decode=True` a call takes one token, and
-  keys and values are kept in the `cache` collection.
+  There are two ways to decode. For a fixed memory, such as the outputs of an
+  encoder, `project_memory` computes keys and values once, and `attend` uses
+  them for every token. In self-attention, a call with `decode=True` takes one
+  token, and appends its keys and values to the `cache` collection.
   """
 
   num_heads: int
@@ -93,7 +109,7 @@ class MultiHeadAttention(attention_base.Attention):
     self.weights_dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
 
   def _query_init(self):
-    # The 1 / sqrt(kv) of scaled dot products lives here.
+    # The variance contains the division of the logits by sqrt(kv).
     return parameter.variance_scaling(1.0 / self.head_dim, 'fan_in', 'normal')
 
   @nn.compact
@@ -111,7 +127,14 @@ class MultiHeadAttention(attention_base.Attention):
     return joined.reshape(*joined.shape[:-1], self.num_heads, self.head_dim)
 
   def project_memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values <dtype>[batch, key, heads, kv] of a memory."""
+    """Returns the keys and the values of a memory.
+
+    Args:
+      memory: <float>[batch, key, embed].
+
+    Returns:
+      Two arrays <dtype>[batch, key, heads, kv].
+    """
     return (
       self._split_heads(self.key(memory)),
       self._split_heads(self.value(memory)),
@@ -127,7 +150,20 @@ class MultiHeadAttention(attention_base.Attention):
     mask: jax.Array | None = None,
     deterministic: bool = True,
   ) -> jax.Array:
-    """Attention of `queries` to projected keys and values."""
+    """Returns the attention of queries to projected keys and values.
+
+    Args:
+      queries: <float>[batch, query, embed].
+      keys: <dtype>[batch, key, heads, kv].
+      values: <dtype>[batch, key, heads, kv].
+      bias: <float>[1, heads, query, key], added to the logits; or None.
+      mask: <bool>[batch, 1, query, key], True where attention is allowed; or
+        None.
+      deterministic: turns dropout off.
+
+    Returns:
+      <dtype>[batch, query, embed].
+    """
     attended = dot_product_attention(
       self._split_heads(self.query(queries)),
       keys,
@@ -166,9 +202,11 @@ class MultiHeadAttention(attention_base.Attention):
     )
 
   def _update_cache(self, keys, values):
-    """Appends one token; returns all keys, values and which are written.
+    """Appends one token to the cache.
 
-    The pass that initialises the cache gives its length and writes nothing.
+    Returns all keys, all values, and a mask <bool>[1, 1, 1, key] of those that
+    are written. The first pass only makes the cache, which gets the length of
+    that pass; it writes nothing.
     """
     if not self.has_variable('cache', 'cached_key'):
       self.put_variable('cache', 'cached_key', jnp.zeros_like(as_kept(keys)))

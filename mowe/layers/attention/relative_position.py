@@ -17,16 +17,20 @@ def position_bucket(
   num_buckets: int = 32,
   max_distance: int = 128,
 ) -> jax.Array:
-  """Bucket of a distance: exact when near, logarithmic when far.
+  """Returns the bucket of a distance.
 
-  Source: T5, arXiv 1910.10683, section 2.1 and its Mesh TensorFlow code.
+  Each short distance has a bucket of its own. Longer distances share buckets,
+  whose sizes grow exponentially with the distance.
+
+  Source: T5, arXiv 1910.10683, section 2.1, and its Mesh TensorFlow code.
 
   Args:
-    relative_position: <int32>[...], key position minus query position.
-    bidirectional: keys after the query get buckets of their own; otherwise
-      they share bucket 0.
-    num_buckets: buckets in all.
-    max_distance: all distances from here on share the last bucket.
+    relative_position: <int32>[...], position of the key minus that of the
+      query.
+    bidirectional: whether keys after the query have buckets of their own.
+      Otherwise they share bucket 0.
+    num_buckets: number of buckets.
+    max_distance: the distance from which on all share the last bucket.
 
   Returns:
     <int32>[...] in [0, num_buckets).
@@ -40,7 +44,7 @@ def position_bucket(
   else:
     distance = jnp.maximum(distance, 0)
   num_exact = num_buckets // 2
-  # The epsilon keeps log(0) finite; near distances do not use this branch.
+  # The epsilon keeps log(0) finite. Distance 0 does not use the result.
   ratio = distance.astype(jnp.float32) / num_exact + np.finfo(np.float32).eps
   far = num_exact + (
     jnp.log(ratio)
@@ -52,7 +56,14 @@ def position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-  """Learned bias of every head for every bucket of distances.
+  """T5's relative position bias: one number for each head and bucket.
+
+  Attributes:
+    num_heads: number of heads.
+    bidirectional: whether keys after the query have buckets of their own.
+    num_buckets: number of buckets.
+    max_distance: the distance from which on all share the last bucket.
+    dtype: dtype of the result.
 
   Call: query_positions <int32>[query], key_positions <int32>[key] to
     <dtype>[1, heads, query, key].
@@ -81,10 +92,10 @@ class RelativePositionBias(nn.Module):
       num_buckets=self.num_buckets,
       max_distance=self.max_distance,
     )
-    # A product with one-hot buckets: its transpose is a product as well,
-    # where the transpose of a gather is a slow scatter of query x key rows.
+    # A product with one-hot buckets, because its gradient is a product as well.
+    # The gradient of a gather would be a slow scatter of query x key numbers.
     one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=self.dtype)
     bias = jnp.einsum('hr,qkr->hqk', table.astype(self.dtype), one_hot)[None]
-    # The gradient is a sum over the sequences of all layers, then a product.
-    # XLA on CPU would make one slow loop of both.
+    # The gradient is a sum over the sequences and layers, and then a product.
+    # Without the barrier, XLA on CPU would fuse both into one slow loop.
     return jax.lax.optimization_barrier(bias)

@@ -1,7 +1,8 @@
-"""Self-attention of a decoder: several ways to know positions, one call.
+"""Self-attention of a decoder, with several ways to encode positions.
 
-All of them know only the distance of a query and a key. So positions may count
-from any place: rows may be packed, padded on the left, or continue others.
+All of them depend only on the distance between a query and a key. So positions
+may be counted from any place: rows may be packed, padded on the left, or
+continue other rows.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from mowe.layers.attention import multi_head, relative_position
 
 
 class Positions(NamedTuple):
-  """Where queries and keys stand, counted from one common place.
+  """The positions of queries and of keys, counted from one common place.
 
   Attributes:
-    queries: <int32>[query], of jax, or of numpy where they are known.
-    keys: <int32>[key], likewise.
+    queries: <int32>[query], a numpy array where it is known before the program
+      runs, otherwise a JAX array.
+    keys: <int32>[key], a numpy or JAX array in the same way.
   """
 
   queries: Any
@@ -26,15 +28,16 @@ class Positions(NamedTuple):
 
 
 class SelfAttention(multi_head.MultiHeadAttention):
-  """Self-attention without positions; those below add them.
+  """Self-attention without positions; its subclasses add them.
 
   The attributes are those of MultiHeadAttention.
 
   Call: queries <float>[batch, query, embed], memory <float>[batch, key, embed]
-    (the same tokens, perhaps with earlier ones before them), positions, mask
-    <bool>[batch, 1, query, key], to <dtype>[batch, query, embed]. With
-    `decode=True` the memory is the queries; their keys and values are appended
-    to the `cache`, of which `positions.keys` and `mask` then tell.
+    (the same tokens, perhaps with earlier ones before them), positions, and
+    mask <bool>[batch, 1, query, key], to <dtype>[batch, query, embed]. With
+    `decode=True` the memory must be the queries. Their keys and values are
+    appended to the `cache`, and the keys of `positions` and of `mask` are those
+    of the whole cache.
   """
 
   def __call__(
@@ -48,7 +51,8 @@ class SelfAttention(multi_head.MultiHeadAttention):
     deterministic: bool = True,
   ) -> jax.Array:
     keys, values = self.project_memory(memory)
-    # Of keys that are not in the cache yet.
+    # The positions of the keys that were projected here. In decoding these are
+    # the new keys only, as the cache holds the others.
     new = positions.queries if decode else positions.keys
     projected, keys, bias = self._place(
       self._split_heads(self.query(queries)),
@@ -75,7 +79,7 @@ class SelfAttention(multi_head.MultiHeadAttention):
   def _attend(
     self, queries, keys, values, *, positions, bias, mask, deterministic
   ):
-    """Values for each query, [batch, query, heads, kv]."""
+    """Weighted sums of values for each query, [batch, query, heads, kv]."""
     del positions
     return multi_head.dot_product_attention(
       queries,
@@ -89,14 +93,18 @@ class SelfAttention(multi_head.MultiHeadAttention):
     )
 
   def _place(self, queries, keys, key_positions, positions, embed_dim):
-    """Queries, keys and a bias [1 or batch, heads, query, key] or None."""
+    """Encodes positions in queries, keys or a bias.
+
+    Returns queries and keys [batch, length, heads, kv], and the bias [1 or
+    batch, heads, query, key] or None.
+    """
     del key_positions, positions, embed_dim
     return queries, keys, None
 
   def _append(self, keys, values):
-    """All keys and values of the cache, these among them."""
+    """Appends to the cache, and returns all its keys and values."""
     if not self.has_variable('cache', 'cached_key'):
-      # The pass that gives the cache its size writes nothing.
+      # The first pass only makes the cache, with the length of that pass.
       self.put_variable('cache', 'cached_key', jnp.zeros_like(keys))
       self.put_variable('cache', 'cached_value', jnp.zeros_like(values))
       self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
@@ -115,10 +123,12 @@ class SelfAttention(multi_head.MultiHeadAttention):
 
 
 class T5Attention(SelfAttention):
-  """Self-attention with T5's bias for the distance, shared by all blocks.
+  """Self-attention with T5's relative position bias, shared by all blocks.
 
   Attributes:
-    relpos_bias: the shared RelativePositionBias; given by the stack.
+    relpos_bias: the shared RelativePositionBias, which the stack passes in.
+
+  The other attributes and the call are those of SelfAttention.
   """
 
   relpos_bias: nn.Module | None = None
@@ -139,13 +149,16 @@ class T5Attention(SelfAttention):
 
 
 class RotaryAttention(SelfAttention):
-  """Self-attention with rotary positions.
+  """Self-attention with rotary position embeddings.
 
-  Source: RoFormer, arXiv 2104.09864; the first half of a head is rotated
-  against the second, as in GPT-NeoX and LLaMA.
+  Source: RoFormer, arXiv 2104.09864. Each number of the first half of a head is
+  paired with one of the second half, as in GPT-NeoX and LLaMA.
 
   Attributes:
-    max_wavelength: of the slowest rotation, in tokens, divided by 2 pi.
+    max_wavelength: wavelength of the slowest rotation, in tokens, divided by
+      2 pi.
+
+  The other attributes and the call are those of SelfAttention.
   """
 
   max_wavelength: float = 10_000.0
@@ -159,15 +172,18 @@ class RotaryAttention(SelfAttention):
 def rotate(
   vectors: jax.Array, positions: jax.Array, max_wavelength: float = 10_000.0
 ) -> jax.Array:
-  """Turns each pair of numbers by an angle proportional to the position.
+  """Rotates each pair of numbers by an angle proportional to the position.
 
-  Pair i of a head of size d is (x[i], x[i + d/2]); it turns by
-  position * max_wavelength^(-2i/d).
+  Pair i of a head of size d is (x[i], x[i + d/2]). It is rotated by position *
+  max_wavelength^(-2i/d).
 
   Args:
     vectors: <float>[batch, length, heads, kv].
     positions: <int32>[length].
-    max_wavelength: see RotaryAttention.
+    max_wavelength: see `RotaryAttention`.
+
+  Returns:
+    <float>[batch, length, heads, kv], in the dtype of `vectors`.
 
   Raises:
     ValueError: the size of a head is odd.
@@ -179,7 +195,7 @@ def rotate(
       f'numbers, but it is {size}. Make it {size + 1}.'
     )
   frequencies = max_wavelength ** (-jnp.arange(0, size, 2) / size)
-  # float32: in bfloat16 positions beyond 256 could not be told apart.
+  # In float32, because bfloat16 cannot tell positions beyond 256 apart.
   angles = positions[:, None].astype(jnp.float32) * frequencies[None, :]
   # [length, kv / 2] -> [1, length, 1, kv / 2]
   sin, cos = jnp.sin(angles)[None, :, None], jnp.cos(angles)[None, :, None]

@@ -1,4 +1,4 @@
-"""In training, each expert has a fixed number of slots per group of tokens."""
+"""Dispatch in which each expert has a fixed number of slots per group."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,19 +19,23 @@ from mowe.layers.routers import router_base
 
 @dataclasses.dataclass(frozen=True)
 class CapacityDispatch(dispatch_base.Dispatch):
-  """Slots for an even share of the choices, times a factor, in training.
+  """Dispatch that limits, in training, how many tokens an expert gets.
 
-  Pairs get slots in order of priority. A token whose choices are all dropped
-  gets zero from the layer: only the residual remains. Outside of training
-  nothing is dropped.
+  In each group of tokens an expert has slots for an even share of the group's
+  choices, times a factor. Pairs get slots in order of priority, and a pair that
+  finds no slot is dropped. A token whose choices are all dropped gets zeros
+  from the layer, so that the residual connection passes it on unchanged.
+  Outside of training nothing is dropped.
 
-  Source: Switch, arXiv 2101.03961. The share grows with the choices of a token,
-  as everywhere but in flaxformer. Switch has a larger factor in evaluation
-  (2.0) instead of none; then an answer depends on its neighbours in the batch.
+  Source: Switch, arXiv 2101.03961. The even share grows with the number of
+  choices of a token, as it does everywhere but in flaxformer. In evaluation,
+  Switch has a larger factor (2.0) and still drops; an answer then depends on
+  its neighbors in the batch.
 
   Attributes:
-    factor: slots of an expert relative to an even share of all choices.
-    min_capacity: slots of an expert in a group at least.
+    factor: number of slots of an expert, relative to an even share of all
+      choices.
+    min_capacity: smallest number of slots of an expert in a group.
 
   Raises:
     ValueError: the factor is not positive.
@@ -43,14 +47,19 @@ class CapacityDispatch(dispatch_base.Dispatch):
   def __post_init__(self):
     if self.factor <= 0:
       raise ValueError(
-        f'The capacity factor must be positive, but is {self.factor}. 1.0 is '
-        'an even share; DroplessDispatch has no capacity.'
+        f'The capacity factor must be positive, but is {self.factor}. Set it '
+        'to 1.0 for an even share; DroplessDispatch has no capacity.'
       )
 
   def check(
     self, router: router_base.Router, groups: token_groups.Groups
   ) -> None:
-    """Raises ValueError if slots would be fewer than a router always fills."""
+    """Raises ValueError if a router would always fill more slots than exist.
+
+    Args:
+      router: the router of the layer.
+      groups: how the layer groups tokens.
+    """
     del groups
     if not router.each_token_chooses and self.factor < 1:
       raise ValueError(
@@ -62,7 +71,13 @@ class CapacityDispatch(dispatch_base.Dispatch):
   def capacity(
     self, router: router_base.Router, group_size: int, num_experts: int
   ) -> int:
-    """Slots of one expert in one group."""
+    """Returns the number of slots of one expert in one group.
+
+    Args:
+      router: the router of the layer.
+      group_size: number of tokens of a group.
+      num_experts: number of experts on all devices together.
+    """
     share = router.num_pairs(group_size, num_experts) / num_experts
     return min(max(round(self.factor * share), self.min_capacity), group_size)
 
@@ -73,7 +88,16 @@ class CapacityDispatch(dispatch_base.Dispatch):
     *,
     num_experts: int,
   ) -> slots.SlotPlan:
-    """Slots <int32>[experts * groups * capacity], those of an expert together.
+    """Gives the choices slots, see `Dispatch.plan`.
+
+    Slots are [experts, groups, capacity], flattened. As the slots of an expert
+    stand together, `compute` can multiply them by its kernel in one batched
+    product, after a mere reshape.
+
+    Args:
+      choices: the choices of all groups.
+      router: the router that made them.
+      num_experts: number of experts on all devices together.
 
     Raises:
       ValueError: the capacity is below one slot.
@@ -87,10 +111,14 @@ class CapacityDispatch(dispatch_base.Dispatch):
         f'{num_experts} experts. Raise min_capacity, the factor or the size of '
         'the groups.'
       )
+    # The sort keeps the order of priority among the pairs of an expert, so that
+    # those beyond the capacity are the ones of least priority.
     order, places, counts = slots.sort_by_expert(choices.experts, num_experts)
     num_pairs = order.shape[1]
     starts = jnp.cumsum(counts, axis=1) - counts
     group = jnp.arange(num_groups, dtype=jnp.int32)
+    # The pair in each slot: the first `room` places of each expert in the
+    # sorted list, where it has so many. Pairs are counted over all groups.
     # [groups, experts, capacity] -> [experts, groups, capacity]
     slot = jnp.arange(room, dtype=jnp.int32)[None, None, :]
     at = (starts[:, :, None] + slot).reshape(num_groups, -1)
@@ -101,7 +129,9 @@ class CapacityDispatch(dispatch_base.Dispatch):
       pairs + group[:, None, None] * num_pairs,
       num_groups * num_pairs,
     ).swapaxes(0, 1)
-    # The sentinel of pairs without an expert reads any start.
+    # The slot of each pair, <int32>[groups, pairs], from its position among the
+    # pairs of its expert. A pair without an expert reads any start; it gets no
+    # slot below.
     own_start = jnp.take_along_axis(
       starts, choices.experts, axis=1, mode='clip'
     )
@@ -127,7 +157,21 @@ class CapacityDispatch(dispatch_base.Dispatch):
     keep: Callable[[jax.Array], jax.Array] | None,
     expert: sorted_experts.Expert,
   ) -> jax.Array:
-    """Experts' outputs <float>[slots, out], one batched product per kernel."""
+    """Returns the experts' outputs, see `Dispatch.compute`.
+
+    Each kernel is one batched product over all slots, empty ones included.
+
+    Args:
+      rows: <float>[slots, in], the inputs in their slots.
+      kernels: arrays <float>[experts, ...] by name.
+      plan: the plan that `plan` returned.
+      keep: function of pairs <int32>[slots] that returns the dropout masks
+        <float32>[slots, hidden units] of these pairs; None without dropout.
+      expert: the computation of one expert.
+
+    Returns:
+      <float>[slots, out].
+    """
     num_experts = next(iter(kernels.values())).shape[0]
     # [slots, embed] -> [experts, groups * capacity, embed]
     by_expert = lambda x: x.reshape(num_experts, -1, x.shape[-1])
@@ -138,26 +182,38 @@ class CapacityDispatch(dispatch_base.Dispatch):
     return outputs.reshape(rows.shape[0], -1)
 
   def without_drops(self) -> dropless_dispatch.DroplessDispatch:
-    """As many slots as there are choices."""
+    """Returns the dropless dispatch."""
     return dropless_dispatch.DroplessDispatch()
 
   def across(self, num_shards: int) -> 'CapacityExchange':
-    """The same with experts on several devices."""
+    """Returns the dispatch that does the same with experts on devices.
+
+    Args:
+      num_shards: number of devices that share the experts.
+    """
     return CapacityExchange(self, num_shards)
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceCapacity(CapacityDispatch):
-  """The same, but the capacity holds outside of training, too.
+  """CapacityDispatch that drops outside of training as well.
 
-  For SequenceGroups alone: what is dropped depends on the sequence itself then,
-  and on no neighbour in the batch. So are Switch checkpoints of Hugging Face.
+  It works only with SequenceGroups. What is dropped then depends on the
+  sequence itself, and not on its neighbors in the batch. The Switch models of
+  Hugging Face drop tokens in this way.
+
+  The attributes are those of CapacityDispatch.
   """
 
   def check(
     self, router: router_base.Router, groups: token_groups.Groups
   ) -> None:
-    """Raises ValueError if a group may have more than one sequence."""
+    """Raises ValueError if a group may have more than one sequence.
+
+    Args:
+      router: the router of the layer.
+      groups: how the layer groups tokens.
+    """
     super().check(router, groups)
     if not isinstance(groups, token_groups.SequenceGroups):
       raise ValueError(
@@ -167,45 +223,55 @@ class SequenceCapacity(CapacityDispatch):
       )
 
   def without_drops(self) -> 'SequenceCapacity':
-    """This one: it drops by design."""
+    """Returns this dispatch, whose drops depend on no other row."""
     return self
 
 
 @dataclasses.dataclass(frozen=True)
 class CapacityExchange(dispatch_base.Dispatch):
-  """Capacity dispatch over devices, only inside of `expert_parallel.run`.
+  """Capacity dispatch with experts on several devices.
+
+  It works only inside of `expert_parallel.run`. Each device plans the slots of
+  its own groups for all experts, and an all-to-all brings the slots of an
+  expert to its device.
 
   Attributes:
-    here: the dispatch of each device.
-    num_shards: devices along the mesh axis `expert`.
+    here: the dispatch by which each device plans and computes.
+    num_shards: number of devices along the mesh axis `expert`.
   """
 
   here: CapacityDispatch
   num_shards: int
 
   def plan(self, choices, router, *, num_experts) -> slots.SlotPlan:
-    """Slots of this device's groups, for all experts."""
+    """Gives the choices of this device's groups slots of all experts."""
     return self.here.plan(choices, router, num_experts=num_experts)
 
   def check(
     self, router: router_base.Router, groups: token_groups.Groups
   ) -> None:
-    """Accepts what the dispatch accepted that this one was made from."""
+    """Accepts everything: the dispatch `here` was asked before."""
 
   def across(self, num_shards: int) -> 'CapacityExchange':
-    """Returns this dispatch, which knows of its devices already."""
+    """Returns this dispatch, as it is one for several devices already."""
     del num_shards
     return self
 
   def without_drops(self) -> dispatch_base.Dispatch:
-    """As many slots as there are choices, on all devices."""
+    """Returns what takes the place of `here`, for several devices."""
     return self.here.without_drops().across(self.num_shards)
 
   def compute(self, rows, kernels, plan, keep, expert) -> jax.Array:
-    """Experts' outputs <float>[slots, out], by way of their devices."""
+    """Returns the outputs <float>[slots, out], computed on other devices.
+
+    The arguments are those of `CapacityDispatch.compute`, with the kernels of
+    this device's own experts.
+    """
     num_experts = plan.group_sizes.size
     own_units = None
     if keep is not None:
+      # The masks depend on the pairs, so these travel with the rows. Pairs that
+      # come from several devices must be told apart.
       pairs = expert_parallel.number_pairs(plan.pairs, plan.slots_of_pairs.size)
       pairs = self._to_experts(pairs, num_experts)
       plan = plan._replace(pairs=pairs)

@@ -1,4 +1,4 @@
-"""Every choice is computed: pairs are sorted by expert."""
+"""Dispatch that sorts pairs by expert and drops none of them."""
 
 import dataclasses
 
@@ -18,15 +18,18 @@ from mowe.layers.routers import router_base
 
 @dataclasses.dataclass(frozen=True)
 class DroplessDispatch(dispatch_base.Dispatch):
-  """Slots in order of the experts, as many for each as it was chosen.
+  """Dispatch in which an expert has as many slots as it was chosen.
 
-  Source: MegaBlocks, arXiv 2211.15841. Groups play no part in it.
+  Slots are in the order of the experts, over all groups together.
+
+  Source: MegaBlocks, arXiv 2211.15841.
 
   Attributes:
-    buffer_factor: with experts on several devices, rows that each of them has
-      room for from each other, relative to an even share. None has room for
-      all, so that nothing is ever dropped; memory then grows with the devices.
-      With a factor, what does not fit is dropped in training, and counted.
+    buffer_factor: number of rows that a device has room for from each other
+      device, relative to an even share, where experts are on several devices.
+      None makes room for all rows, so that nothing is ever dropped; memory then
+      grows with the number of devices. With a factor, training drops and counts
+      the rows that do not fit.
 
   Raises:
     ValueError: the factor is not positive.
@@ -37,14 +40,14 @@ class DroplessDispatch(dispatch_base.Dispatch):
   def __post_init__(self):
     if self.buffer_factor is not None and self.buffer_factor <= 0:
       raise ValueError(
-        f'buffer_factor must be positive, but is {self.buffer_factor}. 1.0 is '
-        'an even share; leave it out to drop nothing.'
+        f'buffer_factor must be positive, but is {self.buffer_factor}. Set it '
+        'to 1.0 for an even share, or leave it out to drop nothing.'
       )
 
   def check(
     self, router: router_base.Router, groups: token_groups.Groups
   ) -> None:
-    """Accepts any router and any groups."""
+    """Accepts every router and all groups."""
 
   def plan(
     self,
@@ -53,7 +56,17 @@ class DroplessDispatch(dispatch_base.Dispatch):
     *,
     num_experts: int,
   ) -> slots.SlotPlan:
-    """One slot for each pair, and empty ones up to the size of a tile."""
+    """Gives each pair with an expert a slot, see `Dispatch.plan`.
+
+    Slots are <int32>[pairs + tile]: those of expert 0, then those of expert 1,
+    and so on, then empty ones. There are at least as many empty slots as a tile
+    of `sorted_experts` has rows, so that a tile never ends beyond the array.
+
+    Args:
+      choices: the choices of all groups.
+      router: the router that made them.
+      num_experts: number of experts.
+    """
     del router
     experts = choices.experts.reshape(1, -1)
     num_pairs = experts.size
@@ -61,7 +74,8 @@ class DroplessDispatch(dispatch_base.Dispatch):
     counts = counts[0]
     share = sorted_experts.batched_share(num_pairs, num_experts)
     num_slots = num_pairs + sorted_experts.tile_size(share)
-    # Pairs without an expert were sorted behind all others.
+    # Pairs without an expert are the last of the sorted list, so that the slots
+    # from the sum of all counts on are empty.
     slot = jnp.arange(num_slots, dtype=jnp.int32)
     pairs = jnp.where(
       slot < jnp.sum(counts),
@@ -85,25 +99,33 @@ class DroplessDispatch(dispatch_base.Dispatch):
     keep: expert_dropout.ExpertDropout | None,
     expert: sorted_experts.Expert,
   ) -> jax.Array:
-    """Experts' outputs <float>[slots, out]."""
+    """Returns the experts' outputs <float>[slots, out], see `Dispatch`."""
     given = sorted_experts.Rows(plan.group_sizes, plan.pairs)
     return sorted_experts.by_expert(
       rows, kernels, None, given, keep, expert, _share(plan)
     )
 
   def compute_tokens(self, tokens, weights, kernels, plan, keep, expert):
-    """The same, see Dispatch; no copies of tokens are kept for the gradient."""
+    """Returns the weighted outputs, see `Dispatch`.
+
+    Unlike the method of the base class, it does not copy tokens to slots: a
+    copy of each token for each of its pairs would be kept for the gradient.
+    """
     read = sorted_experts.Rows(plan.group_sizes, plan.pairs, plan)
     return sorted_experts.by_expert(
       tokens, kernels, weights, read, keep, expert, _share(plan)
     )
 
   def without_drops(self) -> 'DroplessDispatch':
-    """The same with room for all."""
+    """Returns the dropless dispatch with room for all rows."""
     return DroplessDispatch()
 
   def across(self, num_shards: int) -> dropless_exchange.DroplessExchange:
-    """The same with experts on several devices."""
+    """Returns the dispatch that does the same with experts on devices.
+
+    Args:
+      num_shards: number of devices that share the experts.
+    """
     return dropless_exchange.DroplessExchange(num_shards, self.buffer_factor)
 
 

@@ -1,4 +1,4 @@
-"""Dropout of experts' hidden units, the same wherever a pair is computed."""
+"""Dropout of experts' hidden units that depends on the pair alone."""
 
 import dataclasses
 
@@ -9,19 +9,21 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertDropout:
-  """Masks that depend on the key and the pair of a token and an expert alone.
+  """Dropout masks for the hidden units of experts.
 
-  Neither the slot of a pair nor its device matters, so that results do not
-  depend on the dispatch or the number of devices. Pairs that follow each other,
-  usually those of one sequence, share a mask, as tokens of a sequence do in the
-  dense feed-forward.
+  The mask of a pair of a token and an expert depends on the random key and on
+  the number of the pair, but not on its slot or device. So results do not
+  depend on the dispatch or on the number of devices. Each block of consecutive
+  pairs shares one mask, as the tokens of a sequence do in the dense
+  feed-forward.
 
   Attributes:
-    masks: <float32>[blocks, units], zeros where units are dropped.
-    block: pairs that share a mask.
+    masks: <float32>[blocks, units]; 0 where a unit is dropped, and 1 / (1 -
+      rate) where it is kept.
+    block: number of consecutive pairs that share a mask.
 
-  Call: pairs <int32>[...], counted over all groups, to <float32>[..., units]
-    that hidden units are to be multiplied with.
+  Call: pairs <int32>[...], counted over all groups, to the masks
+    <float32>[..., units] that hidden units are multiplied with.
   """
 
   masks: jax.Array
@@ -31,7 +33,15 @@ class ExpertDropout:
   def draw(
     cls, key: jax.Array, rate: float, num_pairs: int, block: int, num_units: int
   ) -> 'ExpertDropout':
-    """Draws the masks of `num_pairs` pairs; `rate` of the units are dropped."""
+    """Draws the masks.
+
+    Args:
+      key: random key.
+      rate: probability with which a unit is dropped.
+      num_pairs: number of pairs of all groups.
+      block: number of consecutive pairs that share a mask.
+      num_units: number of hidden units of one expert.
+    """
     shape = (-(-num_pairs // block), num_units)
     kept = jax.random.bernoulli(key, 1 - rate, shape)
     return cls(kept / (1 - rate), block)

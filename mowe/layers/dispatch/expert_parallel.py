@@ -2,16 +2,16 @@
 
 Every device routes its own groups of tokens and plans their slots. One
 all-to-all along the mesh axis `expert` brings the rows of all slots to the
-devices that have the experts, a second one brings the results back. Kernels
+devices that have the experts. A second one brings the results back. Kernels
 stay where they are: no device ever holds those of another.
 
-The mesh is jax's current one (`jax.sharding.use_abstract_mesh`). Its axes are
-`data` and `expert`, which split groups, `expert`, which splits experts, and
-`model`, which splits the hidden units of each expert. Without a mesh, or with
-one part of `expert`, layers compute as if there were one device, and XLA may
-split that as it likes.
+The mesh is JAX's current one (`jax.sharding.use_abstract_mesh`). Groups are
+split over the axes `data` and `expert` together, experts over `expert`, and the
+hidden units of each expert over `model`. Without a mesh, or if the axis
+`expert` has size 1, layers compute as if there were one device, and XLA decides
+how to split that.
 
-Source: GShard, arXiv 2006.16668; axes as in flaxformer.
+Source: GShard, arXiv 2006.16668. The axes are those of flaxformer.
 """
 
 import functools
@@ -23,27 +23,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-# Tokens are split along both, experts along the second.
+# The mesh axes that tokens, experts and hidden units are split over.
 TOKEN_AXES = ('data', 'expert')
 EXPERT_AXIS = 'expert'
 HIDDEN_AXIS = 'model'
 
 
 def num_shards() -> int:
-  """Parts that the current mesh splits experts into; 1 without a mesh."""
+  """Returns into how many parts the mesh splits experts; 1 without a mesh."""
   return jax.sharding.get_abstract_mesh().shape.get(EXPERT_AXIS, 1)
 
 
 class Stage(NamedTuple):
-  """What a stage of a layer gives, each of it or None.
+  """The results of one stage of a layer, on one device or on all.
+
+  A stage sets the fields that it has; the others are None. `run` turns the
+  results of each device into those of all.
 
   Attributes:
-    outputs: <float>[groups, tokens, embed], which are added up over parts of
-      the hidden units.
-    units: <float>[groups, tokens, selected, hidden units]; each device has its
-      part of the units.
-    own: tree of arrays that the next stage gets on the same device.
-    sums: tree of sums over tokens, which are added up over devices.
+    outputs: <float>[groups, tokens, embed]. Each device computes its part of
+      the hidden units, and `run` adds up the outputs of all parts.
+    units: <float>[groups, tokens, selected, hidden units], of which each device
+      has its part of the units.
+    own: tree of arrays that the next stage gets back on the same device.
+    sums: tree of sums over tokens, which `run` adds up over devices.
   """
 
   outputs: jax.Array | None = None
@@ -64,21 +67,22 @@ def run(
   """Runs `stage` on each device's groups, experts and hidden units.
 
   Args:
-    stage: takes all of the arrays by name, and `kernels`. It exchanges rows
-      with other devices itself (`Dispatch.across`).
-    kernels: `wo` and `out`, <float>[expert, expert_mlp, embed], `wo_bias`,
-      <float>[expert, embed]; all others are <float>[expert, embed, expert_mlp],
-      or biases <float>[expert, expert_mlp].
-    groups: arrays <...>[groups, ...].
-    units: arrays as `Stage.units`.
-    own: by name, what earlier stages gave as their `own`.
-    shared: what every device reads whole.
+    stage: function that takes all of the arrays below by name, and `kernels`.
+      It exchanges rows with other devices itself, with a dispatch that
+      `Dispatch.across` made.
+    kernels: arrays by name. `wo` and `out` are <float>[expert, expert_mlp,
+      embed], `wo_bias` is <float>[expert, embed]. All others are
+      <float>[expert, embed, expert_mlp], or biases <float>[expert, expert_mlp].
+    groups: arrays <...>[groups, ...] by name, split over groups.
+    units: arrays by name, with the axes of `Stage.units`.
+    own: by name, the `Stage.own` of earlier stages.
+    shared: arrays by name that every device reads as a whole.
 
   Returns:
-    What the stage gives, of all groups.
+    The results of the stage for all groups.
 
   Raises:
-    ValueError: groups, experts or hidden units do not divide evenly.
+    ValueError: groups, experts or hidden units cannot be split evenly.
   """
   parts = groups or {}, units or {}, own or {}, shared or {}
   if num_shards() == 1:
@@ -91,20 +95,23 @@ def run(
   of_units = PartitionSpec(TOKEN_AXES, None, None, HIDDEN_AXIS)
 
   def on_device(groups, units, own, shared, kernels):
-    # Where copies begin to differ, their gradients are added up: those of
-    # tokens over hidden units, those of kernels over the data.
+    # Devices along `model` have copies of the same tokens, and devices along
+    # `data` copies of the same kernels. `pcast` says that what follows differs
+    # between the copies. Its transpose adds up the gradients of all copies.
     copied = functools.partial(jax.lax.pcast, to='varying')
     if 'tokens' in groups:
       groups = groups | {'tokens': copied(groups['tokens'], HIDDEN_AXIS)}
     kernels = copied(kernels, 'data')
     if _OUTER_BIAS in kernels:
-      # Of all parts of the hidden units the first adds it.
+      # Outputs are summed over the parts of the hidden units, so only the first
+      # part adds the bias.
       is_first = jax.lax.axis_index(HIDDEN_AXIS) == 0
       kernels |= {_OUTER_BIAS: kernels[_OUTER_BIAS] * is_first}
     given = stage(**groups, **units, **own, **shared, kernels=kernels)
     return Stage(
       outputs=jax.lax.psum(given.outputs, HIDDEN_AXIS),
       units=given.units,
+      # A scalar has no axis along which the devices' values could be joined.
       own=jax.tree.map(jnp.atleast_1d, given.own),
       sums=jax.lax.psum(given.sums, TOKEN_AXES),
     )
@@ -122,12 +129,14 @@ def run(
   )(*parts, kernels)
 
 
-# Kernels that read hidden units, and the bias that is added after them.
+# The kernels whose inputs are hidden units, and the bias that is added to the
+# outputs of `wo`.
 _OUTER = ('wo', 'out')
 _OUTER_BIAS = 'wo_bias'
 
 
 def _of_kernel(name, array):
+  """Over which mesh axes a kernel or a bias is split."""
   if name == _OUTER_BIAS:
     return PartitionSpec(EXPERT_AXIS)
   if name in _OUTER:
@@ -136,7 +145,7 @@ def _of_kernel(name, array):
 
 
 def _sizes(kernels):
-  """Experts and hidden units."""
+  """Number of experts, and of hidden units of one expert."""
   name, array = next(
     (name, array) for name, array in kernels.items() if array.ndim == 3
   )
@@ -150,14 +159,14 @@ def check_sizes(
   expert_dim: int,
   names: tuple[str, str] = ('num_experts', 'expert_dim'),
 ) -> None:
-  """Raises ValueError unless all of it divides evenly over the mesh.
+  """Raises ValueError unless the layer can be split evenly over the mesh.
 
   Args:
-    mesh_shape: devices along each axis.
-    num_groups: groups of tokens.
-    num_experts: experts of the layer.
-    expert_dim: hidden units of one expert.
-    names: what the layer calls the last two.
+    mesh_shape: number of devices along each mesh axis, by the axis's name.
+    num_groups: number of groups of tokens.
+    num_experts: number of experts of the layer.
+    expert_dim: number of hidden units of one expert.
+    names: the layer's names for `num_experts` and `expert_dim`, for messages.
   """
   data, expert, model = (
     mesh_shape[axis] for axis in (*TOKEN_AXES, HIDDEN_AXIS)
@@ -167,7 +176,8 @@ def check_sizes(
       'The groups of tokens must be a multiple of data x expert devices, '
       f'{data} x {expert} = {data * expert}, so that each routes whole groups, '
       f'but there are {num_groups}. Set multiple of TokenGroups to '
-      f'{data * expert}: what a group is never follows from the mesh.'
+      f'{data * expert}. The mesh does not set it, so that groups are the same '
+      'on every mesh.'
     )
   for name, size, axis, parts in (
     (names[0], num_experts, EXPERT_AXIS, expert),
@@ -181,17 +191,27 @@ def check_sizes(
 
 
 def number_pairs(pairs: jax.Array, num_pairs: int) -> jax.Array:
-  """Pairs <int32>[slots] of this device, counted over all devices.
+  """Numbers the pairs of this device over all devices.
 
   Args:
-    pairs: counted over the groups of this device.
-    num_pairs: pairs of each device.
+    pairs: <int32>[slots], counted over the groups of this device.
+    num_pairs: number of pairs of one device.
+
+  Returns:
+    <int32>[slots].
   """
   return pairs + jax.lax.axis_index(TOKEN_AXES) * num_pairs
 
 
 def own_units(units: jax.Array) -> jax.Array:
-  """This device's part of the hidden units <...>[rows, expert_mlp]."""
+  """Returns this device's part of the hidden units.
+
+  Args:
+    units: [rows, expert_mlp], all units.
+
+  Returns:
+    [rows, expert_mlp / devices along the axis `model`].
+  """
   size = units.shape[1] // jax.lax.axis_size(HIDDEN_AXIS)
   start = jax.lax.axis_index(HIDDEN_AXIS) * size
   return jax.lax.dynamic_slice_in_dim(units, start, size, axis=1)

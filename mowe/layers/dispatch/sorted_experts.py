@@ -1,12 +1,17 @@
-"""Rows sorted by expert, each computed by its own: one batch, then the rest.
+"""Computes rows that are sorted by expert: one batch, then the rest in tiles.
 
-The first rows of every expert, up to a share, are computed as one batch, which
-reads each kernel where it lies. What experts have beyond that share follows in
-tiles, one after another, as many as there are: a router that balances leaves
-few. The share is an even one; a small one has at most 0.28 of it more, for
-loads differ. However uneven they are, no more than 2.28 times the rows are
-computed, but for what fills up tiles, and no array is larger than 1.28 times
-the rows or than the kernels.
+How many rows an expert has is not known when the program is compiled. So there
+are two parts:
+
+1. The first `share` rows of every expert are one batched product, [experts,
+   share, in] x [experts, in, out]. It reads each kernel where it lies.
+2. The rows that an expert has beyond the share follow in tiles, in a loop over
+   as many tiles as there are. A router that balances the load leaves few.
+
+The share is about an even one, rows / experts. A small share is enlarged by up
+to 28 %, as the loads of experts differ. However uneven the loads are, this
+bounds the work to 2.28 times the rows, apart from unused rows of tiles, and
+each array to the size of the kernels or to 1.28 times the size of the rows.
 """
 
 import functools
@@ -19,54 +24,74 @@ import jax.numpy as jnp
 
 from mowe.layers.dispatch import expert_dropout, slots
 
-# Whole vectors; and more rows in a tile are no faster.
+# Rows of a tile. Fewer than 8 would not fill the vector registers, and products
+# of more than 256 rows are no faster.
 _SMALLEST_TILE, _LARGEST_TILE = 8, 256
-# A share of so many rows is left as it is.
+# A share of at least so many rows is not enlarged.
 _LARGE_SHARE = 256
 
 Arrays = dict[str, jax.Array]
 
-# What one expert does: rows <float>[..., rows, in], its kernels, what to multiply
-# its hidden units with or None, and what to multiply its outputs with,
-# <float32>[..., rows, 1] or None, to <float>[..., rows, out]. A function or a
-# frozen class; `experts` has some.
+# The computation of one expert: a function or a frozen class, such as those of
+# `mixtures/experts.py`. Its arguments are the rows <float>[..., rows, in], the
+# kernels of the expert by name, the dropout masks of the hidden units or None,
+# and the gates of the outputs <float32>[..., rows, 1] or None. It returns
+# <float>[..., rows, out].
 Expert = Callable[
   [jax.Array, Arrays, jax.Array | None, jax.Array | None], jax.Array
 ]
 
 
 def batched_share(num_rows: int, num_experts: int) -> int:
-  """Rows of each expert in the batched product; none if they are few."""
+  """Returns how many rows of each expert the batched product has.
+
+  It is 0 if there are fewer rows than experts; then all rows are in tiles.
+
+  Args:
+    num_rows: number of rows of all experts.
+    num_experts: number of experts.
+  """
   even = num_rows // num_experts
   if even >= _LARGE_SHARE:
-    # Every expert computes a row more in the batch, few need it.
+    # If the share grows by one row, every expert computes one more, but few
+    # experts have a row there.
     return even
-  # Loads of experts chosen at random differ by the root of an even share. A tile
-  # of few rows takes as long as the reading of its kernel.
+  # If experts are chosen at random, the standard deviation of their loads is
+  # the root of an even share. A share enlarged by 1.5 deviations leaves few
+  # experts with rows for a tile. That pays for small shares: a tile of few rows
+  # still takes the time to read its kernel.
   more = int(1.5 * math.sqrt(even))
   return even + more // _SMALLEST_TILE * _SMALLEST_TILE
 
 
 def tile_size(share: int) -> int:
-  """Rows of a tile beyond a share, a power of two.
+  """Returns the number of rows of a tile, a power of two.
 
-  About what some experts have too much of: a tile reads all of a kernel, and
-  the last one of an expert is not full.
+  It is about the number of rows that a busy expert has beyond the share. With
+  smaller tiles, a kernel would be read for several tiles of one expert. With
+  larger ones, most rows of an expert's last tile would be unused.
+
+  Args:
+    share: number of rows of each expert in the batched product.
   """
   size = min(max(int(4 * math.sqrt(share)), _SMALLEST_TILE), _LARGEST_TILE)
   return 1 << (size.bit_length() - 1)
 
 
 class Rows(NamedTuple):
-  """What the rows of `by_expert` are.
+  """Where the rows of `by_expert` come from, and whose they are.
+
+  Rows are in the order of experts: those of expert 0, then those of expert 1,
+  and so on. At least `tile_size(share)` further rows follow that no expert
+  owns, so that a tile never ends beyond the last row. (XLA would move such a
+  tile back, onto rows of other experts.)
 
   Attributes:
-    group_sizes: <int32>[expert], rows of each expert; zero is allowed.
-    pairs: <int32>[rows], for the dropout.
-    plan: rows are tokens in the slots of this plan: they are read from the
-      tokens where they are used, so that no copy of a token is kept. None: they
-      are given, those of expert 0 first, then of expert 1, ...; at least
-      `tile_size(share)` further rows follow that no expert owns.
+    group_sizes: <int32>[expert], number of rows of each expert; may be zero.
+    pairs: <int32>[rows], the pair of each row, which its dropout depends on.
+    plan: the plan whose slots are the rows. Inputs are then tokens, and a row
+      is read from its token where it is used, so that no copies of tokens are
+      kept for the gradient. With None, inputs are the rows themselves.
   """
 
   group_sizes: jax.Array
@@ -74,13 +99,24 @@ class Rows(NamedTuple):
   plan: slots.SlotPlan | None = None
 
   def cut(self, array: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """A few rows, of tokens <float>[tokens, in] if there is a plan."""
+    """Returns the inputs <float>[size, in] of some consecutive rows.
+
+    Args:
+      array: <float>[rows, in], or <float>[tokens, in] if there is a plan.
+      start: <int32>[], the first row.
+      size: number of rows.
+    """
     if self.plan is None:
       return _slice(array, start, size)
     return _take(array, _slice(self.plan.sources, start, size))
 
   def windows(self, array: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows at `index` <int32>[expert, share]."""
+    """Returns the inputs <float>[expert, share, in] of the batched product.
+
+    Args:
+      array: <float>[rows, in], or <float>[tokens, in] if there is a plan.
+      index: <int32>[expert, share], the rows. One out of range reads any row.
+    """
     if self.plan is not None:
       index = jnp.take(self.plan.sources, index, mode='clip')
     return _take(array, index)
@@ -96,20 +132,24 @@ def by_expert(
   expert: Expert,
   share: int,
 ) -> jax.Array:
-  """Every row, computed by its own expert.
+  """Computes every row by its own expert.
+
+  The gradient is defined here, because JAX has no reverse-mode gradient of a
+  loop over a number of tiles that is not static.
 
   Args:
-    inputs: <float>[rows, in], or [tokens, in] with a plan.
-    kernels: <float>[expert, ...] each, as `expert` takes them.
-    weights: <float32>[rows], that outputs are multiplied with, or None.
-    rows: where they are.
-    dropout: of hidden units, or None. Masks are read where they are used:
-      written for all rows they would be as large as the hidden units.
-    expert: static, computes the rows of one.
-    share: static, rows of each expert in the batched product.
+    inputs: <float>[rows, in], or <float>[tokens, in] if the rows have a plan.
+    kernels: arrays <float>[expert, ...] by name, as `expert` takes them.
+    weights: <float32>[rows], by which outputs are multiplied; or None.
+    rows: where the rows come from, and how many each expert has.
+    dropout: dropout of the hidden units; None without dropout. Masks are read
+      where they are used: an array with the masks of all rows would be as large
+      as the hidden units.
+    expert: computes rows of one expert; static.
+    share: number of rows of each expert in the batched product; static.
 
   Returns:
-    <float>[rows, out]; meaningless beyond the last row of the last expert.
+    <float>[rows, out]. Rows that no expert owns hold arbitrary numbers.
   """
   return _forward(inputs, kernels, weights, rows, dropout, expert, share)[0]
 
@@ -119,7 +159,8 @@ def _forward(inputs, kernels, weights, rows, dropout, expert, share):
   index, inverse = _windows(rows.group_sizes, share, num_rows)
   keep = functools.partial(_keep, dropout, dtype=inputs.dtype)
 
-  # Only projections are kept for the backward pass, which reads inputs again.
+  # The results of products are kept for the backward pass. The rows that were
+  # read are not: it reads them from the inputs again.
   @functools.partial(
     jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable
   )
@@ -131,6 +172,7 @@ def _forward(inputs, kernels, weights, rows, dropout, expert, share):
     read = _tap(offset, rows.windows(inputs, index))
     return jax.vmap(expert)(read, kernels, kept, own)
 
+  # [expert, share, in]. No one reads these zeros; see `_tap`.
   offset = jnp.zeros_like(inputs, shape=(*index.shape, inputs.shape[1]))
   outputs, pull = jax.vjp(
     lambda *wanted: batched(inputs, *wanted, rows, dropout),
@@ -150,6 +192,8 @@ def _forward(inputs, kernels, weights, rows, dropout, expert, share):
     old = _slice(outputs, start, size)
     return _write(outputs, jnp.where(is_own, computed, old), start)
 
+  # [expert, share, out] -> [rows, out]. Rows that are in tiles read any number
+  # here, and their tiles overwrite it.
   outputs = _take(outputs.reshape(-1, outputs.shape[-1]), inverse)
   outputs = _for_each_tile(tile, outputs, rows.group_sizes, share)
   return outputs, (pull, inputs, kernels, weights, rows, dropout)
@@ -157,9 +201,11 @@ def _forward(inputs, kernels, weights, rows, dropout, expert, share):
 
 @jax.custom_vjp
 def _tap(offset, values):
-  """The values, with their gradient as that of `offset`.
+  """Returns the values, and gives their gradient to `offset`.
 
-  So the gradient of rows is had before those of one token are added up.
+  The backward pass needs the gradient of every row [expert, share, in], to put
+  it together with that of the rows in tiles. If it went on to the inputs, JAX
+  would transpose the gather of rows to a scatter-add over the inputs.
   """
   del offset
   return values
@@ -174,12 +220,15 @@ def _backward(expert, share, residuals, cotangent):
   pull, inputs, kernels, weights, rows, dropout = residuals
   num_rows = rows.pairs.shape[0]
   index, inverse = _windows(rows.group_sizes, share, num_rows)
-  # Where an expert has fewer rows than the share, others were computed with it.
+  # Where an expert has fewer rows than the share, the batch computed rows of
+  # other experts with it. They get no gradient.
   is_own = index[:, :, None] < num_rows
   d_windows, d_kernels, d_weights = pull(
     jnp.where(is_own, _take(cotangent, index), 0)
   )
 
+  # d_windows is [expert, share, in], and d_kernels are the gradients of the
+  # batched product, to which each tile adds its part. d_weights is [rows].
   def tile(carry, number, start, is_own):
     d_rows, d_kernels, d_weights = carry
     size = is_own.shape[0]
@@ -203,12 +252,15 @@ def _backward(expert, share, residuals, cotangent):
     d_weights = jax.tree.map(put, d_weights, d_own_weights)
     return put(d_rows, d_own_rows), d_kernels, d_weights
 
+  # [expert, share, in] -> [rows, in]
   d_rows = _take(d_windows.reshape(-1, inputs.shape[1]), inverse)
   if weights is not None:
     d_weights = d_weights[:, None]
   d_rows, d_kernels, d_weights = _for_each_tile(
     tile, (d_rows, d_kernels, d_weights), rows.group_sizes, share
   )
+  # Only now are the gradients of the rows of one token added up, by gathers:
+  # [rows, in] -> [tokens, in].
   d_inputs = d_rows
   if rows.plan is not None:
     d_inputs = slots.to_tokens(d_rows, rows.plan)
@@ -221,9 +273,13 @@ by_expert.defvjp(_forward, _backward)
 
 
 def _windows(group_sizes, share, num_rows):
-  """Rows of the batched product <int32>[expert, share], and the inverse.
+  """The rows of the batched product, and the place of each row in it.
 
-  Out of range for what an expert has too little of, and for rows in tiles.
+  Returns:
+    index: <int32>[expert, share], the row in each place of the product; out of
+      range where an expert has fewer rows than the share.
+    inverse: <int32>[rows], the place of each row in [expert * share]; out of
+      range for a row in a tile or without an expert.
   """
   num_experts = group_sizes.shape[0]
   ends = jnp.cumsum(group_sizes)
@@ -246,10 +302,12 @@ def _windows(group_sizes, share, num_rows):
 def _for_each_tile(
   tile: Callable[..., Any], carry: Any, group_sizes: jax.Array, share: int
 ) -> Any:
-  """Carries something through the tiles of all rows beyond the share.
+  """Calls `tile` for the tiles of all rows beyond the share, in a loop.
 
-  `tile` takes it, the expert, the tile's first row, and which of the rows are
-  the expert's, <bool>[tile, 1].
+  `tile` takes the carry of the loop, the number of the expert, the first row of
+  the tile, and a mask <bool>[tile, 1] of the rows that the expert owns. It
+  returns the new carry. The loop has as many steps as there are tiles, and step
+  i finds its expert by the ends of the experts' tiles.
   """
   size = tile_size(share)
   rest = jnp.maximum(group_sizes - share, 0)
@@ -259,6 +317,7 @@ def _for_each_tile(
 
   def visit(i, carry):
     number = jnp.searchsorted(ends, i, side='right')
+    # The number of rows that earlier tiles of this expert have.
     done = (i - (ends[number] - num_tiles[number])) * size
     is_own = jnp.arange(size)[:, None] < rest[number] - done
     return tile(carry, number, firsts[number] + done, is_own)
@@ -275,9 +334,12 @@ def _keep(dropout, pairs, dtype):
 
 
 def _take(rows, index):
-  if not rows.shape[0]:  # No batched product; jnp.take refuses to read nothing.
+  if not rows.shape[0]:
+    # The share is 0, so there is no batched product, and jnp.take refuses to
+    # read from an empty array.
     return jnp.zeros_like(rows, shape=(index.shape[0], rows.shape[1]))
-  # What is out of range reads any row: filling it costs another pass.
+  # An index out of range reads any row, because callers ignore it. To fill in
+  # zeros would take another pass over memory.
   return jnp.take(rows, index, axis=0, mode='clip')
 
 

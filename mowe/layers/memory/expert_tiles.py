@@ -1,10 +1,16 @@
-"""Feed-forward of tokens with their own experts, without a plan.
+"""Feed-forward in which each token has its own expert, without a plan.
 
-Tokens are cut into tiles of one expert each, and a few tiles are computed at a
-time: their kernels are read, and a tile is one matrix product of a batch. A few
-tokens, as in decoding, are a tile each. More of them are sorted by expert, so
-that a tile holds several. Temporary memory does not grow with tokens times
-kernels, and time follows from the tiles that are there.
+Tokens are cut into tiles. All tokens of a tile have the same expert, so that a
+tile is one matrix product with one kernel. A few tiles at a time, a *chunk*,
+are computed: their kernels are read, and their products are one batched
+product. So temporary memory holds the kernels of one chunk, and not a kernel
+for each token.
+
+Where there are only a few tokens, as in decoding, each token is a tile. More
+tokens are first sorted by expert, so that a tile holds several and a kernel is
+read less often. The arrays have room for as many tiles as there could ever be.
+The loop visits only the chunks that are in use, so that the time depends on the
+tiles of this batch.
 """
 
 import functools
@@ -19,48 +25,54 @@ from mowe.layers.memory import bfloat16_bits, grouped
 
 Arrays = dict[str, jax.Array]
 
-# Up to this many tokens, sorting costs more than it saves.
+# For up to this many tokens, sorting takes longer than it saves.
 _FEW_TOKENS = 256
 
-# Rows of a tile: whole vectors, and no faster beyond.
+# Slots of a tile. Fewer than 8 would not fill the vector registers, and
+# products of more than 256 rows are no faster.
 _SMALLEST_TILE, _LARGEST_TILE = 8, 256
 
-# Of experts, and of slots.
+# A number that is out of range both as an expert and as a slot.
 _OUT_OF_RANGE = np.iinfo(np.int32).max
 
 
 class TableRows(NamedTuple):
   """Reads the kernels of experts from tables on the device.
 
-  What reads them from elsewhere is a pytree with the same members; without
-  gradients it needs neither `add` nor `is_bits`.
+  A class that reads them from elsewhere must be a pytree with the same members.
+  If it is never differentiated, it needs neither `add` nor `is_bits`.
 
   Attributes:
-    kernels: kernel name -> <float>[num_experts, in, out].
+    kernels: the table <float>[num_experts, in, out] of each kernel, by name; or
+      its bits <uint16>, see `bfloat16_bits`.
   """
 
   kernels: Arrays
 
   @property
   def at_once(self) -> int:
-    """How many experts to read in one call, at most."""
+    """Largest number of experts to read in one call."""
     return grouped.experts_at_once(
       sum(kernel[0].size for kernel in self.kernels.values())
     )
 
   @property
   def is_bits(self) -> bool:
-    """Whether the tables are bits of bfloat16, which have no gradient."""
+    """Whether the tables hold bits of bfloat16, which have no gradient."""
     kernels = self.kernels.values()
     return any(kernel.dtype == bfloat16_bits.DTYPE for kernel in kernels)
 
   def __call__(self, experts: jax.Array) -> Arrays:
-    """Kernel name -> <float>[n, in, out] of experts <int32>[n].
+    """Returns the kernels of some experts.
 
-    Equal experts are neighbours where tokens were sorted. Experts out of range
-    have zeros.
+    Args:
+      experts: <int32>[n]. An expert may occur several times; after sorting,
+        equal experts stand next to each other. Experts out of range have zeros.
+
+    Returns:
+      The kernels <float>[n, in, out], by name.
     """
-    # Negative numbers would count from the end.
+    # JAX would count negative numbers from the end of the table.
     experts = jnp.where(experts < 0, _OUT_OF_RANGE, experts)
     return {
       name: bfloat16_bits.to_float(grouped.rows(kernel, experts))
@@ -68,7 +80,14 @@ class TableRows(NamedTuple):
     }
 
   def add(self, experts: jax.Array, rows: Arrays) -> 'TableRows':
-    """Adds to the rows of some experts: how gradients are collected."""
+    """Returns tables to whose rows something was added.
+
+    The backward pass collects the gradients of the kernels in this way.
+
+    Args:
+      experts: <int32>[n]; experts out of range are ignored.
+      rows: what is added, <float>[n, in, out] by the name of the kernel.
+    """
     return TableRows(
       {
         name: kernel.at[experts].add(rows[name], mode='drop')
@@ -78,18 +97,23 @@ class TableRows(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-  """Tokens in tiles of one expert each.
+  """Tokens that were cut into tiles, each of one expert.
 
-  Rows are the tokens in the order of tiles, slots are the places in tiles.
+  A *row* is a token in sorted order: by expert, so by tile. A *slot* is a place
+  in a tile, counted over all tiles. Rows have no gaps; slots have, as the last
+  tile of an expert is rarely full. The number of tiles is an upper bound, and
+  the tiles in use come first.
 
   Attributes:
-    experts: <int32>[tiles], of each tile.
+    experts: <int32>[tiles], the expert of each tile; out of range for a tile
+      that is not in use.
     sources: <int32>[tiles, room], the token in each slot; the number of tokens
-      if it is empty.
+      for an empty slot.
     first_rows: <int32>[tiles], the row in the first slot of each tile.
-    slots: <int32>[tokens], the slot of each row.
+    slots: <int32>[tokens], the slot of each row; out of range for a row without
+      an expert.
     rows: <int32>[tokens], the row of each token.
-    number: <int32>[], tiles in use; they are the first.
+    number: <int32>[], number of tiles in use.
   """
 
   experts: jax.Array
@@ -111,14 +135,19 @@ def feed_forward_by_tiles(
 ) -> jax.Array:
   """Two-layer feed-forward in which every token meets its own expert.
 
+  Its gradient is defined here, because JAX has no reverse-mode gradient of a
+  loop whose number of steps is not static. The backward pass computes the
+  hidden units of a chunk again, so that none are kept.
+
   Args:
     tokens: <float>[tokens, embed].
-    experts: <int32>[tokens]; out of range: none.
+    experts: <int32>[tokens], the expert of each token; a number out of range
+      for a token without an expert.
     read: reads the kernels of experts.
-    keep: <float>[tokens, expert_mlp] that hidden units are multiplied with, the
-      mask of dropout; None is all ones.
-    num_experts: experts that there are.
-    activations: as in the dense feed-forward.
+    keep: <float>[tokens, expert_mlp], the dropout mask that hidden units are
+      multiplied with; None for no dropout.
+    num_experts: number of experts.
+    activations: one name, or two for a gated layer, as in `DenseFeedForward`.
 
   Returns:
     <float>[tokens, embed], zeros for tokens without an expert.
@@ -179,7 +208,7 @@ feed_forward_by_tiles.defvjp(_forward, _backward)
 
 
 def _expert(tokens, kernels, mask, activations):
-  """Feed-forward of tiles: tokens [tiles, room, embed], a kernel for each."""
+  """Feed-forward of tiles [tiles, room, embed], with one expert for each."""
   product = lambda x, name: jnp.einsum(
     'tcm,tmf->tcf', x, kernels[name].astype(x.dtype)
   )
@@ -191,18 +220,21 @@ def _expert(tokens, kernels, mask, activations):
 
 
 def _cut(experts, num_experts):
-  """Tiles of tokens with these experts."""
+  """Cuts the tokens with these experts into tiles."""
   num_tokens = experts.shape[0]
   routed = (experts >= 0) & (experts < num_experts)
   experts = jnp.where(routed, experts, num_experts)
   if num_tokens <= _FEW_TOKENS:
     return _tile_per_token(experts)
+  # An even share of the tokens, rounded up to a multiple of 8. Larger tiles
+  # would mostly be empty, smaller ones would read each kernel more often.
   room = -(-num_tokens // num_experts // 8) * 8
   room = min(max(room, _SMALLEST_TILE), _LARGEST_TILE)
   return _sorted_tiles(experts, num_experts, room)
 
 
 def _tile_per_token(experts):
+  """Tiles with one slot each, in the order of tokens."""
   num_tokens = experts.shape[0]
   every = jnp.arange(num_tokens, dtype=jnp.int32)
   return _Tiles(
@@ -216,12 +248,18 @@ def _tile_per_token(experts):
 
 
 def _sorted_tiles(experts, num_experts, room):
-  """Tiles with room for so many tokens, in the order of experts."""
+  """Tiles with `room` slots each, in the order of experts.
+
+  The arrays below have one number for each row, <int32>[tokens].
+  """
   num_tokens = experts.shape[0]
+  # An expert has at most one tile that is not full.
   most = min(num_tokens, num_experts) + num_tokens // room
   order = jnp.argsort(experts, stable=True).astype(jnp.int32)
   every = jnp.arange(num_tokens, dtype=jnp.int32)
   owners = experts[order]
+  # The number of a row within its expert is its distance from the expert's
+  # first row. A tile starts at every `room`-th row of an expert.
   is_first = jnp.append(True, owners[1:] != owners[:-1])
   within = every - jax.lax.cummax(jnp.where(is_first, every, 0))
   starts = (within % room == 0) & (owners < num_experts)
@@ -244,17 +282,22 @@ def _sorted_tiles(experts, num_experts, room):
 
 
 class _Chunks:
-  """A few tiles at a time.
+  """Cuts tiles into chunks, and writes the rows of a chunk.
+
+  The rows of a chunk follow each other without gaps. So a chunk writes one
+  contiguous part of the result in place, and no scatter is needed.
 
   Args:
-    tiles: all of them.
-    at_once: tiles in a chunk.
+    tiles: the tiles of all tokens.
+    at_once: largest number of tiles in a chunk.
   """
 
   def __init__(self, tiles: _Tiles, at_once: int):
     most, room = tiles.sources.shape
     self._size = min(at_once, most)
     self._slots_at_once = self._size * room
+    # All arrays are padded so that the slice of the last chunk ends within
+    # them. XLA would move a slice that reaches beyond an array.
     missing = -most % self._size
     num_tokens = tiles.rows.shape[0]
     pad = lambda array, fill: jnp.pad(
@@ -273,26 +316,46 @@ class _Chunks:
     self.number = -(-tiles.number // self._size)
 
   def cut(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Experts <int32>[n] and sources <int32>[n, room] of a chunk."""
+    """Returns the experts <int32>[n] and sources <int32>[n, room] of a chunk.
+
+    Args:
+      number: <int32>[], which chunk.
+    """
     return tuple(
       jax.lax.dynamic_slice_in_dim(array, number * self._size, self._size)
       for array in (self._experts, self._sources)
     )
 
   def empty_rows(self, tokens: jax.Array) -> jax.Array:
-    """Zeros for the rows of all tokens, and for writing beyond them."""
+    """Returns zeros [tokens + slots of a chunk, embed], to write rows into.
+
+    `write` writes as many rows as a chunk has slots, so that the last chunk may
+    write beyond the last token.
+
+    Args:
+      tokens: <float>[tokens, embed], for its shape and dtype.
+    """
     num_rows = tokens.shape[0] + self._slots_at_once
     return jnp.zeros((num_rows, tokens.shape[1]), tokens.dtype)
 
   def write(
     self, number: jax.Array, rows: jax.Array, computed: jax.Array
   ) -> jax.Array:
-    """Writes what was computed in the slots of a chunk to its rows."""
+    """Returns `rows` with the results of one chunk.
+
+    Args:
+      number: <int32>[], which chunk.
+      rows: <float>[tokens + slots of a chunk, embed], as `empty_rows` made it.
+      computed: <float>[n, room, embed], the results in the slots of the chunk.
+    """
+    # How many rows the chunk has is not static. At most it has one for each of
+    # its slots, so that many are written.
     start = self._first_rows[number * self._size]
     slots = jax.lax.dynamic_slice_in_dim(
       self._slots, start, self._slots_at_once
     )
-    # Rows beyond the chunk get zeros, and then their own from the next chunk.
+    # Rows beyond the chunk have slots out of its range and get zeros here. The
+    # next chunk overwrites them with their results.
     part = grouped.rows(
       computed.reshape(-1, computed.shape[-1]),
       slots - number * self._slots_at_once,

@@ -1,11 +1,14 @@
 """Products of every token with the kernel of its own expert.
 
-Experts come in size classes (`words/batch_plans.py`). A class is one batched product:
-the kernels of its experts and the tokens in its slots are gathered and
-multiplied, a few experts at a time, so that what is gathered is still in the
-cache when it is multiplied, and no copy of all present experts is ever made. A
-token has at most one slot, so the transpose of a gather is again a gather: no
-scatter-add is left.
+A plan puts the experts into size classes (`words/batch_plans.py`). Each class
+is one batched product [experts, room, in] x [experts, in, out]: the kernels of
+its experts and the tokens in its slots are gathered and multiplied.
+
+- It is computed a few experts at a time. What was gathered is then still in the
+  cache when it is multiplied, and the kernels of all present experts are never
+  copied at once.
+- A token has at most one slot. So the gradient of a gather is a gather as well,
+  and no scatter-add is needed.
 """
 
 import functools
@@ -18,25 +21,27 @@ import jax.numpy as jnp
 from mowe.layers.memory import bfloat16_bits
 from mowe.words import batch_plans
 
-# Numbers of kernels that are gathered at a time: 4 MB stay in a CPU's cache;
-# elsewhere the bound is on temporary memory, and a loop should be short.
+# How many numbers of kernels are gathered at a time. On CPU they are 4 MB in
+# float32, which stay in the cache. Elsewhere the bound only limits temporary
+# memory, and is larger so that the loop has few steps.
 _CACHED_NUMBERS = 2**20
 _MOST_NUMBERS = 2**26
 
-# Up to this many slots, gradients go slot by slot: XLA's batched products over
-# such thin tiles are two to ten times slower on CPU.
+# Experts with up to this many slots have their gradients computed slot by slot:
+# XLA's batched products of such thin matrices are two to ten times slower on
+# CPU.
 _THIN = 8
 
 
 class Factors(NamedTuple):
-  """What the gradient of all kernels follows from.
+  """The arrays from which the gradient of any expert's kernel can be formed.
 
-  The gradient of an expert's kernel is the sum of the outer products of
-  `inputs` and `cotangents` over its tokens.
+  The gradient of an expert's kernel is the sum, over the tokens of the expert,
+  of the outer products of `inputs` and `cotangents`.
 
   Attributes:
-    inputs: <float>[tokens, in].
-    cotangents: <float>[tokens, out].
+    inputs: <float>[tokens, in], the inputs of the product.
+    cotangents: <float>[tokens, out], the cotangents of its outputs.
   """
 
   inputs: jax.Array
@@ -44,7 +49,11 @@ class Factors(NamedTuple):
 
 
 def experts_at_once(numbers_of_one: int) -> int:
-  """How many experts of so many numbers are worked on at a time."""
+  """Returns how many experts to gather at a time, at least one.
+
+  Args:
+    numbers_of_one: how many numbers the kernels of one expert have.
+  """
   on_cpu = jax.default_backend() == 'cpu'
   most = _CACHED_NUMBERS if on_cpu else _MOST_NUMBERS
   return max(1, most // numbers_of_one)
@@ -59,14 +68,20 @@ def expert_product(
 ) -> jax.Array:
   """Product of every token with the kernel of its expert.
 
+  The gradient of `kernels` would be as large as the whole table, although a
+  batch uses few of its rows. With `factors`, the function does not form it. It
+  hands out the Factors instead, in the only way that a gradient leaves a
+  differentiated function: as the gradient of an argument. `kernel_gradient`
+  then forms the gradients of a few experts at a time.
+
   Args:
     tokens: <float>[tokens, in].
-    kernels: <float>[num_experts, in, out], or bits <uint16> of bfloat16 (see
-      `bfloat16_bits`); read in the dtype of `tokens`.
-    plan: of these tokens.
-    factors: without, `kernels` have a gradient as large as themselves. With
-      zeros in the shapes of Factors, they have none; the gradient of `factors`
-      are the Factors from which `kernel_gradient` makes that of a few experts.
+    kernels: <float>[num_experts, in, out], or their bits <uint16> in bfloat16
+      (see `bfloat16_bits`). They are converted to the dtype of `tokens`.
+    plan: the plan of these tokens.
+    factors: zeros in the shapes of Factors. Their gradient is the true Factors,
+      and `kernels` have no gradient. With None, `kernels` have a gradient of
+      their own shape, unless they are bits.
 
   Returns:
     <float>[tokens, out], zeros for tokens without an expert.
@@ -101,15 +116,16 @@ expert_product.defvjp(_forward, _backward)
 
 
 def factors_of_experts(factors: list[Factors], sources: jax.Array) -> Factors:
-  """Factors of the gradients of some experts.
+  """Gathers the factors of the gradients of some experts.
 
   Args:
-    factors: of each layer that shares the kernels.
-    sources: <int32>[experts, room], their tokens; out of range: none.
+    factors: one entry for each layer that shares the kernels.
+    sources: <int32>[experts, room], the token in each slot of each expert; a
+      number out of range for an empty slot, which gives zeros.
 
   Returns:
-    inputs <float32>[experts, layers room, in] and cotangents
-    <float32>[experts, layers room, out].
+    inputs <float32>[experts, layers * room, in] and cotangents
+    <float32>[experts, layers * room, out].
   """
   return Factors(
     *(
@@ -122,11 +138,13 @@ def factors_of_experts(factors: list[Factors], sources: jax.Array) -> Factors:
 
 
 def kernel_gradient(factors: list[Factors], sources: jax.Array) -> jax.Array:
-  """Gradient of the kernels of some experts.
+  """Returns the gradients of the kernels of some experts.
 
   Args:
-    factors: of each layer that shares these kernels.
-    sources: <int32>[experts, room], their tokens; out of range: none.
+    factors: one entry for each layer that shares the kernels. The gradient is
+      the sum over these layers.
+    sources: <int32>[experts, room], the token in each slot of each expert; a
+      number out of range for an empty slot.
 
   Returns:
     <float32>[experts, in, out].
@@ -142,7 +160,12 @@ def kernel_gradient(factors: list[Factors], sources: jax.Array) -> jax.Array:
 
 
 def _multiply(tokens, kernels, plan, product):
-  """Applies `product` to the slots and kernels of all experts."""
+  """Applies `product` to the slots and kernels of all experts.
+
+  For each class, [experts, room, in] x [experts, in, out] gives [experts, room,
+  out]. The results of all classes, one after another, are the slots [slots,
+  out] that `plan.slots` counts, and each token reads its own.
+  """
   at_once = experts_at_once(kernels[0].size)
 
   def some_experts(experts, sources):
@@ -152,7 +175,8 @@ def _multiply(tokens, kernels, plan, product):
 
   parts = []
   for experts, sources in zip(*plan.classes, strict=True):
-    # Unused places come last: what they would be given is never read.
+    # An expert in use has a token in its first slot. Places that are not in use
+    # come last and are not computed, as no token reads their slots.
     num_used = jnp.sum(sources[:, 0] < tokens.shape[0])
     parts.append(_in_chunks(some_experts, at_once, num_used, experts, sources))
   slots = jnp.concatenate([p.reshape(-1, p.shape[-1]) for p in parts])
@@ -174,7 +198,12 @@ def _transposed_product(cotangents, kernels):
 
 
 def rows(array: jax.Array, index: jax.Array) -> jax.Array:
-  """array[index], zeros where the index is out of range."""
+  """Returns `array[index]`, with zeros where the index is out of range.
+
+  Args:
+    array: [rows, ...].
+    index: <int32>[...], numbers of rows. Negative ones count from the end.
+  """
   return jnp.take(array, index, axis=0, mode='fill', fill_value=0)
 
 
@@ -184,7 +213,11 @@ def _in_chunks(
   num_used: jax.Array,
   *arrays: jax.Array,
 ) -> jax.Array:
-  """function(*arrays), of so many rows at a time; zeros after `num_used`."""
+  """Computes function(*arrays) in a loop over `at_once` rows at a time.
+
+  Only chunks that hold some of the first `num_used` rows are computed. The rows
+  of the others are zeros.
+  """
   num_rows = arrays[0].shape[0]
   if num_rows <= at_once:
     return function(*arrays)
@@ -193,7 +226,8 @@ def _in_chunks(
     return (jax.lax.dynamic_slice_in_dim(a, start, at_once) for a in arrays)
 
   def some(number, outputs):
-    # The last rows are computed twice rather than in a program of their own.
+    # The last chunk is moved back to end at the last row. Some rows are then
+    # computed twice, but all chunks have one size and share one loop.
     start = jnp.minimum(number * at_once, num_rows - at_once)
     return jax.lax.dynamic_update_slice_in_dim(
       outputs, function(*cut(start)), start, 0

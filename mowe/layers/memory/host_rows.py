@@ -1,7 +1,8 @@
 """Kernels of experts that are fetched from the host while the model runs.
 
-For generating with tables that do not fit the device, or the memory: nobody
-knows in advance which experts the decoder will ask for.
+Generation needs this for tables that do not fit into the memory of the device
+or of the host, because it is not known in advance which experts the decoder
+will need.
 """
 
 import dataclasses
@@ -14,14 +15,17 @@ from mowe.layers.memory import bfloat16_bits, grouped
 
 
 class RowsFrom(Protocol):
-  """Gives the kernels of experts, on the host."""
+  """Function on the host that reads the kernels of experts."""
 
   def __call__(self, table: str, experts: np.ndarray) -> dict[str, np.ndarray]:
-    """Kernel name -> [n, in, out] of experts <int32>[n], in their dtype.
+    """Returns the kernels of some experts.
 
     Args:
-      table: its path in the model, such as `experts`.
-      experts: which; out of range: zeros.
+      table: path of the table in the model, such as `experts`.
+      experts: <int32>[n]; an expert out of range has zeros.
+
+    Returns:
+      The kernels [n, in, out] by name, in the dtype that the table is kept in.
     """
 
 
@@ -31,10 +35,10 @@ class HostRows:
   """Reads the kernels of experts as `expert_tiles.TableRows` does.
 
   Attributes:
-    rows_from: gives them.
+    rows_from: reads the kernels on the host.
     table: path of the table in the model.
-    shapes: kernel name -> (in, out).
-    dtype: in which the table is kept.
+    shapes: name and shape (in, out) of each kernel of an expert.
+    dtype: dtype that the table is kept in; <uint16> for bits of bfloat16.
   """
 
   rows_from: RowsFrom
@@ -44,13 +48,20 @@ class HostRows:
 
   @property
   def at_once(self) -> int:
-    """How many experts to read in one call, at most."""
+    """Largest number of experts to read in one call."""
     return grouped.experts_at_once(
       sum(num_in * num_out for _, (num_in, num_out) in self.shapes)
     )
 
   def __call__(self, experts: jax.Array) -> dict[str, jax.Array]:
-    """Kernel name -> <float>[n, in, out] of experts <int32>[n]."""
+    """Returns the kernels of some experts.
+
+    Args:
+      experts: <int32>[n]; an expert out of range has zeros.
+
+    Returns:
+      The kernels <float>[n, in, out], by name.
+    """
     results = {
       name: jax.ShapeDtypeStruct((*experts.shape, *shape), self.dtype)
       for name, shape in self.shapes

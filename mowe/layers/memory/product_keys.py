@@ -1,4 +1,9 @@
-"""Product-key memories: values by keys that are pairs of half-keys."""
+"""Product-key memories: tables of values whose keys are pairs of half-keys.
+
+With n half-keys for each half of a query there are n * n keys, and so n * n
+values. The score of a key is the sum of the scores of its two half-keys. So 2 n
+scores are enough to rank n * n values.
+"""
 
 import fractions
 import math
@@ -15,32 +20,36 @@ _ACTIVATIONS = {'relu': jax.nn.relu, 'softmax': jax.nn.softmax}
 
 
 class DenseProductKeyMemory(feed_forward_base.FeedForward):
-  """A feed-forward of n x n values, the keys of which are n + n half-keys.
+  """A product-key memory in which each token reads all values.
 
-  Every value is read, and the scores of the heads are added up before the
-  activation: this is what was trained in all published comparisons. With one
-  query for all heads, heads change the initialisation only.
+  The scores of the heads are added up before the activation. This is the layer
+  that was trained in all published comparisons. If all heads share one query,
+  the number of heads changes nothing but the initialization.
 
   Source: arXiv 2310.10837, section 4; https://github.com/RobertCsordas/moe.
 
   Attributes:
-    num_values: rows of the table of values, a square number: of n half-keys
-      for each half of the query.
-    num_heads: sets of half-keys; they share the values.
+    num_values: number of rows of the table of values. It is a square number
+      unless `num_first_keys` is given.
+    num_heads: number of sets of half-keys; all heads share the values.
     activation: 'relu', or 'softmax' over all scores of a token.
-    num_first_keys: where the halves have different numbers of keys, that of the
-      first half, a divisor of `num_values`.
-    use_query_projection: each head has a query of its own, a projection of the
-      token, instead of the token itself.
-    num_layers: blocks of the stack, for the initialisation.
-    dropout_rate: taken, as every feed-forward is given one; there is none.
-    dtype: dtype of the values' computation; scores are float32.
+    num_first_keys: number of half-keys of the first half, a divisor of
+      `num_values`, where the halves have different numbers of them.
+    use_query_projection: whether each head has a query of its own, which is a
+      projection of the token. Otherwise the token is the query of all heads.
+    num_layers: number of blocks of the stack, on which the standard deviation
+      of fresh parameters depends.
+    dropout_rate: ignored, as the layer has no dropout. The field is there
+      because a model gives a dropout rate to every feed-forward.
+    dtype: dtype in which values are read; scores are float32.
 
-  Call: tokens <float>[batch, length, embed] to <dtype> of the same shape;
-    `routing_ids` are taken and ignored.
+  Call: tokens <float>[batch, length, embed] to <dtype> of the same shape. The
+    layer takes `routing_ids`, as every feed-forward does, and ignores them.
 
   Raises:
-    ValueError: sizes that do not factor, or an unknown activation.
+    ValueError: the activation is unknown, a size is not positive, `num_values`
+      is no product of two numbers of half-keys, or the width of the tokens is
+      odd.
   """
 
   num_values: int
@@ -56,13 +65,14 @@ class DenseProductKeyMemory(feed_forward_base.FeedForward):
     if self.activation not in _ACTIVATIONS:
       raise ValueError(
         f'activation must be one of {sorted(_ACTIVATIONS)}, but is '
-        f'{self.activation!r}. relu was better in every comparison.'
+        f'{self.activation!r}. Choose relu, which was better in every '
+        'comparison.'
       )
     if min(self.num_values, self.num_heads, self.num_layers) < 1:
       raise ValueError(
         'num_values, num_heads and num_layers must be positive, but are '
-        f'{self.num_values}, {self.num_heads} and {self.num_layers}. 4 heads '
-        'are usual.'
+        f'{self.num_values}, {self.num_heads} and {self.num_layers}. Set each '
+        'of them to at least 1; 4 heads are usual.'
       )
     first, second = self.num_keys()
     if first * second != self.num_values:
@@ -70,12 +80,12 @@ class DenseProductKeyMemory(feed_forward_base.FeedForward):
     super().__post_init__()
 
   def num_keys(self) -> tuple[int, int]:
-    """Half-keys of each half of a query."""
+    """Returns the number of half-keys of the first and of the second half."""
     first = self.num_first_keys or math.isqrt(self.num_values)
     return first, self.num_values // first
 
   def share_read(self, name: str) -> fractions.Fraction:
-    """Share of the parameter `name` that one token is multiplied with."""
+    """Returns 1: each token is multiplied with all keys and all values."""
     del name
     return fractions.Fraction(1)
 
@@ -123,15 +133,21 @@ class DenseProductKeyMemory(feed_forward_base.FeedForward):
     keys: list[jax.Array],
     values: jax.Array,
   ) -> jax.Array:
-    """Outputs <dtype>[tokens, embed].
+    """Returns the outputs of the layer.
 
     Args:
-      queries: <float32>[tokens, heads, embed], or one for all heads.
-      keys: of both halves, <float32>[heads, keys, embed / 2].
+      queries: <float32>[tokens, heads, embed], or [tokens, 1, embed] for one
+        query of all heads.
+      keys: <float32>[heads, keys, embed / 2] of the first and the second half.
       values: <dtype>[values, embed].
+
+    Returns:
+      <dtype>[tokens, embed].
     """
-    # [tokens, heads, keys] -> [tokens, keys]
+    # Sums over heads and over halves can change places, so the heads are summed
+    # before there are n * n scores: [tokens, heads, keys] -> [tokens, keys].
     first, second = (jnp.sum(s, axis=1) for s in half_scores(queries, keys))
+    # [tokens, first keys, second keys] -> [tokens, values]
     scores = first[:, :, None] + second[:, None, :]
     weights = _ACTIVATIONS[self.activation](scores.reshape(len(queries), -1))
     return linear.project(weights.astype(self.dtype), values)
@@ -149,17 +165,25 @@ class DenseProductKeyMemory(feed_forward_base.FeedForward):
 
 
 class ProductKeyMemory(DenseProductKeyMemory):
-  """The same, of which each token reads few values, and heads differ.
+  """A product-key memory in which each head of a token reads few values.
 
-  Each head chooses the `knn` largest of all sums of two scores, exactly, by
-  looking at the best half-keys only. The activation is of all heads' scores
-  together; where heads choose the same value, their weights add up.
+  Each head chooses the `knn` keys with the largest scores. The choice is exact,
+  although it looks at the best half-keys alone; see `best_pairs`. The
+  activation is applied to the chosen scores of all heads together. Where heads
+  choose the same value, their weights add up.
 
   Source: Lample et al., arXiv 1907.05242, with the changes of arXiv 2310.10837:
-  no batch normalisation, ReLU, in every layer.
+  there is no batch normalization, the activation is ReLU, and every block of
+  the stack has such a layer.
 
   Attributes:
-    knn: values that a head chooses for a token.
+    knn: number of values that a head chooses for a token.
+
+  The other attributes and the call are those of DenseProductKeyMemory.
+
+  Raises:
+    ValueError: `knn` is not in 1..num_values, or for a reason that
+      DenseProductKeyMemory has.
   """
 
   knn: int = 32
@@ -173,7 +197,13 @@ class ProductKeyMemory(DenseProductKeyMemory):
       )
 
   def share_read(self, name: str) -> fractions.Fraction:
-    """Share of the parameter `name` that one token is multiplied with."""
+    """Returns the share of a parameter that each token is multiplied with.
+
+    It is 1 for the keys. Of the values it is at most what all heads choose.
+
+    Args:
+      name: the last part of the parameter's path.
+    """
     if name != 'values':
       return fractions.Fraction(1)
     share = fractions.Fraction(self.knn * self.num_heads, self.num_values)
@@ -185,7 +215,7 @@ class ProductKeyMemory(DenseProductKeyMemory):
     keys: list[jax.Array],
     values: jax.Array,
   ) -> jax.Array:
-    """Outputs <dtype>[tokens, embed]; see DenseProductKeyMemory."""
+    """Returns the outputs; see `DenseProductKeyMemory.read`."""
     index, scores = best_pairs(*half_scores(queries, keys), self.knn)
     # [tokens, heads, knn] -> [tokens, heads * knn]
     index, scores = (x.reshape(len(queries), -1) for x in (index, scores))
@@ -194,7 +224,10 @@ class ProductKeyMemory(DenseProductKeyMemory):
 
 
 class _Query(nn.Module):
-  """A module of its own for the names `query/kernel` and `query/bias`."""
+  """Declares the parameters of the queries' projection.
+
+  It is a module so that they are called `query/kernel` and `query/bias`.
+  """
 
   shape: tuple[int, int]
   stddev: float
@@ -215,13 +248,18 @@ class _Query(nn.Module):
 
 
 def half_scores(queries: jax.Array, keys: list[jax.Array]) -> list[jax.Array]:
-  """Scores <float32>[tokens, heads, keys] of both halves.
+  """Returns the scores of the half-keys, for the first and the second half.
 
-  In float32 whatever the model computes in: they are ranked.
+  They are computed in float32 whatever the dtype of the model is, because they
+  are ranked, and in bfloat16 many would be equal.
 
   Args:
-    queries: <float32>[tokens, heads, embed], or one for all heads.
-    keys: of both halves, <float32>[heads, keys, embed / 2].
+    queries: <float32>[tokens, heads, embed], or [tokens, 1, embed] for one
+      query of all heads.
+    keys: <float32>[heads, keys, embed / 2] of the first and the second half.
+
+  Returns:
+    Two arrays <float32>[tokens, heads, keys].
   """
   num_heads, _, width = keys[0].shape
   queries = jnp.broadcast_to(queries, (len(queries), num_heads, 2 * width))
@@ -234,24 +272,34 @@ def half_scores(queries: jax.Array, keys: list[jax.Array]) -> list[jax.Array]:
 def best_pairs(
   first: jax.Array, second: jax.Array, knn: int
 ) -> tuple[jax.Array, jax.Array]:
-  """The `knn` largest sums of a score of each half, in order.
+  """Finds the keys with the `knn` largest scores, in falling order.
+
+  The score of key (i1, i2) is first[i1] + second[i2]. There are n1 * n2 of
+  them, but few can be among the largest, so that only these are formed.
 
   Args:
-    first: <float32>[..., n1].
-    second: <float32>[..., n2].
-    knn: at most n1 * n2.
+    first: <float32>[..., n1], scores of the first half-keys.
+    second: <float32>[..., n2], scores of the second half-keys.
+    knn: number of keys to find, at most n1 * n2.
 
   Returns:
-    Indices i1 * n2 + i2 <int32>[..., knn], and the sums <float32>[..., knn].
+    The numbers i1 * n2 + i2 of the keys <int32>[..., knn], and their scores
+    <float32>[..., knn].
   """
+  # All four arrays are [..., k], where k is knn or, if that is less, the number
+  # of half-keys. A half-key beyond the knn-th of its half is not needed: with
+  # the same partner, knn better half-keys make knn better pairs.
   (best_1, index_1), (best_2, index_2) = (
     jax.lax.top_k(scores, min(knn, scores.shape[-1]))
     for scores in (first, second)
   )
-  # Of sorted scores, the pair of the i-th and j-th best (from 0) has
-  # (i + 1) * (j + 1) - 1 pairs before it: most cannot be among the best.
+  # The pair of the i-th best first and the j-th best second half-key, counted
+  # from 1, has a sum that is not larger than those of all pairs of ranks up to
+  # i and j. So i * j - 1 other pairs come first, and the pair can be among the
+  # knn best only if i * j <= knn. For knn = 32, this leaves 119 of 1,024 pairs.
   rank_1, rank_2 = np.indices((best_1.shape[-1], best_2.shape[-1])) + 1
   rows, columns = np.nonzero(rank_1 * rank_2 <= knn)
+  # [..., k] -> [..., candidates] -> [..., knn]
   sums = best_1[..., rows] + best_2[..., columns]
   index = index_1[..., rows] * second.shape[-1] + index_2[..., columns]
   best, own = jax.lax.top_k(sums, knn)
@@ -262,15 +310,17 @@ def best_pairs(
 def weighted_rows(
   values: jax.Array, index: jax.Array, weights: jax.Array
 ) -> jax.Array:
-  """Sums of weighted rows, one row of every token at a time.
+  """Sums, for each token, weighted rows of a table.
 
-  All rows at once would be as many times larger than the tokens as a token has
-  rows.
+  The sum is a loop over the rows of a token, and each step adds one row for
+  every token. To gather all rows at once would take an array [tokens, rows,
+  embed], which is `rows` times larger than the tokens. The gradient is defined
+  here, so that its loop also gathers the rows again instead of keeping them.
 
   Args:
-    values: <float>[values, embed].
-    index: <int32>[tokens, rows].
-    weights: <float>[tokens, rows].
+    values: <float>[values, embed], the table.
+    index: <int32>[tokens, rows], the rows that each token reads.
+    weights: <float>[tokens, rows], the weights of these rows.
 
   Returns:
     <float>[tokens, embed].
@@ -307,12 +357,12 @@ def _no_factors(num_values, num_first_keys):
   if num_first_keys:
     return (
       f'num_values must be a multiple of num_first_keys, {num_first_keys}, but '
-      f'is {num_values}. Nearest: '
+      f'is {num_values}. Set it to the nearest multiple, '
       f'{num_first_keys * max(1, round(num_values / num_first_keys))}.'
     )
   root = math.isqrt(num_values)
   return (
-    f'num_values must be a square number, but is {num_values}. Nearest: '
-    f'{root**2} ({root} half-keys) and {(root + 1) ** 2} ({root + 1}); or set '
-    'num_first_keys to a divisor.'
+    f'num_values must be a square number, but is {num_values}. Set it to '
+    f'{root**2} ({root} half-keys) or to {(root + 1) ** 2} ({root + 1}), or '
+    'set num_first_keys to a divisor.'
   )

@@ -1,9 +1,9 @@
 """Word experts on several devices: tokens travel to their experts and back.
 
 The host has planned what is sent where (`words/sharded_plan.py`). One
-all-to-all along the mesh axis `expert` brings the tokens to the devices that
-have their experts, a second one brings the results back; kernels stay where
-they are. The mesh is jax's current one, as in `expert_parallel`.
+all-to-all along the mesh axis `expert` brings the tokens to their owners, the
+devices that have their experts. A second one brings the results back. Kernels
+stay where they are. The mesh is JAX's current one, as in `expert_parallel`.
 """
 
 from collections.abc import Callable
@@ -29,32 +29,49 @@ def on_owners(
   factors: Any,
   keep: jax.Array | None,
 ) -> jax.Array:
-  """Runs `experts` where the experts are, on the tokens that come there.
+  """Runs `experts` on every device, on the tokens that were sent to it.
+
+  On one device, the shapes are these, where capacity is the number of places
+  that a sender has for each owner:
+
+  1. The tokens of the device, [tokens, embed], are gathered into one buffer for
+     each owner, [owners * capacity, embed].
+  2. An all-to-all sends buffer i to owner i. The device now has one buffer from
+     each sender, in the order of the senders: rows [owners * capacity, embed].
+  3. `experts` computes these rows as if they were a batch of this device.
+  4. An all-to-all sends the results back, to the places that the tokens had in
+     the buffers, and a gather brings them into the order of the tokens.
+
+  The plan knows the token in each place and the place of each token. So the
+  gradients of both gathers are gathers too, see `slots.permute`.
 
   Args:
-    experts: takes rows <float>[rows, embed], their StreamPlan, `kernels`,
-      `factors` and `keep` of this device; gives <float>[rows, embed].
+    experts: function of rows <float>[rows, embed], their StreamPlan, and by
+      name the `kernels`, `factors` and `keep` of the device. It returns
+      <float>[rows, embed].
     tokens: <float>[batch, length, embed].
-    plan: of these tokens.
-    kernels: name -> <float>[num_experts, in, out].
+    plan: the plan of these tokens.
+    kernels: kernels <float>[num_experts, in, out] by name.
     factors: tree of arrays [data, expert, rows, ...], or None.
-    keep: <bool>[batch, length, units], mask of the hidden units; it travels
-      with the tokens. None: all are kept.
+    keep: <bool>[batch, length, units], dropout mask of the hidden units, which
+      is sent along with the tokens; None to keep all units.
 
   Returns:
     <float>[batch, length, embed], zeros for tokens without an expert.
 
   Raises:
-    ValueError: the plan is not for these tokens or this mesh.
+    ValueError: the plan was not made for these tokens and this mesh.
   """
   _check(tokens, plan)
 
   def on_device(tokens, plan, kernels, factors, keep):
+    # The axes [data, expert] have size 1 in what one device gets.
     plan, factors = jax.tree.map(lambda x: x[0, 0], (plan, factors))
     sent = plan.sent.reshape(-1)
     flat = lambda x: x.reshape(-1, x.shape[-1])
     rows = _all_to_all(slots.permute(flat(tokens), sent, plan.places))
     if keep is not None:
+      # An empty place may get any mask: its hidden units are zeros.
       keep = _all_to_all(jnp.take(flat(keep), sent, axis=0, mode='clip'))
     outputs = experts(
       rows, plan.received, kernels=kernels, factors=factors, keep=keep
@@ -72,15 +89,16 @@ def on_owners(
       _BATCH,
     ),
     out_specs=_BATCH,
-    # Hidden units are split over the axis `model` by XLA.
+    # XLA splits the hidden units over the mesh axis `model`.
     axis_names=set(sharded_plan.DEVICE_AXES),
-    # Loops over experts begin with zeros, which are the same on all devices.
+    # Loops over experts start from zeros. JAX would refuse them, as zeros are
+    # the same on all devices and the results of a step are not.
     check_vma=False,
   )(tokens, plan, kernels, factors, keep)
 
 
 def _all_to_all(rows):
-  """Gives part i of the rows to owner i, and gets one from each sender."""
+  """Sends part i of the rows to device i, and gets one part from each."""
   return jax.lax.all_to_all(rows, expert_parallel.EXPERT_AXIS, 0, 0, tiled=True)
 
 

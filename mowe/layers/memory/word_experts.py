@@ -1,4 +1,7 @@
-"""MoWE: a feed-forward in which each word owns, or shares, a small expert."""
+"""MoWE: a feed-forward in which each word has a small expert.
+
+Words share experts when there are more words than experts.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -18,13 +21,16 @@ from mowe.layers.memory import (
 )
 from mowe.words import batch_plans, sharded_plan
 
-# An expert starts as a small correction of the residual stream: with T5's own
-# initialiser thousands of unread experts add noise that training has to undo.
+# The standard deviation of a fresh `wo`, relative to that of T5's initializer.
+# An expert starts as a small correction of the residual stream. With a scale of
+# 1, thousands of experts that are not trained yet would add noise, which
+# training would have to undo.
 _WO_SCALE = 0.1
 
 _TABLE_DTYPES = ('float32', 'bfloat16')
 
-# Collection in which a train step gives each product its `grouped.Factors`.
+# The collection in which a train step passes zeros to each product, and whose
+# gradient is the `grouped.Factors` of that product.
 FACTORS = 'kernel_gradient_factors'
 
 
@@ -49,18 +55,21 @@ def _expert_init(scale: float, as_bits: bool) -> parameter.Initializer:
 
 
 class ExpertTable(nn.Module):
-  """Kernels of all experts, one row each.
+  """Kernels of all experts, one row for each expert.
 
   Attributes:
-    num_experts: rows of the full table.
+    num_experts: number of rows of the table.
     embed_dim: width of the model.
-    expert_dim: hidden units of one expert.
-    activations: as in the dense feed-forward: gated with two names.
-    dtype: float32; or bfloat16, kept as bits <uint16> (see `bfloat16_bits`).
-    rows_from: gives rows on the host; the table is no parameter then.
+    expert_dim: number of hidden units of one expert.
+    activations: one name, or two for gated experts.
+    dtype: float32, or bfloat16, which is stored as bits <uint16> (see
+      `bfloat16_bits`).
+    rows_from: reads rows on the host. The table is then no parameter of the
+      model. None for a table on the device.
 
-  Call: a dict of <dtype>[rows, embed, expert_dim] (`wi_0`, `wi_1`, or `wi`)
-    and <dtype>[rows, expert_dim, embed] (`wo`).
+  Call: returns a dict of the kernels by name: `wi`, or `wi_0` and `wi_1`,
+    <dtype>[num_experts, embed, expert_dim], and `wo` <dtype>[num_experts,
+    expert_dim, embed]. It takes no arguments.
   """
 
   num_experts: int
@@ -87,7 +96,7 @@ class ExpertTable(nn.Module):
     }
 
   def reader(self) -> expert_tiles.TableRows | host_rows.HostRows:
-    """Reads the kernels of some experts."""
+    """Returns an object that reads the kernels of some experts."""
     if self.rows_from is None:
       return expert_tiles.TableRows(self())
     return host_rows.HostRows(
@@ -95,7 +104,7 @@ class ExpertTable(nn.Module):
     )
 
   def _shapes(self) -> tuple[tuple[str, tuple[int, int]], ...]:
-    """Kernel name and (in, out) of one expert."""
+    """Name and shape (in, out) of each kernel of one expert."""
     names = feed_forward.kernel_names(self.activations)
     outwards = (self.embed_dim, self.expert_dim)
     return (*((name, outwards) for name in names), ('wo', outwards[::-1]))
@@ -110,23 +119,26 @@ class ExpertTable(nn.Module):
 class MoweLayer(feed_forward_base.FeedForward):
   """Feed-forward in which the routing id of a token names its one expert.
 
-  Source: MoWE, arXiv 2311.10768, section 2. No router, no auxiliary loss, no
-  bias. A token without an expert gets zero: only the residual remains.
+  Source: MoWE, arXiv 2311.10768, section 2. There is no router, no auxiliary
+  loss and no bias. A token without an expert gets zeros, so that the residual
+  connection passes it on unchanged.
 
   Attributes:
-    num_experts: rows of the expert table; as in the RoutingVocabulary.
-    expert_dim: hidden units of one expert.
-    activations: as in the dense feed-forward.
-    share_experts: one table for all layers of the model (the paper's way)
-      instead of one for each.
-    table_dtype: of the table: 'float32'; or 'bfloat16', half as large, trained
-      with stochastic rounding.
-    dropout_rate: dropout of the hidden units.
+    num_experts: number of experts, which must be that of the RoutingVocabulary.
+    expert_dim: number of hidden units of one expert.
+    activations: one name, or two for gated experts.
+    share_experts: whether all layers of the model share one table, as in the
+      paper. Otherwise each layer has its own.
+    table_dtype: dtype of the table: 'float32', or 'bfloat16', which takes half
+      the memory and is trained with stochastic rounding.
+    dropout_rate: dropout rate of the hidden units.
     dtype: dtype of the computation.
-    table: the shared ExpertTable; given by the stack.
-    num_slots: rows of the table where it holds the experts of some batches at a
-      time; None: all. Given by a run, as is `rows_from`.
-    rows_from: gives rows of the table where it is not on the device at all.
+    table: the shared ExpertTable, which the stack passes in; None if the layer
+      has its own.
+    num_slots: number of rows of the table, where a run keeps on the device only
+      the experts of some batches at a time; None if it keeps all of them.
+    rows_from: reads rows of the table, where a run keeps none of it on the
+      device; None if the table is on the device.
 
   Call: tokens <float>[batch, length, embed] and either routing_ids
     <int32>[batch, length], or by name the plan of these tokens (a StreamPlan,
@@ -134,7 +146,8 @@ class MoweLayer(feed_forward_base.FeedForward):
     <dtype>[batch, length, embed].
 
   Raises:
-    ValueError: ids and plan are both missing, or have another leading shape.
+    ValueError: `table_dtype` is unknown, ids and plan are both missing, or
+      their [batch, length] shape is not that of the tokens.
   """
 
   num_experts: int
@@ -210,19 +223,20 @@ class MoweLayer(feed_forward_base.FeedForward):
     )
 
   def _planned(self, tokens, plan, table, dropout):
-    """One batched product for each size class of the plan."""
+    """Outputs [tokens, embed], by one product for each class of the plan."""
     kernels = table()
     factors = self._all_factors(kernels, tokens.shape[:1])
     return self._feed_forward(tokens, plan, kernels, factors, dropout)
 
   def _exchanged(self, tokens, plan, table, dropout):
-    """As `_planned`, each token on the device that has its expert."""
+    """Outputs [batch, length, embed], computed on the experts' devices."""
     kernels = table()
     *devices, num_owners, capacity = plan.sent.shape
     factors = self._all_factors(kernels, (*devices, num_owners * capacity))
     keep = None
     if dropout.rate and not dropout.deterministic:
-      # What it would draw on one device.
+      # Drawn for all tokens before they are sent, so that the mask is the one
+      # that one device would draw.
       units = (tokens.shape[0] * tokens.shape[1], self.expert_dim)
       keep = dropout(jnp.ones(units, self.dtype)) != 0
       keep = keep.reshape(*tokens.shape[:2], -1)
@@ -251,7 +265,11 @@ class MoweLayer(feed_forward_base.FeedForward):
     }
 
   def _factors(self, name, widths, leading):
-    """Zeros whose gradient are the factors of the kernels' gradient."""
+    """Zeros whose gradient is the `grouped.Factors` of one product.
+
+    They are made when a train step asks for the collection, read when it passes
+    them in, and None elsewhere.
+    """
     if self.is_mutable_collection(FACTORS):
       zeros = lambda width: jnp.zeros((*leading, width), self.dtype)
       return self.variable(
@@ -262,10 +280,11 @@ class MoweLayer(feed_forward_base.FeedForward):
     return None
 
   def _unplanned(self, tokens, experts, table, dropout):
-    """Cuts tokens into tiles on the device: evaluations and decoding."""
+    """Outputs [tokens, embed] without a plan, in evaluation and decoding."""
     keep = None
     if self.dropout_rate and not dropout.deterministic:
-      # Drawn for all tokens in their order, as with a plan.
+      # Drawn for all tokens in their order, so that the mask is the one that is
+      # drawn with a plan.
       keep = dropout(jnp.ones((tokens.shape[0], self.expert_dim), self.dtype))
     return expert_tiles.feed_forward_by_tiles(
       tokens,
@@ -278,17 +297,18 @@ class MoweLayer(feed_forward_base.FeedForward):
 
 
 def _drop(hidden, *, keep, rate):
-  """Dropout with a mask that was drawn before; None drops nothing."""
+  """Applies a dropout mask that was drawn before; None drops nothing."""
   if keep is None:
     return hidden
-  # The expression of nn.Dropout, so that the bits are those of one device.
+  # The same expression as in nn.Dropout, so that the results have the same bits
+  # as on one device.
   return jnp.where(keep, hidden / (1.0 - rate), 0)
 
 
 def _check_routing(tokens, routing_ids, plan):
-  """Raises ValueError unless ids or a plan of these tokens are there."""
+  """Raises ValueError unless there are ids, or a plan, of these tokens."""
   if isinstance(plan, sharded_plan.ShardedStreamPlan):
-    # Its shape is compared with the mesh, in word_exchange.
+    # `word_exchange` compares its shape with the mesh and the tokens.
     return
   if routing_ids is None and plan is None:
     raise ValueError(

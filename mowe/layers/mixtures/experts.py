@@ -1,4 +1,4 @@
-"""What one expert of a mixture computes, for one of them or for a batch."""
+"""The computation of an expert of a mixture, for one expert or for a batch."""
 
 import dataclasses
 
@@ -10,14 +10,28 @@ from mowe.layers.dispatch import sorted_experts
 
 @dataclasses.dataclass(frozen=True)
 class FeedForward:
-  """Two layers, as the dense feed-forward.
-
-  Kernels are `wi`, or `wi_0` and `wi_1`, <float>[..., embed, expert_mlp], and
-  `wo` <float>[..., expert_mlp, embed]; `wi_bias` <float>[..., expert_mlp] and
-  `wo_bias` <float>[..., embed] are added where they are given.
+  """An expert that computes what a dense feed-forward computes.
 
   Attributes:
-    activations: as in the dense feed-forward.
+    activations: names of the activations, as in DenseFeedForward: one name, or
+      two for a gated expert.
+
+  Call: computes rows that belong to one expert, or to a batch of experts along
+    the leading axes.
+
+    Args:
+      rows: <float>[..., rows, embed], the tokens of the expert.
+      kernels: `wi`, or `wi_0` and `wi_1` if gated, <float>[..., embed,
+        expert_mlp], and `wo` <float>[..., expert_mlp, embed]. The biases
+        `wi_bias` (or `wi_0_bias` and `wi_1_bias`) <float>[..., expert_mlp] and
+        `wo_bias` <float>[..., embed] are optional.
+      keep: <float>[..., rows, expert_mlp], the dropout mask by which the hidden
+        units are multiplied; None without dropout.
+      weights: <float32>[..., rows, 1], by which the outputs are multiplied;
+        None if they are not.
+
+    Returns:
+      <float>[..., rows, embed].
   """
 
   activations: tuple[str, ...]
@@ -32,8 +46,9 @@ class FeedForward:
     hidden = feed_forward.hidden_units(rows, kernels, self.activations)
     if keep is not None:
       hidden *= keep
-    # Before the second product: its outputs are not needed for the gradient
-    # of the weights then.
+    # The weights multiply the hidden units, not the outputs. Their gradient
+    # then needs the hidden units, which the gradient of `wo` needs as well, and
+    # the outputs do not have to be kept for it.
     outputs = _weighted(hidden, weights) @ kernels['wo']
     bias = kernels.get(feed_forward.bias_name('wo'))
     if bias is None:
@@ -47,7 +62,18 @@ def project(
   keep: jax.Array | None,
   weights: jax.Array | None = None,
 ) -> jax.Array:
-  """One product with the only kernel, <float>[..., in, out]."""
+  """An expert that is one product, such as the queries of a module.
+
+  Args:
+    rows: <float>[..., rows, in].
+    kernels: a dict with one kernel, <float>[..., in, out], under any name.
+    keep: not used; it is there because all experts are called alike.
+    weights: <float32>[..., rows, 1], by which the outputs are multiplied; None
+      if they are not.
+
+  Returns:
+    <float>[..., rows, out].
+  """
   del keep
   (kernel,) = kernels.values()
   return _weighted(rows, weights) @ kernel

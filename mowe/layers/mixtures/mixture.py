@@ -1,8 +1,9 @@
-"""What all mixtures share: deciding, moving to experts and back, counting.
+"""The steps that all mixtures share: decide, move tokens, compute, count.
 
-A layer with one stage, such as a feed-forward, decides, has its experts compute
-and adds up. One with two, such as attention, passes its decision on: both
-stages move rows by the same plan.
+A feed-forward has one stage: it decides, lets the experts compute, and adds up
+their outputs. A mixture of attention heads has two stages, one before the
+attention and one after it. The first stage decides and hands its decision to
+the second, so that both move rows by the same plan.
 """
 
 import dataclasses
@@ -26,11 +27,12 @@ from mowe.layers.routers import router_base, router_losses
 
 
 class Decision(NamedTuple):
-  """Which experts compute for which tokens.
+  """The decision which experts compute which tokens.
 
   Attributes:
-    plan: of the slots.
-    weights: <float32>[slots], of each slot in the sum of its token.
+    plan: the plan that says which token is in which slot.
+    weights: <float32>[slots], the gate by which the output of each slot is
+      multiplied before the outputs of a token are added up; 0 in empty slots.
   """
 
   plan: slots.SlotPlan
@@ -39,13 +41,14 @@ class Decision(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Parts of a mixture.
+  """The parts of a mixture, put together for one call of its layer.
 
   Attributes:
-    num_experts: of all devices.
-    router: decides.
-    dispatch: gives slots, and has them computed; see `dispatch_here`.
-    losses: how the router's losses are formed.
+    num_experts: number of experts on all devices together.
+    router: chooses experts for tokens, or tokens for experts.
+    dispatch: gives the choices slots and lets the experts compute these. It
+      must be the one that `dispatch_here` returned.
+    losses: forms the sums from which the router's losses are computed.
     training: whether the router decides as in training.
   """
 
@@ -58,13 +61,22 @@ class Mixture:
   def decide(
     self, inputs: router_base.RouterInputs
   ) -> tuple[Decision, router_losses.RouterStats]:
-    """Returns the router's choices with their slots, and what was counted."""
+    """Asks the router, gives its choices slots, and counts them.
+
+    Args:
+      inputs: what the router decides from, for the groups of this device.
+
+    Returns:
+      The decision, and the sums that were counted over these groups.
+    """
     choices = self.router(
       inputs, num_experts=self.num_experts, training=self.training
     )
     plan = self.dispatch.plan(
       choices, self.router, num_experts=self.num_experts
     )
+    # [groups, pairs] -> [slots]. `permute` knows where each pair goes, so that
+    # the gradient of the router's weights is a gather instead of a scatter.
     weights = slots.permute(
       choices.weights.reshape(-1), plan.pairs, plan.slots_of_pairs
     )
@@ -86,14 +98,20 @@ class Mixture:
     expert: sorted_experts.Expert,
     dropout: expert_dropout.ExpertDropout | None = None,
   ) -> jax.Array:
-    """Experts' outputs <float>[slots, out] for rows <float>[slots, in].
+    """Lets the experts compute rows that already lie in their slots.
+
+    The outputs are not yet weighted; see `add_up`.
 
     Args:
-      rows: in the slots of the decision.
-      kernels: of all experts, or this device's part of them.
-      decision: of this mixture.
-      expert: what each of them does.
-      dropout: of hidden units, or None.
+      rows: <float>[slots, in], in the slots of the decision.
+      kernels: arrays <float>[expert, ...] by name, for all experts or for this
+        device's part of them.
+      decision: the decision that `decide` returned.
+      expert: the computation of one expert, such as `experts.project`.
+      dropout: dropout of the experts' hidden units; None without dropout.
+
+    Returns:
+      <float>[slots, out].
     """
     return self.dispatch.compute(rows, kernels, decision.plan, dropout, expert)
 
@@ -105,10 +123,21 @@ class Mixture:
     expert: sorted_experts.Expert,
     dropout: expert_dropout.ExpertDropout | None = None,
   ) -> jax.Array:
-    """Weighted sums <float>[tokens, out] of what experts make of their tokens.
+    """Computes every token by its experts and adds up the weighted outputs.
 
-    `tokens` are <float>[tokens, in]; see `compute` for the rest.
+    Args:
+      tokens: <float>[tokens, in], the tokens of all groups of this device.
+      kernels: arrays <float>[expert, ...] by name, for all experts or for this
+        device's part of them.
+      decision: the decision that `decide` returned.
+      expert: the computation of one expert, such as `experts.FeedForward`.
+      dropout: dropout of the experts' hidden units; None without dropout.
+
+    Returns:
+      <float>[tokens, out], zero for a token without a slot.
     """
+    # The dispatch moves the tokens and multiplies by the weights itself, so
+    # that it can read tokens where it uses them, without copies in slots.
     rows = self.dispatch.compute_tokens(
       tokens, decision.weights, kernels, decision.plan, dropout, expert
     )
@@ -118,7 +147,16 @@ class Mixture:
 def dispatch_here(
   dispatch: dispatch_base.Dispatch, training: bool
 ) -> dispatch_base.Dispatch:
-  """The dispatch for the devices of this trace; only training drops pairs."""
+  """Returns the form of a dispatch that this call of a layer needs.
+
+  Outside of training it drops no choice, so that no answer depends on its
+  neighbours in the batch. If the current mesh splits the experts, it exchanges
+  rows between devices.
+
+  Args:
+    dispatch: the dispatch that was configured.
+    training: whether the layer is called in training.
+  """
   if not training:
     dispatch = dispatch.without_drops()
   num_shards = expert_parallel.num_shards()
@@ -126,21 +164,33 @@ def dispatch_here(
 
 
 def add_up(rows: jax.Array, decision: Decision) -> jax.Array:
-  """Weighted sums <float>[tokens, out] of rows <float>[slots, out]."""
+  """Multiplies outputs by their weights and adds up those of each token.
+
+  Args:
+    rows: <float>[slots, out], the outputs of the experts.
+    decision: the decision by which they were computed.
+
+  Returns:
+    <float>[tokens, out], zero for a token without a slot.
+  """
   weighted = (rows * decision.weights[:, None]).astype(rows.dtype)
   return slots.to_tokens(weighted, decision.plan)
 
 
 class Kernel(nn.Module):
-  """A module of its own for the name, `wi_0/kernel`, as in a dense layer.
+  """Declares one kernel of all experts, and perhaps its bias.
+
+  It is a module of its own so that the parameter is called `wi_0/kernel`, as in
+  a dense layer.
 
   Attributes:
-    shape: of the kernel; the first axis is that of the experts.
-    axes: logical names.
-    kernel_init: draws it.
-    use_bias: with a bias for each expert and each unit of the last axis.
+    shape: shape of the kernel, (expert, in, out).
+    axes: logical name of each axis of the kernel.
+    kernel_init: draws the kernel.
+    use_bias: whether there is a bias, which starts at zero.
 
-  Call: the kernel and the bias or None, <float32>.
+  Call: returns the kernel <float32>[expert, in, out], and the bias
+    <float32>[expert, out] or None.
   """
 
   shape: tuple[int, ...]
@@ -165,12 +215,17 @@ class Kernel(nn.Module):
 
 
 def sow(module: nn.Module, stats: router_losses.RouterStats) -> None:
-  """Leaves the stats of one call where the trainer finds them."""
+  """Leaves the stats of one call in the collection that the trainer reads.
+
+  Args:
+    module: the layer that was called, in its bound form.
+    stats: what was counted in this call.
+  """
   module.sow(
     router_losses.COLLECTION,
     router_losses.NAME,
     stats,
-    # A layer that is called twice has the sum of both.
+    # If a layer is called twice in one pass, the stats of both calls are added.
     init_fn=lambda: None,
     reduce_fn=lambda old, new: (
       new if old is None else router_losses.add(old, new)

@@ -1,9 +1,17 @@
-"""Mixture of attention heads: modules of queries and outputs, shared memory.
+"""Mixture of attention heads: modules share keys and values.
 
-A router gives each token k of many modules. Each has a query and an output
-projection of its own; keys and values are those of the layer. Deciding, moving
-and counting are those of MoeLayer (`mixture.py`); both projections move tokens
-by the same plan.
+A router chooses k of many modules for each token. A module has its own
+projections of queries and of outputs; the keys and values belong to the layer
+and are the same for all modules. The layer decides, moves and counts as
+MoeLayer does (`mixture.py`), in two stages:
+
+1. `_queries` routes the tokens and projects each one to the queries of its
+   modules.
+2. `_answer` projects what these queries have found to outputs, and adds up the
+   outputs of each token.
+
+Between the stages lies the attention (`inner`). The second stage uses the
+decision of the first, so a token meets the same modules in both.
 """
 
 import functools
@@ -33,16 +41,16 @@ from mowe.layers.routers import router_base, router_losses, tokens_choose
 
 
 class ModuleKernels(nn.Module):
-  """Query and output kernels of all modules.
+  """Query and output kernels of all modules of a layer.
 
   Attributes:
-    num_experts: first axis of both kernels.
+    num_experts: number of modules, the first axis of both kernels.
     embed_dim: width of the model.
-    joined_dim: width of all heads of one module.
-    initialization: draws them.
+    joined_dim: width of all heads of one module together.
+    initialization: draws the kernels.
 
-  Call: `query` <float32>[expert, embed, joined_kv] and `out`
-    <float32>[expert, joined_kv, embed].
+  Call: returns the kernel of the queries <float32>[expert, embed, joined_kv]
+    and that of the outputs <float32>[expert, joined_kv, embed].
   """
 
   num_experts: int
@@ -72,37 +80,42 @@ class ModuleKernels(nn.Module):
 class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
   """Attention of many modules, of which each query meets a few.
 
-  Sows `router_losses.RouterStats` as `stats` into the collection
-  `router_stats`. A query that sees no key is padding: it is not routed and gets
-  zero.
+  The layer sows its `router_losses.RouterStats` under the name `stats` into the
+  collection `router_stats`. A query that sees no key is taken for padding: it
+  gets zero, and is not routed unless `routes_padding` is set.
 
-  Source: ModuleFormer, arXiv 2306.04640; MoA, arXiv 2210.05144. Weights are not
-  renormalised unless `routing` does so.
+  Source: ModuleFormer, arXiv 2306.04640; MoA, arXiv 2210.05144. The weights of
+  a token are not renormalised unless `routing` does so.
 
   Attributes:
-    num_heads: heads of one module.
+    num_heads: number of heads of one module.
     head_dim: size of one head.
-    dropout_rate: of the attention's weights, if `inner` has dropout.
-    num_experts: modules of this layer.
-    logits: how the router's logits are formed, as in MoeLayer.
-    routing: the router: a TokensChoose.
-    dispatch: DroplessDispatch or CapacityDispatch.
-    groups: tokens that are routed together.
-    losses: how the router's losses are formed.
-    initialization: draws the kernels of modules.
-    inner: attention in a module: Softmax, StickBreaking or NearestFirst of
-      `inner_attention`.
-    use_bias: keys and values have biases, as in ModuleFormer.
-    identity_memory: the layer's inputs are keys and values as they are, as in
-      MoLM; for one head as wide as the model.
-    routes_padding: padding is routed and counted as other tokens are, as in
-      ModuleFormer's code.
-    dtype: dtype of the computation; the router's is float32.
+    dropout_rate: dropout probability of the attention weights; it has no effect
+      if `inner` has no dropout.
+    num_experts: number of modules of the layer.
+    logits: forms the router's logits: LinearLogits, or MlpLogits or
+      CentroidLogits of `module_router`.
+    routing: the router; each token must choose by learned logits, as in
+      TokensChoose.
+    dispatch: gives choices slots: DroplessDispatch or CapacityDispatch.
+    groups: divides the queries into groups that are routed together.
+    losses: forms the sums from which the router's losses are computed.
+    initialization: draws the kernels of the modules.
+    inner: the attention within a module: Softmax, StickBreaking or NearestFirst
+      of `inner_attention`.
+    use_bias: whether keys and values have biases, as in ModuleFormer.
+    identity_memory: whether the inputs of the layer are its keys and values
+      without a projection, as in MoLM. There must be one head, as wide as the
+      model.
+    routes_padding: whether padding is routed and counted as other tokens are,
+      as in ModuleFormer's code.
+    dtype: dtype of the computation; the router computes in float32.
 
-  Call: as MultiHeadAttention.
+  Call: queries <float>[batch, query, embed] and memory <float>[batch, key,
+    embed] to <dtype>[batch, query, embed], as in MultiHeadAttention.
 
   Raises:
-    ValueError: parts that cannot work together.
+    ValueError: parts cannot work together.
   """
 
   num_experts: int = 16
@@ -120,22 +133,22 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
   def __post_init__(self):
     if not (self.routing.is_learned and self.routing.each_token_chooses):
       raise ValueError(
-        'Every query must choose modules by what it is, so routing of a mixture '
-        f'of heads must be a TokensChoose, but is {self.routing}. Use '
+        'Each query must choose its modules by learned logits, so routing of a '
+        f'mixture of heads must be a TokensChoose, but is {self.routing}. Use '
         'TokensChoose(2).'
       )
     if self.num_experts < 1:
       raise ValueError(
-        f'num_experts must be positive, but is {self.num_experts}. It is the '
-        'number of modules; MoLM has 16.'
+        f'num_experts must be positive, but is {self.num_experts}. Set it to '
+        'the number of modules; MoLM has 16.'
       )
     self.routing.check(self.num_experts)
     self.dispatch.check(self.routing, self.groups)
     if self.identity_memory and self.num_heads != 1:
       raise ValueError(
-        'With identity_memory the tokens are keys and values as they are, so '
-        f'num_heads must be 1, but is {self.num_heads}. Use one head as wide as '
-        'the model, or leave identity_memory out.'
+        'With identity_memory tokens are keys and values without a projection, '
+        f'so num_heads must be 1, but is {self.num_heads}. Use one head as '
+        'wide as the model, or leave identity_memory out.'
       )
     super().__post_init__()
 
@@ -160,8 +173,8 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
   def check_width(self, embed_dim: int) -> None:
     if self.identity_memory and self.head_dim != embed_dim:
       raise ValueError(
-        'With identity_memory the tokens are keys and values as they are, so '
-        f'head_dim must be the width of the model, {embed_dim}, but is '
+        'With identity_memory tokens are keys and values without a projection, '
+        f'so head_dim must be the width of the model, {embed_dim}, but is '
         f'{self.head_dim}. Make them equal, or leave identity_memory out.'
       )
 
@@ -196,7 +209,14 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
       )
 
   def project_memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values <dtype>[batch, key, heads, kv] of a memory."""
+    """Projects a memory to the keys and values of all modules.
+
+    Args:
+      memory: <float>[batch, key, embed].
+
+    Returns:
+      Keys and values, both <dtype>[batch, key, heads, kv].
+    """
     if self.identity_memory:
       self.check_width(memory.shape[-1])
       heads = self._split_heads(memory.astype(self.dtype))
@@ -218,16 +238,21 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
     num_visible: Any = None,
     deterministic: bool = True,
   ) -> jax.Array:
-    """Attention of `queries` to projected keys and values.
+    """Routes queries to modules and lets these attend to keys and values.
 
     Args:
-      queries: <float>[batch, query, embed].
+      queries: <float>[batch, query, embed], tokens that are not yet projected.
       keys: <dtype>[batch, key, heads, kv].
       values: <dtype>[batch, key, heads, kv].
-      bias: <float>[1, heads, query, key] or None.
-      mask: <bool>[batch or 1, 1, query or 1, key], or None.
-      num_visible: see `InnerAttention`.
-      deterministic: without dropout.
+      bias: <float>[1, heads, query, key], added to the logits of every module;
+        or None.
+      mask: <bool>[batch or 1, 1, query or 1, key], True where a query may see a
+        key; None if every query sees all keys.
+      num_visible: <int>[query] of numpy, or None; see `InnerAttention`.
+      deterministic: whether to compute as outside of training, without dropout.
+
+    Returns:
+      <dtype>[batch, query, embed].
     """
     batch, length, _ = queries.shape
     if mask is None:
@@ -235,7 +260,10 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
     asked, out = self._ask(
       queries, self._validity(mask, batch, length), deterministic
     )
-    # [groups, tokens, ...] -> [batch, query, ...]
+    # The attention sees batches, not groups; its axis `groups` is that of the
+    # selected modules.
+    # [groups, tokens, selected, joined_kv] -> [batch, query, selected, heads,
+    # kv]
     asked_heads = self._split_heads(
       self.groups.merge(asked.units, batch, length)
     )
@@ -250,7 +278,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
         weights, deterministic=deterministic
       ),
     )
-    # [batch, query, groups, heads, kv] -> [batch, query, groups, joined_kv]
+    # [batch, query, selected, heads, kv] -> [batch, query, selected, joined_kv]
     joined = attended.reshape(*attended.shape[:3], -1)
     outputs = expert_parallel.run(
       functools.partial(self._answer, not deterministic),
@@ -260,9 +288,21 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
     ).outputs
     return self.groups.merge(outputs, batch, length)
 
+  # Compact, because the shapes of these parameters need the width of the model,
+  # which `setup` does not know.
   @nn.compact
   def _ask(self, tokens, is_valid, deterministic):
-    """The queries of all tokens, and the kernels for what they will find."""
+    """Runs the first stage on all devices.
+
+    Args:
+      tokens: <float>[batch, query, embed].
+      is_valid: <bool>[groups, tokens], which queries are routed.
+      deterministic: whether to compute as outside of training.
+
+    Returns:
+      The Stage of `_queries`, and the kernel of the outputs
+      <dtype>[expert, joined_kv, embed], which the second stage needs.
+    """
     embed_dim = tokens.shape[-1]
     grouped = self.groups.split(tokens, 0)
     logits, bias, excluded = router_base.LearnedRouting(
@@ -295,13 +335,27 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
 
   @nn.nowrap
   def _queries(self, training, *, tokens, kernels, **asked):
-    """Queries of this device's groups, by the modules that tokens chose."""
+    """First stage: routes the groups of one device and projects their queries.
+
+    Args:
+      training: whether to route and drop as in training.
+      tokens: <dtype>[groups, tokens, embed], the groups of this device.
+      kernels: this device's part of the query kernels.
+      **asked: the fields of `router_base.RouterInputs`.
+
+    Returns:
+      A Stage with the queries as its units, the decision for the second stage
+      as its own, and the RouterStats of these groups as its sums.
+    """
     parts = self._parts(training)
     decision, stats = parts.decide(router_base.RouterInputs(**asked))
     flat = tokens.reshape(-1, tokens.shape[-1])
     rows = parts.compute(
       slots.to_slots(flat, decision.plan), kernels, decision, experts.project
     )
+    # Queries leave their slots, because attention needs all modules of a token
+    # together. They are zero for a choice without a slot.
+    # [slots, joined_kv] -> [tokens, selected, joined_kv]
     units = slots.to_choices(rows, decision.plan)
     return expert_parallel.Stage(
       # [tokens, selected, joined_kv] -> [groups, tokens, selected, joined_kv]
@@ -312,7 +366,19 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
 
   @nn.nowrap
   def _answer(self, training, *, attended, decision, kernels):
-    """Outputs for this device's groups, from what each module has found."""
+    """Second stage: projects what the modules of each token have found.
+
+    Args:
+      training: whether to drop as in training.
+      attended: <dtype>[groups, tokens, selected, joined_kv], the attention of
+        each chosen module, for the groups of this device.
+      decision: the decision of the first stage on this device.
+      kernels: this device's part of the output kernels.
+
+    Returns:
+      A Stage with outputs <dtype>[groups, tokens, embed].
+    """
+    # [groups, tokens, selected, joined_kv] -> [tokens, selected, joined_kv]
     flat = attended.reshape(-1, *attended.shape[2:])
     rows = self._parts(training).compute(
       slots.from_choices(flat, decision.plan),
@@ -336,10 +402,19 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
     )
 
   def _validity(self, mask, batch, length):
-    """Which queries are routed, <bool>[groups, tokens]."""
+    """Returns which queries are routed, <bool>[groups, tokens].
+
+    Args:
+      mask: <bool>[batch or 1, 1, query or 1, key], True where a query sees a
+        key.
+      batch: number of rows.
+      length: number of queries of a row.
+    """
     if self.routes_padding:
       real = jnp.ones((batch, length), bool)
       return self.groups.split(real, self.groups.routes_filling)
+    # A query without any visible key is padding.
+    # [batch or 1, 1, query or 1, key] -> [batch or 1, query or 1]
     sees = jnp.any(mask, axis=-1)[:, 0]
     return self.groups.split(jnp.broadcast_to(sees, (batch, length)), False)
 
@@ -347,12 +422,18 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
 class MixtureOfSelfAttentionHeads(
   MixtureOfAttentionHeads, self_attention.SelfAttention
 ):
-  """The same as self-attention of a decoder-only model.
+  """MixtureOfAttentionHeads as the self-attention of a decoder-only model.
 
-  Positions are told by the order of keys alone, so `inner` is StickBreaking by
-  default.
+  The layer has no embedding of positions. The default `inner` is StickBreaking,
+  which knows positions by the order of the keys.
 
-  Call: as SelfAttention.
+  Attributes:
+    inner: the attention within a module; see MixtureOfAttentionHeads, whose
+      other attributes are the same.
+
+  Call: queries <float>[batch, query, embed], memory <float>[batch, key, embed],
+    positions and mask <bool>[batch, 1, query, key] to <dtype>[batch, query,
+    embed], as in SelfAttention.
   """
 
   inner: inner_attention.InnerAttention = inner_attention.StickBreaking()

@@ -22,21 +22,22 @@ from mowe.layers.routers import router_base, router_losses, tokens_choose
 
 
 class ExpertKernels(nn.Module):
-  """Kernels of all experts, under flaxformer's names.
+  """Kernels of all experts of a MoeLayer, under flaxformer's names.
 
   Attributes:
-    num_experts: first axis of every kernel.
+    num_experts: number of experts, the first axis of every kernel.
     embed_dim: width of the model.
-    expert_dim: hidden units of one expert.
-    activations: as in the dense feed-forward.
-    initialization: draws them.
-    use_bias: with biases of the hidden units.
-    output_bias: with biases of the outputs.
+    expert_dim: number of hidden units of one expert.
+    activations: names of the activations, as in DenseFeedForward.
+    initialization: draws the kernels.
+    use_bias: whether the hidden units of each expert have biases.
+    output_bias: whether the outputs of each expert have a bias.
 
-  Call: a dict of <float32>[expert, embed, expert_dim] (`wi_0`, `wi_1`, or
-    `wi`), <float32>[expert, expert_dim, embed] (`wo`) and perhaps
-    <float32>[expert, expert_dim] (`wi_bias` and so on) and <float32>[expert,
-    embed] (`wo_bias`).
+  Call: returns a dict with `wi`, or `wi_0` and `wi_1` if gated,
+    <float32>[expert, embed, expert_mlp], and `wo` <float32>[expert, expert_mlp,
+    embed]. With `use_bias` it also has `wi_bias` (or `wi_0_bias` and
+    `wi_1_bias`) <float32>[expert, expert_mlp], with `output_bias` also
+    `wo_bias` <float32>[expert, embed].
   """
 
   num_experts: int
@@ -77,38 +78,41 @@ class ExpertKernels(nn.Module):
 class MoeLayer(feed_forward_base.FeedForward):
   """Feed-forward of many experts, of which each token meets a few.
 
-  Sows `router_losses.RouterStats` as `stats` into the collection
-  `router_stats`.
+  The layer sows its `router_losses.RouterStats` under the name `stats` into the
+  collection `router_stats`.
 
   Attributes:
-    num_experts: experts of this layer.
-    expert_dim: hidden units of one expert.
-    activations: as in the dense feed-forward.
-    logits: how the logits of a learned router are formed: LinearLogits, or
-      MlpLogits or CentroidLogits of `module_router`.
-    routing: the router: TokensChoose, ExpertsChoose, HashRouter, ...
-    dispatch: DroplessDispatch or CapacityDispatch.
-    groups: tokens that are routed together.
-    losses: how the router's losses are formed.
-    initialization: draws the kernels: DenseInit, SigmaInit, ...
-    use_bias: experts have a bias before the activation, and all of them
-      together one after it; padding gets that one as well.
-    expert_output_bias: the bias after an expert is its own instead, weighted as
-      its output is.
-    shared_expert_dim: hidden units of a dense feed-forward, `shared_expert`,
-      that every token meets besides; 0 has none.
-    dropout_rate: dropout of the hidden units.
-    expert_dropout_rate: that of the experts where it is another; None: it is
-      the same.
-    dtype: dtype of the experts' computation; the router's is float32.
+    num_experts: number of experts of the layer.
+    expert_dim: number of hidden units of one expert.
+    activations: names of the activations, as in DenseFeedForward.
+    logits: forms the logits of a learned router: LinearLogits, or MlpLogits or
+      CentroidLogits of `module_router`.
+    routing: the router, such as TokensChoose, ExpertsChoose or HashRouter.
+    dispatch: gives choices slots: DroplessDispatch or CapacityDispatch.
+    groups: divides the tokens into groups that are routed together.
+    losses: forms the sums from which the router's losses are computed.
+    initialization: draws the kernels, such as DenseInit or SigmaInit.
+    use_bias: whether each expert has a bias before its activation. Unless
+      `expert_output_bias` is set, one bias is also added to all outputs of the
+      layer, including those of padding.
+    expert_output_bias: whether each expert has a bias of its own after its last
+      kernel. The bias is multiplied by the gate, as the output is.
+    shared_expert_dim: number of hidden units of `shared_expert`, a dense
+      feed-forward that every token meets in addition; 0 is no such layer.
+    dropout_rate: dropout probability of the hidden units.
+    expert_dropout_rate: dropout probability of the experts' hidden units; None
+      if it is `dropout_rate`.
+    dtype: dtype in which the experts compute; the router computes in float32.
 
   Call: tokens <float>[batch, length, embed] and routing_ids
     <int32>[batch, length] or None, to <dtype>[batch, length, embed]. A negative
-    id marks padding, which is not routed and gets zero from the experts;
-    without ids all tokens are real. Hash routers look at the other ids.
+    id marks padding, which gets zero from the experts and is not routed unless
+    `routing` routes padding. Without ids all tokens are real. Only hash routers
+    read the ids that are not negative.
 
   Raises:
-    ValueError: parts that cannot work together, or ids of another shape.
+    ValueError: parts cannot work together, or ids have another shape than the
+      tokens.
   """
 
   num_experts: int
@@ -131,16 +135,16 @@ class MoeLayer(feed_forward_base.FeedForward):
     feed_forward.check_activations(tuple(self.activations))
     if self.num_experts < 1 or self.expert_dim < 1:
       raise ValueError(
-        'num_experts and expert_dim must be positive, but are '
-        f'{self.num_experts} and {self.expert_dim}. One expert is a dense '
-        'feed-forward with a gate.'
+        'num_experts and expert_dim must be positive, but they are '
+        f'{self.num_experts} and {self.expert_dim}. Set both to at least 1, or '
+        'use DenseFeedForward for a layer without experts.'
       )
     self.routing.check(self.num_experts)
     self.dispatch.check(self.routing, self.groups)
     super().__post_init__()
 
-  # Without a routing vocabulary, ids of tokens will do: learned routers look
-  # only for padding.
+  # Token ids can serve as routing ids: learned routers only look for padding in
+  # them, and hash routers hash them.
   reads_token_ids = True
 
   def kind(self) -> str:
@@ -173,10 +177,14 @@ class MoeLayer(feed_forward_base.FeedForward):
     batch, length, embed_dim = tokens.shape
     groups = self.groups
     if deterministic and not self.routing.each_token_chooses:
-      # An answer must not depend on its neighbours in the batch.
+      # Tokens of a group compete for experts. Outside of training each sequence
+      # is a group, so that no answer depends on its neighbours in the batch.
       groups = groups.single()
     is_valid, ids = _validity(groups, tokens, routing_ids)
+    # [batch, length, embed] -> [groups, tokens, embed]
     grouped = groups.split(tokens, 0)
+    # Everything random (jitter, excluded experts, dropout) is drawn here for
+    # all devices at once, so that it does not depend on the mesh.
     logits, bias, excluded = self._logits(grouped, deterministic)
     kernels = ExpertKernels(
       self.num_experts,
@@ -223,7 +231,19 @@ class MoeLayer(feed_forward_base.FeedForward):
 
   @nn.nowrap
   def _stage(self, training, *, tokens, kernels, dropout, **asked):
-    """Outputs of the experts for this device's groups, and what was counted."""
+    """Routes and computes the groups of one device.
+
+    Args:
+      training: whether to route and drop as in training.
+      tokens: <dtype>[groups, tokens, embed], the groups of this device.
+      kernels: this device's part of the kernels, by name.
+      dropout: an ExpertDropout, or None.
+      **asked: the fields of `router_base.RouterInputs`.
+
+    Returns:
+      A Stage with outputs <dtype>[groups, tokens, embed] and with the
+      RouterStats of these groups as its sums.
+    """
     parts = mixture.Mixture(
       self.num_experts,
       self.routing,
@@ -232,6 +252,8 @@ class MoeLayer(feed_forward_base.FeedForward):
       training,
     )
     decision, stats = parts.decide(router_base.RouterInputs(**asked))
+    # [groups, tokens, embed] -> [tokens, embed]: a plan counts tokens over all
+    # groups.
     flat = tokens.reshape(-1, tokens.shape[-1])
     outputs = parts.transform(
       flat,
@@ -273,15 +295,19 @@ class MoeLayer(feed_forward_base.FeedForward):
 
 
 def _validity(groups, tokens, routing_ids):
-  """Which tokens are real, and the ids of all, both [groups, tokens]."""
+  """Returns which tokens are routed, and the routing ids of all of them.
+
+  Both are [groups, tokens], <bool> and <int32>; the ids may be None.
+  """
   if routing_ids is None:
     real = jnp.ones(tokens.shape[:2], bool)
+    # Groups may be filled up with rows that are not in the batch.
     return groups.split(real, groups.routes_filling), None
   if routing_ids.shape != tokens.shape[:2]:
     raise ValueError(
       'routing_ids must have the [batch, length] shape of tokens, '
-      f'{tokens.shape[:2]}, but has {routing_ids.shape}. Give the ids of the '
-      'same tokens, -1 for padding.'
+      f'{tokens.shape[:2]}, but they have {routing_ids.shape}. Give the ids of '
+      'the same tokens, with -1 for padding.'
     )
   ids = groups.split(routing_ids, -1)
   return ids >= 0, ids

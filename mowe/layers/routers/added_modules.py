@@ -1,19 +1,20 @@
 """Routing with modules that were added to a trained layer.
 
-What was published of ModuleFormer does not say how a router is extended; the
+What was published of ModuleFormer does not say how a router is extended, so the
 rule here is ours. Old modules are chosen and weighted by the old logits alone,
-as before. Besides, each token meets `k` of the new modules, weighted by their
-probability among all modules, old and new. New modules begin with output
-kernels of zero. So:
+as before. In addition, each token chooses `k` of the new modules, and their
+weights are their probabilities among all modules, old and new. New modules
+start with output kernels of zero. It follows that:
 
-- the layer's outputs are the same when modules are added, whatever the new
-  columns of the router are;
-- a new module has a gradient from the first step, as it is chosen and weighted;
-- an old module is never displaced, and its weight never changes, whatever new
-  modules learn.
+- the outputs of the layer do not change when modules are added, whatever the
+  new columns of the router are;
+- a new module gets a gradient from the first step, because it is chosen and
+  weighted;
+- whatever new modules learn, no old module loses a choice to them, and its
+  weight does not change.
 
-A softmax over all modules before the choice of k among all would have none of
-these three. The price is k modules more per token.
+A softmax over all modules, followed by a choice of k among all, would have none
+of these three properties. The price is that each token meets k more modules.
 """
 
 import dataclasses
@@ -32,16 +33,17 @@ from mowe.layers.routers import (
 
 @dataclasses.dataclass(frozen=True)
 class AddedChoose(wrapped_router.WrappedRouter):
-  """The old router for the old modules, and k of the new ones for each token.
+  """Chooses old modules by the old router, and k new modules for each token.
 
   Attributes:
-    router: of the old modules: TokensChoose, another AddedChoose, or a
-      KeptChoose of `pruned_modules`.
-    num_old: old modules; they come first.
-    k: new modules of a token.
+    router: the router of the old modules: TokensChoose, another AddedChoose, or
+      a KeptChoose of `pruned_modules`.
+    num_old: number of old modules, which are numbered before the new ones.
+    k: number of new modules that a token chooses.
 
   Raises:
-    ValueError: a router that modules cannot be added to.
+    ValueError: modules cannot be added to the router, or a number is not
+      positive.
   """
 
   router: Any
@@ -52,19 +54,23 @@ class AddedChoose(wrapped_router.WrappedRouter):
     is_known = self.router.is_learned and self.router.each_token_chooses
     if not is_known or self.router.routes_padding:
       raise ValueError(
-        'Modules can be added where each token chooses by learned logits, and '
-        f'padding chooses none, but the router is {self.router}. Train the '
-        'model with TokensChoose.'
+        'Modules can only be added to a router in which each token chooses by '
+        'learned logits and padding is not routed, but the router is '
+        f'{self.router}. Train the model with TokensChoose.'
       )
     if self.k < 1 or self.num_old < 1:
       raise ValueError(
-        'k and num_old must be at least 1, but are '
-        f'{self.k} and {self.num_old}. k is the number of new modules that a '
-        'token meets.'
+        'k and num_old of AddedChoose must be at least 1, but they are '
+        f'{self.k} and {self.num_old}. Set k to the number of new modules that '
+        'a token chooses, and num_old to the number of old modules.'
       )
 
   def check(self, num_experts: int) -> None:
-    """Raises ValueError if there are fewer than k new modules."""
+    """Raises ValueError if there are too few modules, old or new.
+
+    Args:
+      num_experts: number of old and new modules together.
+    """
     self.router.check(self.num_old)
     if self.k > num_experts - self.num_old:
       raise ValueError(
@@ -74,7 +80,7 @@ class AddedChoose(wrapped_router.WrappedRouter):
       )
 
   def num_pairs(self, group_size: int, num_experts: int) -> int:
-    """Pairs of one group."""
+    """See `router_base.Router`."""
     del num_experts
     old = self.router.num_pairs(group_size, self.num_old)
     return old + self.k * group_size
@@ -86,16 +92,24 @@ class AddedChoose(wrapped_router.WrappedRouter):
     num_experts: int,
     training: bool = False,
   ) -> router_base.Choices:
-    """Returns the choices of all groups; see `router_base.Router`."""
+    """Returns the choices of all groups; see `router_base.Router`.
+
+    The logits of `inputs` are <float32>[groups, tokens, columns], where the
+    columns of the new modules are the last ones. If the old router is a
+    KeptChoose, it has a column for each removed module too, so that there are
+    more columns than modules.
+    """
     logits, excluded = inputs.logits, inputs.excluded
-    # Of a router with kept gates the columns are more than the modules.
     columns = logits.shape[-1]
     old_columns = columns - (num_experts - self.num_old)
     is_old = jnp.arange(columns) < old_columns
     old_bias = bias = None
     if inputs.selection_bias is not None:
+      # The bias counts modules, not columns. Old columns cannot be chosen
+      # below, so their bias does not matter there.
       old_bias, new_bias = jnp.split(inputs.selection_bias, [self.num_old])
       bias = jnp.pad(new_bias, (old_columns, 0))
+    # The old router does not see the new logits: it decides as before.
     old = self.router(
       inputs._replace(
         logits=logits[:, :, :old_columns],
@@ -105,6 +119,8 @@ class AddedChoose(wrapped_router.WrappedRouter):
       num_experts=self.num_old,
       training=training,
     )
+    # The second choice sees all logits, so that its softmax is over all
+    # modules, but only new modules can be chosen.
     not_new = is_old[None, None, :]
     new = tokens_choose.TokensChoose(self.k, sigmoid=self.sigmoid)(
       inputs._replace(
@@ -116,13 +132,19 @@ class AddedChoose(wrapped_router.WrappedRouter):
     )
     probs = new.probs
     if columns > num_experts:
+      # Probabilities are needed for modules, not for columns: what all old
+      # columns have is shared out among the old modules that are left.
+      # [groups, tokens, columns] -> [groups, tokens, num_experts]
       share = jnp.sum(probs[:, :, :old_columns], axis=-1, keepdims=True)
       probs = jnp.concatenate(
         [share * old.probs, probs[:, :, old_columns:]], axis=-1
       )
+    # Columns become numbers of modules. `columns`, which stands for no choice,
+    # becomes `num_experts`, as it must.
     new = new._replace(
       experts=new.experts - (old_columns - self.num_old), probs=probs
     )
+    # In the answer of the old router `num_old` stands for no choice.
     old = old._replace(
       experts=jnp.where(old.experts < self.num_old, old.experts, num_experts)
     )
@@ -131,14 +153,15 @@ class AddedChoose(wrapped_router.WrappedRouter):
 
 @dataclasses.dataclass(frozen=True)
 class AddedLosses(router_losses.RouterLosses):
-  """Losses, with one against new modules that take over.
+  """Router losses, and one that keeps new modules from taking over.
 
-  It is the divergence of the router from what it was: of the softmax over old
-  modules from that over all, which is -log of what is left to the old ones.
+  The additional loss is the Kullback-Leibler divergence of the old router, the
+  softmax over the old modules, from the softmax over all modules. It equals
+  -log of the probability that the old modules keep.
 
   Attributes:
-    losses: how the others are formed.
-    num_new: modules that were added last.
+    losses: forms the sums of all other losses.
+    num_new: number of modules that were added last.
   """
 
   losses: Any
@@ -151,20 +174,29 @@ class AddedLosses(router_losses.RouterLosses):
     num_chosen: jax.Array,
     is_valid: jax.Array,
   ) -> dict[str, jax.Array]:
-    """See `RouterLosses`."""
+    """See `RouterLosses.sums`; the field `takeover` is returned as well."""
     sums = self.losses.sums(logits, probs, num_chosen, is_valid)
+    # The probability of the old modules is the ratio of two sums of exp(logit).
+    # [groups, tokens]
     old = jax.nn.logsumexp(logits[:, :, : -self.num_new], axis=-1)
     taken = jax.nn.logsumexp(logits, axis=-1) - old
     return sums | {'takeover': jnp.sum(jnp.where(is_valid, taken, 0))}
 
 
 def _joined(old, new):
-  """Pairs of both, the old first; probabilities of all are those of `new`."""
+  """Joins two choices of the same tokens: the pairs of `old`, then of `new`.
+
+  The experts of both must be numbered alike, and the probabilities of `new`
+  must be those of all experts.
+  """
   num_old, num_new = old.tokens.shape[1], new.tokens.shape[1]
+  # The pairs of `new` are numbered after those of `old`. In each of the two,
+  # its own number of pairs stands for no pair; in the result their sum does.
   none = num_old + num_new
   both = lambda name, axis: jnp.concatenate(
     [getattr(old, name), getattr(new, name)], axis
   )
+  # [groups, tokens, width of old + width of new]
   pairs = jnp.concatenate(
     [
       jnp.where(old.pairs < num_old, old.pairs, none),

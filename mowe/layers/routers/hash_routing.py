@@ -1,4 +1,4 @@
-"""The id of a token fixes its expert: nothing to learn, nothing to balance."""
+"""Routers without parameters: the id of a token determines its expert."""
 
 import dataclasses
 import heapq
@@ -10,41 +10,48 @@ from mowe.layers.routers import router_base
 
 
 def balanced_table(counts: np.ndarray, num_experts: int) -> tuple[int, ...]:
-  """Gives ids to experts, frequent ones first, each to the least busy expert.
+  """Assigns ids to experts so that the experts are about equally busy.
+
+  In the order of falling counts, each id goes to the expert that has the
+  smallest load so far.
 
   Source: Hash layers, arXiv 2106.04426, balanced assignment.
 
   Args:
     counts: <int>[ids], how often each id occurs in the training data.
-    num_experts: experts.
+    num_experts: number of experts.
 
   Returns:
-    The expert of each id, for `HashRouter.table`.
+    The expert of each id, to be used as `HashRouter.table`.
   """
   counts = np.asarray(counts)
   table = np.zeros(counts.size, np.int64)
+  # A heap of (load, expert), whose first entry is the least busy expert.
   loads = [(0, expert) for expert in range(num_experts)]
   for i in np.argsort(-counts, kind='stable'):
     load, table[i] = loads[0]
-    # An id that never occurs counts as one, or all of them would go to one.
+    # Ids that never occur count as one each. With a load of zero, all of them
+    # would go to the same expert.
     heapq.heapreplace(loads, (load + max(int(counts[i]), 1), int(table[i])))
   return tuple(table.tolist())
 
 
 @dataclasses.dataclass(frozen=True)
 class HashRouter:
-  """The token id names the expert, by a table or by a fixed hash.
+  """Chooses one expert for each token by its id, by a table or a fixed hash.
 
-  Source: Hash layers, arXiv 2106.04426. The expert's output has weight one.
+  The output of the expert has weight one.
+
+  Source: Hash layers, arXiv 2106.04426.
 
   Attributes:
-    num_ids: ids that have an expert: 0 .. num_ids - 1. Others have none, and
-      the layer gives them zero.
-    seed: of the hash; another seed is another assignment.
-    table: the expert of each id instead of a hash; see `balanced_table`.
+    num_ids: number of ids that have an expert, which are 0 .. num_ids - 1.
+      Tokens with other ids have no expert and get zero from the layer.
+    seed: seed of the hash; another seed gives another assignment.
+    table: the expert of each id, which replaces the hash; see `balanced_table`.
 
   Raises:
-    ValueError: the table has not one entry for each id.
+    ValueError: the table does not have one entry for each id.
   """
 
   num_ids: int
@@ -67,16 +74,16 @@ class HashRouter:
       )
 
   def check(self, num_experts: int) -> None:
-    """Raises ValueError if the table names an expert that is not there."""
+    """Raises ValueError if the table names an expert that does not exist."""
     if self.table and not 0 <= min(self.table) <= max(self.table) < num_experts:
       raise ValueError(
-        f'table must name experts in 0..{num_experts - 1}, but has numbers '
+        f'table must name experts from 0 to {num_experts - 1}, but has numbers '
         f'from {min(self.table)} to {max(self.table)}. Make it with '
         'balanced_table for this number of experts.'
       )
 
   def num_pairs(self, group_size: int, num_experts: int) -> int:
-    """Pairs of one group."""
+    """See `router_base.Router`."""
     del num_experts
     return group_size
 
@@ -93,13 +100,15 @@ class HashRouter:
     if routing_ids is None:
       raise ValueError(
         'HashRouter needs the ids of its tokens as routing_ids, but got None. '
-        'Give the layer ids <int32>[batch, length], -1 for padding.'
+        'Give the layer ids <int32>[batch, length], with -1 for padding.'
       )
     has_expert = is_valid & (routing_ids >= 0) & (routing_ids < self.num_ids)
     experts = jnp.where(
       has_expert, self._assigned(routing_ids, num_experts), num_experts
     )
     num_groups, num_tokens = experts.shape
+    # Each token has one pair, in the order of the tokens: the number of the
+    # pair is the position of the token.
     positions = jnp.broadcast_to(
       jnp.arange(num_tokens, dtype=jnp.int32), (num_groups, num_tokens)
     )
@@ -119,13 +128,19 @@ class HashRouter:
 
 
 class WordHashRouter(HashRouter):
-  """The same by word: the ids are those of a RoutingVocabulary."""
+  """HashRouter whose ids come from a RoutingVocabulary: it routes by word."""
 
   reads_words = True
 
 
 def _mixed(ids, seed):
-  """MurmurHash3's finaliser: every bit of an id moves every bit of the hash."""
+  """Hashes ids <int32>[...] to <uint32>[...] by the finaliser of MurmurHash3.
+
+  Every bit of an id may change every bit of the hash, so that the hash modulo
+  the number of experts spreads neighbouring ids evenly.
+  """
+  # The constant is 2^32 over the golden ratio. The product makes neighbouring
+  # seeds differ in many bits.
   x = ids.astype(jnp.uint32) ^ jnp.uint32((seed * 0x9E3779B9) & 0xFFFFFFFF)
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -1,7 +1,8 @@
-"""Routers of ModuleFormer: logits with a hidden layer, or from centroids.
+"""Router logits of ModuleFormer: with a hidden layer, or from centroids.
 
-Parts of MoeLayer (`logits`, `losses`); the choice itself is TokensChoose, with
-softmax weights of all experts that are not renormalised.
+The classes here are values of the fields `logits` and `losses` of a MoeLayer or
+of a mixture of attention heads. ModuleFormer's choice itself is TokensChoose;
+the weights are the softmax over all experts, and are not renormalised.
 
 Source: ModuleFormer, arXiv 2306.04640, and its code.
 """
@@ -24,7 +25,9 @@ class MlpRouterWeights(router_base.RouterWeights):
   """Logits gelu(x W1 + b1) W2, with the exact GELU.
 
   Attributes:
-    hidden_dim: hidden units.
+    hidden_dim: number of hidden units.
+
+  The other attributes and the call are those of RouterWeights.
   """
 
   hidden_dim: int = 256
@@ -45,8 +48,13 @@ class MlpRouterWeights(router_base.RouterWeights):
 class CentroidRouterWeights(router_base.RouterWeights):
   """Logits are cosines of a projection with centroids, times a learned scale.
 
+  There is one centroid for each expert. The scale is exp(log_scale), and starts
+  at 1.
+
   Attributes:
     hidden_dim: width of the projection and of the centroids.
+
+  The other attributes and the call are those of RouterWeights.
   """
 
   hidden_dim: int = 256
@@ -76,38 +84,39 @@ class CentroidRouterWeights(router_base.RouterWeights):
 
 
 def _unit(vectors):
-  """Vectors of length one; zeros stay zeros, and have a gradient."""
+  """Scales vectors <float32>[..., dim] to length one; zeros stay zeros."""
   squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
+  # The maximum keeps the gradient finite for vectors of zeros.
   return vectors * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
 
 
 @dataclasses.dataclass(frozen=True)
 class MlpLogits:
-  """Logits with a hidden layer, ModuleFormer's default.
+  """Logits with a hidden layer, the default of ModuleFormer.
 
   Attributes:
-    hidden_dim: hidden units.
+    hidden_dim: number of hidden units.
   """
 
   hidden_dim: int = 256
 
   def build(self, *arguments: Any, **named: Any) -> nn.Module:
-    """The MlpRouterWeights."""
+    """See `router_base.Logits`."""
     return MlpRouterWeights(*arguments, hidden_dim=self.hidden_dim, **named)
 
 
 @dataclasses.dataclass(frozen=True)
 class CentroidLogits:
-  """Logits from centroids, ModuleFormer's `gmm`.
+  """Logits from centroids, called `gmm` in ModuleFormer's code.
 
   Attributes:
-    hidden_dim: width of the centroids.
+    hidden_dim: width of the projection and of the centroids.
   """
 
   hidden_dim: int = 256
 
   def build(self, *arguments: Any, **named: Any) -> nn.Module:
-    """The CentroidRouterWeights."""
+    """See `router_base.Logits`."""
     return CentroidRouterWeights(
       *arguments, hidden_dim=self.hidden_dim, **named
     )
@@ -115,10 +124,11 @@ class CentroidLogits:
 
 @dataclasses.dataclass(frozen=True)
 class PaddedMeans(router_losses.RouterLosses):
-  """Losses that divide by all tokens, padding included.
+  """Router losses that are means over all tokens, padding included.
 
-  Padding counts as a token without probabilities and, in the z-loss, with equal
-  logits: what the reference does with its `skip_mask`, for comparison.
+  Padding counts as a token whose probabilities are zero and, in the z-loss, as
+  one whose logits are zero. So does ModuleFormer's code by its `skip_mask`; the
+  class is for comparisons with it.
   """
 
   def sums(self, logits, probs, num_chosen, is_valid) -> dict[str, jax.Array]:

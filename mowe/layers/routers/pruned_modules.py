@@ -1,7 +1,9 @@
-"""Layers whose removed modules still count in the softmax of the router.
+"""Parts of pruned layers whose gates stay what they were.
 
-The other way to prune needs no class: without their columns, the softmax of a
-smaller router shares out what removed modules had.
+The router keeps the columns of the removed modules, so that these still count
+in its softmax. The other way to prune needs no class: there the columns are
+removed too, and the softmax of the smaller router shares out the probability of
+the removed modules.
 """
 
 import dataclasses
@@ -17,19 +19,20 @@ from mowe.layers.routers import router_base, router_losses, wrapped_router
 
 @dataclasses.dataclass(frozen=True)
 class KeptChoose(wrapped_router.WrappedRouter):
-  """A router of all modules, of which only the kept ones can be chosen.
+  """The router before pruning, of which only kept modules can be chosen.
 
-  Gates are those of the whole model with removed modules masked after the
-  softmax: a token that never chose a removed one has the same outputs. The
-  router keeps a column for each removed module.
+  Removed modules are masked when modules are chosen, after the softmax. So the
+  gates are those of the model before pruning, and a token that chose no removed
+  module has the same outputs as before.
 
   Attributes:
-    router: of all modules that there were: TokensChoose or AddedChoose.
-    kept: columns of the modules that are left, in their order.
-    num_columns: modules that there were.
+    router: the router before pruning, TokensChoose or AddedChoose.
+    kept: columns of the modules that are left, in increasing order.
+    num_columns: number of columns, one for each module before pruning.
 
   Raises:
-    ValueError: `kept` is not in order, or names others than the columns.
+    ValueError: `kept` is not in increasing order, or names columns that do not
+      exist.
   """
 
   router: Any
@@ -49,7 +52,7 @@ class KeptChoose(wrapped_router.WrappedRouter):
       )
 
   def num_pairs(self, group_size: int, num_experts: int) -> int:
-    """Pairs of one group."""
+    """See `router_base.Router`."""
     del num_experts
     return self.router.num_pairs(group_size, self.num_columns)
 
@@ -62,18 +65,22 @@ class KeptChoose(wrapped_router.WrappedRouter):
   ) -> router_base.Choices:
     """Returns the choices of all groups; see `router_base.Router`.
 
-    The logits are <float32>[groups, tokens, columns], those of removed modules
-    among them.
+    The logits of `inputs` are <float32>[groups, tokens, columns], with those of
+    removed modules among them. The choices name kept modules by their numbers
+    in the pruned layer, and the probabilities are those of kept modules.
     """
     selection_bias, excluded = inputs.selection_bias, inputs.excluded
     kept = np.asarray(self.kept)
-    # The last entry is of pairs that stand for nothing.
+    # The number of each column's module in the pruned layer. `num_experts`
+    # stands for none: for removed modules, and in the last entry for pairs that
+    # stand for nothing.
     numbers = np.full(self.num_columns + 1, num_experts, np.int32)
     numbers[kept] = np.arange(num_experts)
     is_removed = np.ones(self.num_columns, bool)
     is_removed[kept] = False
     removed = jnp.asarray(is_removed)[None, None, :]
     if selection_bias is not None:
+      # The bias counts kept modules, and the inner router counts columns.
       zeros = jnp.zeros(self.num_columns, selection_bias.dtype)
       selection_bias = zeros.at[kept].set(selection_bias)
     choices = self.router(
@@ -84,6 +91,8 @@ class KeptChoose(wrapped_router.WrappedRouter):
       num_experts=self.num_columns,
       training=training,
     )
+    # The weights stay those of the inner router, while the probabilities, which
+    # losses and metrics read, must add up to one over the kept modules.
     probs = choices.probs[:, :, kept]
     total = jnp.sum(probs, axis=-1, keepdims=True)
     return choices._replace(
@@ -94,18 +103,18 @@ class KeptChoose(wrapped_router.WrappedRouter):
 
 @dataclasses.dataclass(frozen=True)
 class KeptLogits:
-  """Logits of kept and removed modules.
+  """Logits of all columns, those of removed modules included.
 
   Attributes:
-    logits: how they are formed: LinearLogits or one of `module_router`.
-    num_removed: modules that were removed.
+    logits: forms the logits: LinearLogits or one of `module_router`.
+    num_removed: number of modules that were removed.
   """
 
   logits: Any
   num_removed: int
 
   def build(self, num_experts: int, *arguments: Any, **named: Any) -> nn.Module:
-    """The router's weights, with a column for each of all modules."""
+    """See `router_base.Logits`; there are more logits than `num_experts`."""
     return self.logits.build(
       num_experts + self.num_removed, *arguments, **named
     )
@@ -113,12 +122,13 @@ class KeptLogits:
 
 @dataclasses.dataclass(frozen=True)
 class KeptLosses(router_losses.RouterLosses):
-  """Losses over the modules that are left.
+  """Router losses over the modules that are left.
 
   Attributes:
-    losses: how they are formed.
-    kept: see `KeptChoose`.
-    num_columns: likewise; columns beyond it are of modules added later.
+    losses: forms the sums of the losses.
+    kept: columns of the modules that are left, in increasing order.
+    num_columns: number of columns when the layer was pruned. Columns from this
+      one on belong to modules that were added later, which count as well.
   """
 
   losses: Any
@@ -143,6 +153,6 @@ def _check_kept(kept, num_columns):
   in_order = all(a < b for a, b in zip(kept, kept[1:], strict=False))
   if not (is_within and in_order):
     raise ValueError(
-      f'kept must be columns from 0 to {num_columns - 1} in their order, at '
-      f'least one, but is {kept}. Name each module that is left once.'
+      f'kept must be columns from 0 to {num_columns - 1} in increasing order, '
+      f'at least one, but is {kept}. Name each module that is left once.'
     )

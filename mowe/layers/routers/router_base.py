@@ -1,8 +1,8 @@
-"""What every router answers, and the weights that learned routers read.
+"""The contract of all routers, and the parameters of learned routers.
 
 A router only decides: it answers with `Choices`. A dispatch gives the choices
-slots and moves tokens; experts only compute. Any router works with any
-dispatch.
+slots and moves tokens, and experts only compute. Any router works with any
+dispatch, but for combinations that `Dispatch.check` refuses.
 """
 
 import dataclasses
@@ -15,22 +15,27 @@ from flax.linen import partitioning
 
 from mowe.layers import parameter
 
-# Name of the parameter in the module `router`.
+# Name of the selection bias among the parameters of the module `router`.
 SELECTION_BIAS = 'selection_bias'
 
 
 class Choices(NamedTuple):
-  """Pairs of a token and an expert, per group, in order of priority.
+  """A router's answer: pairs of a token and an expert, for each group.
+
+  The pairs of a group are in order of priority: where slots are limited, a pair
+  gets a slot before later pairs with the same expert.
 
   Attributes:
-    tokens: <int32>[groups, pairs], position of the pair's token in its group.
-    experts: <int32>[groups, pairs], the expert; the number of experts where
-      the pair stands for nothing, as for padding.
-    weights: <float32>[groups, pairs] of the expert's output in the token's sum.
-    pairs: <int32>[groups, tokens, width], the pairs of each token; the number
-      of pairs where there is none.
-    probs: <float32>[groups, tokens, experts], adding up to one over the
-      experts, for losses and metrics; None if nothing is learned.
+    tokens: <int32>[groups, pairs], the token of each pair, by its position in
+      the group.
+    experts: <int32>[groups, pairs], the expert of each pair; the number of
+      experts if the pair stands for nothing, as for padding.
+    weights: <float32>[groups, pairs], the gate by which the output of the
+      expert is multiplied before the outputs of a token are added up.
+    pairs: <int32>[groups, tokens, width], the pairs of each token, where width
+      is the most that a token can have; the number of pairs fills up the rest.
+    probs: <float32>[groups, tokens, experts], probabilities that add up to one
+      over the experts, for losses and metrics; None if nothing is learned.
   """
 
   tokens: jax.Array
@@ -41,16 +46,19 @@ class Choices(NamedTuple):
 
 
 class RouterInputs(NamedTuple):
-  """What a router decides from, for all groups.
+  """The arrays from which a router decides, for all groups.
 
   Attributes:
     is_valid: <bool>[groups, tokens], False for padding.
-    logits: <float32>[groups, tokens, experts]; None where nothing is learned.
-    routing_ids: <int32>[groups, tokens], or None.
-    selection_bias: <float32>[experts], added to the scores when experts are
-      selected and not to the weights of their outputs; or None.
-    excluded: <bool>[groups, tokens, experts], True where a token may not have
-      an expert this time; or None.
+    logits: <float32>[groups, tokens, experts], the logits of a learned router;
+      None for other routers.
+    routing_ids: <int32>[groups, tokens], what hash routers read; None if the
+      layer was called without ids.
+    selection_bias: <float32>[experts], numbers that are added to the scores
+      when experts are chosen, but not to the weights; None if there is no such
+      bias.
+    excluded: <bool>[groups, tokens, experts], True where a token cannot choose
+      an expert in this call; None if it can choose any.
   """
 
   is_valid: jax.Array
@@ -61,18 +69,22 @@ class RouterInputs(NamedTuple):
 
 
 class Router(Protocol):
-  """A frozen class that decides; it holds settings and no arrays.
+  """Decides which experts compute which tokens.
+
+  A router is a frozen class that holds settings and no arrays.
 
   Attributes:
-    is_learned: reads logits; otherwise it reads routing ids.
-    is_balanced: needs no load-balancing loss.
-    each_token_chooses: without dropout a token's experts depend on that token
-      alone. Otherwise a MoeLayer makes each sequence a group of its own outside
-      of training, so that no answer depends on its neighbours in the batch.
-    looks_ahead: a token's experts, or whether they have room for it, may depend
-      on later tokens of its group, so that a decoder would learn from the
-      future.
-    routes_padding: padding is given to experts, with weight zero.
+    is_learned: whether the router reads logits; otherwise it reads routing ids.
+    is_balanced: whether the router needs no load-balancing loss, because its
+      loads are even by construction or cannot be learned.
+    each_token_chooses: whether the experts of a token depend on that token
+      alone outside of training. If not, a MoeLayer makes each sequence a group
+      of its own there, so that no answer depends on its neighbours in the
+      batch.
+    looks_ahead: whether later tokens of a group may change the experts of a
+      token, or whether these have a slot for it. Decoders refuse such routers,
+      which would let them learn from the future.
+    routes_padding: whether padding is given to experts, with weight zero.
   """
 
   is_learned: bool
@@ -82,10 +94,19 @@ class Router(Protocol):
   routes_padding: bool
 
   def check(self, num_experts: int) -> None:
-    """Raises ValueError if this router cannot serve so many experts."""
+    """Raises ValueError if the router cannot serve a layer.
+
+    Args:
+      num_experts: number of experts of the layer.
+    """
 
   def num_pairs(self, group_size: int, num_experts: int) -> int:
-    """Pairs of one group: the slots that all its choices need."""
+    """Returns the number of pairs of one group, the last axis of `Choices`.
+
+    Args:
+      group_size: number of tokens of the group, padding included.
+      num_experts: number of experts to choose from.
+    """
 
   def __call__(
     self, inputs: RouterInputs, *, num_experts: int, training: bool = False
@@ -103,11 +124,13 @@ class LearnedRouter(Router, Protocol):
   """A router that reads learned logits.
 
   Attributes:
-    sigmoid: scores are sigmoids of the logits instead of their softmax.
-    use_bias: the projection to the logits has a bias.
-    jitter: noise on the inputs of that projection in training.
-    bias_rate: step of the selection bias; 0 has no such bias.
-    exclusion_rate: share of the experts that a token cannot have in training.
+    sigmoid: whether scores are sigmoids of the logits instead of their softmax.
+    use_bias: whether the projection to the logits has a bias.
+    jitter: half-width of the noise by which the inputs of that projection are
+      multiplied in training; see `RouterWeights`.
+    bias_rate: step of the selection bias; 0 is no such bias.
+    exclusion_rate: probability with which a token cannot choose an expert in
+      training.
   """
 
   sigmoid: bool
@@ -118,7 +141,7 @@ class LearnedRouter(Router, Protocol):
 
 
 class Logits(Protocol):
-  """How the logits of a learned router are formed; a frozen class."""
+  """Makes the module that computes a router's logits; a frozen class."""
 
   def build(
     self,
@@ -129,36 +152,40 @@ class Logits(Protocol):
     *,
     name: str,
   ) -> nn.Module:
-    """Returns the module that makes logits of tokens.
+    """Returns a module that maps tokens to logits, as `RouterWeights` does.
 
     Args:
-      num_experts: the number of logits of a token.
-      use_bias: as in `LearnedRouter`.
-      jitter: as in `LearnedRouter`.
+      num_experts: number of logits of a token.
+      use_bias: whether the last projection has a bias.
+      jitter: half-width of the noise by which tokens are multiplied in
+        training.
       kernel_init: draws the kernel of the last projection.
-      name: of the module.
+      name: name of the module.
     """
 
 
 class RouterWeights(nn.Module):
-  """Router logits, in float32: equal bfloat16 logits are frequent.
+  """Computes router logits in float32.
+
+  In bfloat16 equal logits would be frequent, and `top_k` gives every tie to the
+  expert with the lower number.
 
   Attributes:
-    num_experts: size of the last axis of the result.
-    use_bias: adds a learned bias, as flaxformer can.
-    jitter: in training, inputs are multiplied by numbers drawn evenly from
-      1 - jitter .. 1 + jitter, out of the `dropout` stream. Experts get the
-      tokens without it.
-    kernel_init: draws the kernel, <float32>[embed, experts].
+    num_experts: number of experts, the size of the last axis of the result.
+    use_bias: whether a learned bias is added, as flaxformer can.
+    jitter: half-width of the noise. In training, the inputs are multiplied by
+      numbers drawn evenly from 1 - jitter to 1 + jitter out of the `dropout`
+      stream. Experts get the tokens without noise.
+    kernel_init: draws the kernel <float32>[embed, experts].
 
   Call: tokens <float>[groups, tokens, embed] to <float32>[groups, tokens,
-    experts].
+    experts]. `deterministic` turns the noise off.
   """
 
   num_experts: int
   use_bias: bool = False
   jitter: float = 0.0
-  # 0.02, as in flaxformer: the first choices are nearly even.
+  # With 0.02, as in flaxformer, the first choices are nearly even.
   kernel_init: parameter.Initializer = parameter.normal(0.02)
 
   @nn.compact
@@ -176,19 +203,23 @@ class RouterWeights(nn.Module):
     return self.project(tokens)
 
   def project(self, tokens: jax.Array) -> jax.Array:
-    """Logits of tokens <float32>[groups, tokens, embed]."""
+    """Returns logits <float32>[groups, tokens, experts]; a subclass may differ.
+
+    Args:
+      tokens: <float32>[groups, tokens, embed], with noise in training.
+    """
     return Projection(
       self.num_experts, self.use_bias, self.kernel_init, name='w'
     )(tokens)
 
 
 class Projection(nn.Module):
-  """A product in float32, in full precision.
+  """A dense layer in float32, computed in full precision on every device.
 
   Attributes:
     features: size of the last axis of the result.
-    use_bias: adds a learned bias.
-    kernel_init: draws the kernel.
+    use_bias: whether a learned bias is added.
+    kernel_init: draws the kernel <float32>[in, features].
 
   Call: <float32>[groups, tokens, in] to <float32>[groups, tokens, features].
   """
@@ -203,7 +234,8 @@ class Projection(nn.Module):
       name, init, shape, jnp.float32, axes=axes
     )
     shape = (inputs.shape[-1], self.features)
-    # Inputs may be hidden units of the router: no axis may occur twice.
+    # Inputs may be the hidden units of a router, whose kernel has this layout
+    # as well. The second axis has another name, as no name may occur twice.
     kernel = make('kernel', self.kernel_init, shape, ('embed', 'unmodeled'))
     logits = jnp.matmul(inputs, kernel, precision=jax.lax.Precision.HIGHEST)
     if self.use_bias:
@@ -213,15 +245,16 @@ class Projection(nn.Module):
 
 
 class ExcludedExperts(nn.Module):
-  """Leaves experts out at random: in sigma-MoE, expert dropout.
+  """Draws which experts each token cannot choose: sigma-MoE's expert dropout.
 
-  Source: arXiv 2310.10837, section 5. Each token loses experts of its own.
+  Source: arXiv 2310.10837, section 5. The draws of different tokens are
+  independent.
 
   Attributes:
-    rate: share of the experts that is left out.
+    rate: probability with which a token cannot choose an expert.
 
-  Call: the shape of the logits to <bool>[groups, tokens, experts], drawn from
-    the `dropout` stream.
+  Call: shape (groups, tokens, experts) to <bool>[groups, tokens, experts], True
+    where a token cannot choose an expert, drawn from the `dropout` stream.
   """
 
   rate: float
@@ -233,28 +266,29 @@ class ExcludedExperts(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LinearLogits:
-  """Logits are one product, as everywhere but in ModuleFormer."""
+  """Logits that are one product of the tokens with a kernel."""
 
   def build(self, *arguments: Any, **named: Any) -> nn.Module:
-    """The RouterWeights."""
+    """See `Logits`."""
     return RouterWeights(*arguments, **named)
 
 
 class LearnedRouting(nn.Module):
-  """What a learned router reads: logits, selection bias, excluded experts.
+  """Makes the inputs of a learned router: logits, bias and excluded experts.
 
-  No gradient reaches the bias: it is a parameter so that it is saved and read
-  with the model, and `router_losses.balanced_bias` gives its next value.
+  The selection bias gets no gradient. It is a parameter so that it is saved and
+  read with the model, and `router_losses.balanced_bias` computes its next
+  value.
 
   Attributes:
-    router: what decides.
-    num_experts: experts to choose from.
-    kernel_init: draws the kernel of the logits.
-    logits: how they are formed: LinearLogits or one of `module_router`.
+    router: the router that will decide, of which this module reads settings.
+    num_experts: number of experts to choose from.
+    kernel_init: draws the last kernel of the logits.
+    logits: forms the logits: LinearLogits or one of `module_router`.
 
-  Call: tokens <float>[groups, tokens, embed] to logits <float32>[groups,
-    tokens, experts], the bias <float32>[experts], and <bool>[groups, tokens,
-    experts]; None for each of the latter two that there is not.
+  Call: tokens <float>[groups, tokens, embed] to the `logits`, `selection_bias`
+    and `excluded` of `RouterInputs`. The second is None if the router has no
+    such bias, the third outside of training and if the router excludes none.
   """
 
   router: LearnedRouter

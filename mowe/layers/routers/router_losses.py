@@ -1,7 +1,8 @@
 """Losses and statistics of a router, as sums that can be added up.
 
-Every number is a sum over tokens or groups. Stats of microbatches, devices and
-steps are added, and only then divided, by `losses` and `metrics`.
+Every number is a sum over tokens or groups. The stats of microbatches, devices
+and steps are first added; only then `losses` and `metrics` divide them. The
+result is therefore that of the whole batch, however it was split.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Fields that a router without weights leaves at zero.
+# The scalar fields of `RouterStats` that are zero if a router has no logits.
 SCALARS = (
   'load_balance',
   'importance',
@@ -22,42 +23,49 @@ SCALARS = (
   'takeover',
 )
 
-# The collection that a layer sows its stats into, and their name there.
+# The collection into which a layer sows its stats, and their name there.
 COLLECTION = 'router_stats'
 NAME = 'stats'
 
 
 class RouterStats(NamedTuple):
-  """Sums of one layer; all <float32>[] but for the three per expert.
+  """Sums over the tokens of one layer.
 
-  tokens = padding + skipped + left behind + computed, and
-  choices = sum(load) + sum(dropped).
+  All fields are <float32>[], except for the three that have one number for each
+  expert. Two equations always hold:
+    num_tokens = num_padding + num_skipped + num_left_behind + computed tokens;
+    num_choices = sum(load) + sum(dropped).
 
   Attributes:
-    num_tokens: all positions.
-    num_padding: those that are not routed.
-    num_skipped: routed tokens that chose no expert, or that none chose.
-    num_left_behind: tokens all of whose choices were dropped.
-    num_choices: pairs of a token and an expert.
-    load: <float32>[experts], choices that were computed.
-    dropped: <float32>[experts], choices without a slot.
-    num_slots: slots that were computed, filled or not.
-    weight: combine weights of computed choices.
-    entropy: of the routed tokens' probabilities, in nats.
-    load_balance: load-balancing loss times `num_loss_tokens`.
-    importance: squared coefficient of variation of the experts' probabilities,
-      times `num_loss_tokens`.
-    z_loss: squared log-sum-exp of the logits.
-    total_probs: <float32>[experts], softmax of the logits, whose mean over all
-      tokens the entropy regulariser is of.
-    group_information: negative entropy of the mean softmax of each group, times
-      its tokens, where the regulariser is of groups.
-    conditional_entropy: of each token's softmax of the logits, in nats.
-    takeover: -log of the probability that old modules keep beside added ones;
-      see `added_modules.AddedLosses`.
-    num_loss_tokens: what all of these are to be divided by.
-    num_not_finite: routed tokens with an infinite or NaN logit. A trainer
-      refuses to go on if there is one.
+    num_tokens: number of tokens, including padding and what fills groups up.
+    num_padding: number of tokens that are not routed.
+    num_skipped: number of routed tokens that chose no expert, or that no expert
+      chose.
+    num_left_behind: number of tokens all of whose choices were dropped.
+    num_choices: number of choices, pairs of a token and an expert.
+    load: <float32>[experts], number of computed choices of each expert.
+    dropped: <float32>[experts], number of choices of each expert that found no
+      slot.
+    num_slots: number of computed slots, filled or empty.
+    weight: sum of the gates of computed choices.
+    entropy: sum of the entropies of real tokens' probabilities, in nats.
+    load_balance: load-balancing loss, times `num_loss_tokens`.
+    importance: squared coefficient of variation of the experts' total
+      probabilities, times `num_loss_tokens`.
+    z_loss: sum over tokens of the squared log-sum-exp of the logits.
+    total_probs: <float32>[experts], sum over tokens of the softmax of the
+      logits, from which the entropy regulariser of the whole batch is computed;
+      zero if the regulariser is computed for each group.
+    group_information: sum over groups of the negative entropy of a group's mean
+      softmax, times its number of tokens, in nats; zero if the regulariser is
+      computed for the whole batch.
+    conditional_entropy: sum of the entropies of tokens' softmax, in nats.
+    takeover: sum over tokens of -log of the probability that old modules keep
+      beside added ones; see `added_modules.AddedLosses`.
+    num_loss_tokens: number of tokens over which the losses are means, usually
+      the real ones.
+    num_not_finite: number of routed tokens with an infinite or NaN logit. A
+      trainer stops if there is one.
   """
 
   num_tokens: jax.Array
@@ -82,14 +90,22 @@ class RouterStats(NamedTuple):
 
 
 def add(first: RouterStats, second: RouterStats) -> RouterStats:
-  """Stats of both."""
+  """Returns the stats of both together, the sum of each field."""
   return jax.tree.map(jnp.add, first, second)
 
 
 def losses(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Sum and count of each loss; only these have gradients."""
+  """Returns the sum and the count of each loss; the loss is their ratio.
+
+  Gradients flow through these sums alone; the other metrics have none.
+
+  Args:
+    stats: the stats of a layer, added up over all parts of the batch.
+  """
   count = stats.num_loss_tokens
-  # Of the mean over everything that was added up: devices, not only groups.
+  # The mean is over all tokens that were added up. The entropy of a mean is not
+  # a sum over tokens, so it can be computed only here. One of the two terms is
+  # zero, depending on whether the regulariser is for the batch or for groups.
   mean_probs = stats.total_probs / jnp.maximum(count, 1)
   information = count * _information(mean_probs) + stats.group_information
   return {
@@ -98,17 +114,31 @@ def losses(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
     'importance_loss': (stats.importance, count),
     'entropy_regularizer': (information, count),
     'load_concentration_loss': (-information, count),
-    # Minus the mutual information of a token and its expert.
+    # This is minus the mutual information of a token and its expert, which is
+    # the entropy of the mean less the mean of the entropies.
     'mutual_information_loss': (information + stats.conditional_entropy, count),
     'takeover_loss': (stats.takeover, count),
   }
 
 
 def metrics(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Sum and count of each metric; `load` has one of each per expert.
+  """Returns the sum and the count of each metric; the metric is their ratio.
 
-  `load` and `dropped` are shares of all choices and of an expert's choices;
-  `usage` is the share of slots that are filled.
+  The metrics are those of `losses`, and:
+    load: each expert's share of the computed choices, <float32>[experts];
+    dropped_by_expert: the share of each expert's choices that were dropped,
+      <float32>[experts];
+    dropped: the share of all choices that were dropped;
+    left_behind, skipped: shares of the routed tokens;
+    padding: share of all tokens;
+    usage: the share of computed slots that were filled;
+    confidence: the mean gate of a computed choice;
+    entropy: the mean entropy of a routed token's probabilities, in nats, where
+      padding that is routed counts as 0;
+    not_finite: the share of routed tokens with an infinite or NaN logit.
+
+  Args:
+    stats: the stats of a layer, added up over all parts of the batch.
   """
   routed = stats.num_tokens - stats.num_padding
   load = jnp.sum(stats.load)
@@ -129,27 +159,33 @@ def metrics(stats: RouterStats) -> dict[str, tuple[jax.Array, jax.Array]]:
 def balanced_bias(
   bias: jax.Array, stats: RouterStats, rate: float
 ) -> jax.Array:
-  """Next selection bias: experts above the mean load become less likely.
+  """Returns the next selection bias, <float32>[experts].
 
-  Source: loss-free balancing, arXiv 2408.15664. Called once per step, with the
-  stats of the whole batch.
+  The bias of an expert that was chosen more often than the mean falls by
+  `rate`, so that the expert will be chosen less often; that of others rises.
+  The function is called once for each step, with the stats of the whole batch.
+
+  Source: loss-free balancing, arXiv 2408.15664.
 
   Args:
-    bias: <float32>[experts], `router_base.SELECTION_BIAS`.
-    stats: of the layer; dropped choices count, as they were chosen.
-    rate: `TokensChoose.bias_rate`.
+    bias: <float32>[experts], the parameter `router_base.SELECTION_BIAS`.
+    stats: the stats of the layer in this step.
+    rate: the step of the bias, `TokensChoose.bias_rate`.
   """
+  # Dropped choices count as well: the bias balances what is chosen.
   chosen = stats.load + stats.dropped
   return bias + rate * jnp.sign(jnp.mean(chosen, keepdims=True) - chosen)
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterLosses:
-  """Losses over real tokens, one at perfect balance for any k.
+  """Forms the sums of a router's losses over real tokens.
 
-  The entropy regulariser is at least -log(experts), and its probabilities are
-  the mean over all tokens of the batch. The mutual-information loss adds the
-  mean entropy of a token's own probabilities.
+  The load-balancing loss is 1 at perfect balance, for any number of choices of
+  a token. The entropy regulariser is the negative entropy of the mean
+  probabilities of all tokens of the batch; its least value is -log(experts).
+  The mutual-information loss is this regulariser plus the mean entropy of the
+  tokens' own probabilities.
 
   Source: load balance: Switch, arXiv 2101.03961, equation 4; z-loss: ST-MoE,
   arXiv 2202.08906; importance: arXiv 1701.06538, equation 7; entropy: arXiv
@@ -163,27 +199,40 @@ class RouterLosses:
     num_chosen: jax.Array,
     is_valid: jax.Array,
   ) -> dict[str, jax.Array]:
-    """The seven loss fields of `RouterStats`.
+    """Returns the seven fields of `RouterStats` that losses are made of.
 
     Args:
-      logits: <float32>[groups, tokens, experts].
-      probs: likewise, adding up to one.
-      num_chosen: <int32>[groups, experts], choices before any is dropped.
-      is_valid: <bool>[groups, tokens].
+      logits: <float32>[groups, tokens, experts], the router's logits.
+      probs: <float32>[groups, tokens, experts], probabilities that add up to
+        one over the experts; those of padding count with weight zero.
+      num_chosen: <int32>[groups, experts], the number of choices of each expert
+        before any is dropped.
+      is_valid: <bool>[groups, tokens], False for padding.
+
+    Returns:
+      The fields by name.
     """
     num_experts = probs.shape[-1]
+    # [groups]
     num_valid = jnp.sum(is_valid, axis=1).astype(jnp.float32)
-    # [groups, experts]; groups weigh as much as they have real tokens.
+    # [groups, experts]. The sum over the experts is num_valid, so that a group
+    # weighs as much as it has real tokens.
     total_probs = jnp.sum(probs * is_valid[:, :, None], axis=1)
+    # [groups, experts], the share of each expert in the choices of its group.
+    # It does not grow with the number of choices of a token.
     shares = ratio(num_chosen, jnp.sum(num_chosen, axis=1, keepdims=True))
+    # The squared coefficient of variation of total_probs over the experts is
+    # mean(p^2) / mean(p)^2 - 1. As the mean is num_valid / num_experts, it is
+    # squares / num_valid^2 - 1; below it is multiplied by num_valid.
     squares = num_experts * jnp.sum(total_probs**2, axis=1)
     z = jax.nn.logsumexp(logits, axis=-1)
-    # `probs` may be sigmoids.
+    # The entropies are those of the softmax, also if `probs` are normalised
+    # sigmoids.
     log_softmax = jax.nn.log_softmax(logits)
     softmax = jnp.where(is_valid[:, :, None], jnp.exp(log_softmax), 0)
     # [groups, experts]
     total_softmax = jnp.sum(softmax, axis=1)
-    # Padding may have any logits, infinite ones too.
+    # Logits of padding may be infinite or NaN, and 0 * inf below would be NaN.
     finite = jnp.where(is_valid[:, :, None], log_softmax, 0)
     return self._regularizer(total_softmax, num_valid) | {
       'load_balance': num_experts * jnp.sum(shares * total_probs),
@@ -194,6 +243,12 @@ class RouterLosses:
     }
 
   def _regularizer(self, total_softmax, num_valid):
+    """Returns the two fields that `losses` makes the regulariser of.
+
+    Args:
+      total_softmax: <float32>[groups, experts], sums over the real tokens.
+      num_valid: <float32>[groups], numbers of real tokens.
+    """
     del num_valid
     return {
       'total_probs': jnp.sum(total_softmax, axis=0),
@@ -203,13 +258,14 @@ class RouterLosses:
 
 @dataclasses.dataclass(frozen=True)
 class GroupEntropyLosses(RouterLosses):
-  """The same, but the entropy regulariser is of each group by itself.
+  """RouterLosses whose entropy regulariser is computed for each group alone.
 
-  With SequenceGroups it is of each sequence. Groups weigh as much as they have
-  real tokens.
+  With SequenceGroups it is computed for each sequence. The loss is the mean
+  over the groups, where each weighs as much as it has real tokens.
   """
 
   def _regularizer(self, total_softmax, num_valid):
+    # [groups, experts]
     mean = total_softmax / jnp.maximum(num_valid, 1)[:, None]
     return {
       'total_probs': jnp.zeros_like(total_softmax[0]),
@@ -218,11 +274,12 @@ class GroupEntropyLosses(RouterLosses):
 
 
 def ratio(total, count):
-  """total / count, zero where nothing was counted."""
+  """Returns total / count, and zero where nothing was counted."""
   return jnp.where(count > 0, total / jnp.maximum(count, 1), 0)
 
 
 def _information(probs):
-  """Negative entropy; its gradient is finite where a probability is zero."""
+  """Returns the negative entropy of probabilities [..., experts], in nats."""
+  # The maximum keeps the logarithm and its gradient finite at probability zero.
   smallest = jnp.finfo(probs.dtype).tiny
   return jnp.sum(probs * jnp.log(jnp.maximum(probs, smallest)), axis=-1)

@@ -1,4 +1,4 @@
-"""Tokens choose by logits that Sinkhorn's iteration has balanced: S-BASE."""
+"""Tokens choose by logits that Sinkhorn iterations have balanced: S-BASE."""
 
 import dataclasses
 
@@ -10,20 +10,25 @@ from mowe.layers.routers import tokens_choose
 
 @dataclasses.dataclass(frozen=True)
 class SinkhornChoose(tokens_choose.TokensChoose):
-  """In training, tokens are assigned so that experts have about as many.
+  """TokensChoose whose choices in training are balanced over the experts.
 
-  Only which experts are chosen differs from TokensChoose: weights are the
-  scores of the router. Without dropout tokens choose by their own logits.
-  Balance is within groups: give SequenceGroups for the paper's baseline.
+  In training, tokens choose by logits that Sinkhorn iterations have balanced
+  within each group; use SequenceGroups for the paper's baseline. Outside of
+  training, they choose by the logits themselves. The weights are always the
+  scores of the router, as in TokensChoose. Because the router looks ahead in
+  any case, all first choices of a group get slots before any second one.
 
-  Source: S-BASE, arXiv 2202.01169, as a baseline of arXiv 2310.10837; the
-  latter's code iterates otherwise, see `paper_sinkhorn.py`.
+  Source: S-BASE, arXiv 2202.01169, as a baseline of arXiv 2310.10837. The code
+  of the latter has other updates, which do not converge; see
+  `tests/helpers/paper_sinkhorn.py`.
 
   Attributes:
-    iterations: updates of tokens and experts.
+    iterations: number of Sinkhorn iterations, each of which normalises the
+      tokens and then the experts. The other attributes are those of
+      TokensChoose.
 
   Raises:
-    ValueError: there are none, or there is a selection bias as well.
+    ValueError: `iterations` is below 1, or there is a selection bias.
   """
 
   iterations: int = 3
@@ -32,20 +37,20 @@ class SinkhornChoose(tokens_choose.TokensChoose):
     super().__post_init__()
     if self.iterations < 1 or self.bias_rate:
       raise ValueError(
-        'iterations must be at least 1, and bias_rate 0, as one way to balance '
-        f'is enough, but they are {self.iterations} and {self.bias_rate}. '
-        'Leave out bias_rate, or use TokensChoose.'
+        'iterations must be at least 1, and bias_rate 0 because SinkhornChoose '
+        f'balances already, but they are {self.iterations} and '
+        f'{self.bias_rate}. Leave out bias_rate, or use TokensChoose.'
       )
 
   @property
   def looks_ahead(self) -> bool:
-    """True: in training, later tokens of a group change what is chosen."""
+    """True, because in training later tokens of a group change the choices."""
     return True
 
   def ranks(
     self, logits, scores, selection_bias, *, is_valid, training
   ) -> jax.Array:
-    """<float32>[groups, tokens, experts], the k largest of which are chosen."""
+    """See `TokensChoose.ranks`."""
     if not training:
       return super().ranks(
         logits, scores, selection_bias, is_valid=is_valid, training=training
@@ -53,18 +58,28 @@ class SinkhornChoose(tokens_choose.TokensChoose):
     return self.log_assignment(logits, is_valid)
 
   def log_assignment(self, logits: jax.Array, is_valid: jax.Array) -> jax.Array:
-    """Logarithms of r = exp(logits + u + v), balanced within each group.
+    """Returns the logarithms of an assignment of tokens to experts.
 
-    Every expert has as much as every other, and every token 1 when the
-    iteration has converged.
+    The assignment is r = exp(logits + u + v), with one u for each token and one
+    v for each expert. Summed over the tokens of a group, every expert has the
+    same share. Summed over the experts, every token has 1 once the iterations
+    have converged.
 
     Args:
       logits: <float32>[groups, tokens, experts].
-      is_valid: <bool>[groups, tokens]; padding takes no part.
+      is_valid: <bool>[groups, tokens], False for padding, which does not count
+        in the sums of the experts.
+
+    Returns:
+      <float32>[groups, tokens, experts].
     """
     is_real = is_valid[:, :, None]
     num_real = jnp.sum(is_real, axis=1, keepdims=True)
+    # The logarithm of the share of each expert, [groups, 1, 1].
     share = jnp.log(num_real / logits.shape[-1])
+    # Sums of exponentials are formed in the logarithm, so that none overflows.
+    # `of_tokens` is u, [groups, tokens, 1]; `of_experts` is v, [groups, 1,
+    # experts].
     of_experts = jnp.zeros_like(logits[:, :1])
     for _ in range(self.iterations):
       of_tokens = -jax.nn.logsumexp(logits + of_experts, axis=2, keepdims=True)

@@ -4,12 +4,12 @@ from mowe.layers.routers import router_base
 
 
 class WrappedRouter:
-  """A router around a router whose tokens choose by learned logits.
+  """A router around another one, in which tokens choose by learned logits.
 
-  The settings that a layer reads are those of the router inside.
+  A layer reads the settings of the inner router through this one.
 
   Attributes:
-    router: the router inside.
+    router: the inner router.
   """
 
   router: router_base.LearnedRouter
@@ -26,25 +26,25 @@ class WrappedRouter:
 
   @property
   def sigmoid(self) -> bool:
-    """Whether weights are sigmoids."""
+    """See `router_base.LearnedRouter`."""
     return self.router.sigmoid
 
   @property
   def use_bias(self) -> bool:
-    """Whether logits have a learned bias."""
+    """See `router_base.LearnedRouter`."""
     return self.router.use_bias
 
   @property
   def jitter(self) -> float:
-    """Noise on the inputs of the logits in training."""
+    """See `router_base.LearnedRouter`."""
     return self.router.jitter
 
   @property
   def bias_rate(self) -> float:
-    """Step of the selection bias."""
+    """See `router_base.LearnedRouter`."""
     return self.router.bias_rate
 
   @property
   def exclusion_rate(self) -> float:
-    """Share of the modules that a token may not have in training."""
+    """See `router_base.LearnedRouter`."""
     return self.router.exclusion_rate

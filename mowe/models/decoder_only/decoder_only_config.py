@@ -25,7 +25,8 @@ class DecoderOnlyConfig:
     head_dim: size of the queries, keys and values of one head.
     mlp_dim: number of hidden units of a dense feed-forward.
     num_layers: number of blocks.
-    mlp_activations: ('gelu', 'linear') for a gated one, ('relu',) for a plain.
+    mlp_activations: names of the activations of a dense feed-forward:
+      ('gelu', 'linear') if it is gated, ('relu',) if it is not.
     logits_via_embedding: whether the logits are products with the embedding;
       otherwise they have a kernel of their own.
     logits_bias: whether that kernel of the logits has a bias.
@@ -107,7 +108,7 @@ class DecoderOnlyConfig:
       )
     if self.logits_bias and self.logits_via_embedding:
       raise ValueError(
-        'A bias of logits belongs to a kernel of their own, but '
+        'logits_bias needs logits with a kernel of their own, but '
         'logits_via_embedding is True. Leave one of the two out.'
       )
     if self.sparse_feed_forward is not None:
@@ -119,19 +120,25 @@ class DecoderOnlyConfig:
     if self.memory_length < 0:
       raise ValueError(
         f'memory_length must not be negative, but is {self.memory_length}. '
-        'It is a number of tokens; 0 is no memory.'
+        'Set it to a number of tokens; 0 is no memory.'
       )
     one_way = self.make_attention().looks_back_only
     if self.prefix_lm and (one_way or self.memory_length):
       raise ValueError(
-        'With prefix_lm tokens of the inputs look ahead within one example, '
-        'but the attention has keys for what is behind only, or there is a '
-        f'memory (memory_length is {self.memory_length}). Use T5Attention or '
-        'RotaryAttention and memory_length 0, or leave prefix_lm out.'
+        'With prefix_lm the inputs of an example see later inputs too, so the '
+        'attention must not look back only and memory_length must be 0, but '
+        f'one of the two is not so (memory_length is {self.memory_length}). '
+        'Use T5Attention or RotaryAttention and memory_length 0, or leave '
+        'prefix_lm out.'
       )
 
   def of_block(self, stream: str, number: int) -> 'DecoderOnlyConfig':
-    """The config whose layers are those of one block."""
+    """Returns the config of one block, with its own `block_layers` applied.
+
+    Args:
+      stream: the only stream, 'decoder'.
+      number: number of the block, counted from 0.
+    """
     return model_config.of_block(self, stream, number)
 
   def depths(self) -> dict[str, int]:
@@ -156,14 +163,18 @@ class DecoderOnlyConfig:
     return {'self_attention': self.make_attention()}
 
   def parts(self) -> dict[str, nn.Module]:
-    """A layer of each field that makes some."""
+    """See `model_config.ModelConfig`."""
     parts = {'attention': self.make_attention(), 'norm': self.make_norm()}
     if self.sparse_feed_forward is not None:
       parts['sparse_feed_forward'] = self.sparse_layers()['decoder']
     return parts
 
   def with_layer_changes(self, **changes: Any) -> 'DecoderOnlyConfig':
-    """This config with other fields in its sparse layers that have them."""
+    """Returns a config whose sparse layers have other values of some fields.
+
+    Args:
+      **changes: new values by field. Layers that lack a field stay as they are.
+    """
     return dataclasses.replace(
       self,
       sparse_feed_forward=model_config.changed_factory(

@@ -13,7 +13,7 @@ class Family(NamedTuple):
   """One kind of model.
 
   Attributes:
-    name: what `model.json` calls it.
+    name: the name of the family in `model.json`.
     config_class: holds the sizes and parts; a `model_config.ModelConfig`.
     module_class: the Linen module, made of such a config.
   """
@@ -61,7 +61,7 @@ def family_of_name(name: str | None) -> Family:
   raise ValueError(
     'The family of a saved model must be one of '
     f'{sorted(family.name for family in FAMILIES)}, but is {name!r}. It was '
-    'written by another version: use that one.'
+    'written by another version of mowe: use that version.'
   )
 
 

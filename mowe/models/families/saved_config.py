@@ -150,14 +150,14 @@ def _factory_from_json(tree):
 
 
 def _part_to_json(part, leave_out=frozenset()) -> dict[str, Any]:
-  """A layer, or what it is put together of: its class and its fields."""
+  """Returns a layer, or a part of one, as its class and its fields."""
   # gin makes a subclass of a configured class, with the same module and name.
   cls = type(part)
   name = f'{cls.__module__}.{cls.__qualname__}'
   if cls.__module__ == '__main__' or not _imported(name):
     raise ValueError(
-      'A model can only be saved with classes that stand at the top of a '
-      'module that can be imported, or it could not be read again, but it has '
+      'A model can only be saved if its classes are at the top level of a '
+      'module that can be imported, so that it can be read again, but it has '
       f'a {name}. Move the class to a module of its own.'
     )
   fields = {
@@ -218,10 +218,10 @@ def _value_from_json(value):
 
 
 def _class_of(name):
-  """The layer or frozen class of this name, None if there is none.
+  """Returns the layer or frozen class of this name; None if there is none.
 
   Raises:
-    ValueError: it is in a module that is not trusted.
+    ValueError: the class is in a module that is not trusted.
   """
   module, _, _ = name.rpartition('.')
   if not module.startswith('mowe.'):
@@ -255,8 +255,8 @@ def _check_trusted(name, module):
 
 def _not_a_class(what, tree):
   return (
-    f'{what} must be a class in mowe.layers, or in a module that you trust, '
-    'with its fields, but is '
+    f'{what} must name a class of mowe.layers, or of a module that you trust, '
+    'and give its fields, but is '
     f'{tree.get("class", tree)!r}. Make the config in code instead of loading '
     'it.'
   )
@@ -267,7 +267,7 @@ def _check_names(what, found, known):
   if unknown:
     raise ValueError(
       f'{what} may only have the fields {sorted(known)}, but has {unknown}. It '
-      'was written by another version: use that one.'
+      'was written by another version of mowe: use that version.'
     )
 
 

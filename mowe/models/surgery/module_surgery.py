@@ -159,9 +159,9 @@ def check_router(layer: ModuleLayer) -> None:
   is_known = router.is_learned and router.each_token_chooses
   if not is_known or router.routes_padding:
     raise ValueError(
-      'Modules are those of layers in which each token chooses by learned '
-      f'logits (TokensChoose), and padding none, but {layer.place} has '
-      f'{router}. Train such a model.'
+      'Modules can only be added to or removed from a layer in which each '
+      'token chooses by learned logits and padding is not routed, but '
+      f'{layer.place} has {router}. Train such a model with TokensChoose.'
     )
 
 
@@ -181,8 +181,8 @@ def fewest(router: Any, num_modules: int) -> list[tuple[range, int]]:
     router = router.router
   if isinstance(router, added_modules.AddedChoose):
     raise ValueError(
-      'A layer with kept gates must be of modules of one kind to be pruned '
-      'again, but has some that were added before. Prune the model from '
+      'A layer that was pruned with its gates kept can only be pruned again if '
+      'no modules had been added before, but some had. Prune the model from '
       'which it came, once.'
     )
   return [(range(num_modules), router.k)]

@@ -1,6 +1,7 @@
 """Adds modules to a trained model without changing its outputs at first.
 
-See `layers/added_modules` for the rule by which tokens meet them.
+See `mowe/layers/routers/added_modules.py` for the rule by which tokens choose
+the new modules.
 """
 
 from collections.abc import Mapping
@@ -51,9 +52,9 @@ def add(
     module_surgery.check_router(one)
     if k > numbers[one.kind]:
       raise ValueError(
-        'A token can meet at most the new modules that there are, '
-        f'{numbers[one.kind]} in {one.place}, but k is {k}. Add more, or lower '
-        '--k.'
+        'k must be at most the number of new modules, which is '
+        f'{numbers[one.kind]} in {one.place}, but is {k}. Add more modules, or '
+        'lower --k.'
       )
     chosen.append(one)
     changes[one.place] = {
@@ -83,8 +84,9 @@ def check_kinds(
   absent = [kind for kind, n in numbers.items() if n and kind not in kinds]
   if absent:
     raise ValueError(
-      f'Modules can be added to layers of the kinds {kinds}, which the model '
-      f'has, but were to be added to {absent}. Leave --{absent[0]} out.'
+      'Modules can only be added to layers that the model has, which are of '
+      f'the kinds {kinds}, but were to be added to {absent}. Leave '
+      f'--{absent[0]} out.'
     )
   if not any(numbers.values()) or min(numbers.values()) < 0:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Removes modules from a model: chooses those left, and adapts the gates."""
+"""Removes modules from a model: chooses those to keep, and adapts the gates."""
 
 import dataclasses
 import math
@@ -36,7 +36,8 @@ class Gates(Protocol):
 class Renormalise:
   """The softmax of the router is over the modules that are left.
 
-  Gates grow by what removed modules had: by 1 / (1 - their probability).
+  Gates grow by the factor 1 / (1 - p), where p is the probability that the
+  removed modules had.
   """
 
   def fields(
@@ -84,7 +85,7 @@ class KeepGates:
     }
 
   def takes_columns(self, one: module_surgery.ModuleLayer) -> bool:
-    """True where gates do not depend on other modules than the chosen."""
+    """True if the gates of chosen modules do not depend on other modules."""
     router = one.layer.routing
     return isinstance(router, tokens_choose.TokensChoose) and (
       router.sigmoid or router.renormalize
@@ -139,8 +140,8 @@ def check_kept(one: module_surgery.ModuleLayer, kept: tuple[int, ...]) -> None:
   if kept and not (0 <= kept[0] and kept[-1] < one.num_modules and in_order):
     raise ValueError(
       f'Modules of {one.place} must be numbers from 0 to '
-      f'{one.num_modules - 1} in their order, but are {kept}. Name each one '
-      'that is left once.'
+      f'{one.num_modules - 1} in increasing order, but are {kept}. Name each '
+      'one that is left once.'
     )
   for numbers, k in module_surgery.fewest(one.layer.routing, one.num_modules):
     left = sum(number in numbers for number in kept)
@@ -172,8 +173,8 @@ def most_used(
   if not 0 < fraction <= 1:
     raise ValueError(
       'The fraction of modules that are left must be above 0 and at most 1, '
-      f'but is {fraction}. A layer without modules gives nothing: to remove '
-      'a layer is another thing.'
+      f'but is {fraction}. Give a larger fraction: a layer cannot be left '
+      'without modules.'
     )
   number = math.floor(fraction * one.num_modules + 0.5)
   needed = sum(
@@ -206,8 +207,8 @@ def above_threshold(
   """
   if threshold < 0:
     raise ValueError(
-      f'The threshold must not be negative, but is {threshold}. 1 is the mean '
-      'count of the modules of a layer.'
+      f'The threshold must not be negative, but is {threshold}. Give it as a '
+      'multiple of the mean count of the modules of a layer.'
     )
   least = threshold * np.mean(counts)
   number = sum(count >= least for count in counts)
@@ -245,9 +246,9 @@ def _smaller(router, kept):
     )
   if isinstance(router, pruned_modules.KeptChoose):
     raise ValueError(
-      'A layer whose gates were kept when it was pruned can only be pruned so '
-      'again, but gates were to be renormalised. Leave --gates out, or prune '
-      'the model from which it came.'
+      'A layer that was pruned with its gates kept can only be pruned in the '
+      'same way again, but gates were to be renormalised. Leave --gates out, '
+      'or prune the model from which it came.'
     )
   return router
 
@@ -256,6 +257,7 @@ def _check_places(layers, kept):
   unknown = sorted(set(kept) - set(layers))
   if unknown:
     raise ValueError(
-      f'Layers of modules are {sorted(layers)}, but {unknown} were to be '
-      'pruned. Measure this very model: `mowe modules usage`.'
+      f'Only layers of modules can be pruned, which are {sorted(layers)}, but '
+      f'{unknown} were to be pruned. Measure this very model: `mowe modules '
+      'usage`.'
     )

@@ -1,4 +1,4 @@
-"""A mixture of experts from a dense T5: every expert begins as its MLP.
+"""Makes a mixture of experts from a dense T5: experts are copies of its MLP.
 
 Source: sparse upcycling, arXiv 2212.05055. If the weights of each token's
 experts add up to one, copies of one MLP give what the MLP gave: the logits of
@@ -129,8 +129,8 @@ def _why_weights_differ(routing, vocab_size) -> str | None:
 def _check_layer(stack, layer, config):
   if not isinstance(layer, moe.MoeLayer) or layer.shared_expert_dim:
     raise ValueError(
-      'A dense checkpoint can become a MoeLayer without a shared expert, but '
-      f'the {stack} has {type(layer).__name__}, shared_expert_dim='
+      'Only a MoeLayer without a shared expert can be made from a dense MLP, '
+      f'but the {stack} has {type(layer).__name__}, shared_expert_dim='
       f'{getattr(layer, "shared_expert_dim", None)}. Use such a layer, or a '
       'checkpoint of this very model.'
     )

@@ -22,8 +22,11 @@ class T5(nn.Module):
   """T5 encoder-decoder.
 
   Source: arXiv 1910.10683 (1.0), arXiv 2002.05202 and T5's release notes (1.1).
-  The calls are those of T5X's minimal network. Token ids may arrive as floats
-  (t5x does so at initialisation) and are cast first.
+  The calls are those of T5X's minimal network. Token ids may arrive as floats,
+  as from t5x at initialisation, and are cast to integers first.
+
+  Attributes:
+    config: the sizes and parts of the model.
 
   Call: see `__call__`, `encode`, `decode`.
   """
@@ -134,7 +137,16 @@ class T5(nn.Module):
     encoder_routing_ids: jax.Array | None = None,
     enable_dropout: bool = True,
   ) -> jax.Array:
-    """Encoder outputs <dtype>[batch, inputs, embed]."""
+    """Returns the encoder's outputs <dtype>[batch, inputs, embed].
+
+    Args:
+      encoder_input_tokens: <int32>[batch, inputs], token ids; 0 is padding.
+      encoder_segment_ids: <int32>[batch, inputs], the number of the example to
+        which each input of a packed row belongs; None if rows are not packed.
+      encoder_routing_ids: <int32>[batch, inputs], routing ids of the tokens;
+        None if the config's routing makes them from the tokens.
+      enable_dropout: whether dropout draws from the `dropout` random stream.
+    """
     return self._encode(
       self.token_embedder(encoder_input_tokens.astype(jnp.int32)),
       encoder_input_tokens,
@@ -154,6 +166,7 @@ class T5(nn.Module):
   ):
     ids = encoder_input_tokens.astype(jnp.int32)
     real = ids > 0
+    # <bool>[batch, 1, query, key]
     mask = real[:, None, :, None] & real[:, None, None, :]
     mask = _same_segment(mask, encoder_segment_ids, encoder_segment_ids)
     if not routing.is_given and self.config.sparse_encoder_layers:
@@ -177,10 +190,30 @@ class T5(nn.Module):
     decode: bool = False,
     max_decode_length: int | None = None,
   ) -> jax.Array:
-    """Logits <float32>[batch, targets, vocab] given the encoder's outputs.
+    """Returns logits <float32>[batch, targets, vocab].
 
-    With `decode=True` and a cache, `decoder_input_tokens` is one token per row,
-    [batch, 1], and the targets are ignored.
+    With `decode=True` and a cache, the call computes the next token alone:
+    `decoder_input_tokens` is [batch, 1], and the targets are ignored.
+
+    Args:
+      encoded: <dtype>[batch, inputs, embed], the encoder's outputs.
+      encoder_input_tokens: <int32>[batch, inputs], token ids; 0 is padding.
+      decoder_input_tokens: <int32>[batch, targets], the targets shifted to the
+        right by one.
+      decoder_target_tokens: <int32>[batch, targets], token ids; 0 is padding.
+      encoder_segment_ids: <int32>[batch, inputs], the number of the example to
+        which each input of a packed row belongs; None if rows are not packed.
+      decoder_segment_ids: <int32>[batch, targets], the number of the example to
+        which each target of a packed row belongs; None if rows are not packed.
+      decoder_positions: not used. T5X passes it, but relative positions do not
+        need it.
+      decoder_routing_ids: <int32>[batch, targets], routing ids of the decoder's
+        tokens; None if the config's routing makes them from the tokens.
+      enable_dropout: whether dropout draws from the `dropout` random stream.
+      decode: whether to decode step by step. A call without a cache makes one
+        with room for as many tokens as it has inputs.
+      max_decode_length: number of tokens for which the cache has room; needed
+        when there is a cache.
     """
     del decoder_positions
     return self._decode(
@@ -215,8 +248,10 @@ class T5(nn.Module):
     inputs = decoder_input_tokens.astype(jnp.int32)
     memory = encoder_input_tokens.astype(jnp.int32) > 0
     if decode:
+      # The attention masks what is not in the cache yet.
       real, mask = jnp.ones(inputs.shape, bool), None
     else:
+      # Padding is told by the targets, because the first input is id 0 too.
       real = decoder_target_tokens > 0
       length = inputs.shape[1]
       causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
@@ -245,7 +280,14 @@ class T5(nn.Module):
     return self.decoder.logits(tokens)
 
   def remember(self, encoded: jax.Array) -> None:
-    """Puts the decoder's keys and values of `encoded` in `encoder_memory`."""
+    """Stores the cross-attention's keys and values of the encoder's outputs.
+
+    They are put in the collection `encoder_memory`, from which later calls of
+    `decode` read them instead of projecting `encoded`.
+
+    Args:
+      encoded: <dtype>[batch, inputs, embed], the encoder's outputs.
+    """
     self.decoder.remember(encoded)
 
   def _routing_ids(self, method, ids, real, segment_ids):
@@ -331,7 +373,13 @@ _FEATURES = (
 
 
 def _same_segment(mask, query_segments, key_segments):
-  """Lets a query see only keys of its own packed segment."""
+  """Restricts a mask to keys of the query's own segment of a packed row.
+
+  Args:
+    mask: <bool>[batch, 1, query, key].
+    query_segments: <int32>[batch, query], or None if rows are not packed.
+    key_segments: <int32>[batch, key], or None if rows are not packed.
+  """
   if query_segments is None or key_segments is None:
     return mask
   same = query_segments[:, None, :, None] == key_segments[:, None, None, :]

@@ -30,7 +30,8 @@ class T5Config:
     num_encoder_layers: number of encoder blocks.
     num_decoder_layers: number of decoder blocks.
     mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
-    logits_via_embedding: logits from the embedding (1.0), not their own kernel.
+    logits_via_embedding: whether the logits are products with the embedding, as
+      in T5 1.0; otherwise they have a kernel of their own.
     dropout_rate: dropout probability in all layers.
     dtype: dtype of activations, float32 or bfloat16; parameters are float32.
     remat: whether the backward pass recomputes the activations of each block
@@ -92,9 +93,10 @@ class T5Config:
     if has_layers != (self.sparse_feed_forward is not None):
       raise ValueError(
         'sparse_feed_forward and the sparse layers must be given together, '
-        f'but sparse_feed_forward is {self.sparse_feed_forward} with encoder '
-        f'layers {self.sparse_encoder_layers} and decoder layers '
-        f'{self.sparse_decoder_layers}. Set both or neither.'
+        f'but sparse_feed_forward is {self.sparse_feed_forward}, '
+        f'sparse_encoder_layers is {self.sparse_encoder_layers} and '
+        f'sparse_decoder_layers is {self.sparse_decoder_layers}. Set both or '
+        'neither.'
       )
     if self.sparse_feed_forward is not None:
       model_config.check_layers(self)
@@ -123,7 +125,12 @@ class T5Config:
   )
 
   def of_block(self, stream: str, number: int) -> 'T5Config':
-    """The config whose layers are those of one block."""
+    """Returns the config of one block, with its own `block_layers` applied.
+
+    Args:
+      stream: 'encoder' or 'decoder'.
+      number: number of the block, counted from 0.
+    """
     return model_config.of_block(self, stream, number)
 
   def depths(self) -> dict[str, int]:
@@ -134,14 +141,14 @@ class T5Config:
     }
 
   def sparse_blocks(self) -> dict[str, tuple[int, ...]]:
-    """Of each stack the blocks whose feed-forward is sparse."""
+    """See `model_config.ModelConfig`."""
     return {
       'encoder': self.sparse_encoder_layers,
       'decoder': self.sparse_decoder_layers,
     }
 
   def sparse_layers(self) -> dict[str, nn.Module]:
-    """A sparse layer of each stack; {} if there is none."""
+    """Returns a sparse layer by stack; {} if all feed-forwards are dense."""
     if self.sparse_feed_forward is None:
       return {}
     return dict(zip(self.streams, self.make_sparse_layers(), strict=True))
@@ -152,12 +159,18 @@ class T5Config:
     batch_size: int,
     lengths: Mapping[str, int],
   ) -> None:
-    """See `model_config.check_mesh`; lengths of 'inputs' and 'targets'."""
+    """Raises ValueError if sparse layers cannot be split over a mesh.
+
+    Args:
+      mesh_shape: number of devices along each axis of the mesh, by its name.
+      batch_size: number of rows that go through the model at once.
+      lengths: number of tokens of a row, for 'inputs' and 'targets'.
+    """
     of_streams = {'encoder': lengths['inputs'], 'decoder': lengths['targets']}
     model_config.check_mesh(self, mesh_shape, batch_size, of_streams)
 
   def parts(self) -> dict[str, nn.Module]:
-    """A layer of each field that makes some."""
+    """See `model_config.ModelConfig`; fields that are None are left out."""
     layers = dict(
       zip(
         ('sparse_feed_forward', 'sparse_decoder_feed_forward'),
@@ -176,7 +189,7 @@ class T5Config:
     }
 
   def attentions(self) -> dict[str, nn.Module]:
-    """An attention of each kind, by its name in a block."""
+    """Returns an attention of each kind, by its name in a block."""
     names = (
       model_config.ENCODER_ATTENTION,
       'self_attention',
@@ -185,7 +198,12 @@ class T5Config:
     return {name: self.make_attention(name) for name in names}
 
   def make_attention(self, name: str) -> nn.Module:
-    """The attention of this name in a block."""
+    """Returns a new attention layer.
+
+    Args:
+      name: name of the layer in a block: 'attention' in the encoder, and
+        'self_attention' or 'encoder_decoder_attention' in the decoder.
+    """
     others = {
       model_config.ENCODER_ATTENTION: self.encoder_attention,
       'self_attention': self.decoder_attention,
@@ -202,7 +220,11 @@ class T5Config:
     )
 
   def with_layer_changes(self, **changes: Any) -> 'T5Config':
-    """This config with other fields in those sparse layers that have them."""
+    """Returns a config whose sparse layers have other values of some fields.
+
+    Args:
+      **changes: new values by field. Layers that lack a field stay as they are.
+    """
     changed = lambda factory: model_config.changed_factory(factory, changes)
     return dataclasses.replace(
       self,
@@ -221,7 +243,7 @@ class T5Config:
     )
 
   def make_sparse_layers(self) -> tuple[nn.Module, nn.Module]:
-    """A sparse layer of the encoder, and one of the decoder."""
+    """Returns a sparse layer of the encoder, and one of the decoder."""
     make = lambda factory: factory(
       dropout_rate=self.dropout_rate, dtype=self.dtype, parent=None
     )
@@ -229,7 +251,10 @@ class T5Config:
     return make(self.sparse_feed_forward), make(of_decoder)
 
   def make_shared(self) -> dict[str, nn.Module]:
-    """Modules shared by all sparse layers, such as a table of experts."""
+    """Returns the modules, by name, that all sparse layers share.
+
+    An example is a table of word experts.
+    """
     return model_config.shared_modules(
       self.sparse_layers().values(), self.emb_dim
     )
@@ -237,6 +262,13 @@ class T5Config:
   def make_feed_forward(
     self, is_sparse: bool, is_decoder: bool, shared: dict[str, nn.Module]
   ) -> nn.Module:
+    """Returns a new feed-forward layer of a block.
+
+    Args:
+      is_sparse: whether the layer is sparse.
+      is_decoder: whether the block is one of the decoder.
+      shared: what `make_shared` returned, for sparse layers that use it.
+    """
     if not is_sparse:
       return self.make_dense_feed_forward()
     layer = self.make_sparse_layers()[is_decoder]

@@ -1,4 +1,4 @@
-"""Encoder and decoder of a T5: blocks from embedded to normed tokens."""
+"""Encoder and decoder of a T5, from embedded tokens to normed outputs."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,7 +9,14 @@ from mowe.models.t5 import t5_config
 
 
 class _Block(nn.Module):
-  """What encoder and decoder blocks share: norms, residuals, dropout."""
+  """Base of encoder and decoder blocks: norm, feed-forward and residual.
+
+  Attributes:
+    config: the config whose layers are those of this block.
+    is_sparse: whether the feed-forward of the block is sparse.
+    shared: modules by name that all sparse feed-forwards share.
+    is_decoder: whether the block is one of the decoder.
+  """
 
   config: t5_config.T5Config
   is_sparse: bool
@@ -38,7 +45,13 @@ class _Block(nn.Module):
 
 
 class EncoderBlock(_Block):
-  """Self-attention and feed-forward, each with a residual around it."""
+  """Self-attention and feed-forward, each with a norm and a residual.
+
+  Call: tokens <dtype>[batch, length, embed], bias <float>[1, heads, query,
+    key], mask <bool>[batch, 1, query, key], routing
+    (`model_config.StreamRouting`) and deterministic, to <dtype>[batch, length,
+    embed].
+  """
 
   def setup(self):
     self.pre_attention_layer_norm = self._norm()
@@ -55,7 +68,13 @@ class EncoderBlock(_Block):
 
 
 class DecoderBlock(_Block):
-  """Causal self-attention, attention to the encoder, and feed-forward."""
+  """Causal self-attention, attention to the encoder, and feed-forward.
+
+  Call: tokens <dtype>[batch, length, embed], encoded <dtype>[batch, inputs,
+    embed], bias and mask of the self-attention, cross_mask <bool>[batch, 1,
+    length, inputs], routing (`model_config.StreamRouting`), decode and
+    deterministic, to <dtype>[batch, length, embed].
+  """
 
   is_decoder = True
 
@@ -90,6 +109,8 @@ class DecoderBlock(_Block):
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
     normed = self.pre_cross_attention_layer_norm(tokens)
+    # In generation the keys and values of the encoder's outputs are the same at
+    # every step, so they are projected once, by `remember`.
     if self.has_variable('encoder_memory', 'key'):
       keys, values = (
         multi_head.as_projected(self.get_variable('encoder_memory', name))
@@ -104,20 +125,31 @@ class DecoderBlock(_Block):
     return self._feed_forward(tokens, routing, deterministic)
 
   def remember(self, encoded):
-    """Keeps keys and values of the encoder in `encoder_memory`."""
+    """Stores keys and values of the encoder's outputs in `encoder_memory`."""
     keys, values = self.encoder_decoder_attention.project_memory(encoded)
     self.put_variable('encoder_memory', 'key', multi_head.as_kept(keys))
     self.put_variable('encoder_memory', 'value', multi_head.as_kept(values))
 
 
 class Encoder(nn.Module):
-  """All encoder blocks, from embedded tokens to normed outputs."""
+  """All encoder blocks, from embedded tokens to normed outputs.
+
+  Attributes:
+    config: the sizes and parts of the model.
+    shared: modules by name that all sparse feed-forwards share.
+
+  Call: tokens <dtype>[batch, length, embed], mask <bool>[batch, 1, query, key],
+    routing (`model_config.StreamRouting`) and deterministic, to <dtype>[batch,
+    length, embed].
+  """
 
   config: t5_config.T5Config
   shared: dict[str, nn.Module]
 
   def setup(self):
     config = self.config
+    # `deterministic` is static, because it decides what is traced. Arguments
+    # count from `self`, which is 0.
     block = (
       nn.remat(EncoderBlock, static_argnums=(5,))
       if config.remat
@@ -149,13 +181,24 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """All decoder blocks, from embedded tokens to normed outputs."""
+  """All decoder blocks, from embedded tokens to normed outputs.
+
+  Attributes:
+    config: the sizes and parts of the model.
+    shared: modules by name that all sparse feed-forwards share.
+
+  Call: tokens <dtype>[batch, length, embed], encoded <dtype>[batch, inputs,
+    embed], the masks and routing of a DecoderBlock, and by name decode,
+    max_decode_length and deterministic, to <dtype>[batch, length, embed].
+  """
 
   config: t5_config.T5Config
   shared: dict[str, nn.Module]
 
   def setup(self):
     config = self.config
+    # `decode` and `deterministic` are static, because they decide what is
+    # traced. Arguments count from `self`, which is 0.
     block = (
       nn.remat(DecoderBlock, static_argnums=(7, 8))
       if config.remat
@@ -175,7 +218,7 @@ class Decoder(nn.Module):
     self.decoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
     if not config.logits_via_embedding:
-      # float32: a loss from bfloat16 logits is noisy.
+      # Logits are float32, because a loss from bfloat16 logits is noisy.
       self.logits_dense = linear.Dense(
         config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32
       )
@@ -209,7 +252,15 @@ class Decoder(nn.Module):
     return self.dropout(tokens, deterministic=deterministic)
 
   def _bias(self, length, decode, max_decode_length):
-    """Bias of all positions, or of the one that is decoded now."""
+    """Returns the relative-position bias <dtype>[1, heads, query, key].
+
+    Args:
+      length: number of queries, all of which are at the first positions unless
+        there is a cache.
+      decode: whether to decode step by step. If there is a cache, the only
+        query is the token at its index, which then grows by one.
+      max_decode_length: number of keys in the cache.
+    """
     if not decode:
       positions = jnp.arange(length)
       return self.relpos_bias(positions, positions)
@@ -217,7 +268,8 @@ class Decoder(nn.Module):
       self.put_variable('cache', 'cache_index', jnp.zeros((), jnp.int32))
       positions = jnp.arange(length)
       return self.relpos_bias(positions, positions)
-    # The name tells T5X's beam search that this leaf has no rows.
+    # T5X's beam search knows by the name `cache_index` that this leaf has no
+    # rows to reorder.
     position = self.get_variable('cache', 'cache_index')
     self.put_variable('cache', 'cache_index', position + 1)
     return self.relpos_bias(position[None], jnp.arange(max_decode_length))

@@ -1,4 +1,4 @@
-"""Results of models that never were, for tests of the report."""
+"""Made-up results of models, for the tests of the report."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ HOSTILE = '<script>alert("x")</script> | $\\frac$ &amp;'
 
 
 def questions(number=24):
-  """Half of them about the first relation, one of them without entity."""
+  """Half of the questions have the first relation, and one has no entity."""
   return [
     answer_comparison.Question(
       text='Who <b>wrote</b> it?' if i == 4 else f'Question {i} of Zorblat?',
@@ -23,7 +23,7 @@ def questions(number=24):
 
 
 def answers(right, seed=0, number=24):
-  """Right on the questions of these numbers."""
+  """Answers that are right for the questions of the given numbers."""
   em = np.zeros(number)
   em[list(right)] = 1
   return answer_comparison.Answers(
@@ -37,7 +37,7 @@ def answers(right, seed=0, number=24):
 
 
 def results():
-  """A dense model with two seeds, and one with all there can be, one seed."""
+  """A dense model with two seeds, and one model with all optional results."""
   dense = answer_comparison.ModelResult(
     name='dense',
     total_parameters=77_000_000,

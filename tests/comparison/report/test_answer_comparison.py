@@ -1,4 +1,4 @@
-"""Groups of questions, scores of models, and what is refused."""
+"""Tests groups of questions, the scores of models, and what is refused."""
 
 import dataclasses
 
@@ -22,7 +22,8 @@ def _sizes(breakdown):
 
 def test_scores_are_means_over_seeds_and_questions():
   dense, _ = made_up_answers.results()
-  # Of 24 questions, 3 and 5 are right; two of them, 2 and 3, in both runs.
+  # Of 24 questions the runs answer 3 and 5 right; both answer questions 2 and
+  # 3.
   assert dense.em_by_seed() == pytest.approx([100 * 3 / 24, 100 * 5 / 24])
   score = dense.score()
   assert score.em == pytest.approx(100 * 8 / 48)
@@ -30,7 +31,7 @@ def test_scores_are_means_over_seeds_and_questions():
   np.testing.assert_array_equal(dense.em_scores[:6], [0, 0.5, 1, 1, 0, 0.5])
   low, high = score.em_interval
   assert 0 < low < score.em < high < 100
-  # Wrong answers have an F1 of 0.25 there.
+  # In these results a wrong answer has an F1 of 0.25.
   assert score.f1 == pytest.approx(100 * (8 + 40 * 0.25) / 48)
 
 
@@ -39,7 +40,7 @@ def test_relations():
   assert _sizes(breakdown) == {'birth_date': 12, 'capital of': 12}
   dense, _ = made_up_answers.results()
   of_dates = breakdown.groups[0].score(dense)
-  # Of even numbers: 2 twice and 8 once.
+  # The group has the even numbers; of them 2 is right twice, and 8 once.
   assert of_dates.em == pytest.approx(100 * 3 / 24)
   assert of_dates.num_questions == 12
 
@@ -50,16 +51,16 @@ def test_quantiles_of_frequency():
   )
   assert _sizes(found) == {'1': 2, '2 to 3': 2, '4 to 5': 2, '6 to 9': 2}
   assert found.num_without == 1
-  # What is equally frequent stays together.
+  # Questions of equal frequency must not be split between groups.
   found = answer_comparison.by_frequency(_named([0] * 5 + [1, 1200]), 4)
   assert _sizes(found) == {'0': 5, '1': 1, '1,200': 1}
   assert _sizes(answer_comparison.by_frequency(_named([7] * 9), 4)) == {'7': 9}
-  # A count that most have does not swallow those below it.
+  # A frequency that most questions have must not take in the smaller ones.
   found = answer_comparison.by_frequency(
     _named([1] * 7 + [2] * 28 + [3, 5, 5, 6]), 3
   )
   assert _sizes(found) == {'1': 7, '2': 28, '3 to 6': 4}
-  # Few of a kind are no group.
+  # A few questions are too few for a group of their own.
   found = answer_comparison.by_frequency(
     _named([0] + [1] * 7 + [2] * 28 + [3, 5]), 3
   )
@@ -131,8 +132,9 @@ def test_sets_of_questions_are_told_apart_where_there_are_several():
 def test_examples_are_where_models_differ():
   results = made_up_answers.results()
   found = answer_comparison.differing_questions(results, 6)
-  # Only the first run counts. 1 and 2 the dense model alone knows, of the
-  # other's the first four are taken; 3 both know.
+  # Only the first run of each model counts. Question 3 is known to both models,
+  # 1 and 2 only to the dense one. Of those that only the other one knows, the
+  # first four are taken.
   assert found == [1, 2, 4, 5, 6, 7]
   assert answer_comparison.differing_questions(results[:1]) == []
 

@@ -1,4 +1,4 @@
-"""Reports: every number is there, and no text gets out of its place."""
+"""Reports must show every number, and no text may break out of its place."""
 
 import dataclasses
 import html.parser
@@ -61,7 +61,7 @@ def test_the_page_escapes_every_text(page):
 
 def test_the_page_needs_nothing_else(page):
   sources = _Tags(page).sources
-  # Each figure in both themes.
+  # Each figure is there once for the light and once for the dark theme.
   assert len(sources) == 2 * 6
   for source in sources:
     assert source.startswith('data:image/svg+xml;base64,')
@@ -95,14 +95,15 @@ def test_what_is_not_known_is_said_to_be_so(page, markdown):
   text = report_tables.markdown(made, report_tables.tables(made), [], 'x.png')
   assert "n/a: questions have no field 'entity', or the text is not" in text
   assert "n/a: questions have no field 'relation'." in text
-  # Of one question the entity is not known.
+  # One question has no known entity.
   assert 'Of 1 questions it is not known' in markdown
 
 
 def test_models_are_compared_on_the_same_questions(markdown):
   table = markdown[markdown.index('## Against dense') :]
   row = table.splitlines()[4]
-  # 16 right of 24 and 4: better on 4 to 18, worse on 1 and 2.
+  # One model has 16 right and the other 4, of 24: it is better on questions 4
+  # to 18, and worse on 1 and 2.
   assert '| +50.0 |' in row and row.endswith('| 15 | 2 | 0.0023 |'), row
 
 
@@ -156,7 +157,8 @@ def test_the_figure_is_a_png(folder):
 
 
 def test_examples_show_answers_and_experts(page, markdown):
-  assert '>zorblat <small>417</small>' not in page  # Both models know 3.
+  # Question 3 is no example, because both models know the answer.
+  assert '>zorblat <small>417</small>' not in page
   made = made_up_answers.whole_report(
     word_experts={5: {'MoWE': [('who', None), ('zorblat', 417)]}}
   )

@@ -1,4 +1,4 @@
-"""Intervals and paired tests, against resampling and sums written out."""
+"""Tests intervals and paired tests against resampling and explicit sums."""
 
 import math
 
@@ -9,7 +9,7 @@ from mowe.comparison.report import statistics
 
 
 def _resample(values, seed, number=4000):
-  """Means of resamples, question by question."""
+  """Means of bootstrap samples, which draw whole questions."""
   rng = np.random.default_rng(seed)
   return np.array(
     [rng.choice(values, len(values)).mean() for _ in range(number)]
@@ -26,8 +26,8 @@ def test_intervals_are_those_of_plain_resampling(number, share, seeds):
   scores = _scores(number, share, 5, seeds)
   expected = np.percentile(_resample(scores, 11), (2.5, 97.5))
   found = statistics.bootstrap_interval(scores)
-  # Percentiles of two sets of resamples differ by a step of the mean or two,
-  # each 1 / questions, and by the error of a percentile.
+  # Percentiles of two sets of samples may differ by the error of a percentile,
+  # and by one or two of the steps of 1 / questions that a mean can take.
   error = 4 * scores.std() / math.sqrt(number) / math.sqrt(4000) + 1 / number
   np.testing.assert_allclose(found, expected, atol=2 * error)
   assert found[0] < scores.mean() < found[1]
@@ -55,14 +55,14 @@ def test_none_right_is_not_certainly_none():
   assert low == 0 and 0.03 < high < 0.04
   low, high = statistics.bootstrap_interval(np.ones(100))
   assert 0.96 < low < 0.97 and high == 1
-  # Wilson by hand for 5 of 10: middle 0.5, half width 0.2634.
+  # Wilson's interval for 5 of 10 has the middle 0.5 and the half width 0.2634.
   assert statistics.wilson_interval(0.5, 10) == pytest.approx(
     (0.2366, 0.7634), abs=1e-4
   )
 
 
 def test_sign_test_by_hand():
-  # 1 + 8 of 2^8 splits are as uneven to one side.
+  # Of 2^8 ways to split, 1 + 8 are at least as uneven to one side.
   assert statistics.sign_test(7, 1) == pytest.approx(2 * 9 / 256)
   assert statistics.sign_test(1, 7) == statistics.sign_test(7, 1)
   assert statistics.sign_test(0, 0) == statistics.sign_test(4, 4) == 1
@@ -71,13 +71,13 @@ def test_sign_test_by_hand():
     tail = sum(math.comb(total, k) for k in range(min(better, worse) + 1))
     expected = min(1.0, 2 * tail / 2**total)
     assert statistics.sign_test(better, worse) == pytest.approx(expected)
-  # Far beyond what powers of two can hold as floats.
+  # These powers of two are far beyond the range of floats.
   assert 0 <= statistics.sign_test(4000, 100) < 1e-300
 
 
 def test_paired_tests_keep_questions_together():
-  # Questions differ far more than the models do: the second answers what the
-  # first does, and 12 of 200 questions besides.
+  # The questions differ much more than the models do. The second model answers
+  # what the first one does, and 12 of 200 questions besides.
   first = np.arange(200) % 2.0
   second = np.where(np.arange(200) < 24, 1.0, first)
   found = statistics.paired_test(first, second)

@@ -1,4 +1,4 @@
-"""Token caches: round trips, spans, fingerprints, and unfinished builds."""
+"""Tests token caches: round trips, spans, fingerprints, unfinished builds."""
 
 import json
 
@@ -12,7 +12,7 @@ from mowe.words import byte_vocabulary
 _BYTES = byte_vocabulary.ByteVocabulary()
 _TEXTS = [
   {'text': 'the city of Paris'},
-  {'text': ''},  # No token: left out.
+  {'text': ''},  # A text without tokens is left out.
   {'text': 'è in 1981', 'spans': [[0, 1], [5, 9]]},
 ]
 _QUESTIONS = [
@@ -31,9 +31,10 @@ def test_text_cache_by_hand(tmp_path):
   assert built.features == ('targets', 'spans')
   assert built.tokens('targets', 0).tolist() == _ids('the city of Paris')
   assert built.spans(0).tolist() == [[12, 17]]
-  # è is two bytes; '1981' stands at characters 5..9, bytes 6..10.
+  # The letter è has two bytes, so '1981' at characters 5 to 9 is at bytes 6 to
+  # 10.
   assert built.spans(1).tolist() == [[0, 2], [6, 10]]
-  # The flat array is the stream of all texts, each closed by EOS.
+  # The flat array joins all texts, each with an EOS at its end.
   stream = _ids('the city of Paris') + _ids('è in 1981')
   assert built.flat('targets').tolist() == stream
   assert built.flat('targets').dtype == np.uint16
@@ -119,7 +120,7 @@ def test_an_unfinished_folder_cannot_be_opened(tmp_path):
   (built.path / 'cache.json').unlink()
   with pytest.raises(ValueError, match='its build was interrupted'):
     token_cache.TokenCache.open(tmp_path / 'c')
-  # Nor is a folder of other things ever replaced.
+  # A folder with other files is never replaced either.
   with pytest.raises(ValueError, match='is no token cache'):
     cache_builders.cache_text(_TEXTS, tmp_path / 'c', _BYTES, overwrite=True)
 
@@ -195,14 +196,15 @@ class _Pieces:
 
 
 def test_a_bare_word_start_belongs_to_the_span_of_its_answer():
-  # 'in 1981.' as in | (start) | 1981 | . ; the bare start covers no character.
+  # The pieces of 'in 1981.' are: in, a bare word start, 1981, and a period. The
+  # bare word start covers no character.
   args = 'in 1981.', [(3, 7)], [7, 5, 6, 8], [0, 3, 3, 7], [2, 3, 7, 8]
   spans = cache_builders.token_spans(*args, _Pieces())
   assert spans.tolist() == [[1, 3]]
 
 
 def test_spans_that_share_a_token_become_one():
-  # One piece covers characters 2..6 and touches both spans.
+  # The second piece covers characters 2 to 6, so it touches both spans.
   args = 'abcdefgh', [(0, 3), (4, 8)], [7, 7, 7], [0, 2, 6], [2, 6, 8]
   spans = cache_builders.token_spans(*args, _Pieces())
   assert spans.tolist() == [[0, 3]]

@@ -1,4 +1,4 @@
-"""Counts of ids against the tokens of the cache's texts."""
+"""Tests counts of ids against the tokens of the cached texts."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""The generated world: consistent, reproducible, with people held out."""
+"""Tests that the generated world is consistent and reproducible."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""First paragraphs of texts, after their titles, and what of them is masked."""
+"""Tests the first paragraphs of texts after their titles, and their spans."""
 
 import json
 
@@ -60,8 +60,8 @@ def test_a_cache_holds_passages(tmp_path):
   file.write_text(json.dumps(RECORD) + '\n')
   vocabulary = subword_vocabularies.load_subwords('bytes')
   cut = passages.Passages('title', 1)
-  options = {'files': [str(file)], 'cut': cut}
-  cache = cache_task.cache_task(tmp_path / 'cache', 'bytes', **options)
+  source = cache_task.TextFiles([str(file)], cut=cut)
+  cache = cache_task.cache_task(tmp_path / 'cache', 'bytes', source)
   text = vocabulary.decode(cache.tokens('targets', 0))
   assert text == cut.read(RECORD)[0]
   ((start, end),) = cache.spans(0)
@@ -69,7 +69,8 @@ def test_a_cache_holds_passages(tmp_path):
     vocabulary.decode(cache.tokens('targets', 0)[start:end]) == '4 May 1901'
   )
   with pytest.raises(ValueError, match='made from other things|other'):
-    cache_task.cache_task(tmp_path / 'cache', 'bytes', files=[str(file)])
+    source = cache_task.TextFiles([str(file)])
+    cache_task.cache_task(tmp_path / 'cache', 'bytes', source)
 
 
 def test_bad_input(tmp_path):
@@ -77,10 +78,6 @@ def test_bad_input(tmp_path):
     passages.Passages(max_paragraphs=0)
   file = tmp_path / 'texts.jsonl'
   file.write_text(json.dumps({'text': 'Ada lived in Gdynia.'}) + '\n')
-  cut = passages.Passages('title')
+  source = cache_task.TextFiles([str(file)], cut=passages.Passages('title'))
   with pytest.raises(ValueError, match="'title'"):
-    cache_task.cache_task(tmp_path / 'a', 'bytes', files=[str(file)], cut=cut)
-  with pytest.raises(ValueError, match="are for files of kind 'text', but"):
-    cache_task.cache_task(
-      tmp_path / 'b', 'bytes', files=[str(file)], kind='questions', cut=cut
-    )
+    cache_task.cache_task(tmp_path / 'a', 'bytes', source)

@@ -1,4 +1,4 @@
-"""Salient spans by rule, on sentences written for each case."""
+"""Tests the rules of salient spans on a sentence for each case."""
 
 import hypothesis
 import pytest
@@ -10,28 +10,28 @@ from mowe.data.text import salient_spans
 @pytest.mark.parametrize(
   ('text', 'expected'),
   [
-    # Whole dates are one span, and leave no month or year behind.
+    # A whole date is one span, and its month and year are no spans besides.
     ('She died on 5 March 1981.', ['5 March 1981']),
     ('It was March 5, 1981 then.', ['March 5, 1981']),
     ('It began in May 2001 or in 1981.', ['May 2001', '1981']),
     ('at war 1914–1918, again 2019-20', ['1914–1918', '2019-20']),
     ('popular in the 1990s', ['1990s']),
-    # Numbers.
+    # Numbers are spans with their signs and units.
     ('he paid $1,200.50 for 3.5% of 18th', ['$1,200.50', '3.5%', '18th']),
-    # Names with small words inside, initials, apostrophes and hyphens.
+    # Names may have small words inside, initials, apostrophes and hyphens.
     ('the University of Oxford won', ['University of Oxford']),
     ('with Ludwig van Beethoven', ['Ludwig van Beethoven']),
     ('by J. R. R. Tolkien there', ['J. R. R. Tolkien']),
     ("the O'Brien house of Smith's", ["O'Brien", 'Smith']),
     ('the Kristin Scott-Thomas film', ['Kristin Scott-Thomas']),
     ('Émile Zola wrote', ['Émile Zola']),
-    # A small word at the end belongs to no name.
+    # A small word at the end is not part of a name.
     ('went to Paris of all places', ['Paris']),
-    # Common words at a sentence's start are not names, and are cut off one.
+    # A common word at the start of a sentence is no name, nor part of one.
     ('The cat sat. It slept.', []),
     ('However, Paris fell. In Rome they sang.', ['Paris', 'Rome']),
     ('Everything changed.', []),
-    # A lone first word counts if it is a name elsewhere, or no plain word.
+    # A single first word is a name if it is one elsewhere, or is no plain word.
     ('Paris fell. Then came Paris.', ['Paris', 'Paris']),
     ('McDonald left.', ['McDonald']),
     ('he moved to The Hague', ['The Hague']),

@@ -1,4 +1,4 @@
-"""Span corruption: T5's lengths, exact inverses, small cases by hand."""
+"""Tests span corruption: T5's lengths, exact inverses, small cases by hand."""
 
 import hypothesis
 import numpy as np
@@ -7,7 +7,8 @@ from hypothesis import strategies
 
 from mowe.data.text import span_corruption
 
-_FIRST = 9999  # No sentinel counted down from it is a token.
+# Sentinels count down from here and must not reach the ids of tokens.
+_FIRST = 9999
 
 
 def test_mask_spans_by_hand():
@@ -29,11 +30,12 @@ def test_no_span_leaves_the_text():
 
 
 def test_lengths_are_those_of_t5():
-  # T5 1.1: inputs 512 hold 568 tokens, and then the targets are 114 long.
+  # In T5 1.1, inputs of 512 hold 568 tokens of text, and their targets have
+  # 114.
   assert span_corruption.tokens_that_fill(512) == 568
   lengths = span_corruption.lengths_after_corruption(568)
   assert (lengths.inputs, lengths.targets, lengths.num_spans) == (512, 114, 28)
-  # 568 * 0.15 = 85.2 masked tokens, 85 / 3 = 28.3 spans.
+  # Of 568 tokens 568 * 0.15 = 85.2 are masked, in 85 / 3 = 28.3 spans.
   assert span_corruption.count_noise(568) == (85, 28)
 
 
@@ -52,7 +54,7 @@ def test_lengths_are_exact_and_the_text_comes_back(length, density, mean, seed):
   assert len(inputs) + 1 == lengths.inputs
   assert len(targets) + 1 == lengths.targets
   assert len(spans) == lengths.num_spans
-  # T5: the first token is never masked and the last one always is.
+  # As in T5, the first token is never masked and the last one always is.
   assert spans[0, 0] > 0 and spans[-1, 1] == length
   assert (spans[:, 1] > spans[:, 0]).all()
   assert (spans[1:, 0] > spans[:-1, 1]).all()
@@ -90,12 +92,12 @@ def test_statistics_of_random_spans():
     for start, end in spans:
       masked[start:end] += 1
       sizes.append(end - start)
-  # 15 of 100 tokens in 5 spans, always.
+  # Always 15 of 100 tokens are masked, in 5 spans.
   assert masked.sum() == 2000 * 15
   assert np.mean(sizes) == 3
-  # A uniform cut of 15 into 5 parts: P(size 1) = C(13, 3) / C(14, 4).
+  # If 15 is cut uniformly into 5 parts, P(size 1) = C(13, 3) / C(14, 4).
   assert np.mean(np.equal(sizes, 1)) == pytest.approx(286 / 1001, abs=0.02)
-  # No part of the middle is preferred.
+  # No place in the middle is masked more often than others.
   assert masked[20:80].std() / masked[20:80].mean() < 0.12
 
 
@@ -116,7 +118,7 @@ def test_salient_spans_keep_to_the_budget_after_the_first(seed):
     _SPANS, rng, budget=3, max_spans=9, max_targets=99
   )
   sizes = chosen[:, 1] - chosen[:, 0]
-  # The span of 7 tokens may only come alone.
+  # The span of 7 tokens exceeds the budget, so it may only come alone.
   assert 1 <= len(chosen) and (sizes.sum() <= 3 or sizes.tolist() == [7])
   assert (np.diff(chosen[:, 0]) > 0).all()
 
@@ -131,7 +133,8 @@ def test_salient_spans_obey_their_limits():
 
   np.testing.assert_array_equal(draw(0), _SPANS)
   assert all(len(draw(seed, max_spans=2)) == 2 for seed in range(9))
-  # Two targets hold one sentinel and one token.
+  # Targets of length 2 hold one sentinel and one token, so longer spans are
+  # out.
   short = [draw(seed, max_targets=2).tolist() for seed in range(9)]
   assert {(0, 2), (5, 12)}.isdisjoint(tuple(s[0]) for s in short)
   assert draw(0, max_targets=1).shape == (0, 2)
@@ -170,6 +173,6 @@ def test_salient_examples_fit_and_come_back(
   assert len(targets) + 1 <= targets_length
   restored = span_corruption.restore(inputs, targets, _FIRST, len(chosen))
   np.testing.assert_array_equal(restored, tokens)
-  # The tokens are numbered by place: the masked ones are whole spans.
+  # The tokens are numbered by place, so it shows that whole spans are masked.
   for start, end in chosen:
     assert [tokens[start], tokens[end - 1] + 1] in spans.tolist()

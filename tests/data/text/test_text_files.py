@@ -1,4 +1,4 @@
-"""Reading records: formats, globs, and what is said of damaged files."""
+"""Tests reading records: formats, globs, and the errors of damaged files."""
 
 import gzip
 import json

@@ -22,7 +22,7 @@ BATCH, INPUTS, TARGETS = 4, 6, 9
 
 
 def make_model() -> models.EncoderDecoderModel:
-  """T5 1.1 with a size of its own on every axis."""
+  """A T5 1.1 whose axes all have different sizes."""
   vocabulary = seqio.PassThroughVocabulary(11)
   config = network.T5Config(
     vocab_size=11,
@@ -37,7 +37,7 @@ def make_model() -> models.EncoderDecoderModel:
   )
   optimizer = adafactor.Adafactor(
     learning_rate=0.1,
-    # So that such small kernels are factored.
+    # The threshold is low, so that even these small kernels are factored.
     min_dim_size_to_factor=6,
     logical_factor_rules=adafactor.standard_logical_factor_rules(),
   )
@@ -47,7 +47,7 @@ def make_model() -> models.EncoderDecoderModel:
 
 
 def make_batch() -> dict[str, np.ndarray]:
-  """Random ids, the last inputs padded."""
+  """Random ids; the last inputs are padded."""
   rng = np.random.default_rng(0)
   inputs = rng.integers(1, 11, (BATCH, INPUTS)).astype(np.int32)
   inputs[1:, 4:] = 0
@@ -62,7 +62,7 @@ def make_batch() -> dict[str, np.ndarray]:
 
 
 def initial_state(model) -> train_state.FlaxOptimTrainState:
-  """The state at step 0."""
+  """The train state at step 0."""
   batch = make_batch()
   variables = model.get_initial_variables(
     jax.random.PRNGKey(0),
@@ -73,7 +73,7 @@ def initial_state(model) -> train_state.FlaxOptimTrainState:
 
 
 def logits_of(model, params, batch) -> np.ndarray:
-  """Logits of t5x's network."""
+  """The logits of t5x's network."""
   return np.asarray(
     model.module.apply(
       {'params': params},

@@ -1,4 +1,4 @@
-"""Checkpoints of T5X in both layouts: bit for bit, or a named error."""
+"""Tests checkpoints of T5X in both layouts: same bits, or a named error."""
 
 import dataclasses
 import json
@@ -18,7 +18,8 @@ from mowe.training.optimization import optimizers
 
 _LAYOUTS = {'legacy': t5x_legacy, 'orbax': t5x_orbax}
 
-# A folder of golden arrays, and its parameter in the msgpack file.
+# A folder of golden arrays, and the parameter in the msgpack file that names
+# it.
 _FOLDER = 'target.decoder.layers_1.mlp.wo.kernel'
 _PATH = tuple(_FOLDER.split('.'))
 
@@ -37,7 +38,7 @@ def _assert_same(actual, expected):
 
 
 def _change(checkpoint, path, value):
-  """Another leaf in the msgpack file; None: no leaf."""
+  """Replaces a leaf in the msgpack file; None removes it."""
   file = checkpoint / 'checkpoint'
   tree = serialization.msgpack_restore(file.read_bytes())
   flat = flax.traverse_util.flatten_dict(
@@ -136,7 +137,8 @@ def test_large_arrays_are_chunked(t5x_golden, tmp_path, monkeypatch):
   monkeypatch.setattr(weights, '_PIECE_BYTES', 90)
   given = t5x_checkpoint.load(t5x_golden('legacy'))
   written = t5x_checkpoint.save(tmp_path / 'run', given, t5x_legacy)
-  # 7 x 8 numbers are 224 bytes: [7, 4] are 112, [4, 4] are 64.
+  # An array of 7 x 8 numbers has 224 bytes. Chunks of [7, 4] have 112 bytes,
+  # and those of [4, 4] have 64.
   assert json.loads((written / _FOLDER / '.zarray').read_text())['chunks'] == [
     4,
     4,
@@ -147,7 +149,7 @@ def test_large_arrays_are_chunked(t5x_golden, tmp_path, monkeypatch):
 def test_a_checkpoint_of_a_bucket(t5x_golden):
   checkpoint = t5x_golden('legacy') / 'checkpoint_3'
   expected = t5x_checkpoint.read(checkpoint)[_PATH][...]
-  # As released ones have it, with the path beside the store.
+  # Released checkpoints have the path beside the store.
   _change(
     checkpoint,
     _PATH,
@@ -333,7 +335,10 @@ def test_half_an_orbax_checkpoint_is_an_error(t5x_golden):
   expected = t5x_checkpoint.read(checkpoint)
 
   def cut(files):
-    """Whether half of these files is an error; if not, nothing has changed."""
+    """Whether reading fails if these files are cut in half.
+
+    If it does not fail, it must read what was there before.
+    """
     contents = {file: file.read_bytes() for file in files}
     for file, content in contents.items():
       file.write_bytes(content[: len(content) // 2])
@@ -350,7 +355,7 @@ def test_half_an_orbax_checkpoint_is_an_error(t5x_golden):
   assert cut([state / '_METADATA'])
   nodes = [path for path in state.rglob('*') if path.parent.name == 'd']
   assert cut(nodes)
-  # Some nodes of its tree are written again, and the old ones are not read.
+  # Some nodes of the tree were written again later, so old ones are not read.
   assert any([cut([node]) for node in nodes])
   (state / 'manifest.ocdbt').unlink()
   with pytest.raises(ValueError, match='must be a whole zarr array'):

@@ -1,6 +1,6 @@
-"""The plug-in in the real T5X, where it is installed; docs/t5x.md says which.
+"""Tests the plug-in in the real T5X, where this is installed; see docs/t5x.md.
 
-With T5X on PYTHONPATH:
+Run it with T5X on PYTHONPATH:
 
   python -m pytest tests/interop/t5x/test_t5x_models.py tests/interop/t5x/test_t5x_models_runs.py --slow
 """
@@ -46,7 +46,7 @@ from t5x.contrib.moe import trainer as moe_trainer
 from mowe.data import seqio_stream
 from mowe.interop.t5x import t5x_models, t5x_rules
 
-# Every expert has a token in each of these sequences of bytes.
+# Each of these sequences of bytes holds a token of every expert.
 _BATCH, _INPUTS, _TARGETS = 8, 13, 9
 _EXPERTS = 3
 _TOKENS = (
@@ -129,7 +129,7 @@ def _adafactor():
 
 
 def _batch(world, seed=0):
-  """Rows of uneven lengths that hold every expert, in inputs and targets."""
+  """Rows of uneven lengths; inputs and targets hold a token of every expert."""
   rng = np.random.default_rng(seed)
 
   def tokens(length, shortest):
@@ -154,7 +154,7 @@ def _batch(world, seed=0):
 def _start(model, params):
   """A train state of T5X with these parameters, at step 0."""
   variables = model.get_initial_variables(jax.random.key(0), {})
-  # Copies: the trainer donates them.
+  # These are copies, because the trainer donates them.
   params = jax.tree.map(jnp.array, params)
   variables = flax.core.freeze({**variables, 'params': params})
   return t5x_train_state.FlaxOptimTrainState.create(
@@ -163,7 +163,7 @@ def _start(model, params):
 
 
 class _OneDevice(partitioning.PjitPartitioner):
-  """T5X takes all devices there are; ours have sizes for one."""
+  """A partitioner for one device; T5X's own takes all of them."""
 
   @property
   def mesh(self):
@@ -173,7 +173,7 @@ class _OneDevice(partitioning.PjitPartitioner):
 
 
 class _FourDevices(moe_partitioning.MoePjitPartitioner):
-  """On a CPU the one of contrib/moe would have no parts of data and experts."""
+  """A partitioner for four devices; contrib/moe's does not split CPUs."""
 
   @property
   def mesh(self):
@@ -183,7 +183,7 @@ class _FourDevices(moe_partitioning.MoePjitPartitioner):
 
 
 class _Run:
-  """A trainer of T5X, batch by batch."""
+  """A trainer of T5X that is called batch by batch."""
 
   def __init__(self, model, params, folder, on_four_devices=False):
     if on_four_devices:
@@ -212,14 +212,14 @@ class _Run:
     )
 
   def step(self, batch):
-    """Metrics of one more step."""
+    """Trains one more step, and returns its metrics."""
     values = self.trainer.train(iter([batch]), 1).result()
     return {name: float(value.value) for name, value in values.items()}
 
 
 @pytest.fixture(autouse=True)
 def as_in_t5x():
-  """T5X adds scalars to arrays."""
+  """Allows rank promotion, because T5X adds scalars to arrays."""
   jax.config.update('jax_numpy_rank_promotion', 'allow')
   yield
   jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -230,7 +230,7 @@ def _rate(count):
 
 
 def _with_plan(world, batch):
-  """The batch with routing ids, and its plan, in which any batch fits."""
+  """The batch with routing ids, and a plan whose sizes hold any batch."""
   batch = batch | {
     'encoder_routing_ids': world.routing.encoder_ids(
       batch['encoder_input_tokens']
@@ -246,7 +246,8 @@ def _with_plan(world, batch):
     tuple((name, one) for name in ids), both
   )
   plan = batch_plans.make_plan(ids, profile, _EXPERTS)
-  # T5X's statistics of an expert change also in steps that lack it.
+  # T5X updates the statistics of an expert also in steps without its tokens. So
+  # every expert must be present.
   for array in ids.values():
     assert set(range(_EXPERTS)) <= set(array.flat)
   return batch, plan
@@ -259,14 +260,14 @@ def _initial_parameters(config, seed=0):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['dense', 'moe', 'mowe'])
 def test_both_loops_train_the_same(world, kind, tmp_path):
-  """Equal parameters, batches and Adafactor: equal curves over 20 steps."""
+  """Equal parameters, batches and Adafactor give equal curves over 20 steps."""
   config = world.config(kind)
   params = _initial_parameters(config)
   loss = training_step.LossConfig(
     z_loss=1e-4, router=router_training.RouterLossConfig(0.01, 0.001)
   )
-  # The mean over target tokens, as in our loop. In sums, Adafactor's moments
-  # would follow longer batches more.
+  # The loss is the mean over target tokens, as in our loop. If it were the sum,
+  # batches with more tokens would weigh more in Adafactor's moments.
   settings = {'loss_normalizing_factor': 'NUM_REAL_TARGET_TOKENS'}
   run = _Run(
     world.model(kind, router_loss=loss.router, **settings), params, tmp_path
@@ -376,7 +377,8 @@ def test_losses_of_routers_are_parts_of_the_mean_loss(world):
   assert mean['loss'] - mean['z_loss'] - mean['cross_ent_loss'] == (
     pytest.approx(of_routers / 2, rel=1e-4)
   )
-  # Names of t5x/contrib/moe; over all tokens of both layers.
+  # The names are those of t5x/contrib/moe. Each metric is over all tokens of
+  # both layers.
   assert {name for name in mean if name.startswith('experts/')} == {
     'experts/auxiliary_loss',
     'experts/router_z_loss',
@@ -427,7 +429,7 @@ def test_experts_can_only_be_frozen_where_there_are_some(world):
 @pytest.mark.parametrize('kind', ['moe', 'mowe'])
 def test_beams_and_scores_are_those_of_our_decoding(world, kind):
   model = world.model(kind)
-  # Larger logits, so that beams end and differ.
+  # With larger logits, beams end early and differ from each other.
   params = jax.tree.map(
     lambda x: 3 * x, _initial_parameters(world.config(kind), seed=1)
   )

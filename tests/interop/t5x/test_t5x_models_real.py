@@ -1,4 +1,4 @@
-"""What we write restores in the real t5x, where that can be imported."""
+"""Tests that the real t5x restores what we write, if it can be imported."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ def test_t5x_restores_what_we_write(name, t5x_golden, tmp_path):
   given = t5x_checkpoint.load(t5x_golden('legacy'))
   written = t5x_checkpoint.save(tmp_path / 'run', given, _LAYOUTS[name])
   script = t5x_golden.folder / 'run_t5x.py'
-  # In a process with one device, as t5x would split the model over eight.
+  # This process has one device, as t5x would split the model over eight.
   subprocess.run(
     [sys.executable, script, 'restore', written, tmp_path / 'out.npz'],
     env=os.environ | {'JAX_PLATFORMS': 'cpu'},

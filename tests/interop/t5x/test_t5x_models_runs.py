@@ -1,4 +1,4 @@
-"""T5X's own commands on gin_configs/t5x/, each in a process of its own."""
+"""Runs T5X's own commands on gin_configs/t5x/, each in a process of its own."""
 
 import importlib.util
 import json
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 
 
 def _run(folder, command, files, **macros):
-  """Runs a command of T5X as a user does."""
+  """Runs a command of T5X as a user would."""
   macros = {
     'VOCABULARY_PATH': str(folder / 'vocabulary.model'),
     'VOCAB_SIZE': 143,
@@ -119,10 +119,10 @@ def _lines(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# Six processes, each of which imports TensorFlow and compiles.
+# This test starts six processes, each of which imports TensorFlow and compiles.
 @pytest.mark.timeout(1800)
 def test_word_experts_go_through_all_commands(folder):
-  """30 steps, 10 more after a restart, evaluation, beams, scores, finetuning."""
+  """Trains, restarts, evaluates, decodes, scores and finetunes a model."""
   model = 'gin_configs/t5x/mowe_tiny.gin'
   experts = {
     'NUM_EXPERTS': 16,
@@ -163,7 +163,8 @@ def test_word_experts_go_through_all_commands(folder):
       INFER_OUTPUT_DIR=str(folder / mode),
       **{
         'infer.mode': mode,
-        # As in eval; T5X's run file says bfloat16.
+        # The parameters are float32 as in evaluation; T5X's run file says
+        # bfloat16.
         'utils.RestoreCheckpointConfig.dtype': 'float32',
       },
       **checkpoint,

@@ -1,4 +1,4 @@
-"""What T5X is told of our parameters, checked without T5X."""
+"""Tests what T5X is told about our parameters, without importing T5X."""
 
 import pathlib
 import re
@@ -11,8 +11,9 @@ _ROOT = pathlib.Path(__file__).resolve().parents[3]
 _GOLDEN = _ROOT / 'tests' / 'golden'
 _FILES = sorted((_ROOT / 'gin_configs' / 't5x').glob('*.gin'))
 _MODELS = sorted(_GOLDEN.glob('parameters_*.txt'))
-# Names in t5x.partitioning.standard_logical_axis_rules and, with their rules,
-# in t5x.adafactor.standard_logical_factor_rules, as far as parameters have them.
+# These names are in t5x.partitioning.standard_logical_axis_rules and, with
+# their rules, in t5x.adafactor.standard_logical_factor_rules. Only those that
+# our parameters have are listed.
 _T5X = {
   'vocab': 'column',
   'embed': 'row',
@@ -26,7 +27,7 @@ _T5X = {
 
 
 def _parameters(path):
-  """Names and axes in a file `name (sizes) axis axis`."""
+  """Parameter names and axes of a file with lines `name (sizes) axis axis`."""
   for line in path.read_text().splitlines()[:-1]:
     name, axes = re.fullmatch(r'(\S+) \([^)]*\) (.*)', line).groups()
     yield tuple(name.split('/')), tuple(axes.split())
@@ -39,7 +40,7 @@ def test_every_axis_of_every_model_has_its_rules(path):
   for _, axes in _parameters(path):
     assert set(axes) <= on_mesh & factors.keys()
     rules = [factors[axis] for axis in axes]
-    # T5X refuses a parameter with row, column and none.
+    # T5X refuses a parameter that has all of row, column and none.
     assert not {'row', 'column', 'none'} <= set(rules)
     if axes[0] == 'expert' and len(axes) == 3:
       assert sorted(rules) == ['batch', 'column', 'row']
@@ -77,7 +78,7 @@ def test_a_gin_file_includes_files_that_are_there(path):
   text = path.read_text()
   for included in re.findall(r"^include '(.*)'$", text, re.MULTILINE):
     assert (_ROOT / included).is_file()
-  # Gin knows the modules that a file imports itself.
+  # A gin file can name only modules that it imports itself.
   imported = set(re.findall(r'^from \S+ import (\w+)$', text, re.MULTILINE))
   bound = re.findall(r'^(?:\w+ = @)?(\w+)\.\w+', text, re.MULTILINE)
   assert set(bound) <= imported

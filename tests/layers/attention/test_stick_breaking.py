@@ -1,4 +1,4 @@
-"""Stick-breaking attention against its recursion in float64."""
+"""Tests stick-breaking attention against its recursion in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ _BATCH, _GROUPS, _HEADS, _KV = 2, 3, 2, 4
 
 
 def _oracle(query, key, value, mask):
-  """From the newest key to the oldest, one after another."""
+  """Computes the weights from the newest key to the oldest, one by one."""
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   outputs = np.zeros((*query.shape[:4], value.shape[-1]))
   for b, i, g, h in np.ndindex(query.shape[:4]):
@@ -35,7 +35,7 @@ def _case(num_queries, num_keys, seed=0, size=1.0):
   mask = rng.random((_BATCH, 1, num_queries, num_keys)) < 0.7
   behind = np.arange(num_keys) - (num_keys - num_queries)
   mask &= behind[None, :] <= np.arange(num_queries)[:, None]
-  mask[0, 0, 0] = False  # One query sees nothing.
+  mask[0, 0, 0] = False  # One query sees no key.
   return query, key, value, mask
 
 
@@ -153,5 +153,6 @@ def test_no_weights_of_all_queries_are_kept():
 
   compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key)
   temporaries = compiled.compile().memory_analysis().temp_size_in_bytes
-  # Some arrays of one block; the weights of all would be 4 MiB each.
+  # There are some arrays of one block. The weights of all blocks would be 4 MiB
+  # for each array.
   assert temporaries < 8 * 4 * block * num

@@ -1,4 +1,4 @@
-"""Masks of experts' hidden units."""
+"""Tests the masks of experts' hidden units."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ def test_pairs_of_a_block_share_a_mask_of_the_rate():
   for start in (0, 4, 8):
     assert np.all(keep[start : start + 4] == keep[start])
   assert np.any(keep[0] != keep[4]) and np.any(keep[4] != keep[8])
-  # 15,000 units in three masks: five standard deviations are 0.017.
+  # The three masks have 15,000 units, so five standard deviations are 0.017.
   assert abs(np.mean(keep[[0, 4, 8]] == 0) - 0.2) < 0.017
-  # Any order of the pairs, as slots have it.
+  # Pairs may come in any order, as they do in slots.
   np.testing.assert_array_equal(draw(0)(jnp.asarray([9, 3])), keep[[9, 3]])
   assert np.any(np.asarray(draw(1)(jnp.arange(10))) != keep)

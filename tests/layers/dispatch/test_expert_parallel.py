@@ -1,4 +1,4 @@
-"""Experts on eight devices: equal to one, with two all-to-alls of tokens."""
+"""Tests experts on eight devices: they equal one, with two all-to-alls."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ from mowe.layers.routers import (
 )
 from mowe.training import partitioning
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -46,7 +46,8 @@ MESHES = {
   '2x4': {'data': 2, 'expert': 4},
   '2x2x2': {'data': 2, 'expert': 2, 'model': 2},
 }
-# All routers on the mesh with all axes, all meshes with two routers.
+# All routers are tested on the mesh with all axes, and all meshes with two
+# routers.
 CASES = [
   (router, dispatch, mesh)
   for router in ROUTERS
@@ -81,7 +82,8 @@ def make_parameters(layer):
   variables = jax.jit(layer.init)(jax.random.key(0), *make_inputs())
   params = flax.core.unfreeze(variables['params'])
   if 'router' in params:
-    # Far from even, so that capacities bind and some experts have no token.
+    # Logits are far from even, so that capacities bind and some experts get no
+    # token.
     kernel = 2 * np.random.default_rng(1).normal(size=(EMBED, NUM_EXPERTS))
     kernel = jnp.asarray(kernel, jnp.float32)
     params['router']['router_weights']['w']['kernel'] = kernel
@@ -90,7 +92,7 @@ def make_parameters(layer):
 
 
 def value_and_gradients(layer, key, params, tokens, ids):
-  """Outputs, stats, and gradients by parameters and tokens."""
+  """Outputs, stats, and gradients with respect to parameters and tokens."""
   cotangent = jax.random.normal(jax.random.key(7), tokens.shape)
 
   def objective(params, tokens):
@@ -98,7 +100,7 @@ def value_and_gradients(layer, key, params, tokens, ids):
       {'params': params},
       tokens,
       ids,
-      # As in training: capacities bind.
+      # As in training, capacities bind.
       deterministic=False,
       rngs={} if key is None else {'dropout': key},
       mutable=['router_stats'],
@@ -144,7 +146,7 @@ COUNTS = r'stats/(load|dropped|num_\w+)'
 
 
 def check_equal(actual, expected, exact=COUNTS):
-  """Within 1e-6 of the maximum; names that match `exact` to the last bit."""
+  """Compares to 1e-6 of the maximum; names matching `exact` have equal bits."""
   actual, expected = (
     {
       jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
@@ -168,18 +170,19 @@ def test_equals_one_device(router, dispatch, mesh):
   step, arguments = on_mesh(layer, MESHES[mesh])
   actual = step(*arguments)
   expected = on_one_device(layer)
-  # A dropless row meets the same kernels in the same order of sums, unless
-  # hidden units are split. So do the rows of one expert, unless it is on
-  # several devices, by `data`. Logits of a learned router do not: XLA's matrix
-  # product on CPU has another order for another number of tokens. So it has for
-  # the last rows of a tile, which are other ones where `data` cuts the tokens.
+  # A dropless row meets the same kernels with the same order of sums, unless
+  # hidden units are split. The same holds for the gradient of an expert, unless
+  # `data` spreads its rows over devices. It does not hold for logits of a
+  # learned router: on CPU, XLA's matrix product has another order for another
+  # number of tokens. Nor does it hold for the last rows of a tile, which are
+  # other ones if `data` splits the tokens.
   exact = COUNTS
   if (router, dispatch, mesh) == ('hash', 'dropless', '8'):
     exact += '|outputs|gradients/1|gradients/0/expert/.*'
   check_equal(jax.device_get(actual), expected, exact)
   if dispatch == 'capacity' and router != 'experts':
     assert np.sum(expected['stats'].dropped) > 0
-  # Nothing is gathered that was split.
+  # The gradients are sharded like the parameters; nothing was gathered.
   (d_params, d_tokens) = actual['gradients']
   inner = d_params['expert']['wi_0']['kernel'].sharding
   shape = (NUM_EXPERTS, EMBED, EXPERT_DIM)
@@ -201,7 +204,7 @@ def test_collectives(dispatch, mesh):
   step, arguments = on_mesh(layer, MESHES[mesh])
 
   def forward(params, tokens, ids):
-    # As in training: outside of it capacities give way.
+    # This is training mode, as capacities do not bind in evaluation.
     return layer.apply({'params': params}, tokens, ids, deterministic=False)
 
   forward = jax.jit(
@@ -212,11 +215,11 @@ def test_collectives(dispatch, mesh):
     text = function.lower(*arguments).compile().as_text()
     dtypes = re.findall(r'= \(?(\w+)\[.* all-to-all\(', text)
     assert dtypes.count('f32') == num_exchanges
-    # How many rows are for whom.
+    # The integer exchanges say how many rows go to each device.
     assert dtypes.count('s32') == num_counts
     assert len(dtypes) == num_exchanges + num_counts
     assert 'all-gather' not in text
-    # Nor is there a kernel of all experts by other ways.
+    # No device holds the kernels of all experts.
     assert f'f32[{NUM_EXPERTS},{EMBED},{EXPERT_DIM}]' not in text
     assert f'f32[{NUM_EXPERTS},{EXPERT_DIM},{EMBED}]' not in text
 
@@ -279,7 +282,8 @@ def test_rows_beyond_a_buffer_are_counted():
 
 
 def test_accelerators_exchange_filled_rows_only(monkeypatch):
-  # CPU has no ragged all-to-all, so that it is only lowered here.
+  # CPU has no ragged all-to-all, so the program is only lowered here, and not
+  # run.
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   step, arguments = on_mesh(make_layer(), MESHES['2x2x2'])
   lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',))
@@ -325,8 +329,8 @@ def test_what_does_not_divide_is_named():
 
 def test_groups_come_in_multiples():
   groups = token_groups.TokenGroups(size=11, multiple=4)
-  # Six sequences of 5 tokens need three groups of at most two; the fourth one
-  # is filled up.
+  # Six sequences of 5 tokens fill three groups of two sequences. The number of
+  # groups must be a multiple of 4, so a fourth one is added.
   array = np.arange(1, 31).reshape(6, 5)
   split = groups.split(jnp.asarray(array), 0)
   assert split.shape == (4, 10)

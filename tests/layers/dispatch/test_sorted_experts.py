@@ -1,4 +1,4 @@
-"""Rows sorted by expert against a loop, whatever the shares are."""
+"""Tests rows sorted by expert against a loop, for any shares of the experts."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   share = sorted_experts.batched_share(48, 4)
   num_rows = 48 + sorted_experts.tile_size(share)
-  # Not zero beyond the last row: nobody may read it.
+  # The rows after the last one are not zero, as nothing may read them.
   rows, cotangent = normal(num_rows, EMBED), normal(num_rows, EMBED)
   kernels = {
     name: normal(4, EMBED, EXPERT_DIM)
@@ -186,13 +186,13 @@ def test_no_array_is_larger_than_rows_or_kernels():
   'name', ['even', 'several full tiles', 'one takes all']
 )
 def test_weighted_rows_of_tokens_equal_their_copies(name, with_dropout):
-  """Rows read from tokens, and weights within the experts, against by hand."""
+  """Rows read from tokens, with weights, equal rows that were copied before."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   sizes, num_tokens, k = SHARES[name], 16, 3
   share = sorted_experts.batched_share(48, 4)
   num_slots = 48 + sorted_experts.tile_size(share)
-  # Token t has the slots in which it is the source, each pair once.
+  # Token t has the slots whose source it is; each pair has one slot.
   order = rng.permutation(48)
   empty = np.full(num_slots - 48, 48)
   slots_of_pairs = np.argsort(order)

@@ -1,4 +1,4 @@
-"""Groups by hand: whole sequences, and consecutive tokens."""
+"""Tests groups by hand: whole sequences, and consecutive tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,16 @@ from mowe.layers.mixtures import moe
 
 def test_whole_sequences_in_order_of_positions():
   array = jnp.arange(6).reshape(3, 2)
-  # Two sequences of two tokens are at most 5: two groups, with a row to fill.
+  # A group of at most 5 tokens has two sequences of two, so there are two
+  # groups with one sequence added.
   groups = token_groups.TokenGroups(5)
   split = groups.split(array, -1)
   np.testing.assert_array_equal(split, [[0, 2, 1, 3], [4, -1, 5, -1]])
   np.testing.assert_array_equal(groups.merge(split, 3, 2), array)
-  # A sequence that is longer than a group is one of its own, as are all here.
+  # A group has at least one sequence, even if that is longer than the group.
   for alone in (token_groups.TokenGroups(1), groups.single()):
     np.testing.assert_array_equal(alone.split(array, -1), array)
-  # More groups than sequences: the last ones are all filling.
+  # There are more groups than sequences, so the last group is all filling.
   more = token_groups.TokenGroups(5, multiple=4)
   split = more.split(array, -1)
   np.testing.assert_array_equal(split, [[0, 1], [2, 3], [4, 5], [-1, -1]])
@@ -38,7 +39,7 @@ def test_a_sequence_takes_no_slot_of_another(length):
   layer = moe.MoeLayer(
     3,
     5,
-    # Two slots for an expert, however long the sequences are.
+    # Each expert has two slots, no matter how long the sequences are.
     dispatch=capacity_dispatch.CapacityDispatch(1e-9, min_capacity=2),
     groups=token_groups.SequenceGroups(),
   )

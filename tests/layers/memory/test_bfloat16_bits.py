@@ -1,4 +1,4 @@
-"""Tables in bfloat16: bits and numbers, and rounding without bias."""
+"""Tests bfloat16 tables stored as bits, and unbiased stochastic rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 from mowe.layers.memory import bfloat16_bits
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -25,7 +25,7 @@ def test_nearest_and_back():
   bits = bfloat16_bits.nearest(values)
   np.testing.assert_array_equal(bits, expected.view(np.uint16))
   np.testing.assert_array_equal(bfloat16_bits.to_float(bits), expected)
-  # What is not bits is left alone.
+  # Arrays that are not bits are returned as they are.
   assert bfloat16_bits.to_float(jnp.asarray(values)).dtype == jnp.float32
 
 
@@ -48,17 +48,17 @@ def test_numbers_of_bfloat16_stay():
 def test_rounding_is_unbiased_and_follows_its_key():
   number = 200_000
   for share in (0.03, 0.5, 0.8):
-    # So far between two neighbours, and the same below zero.
+    # The value lies this far between two neighbors; below zero it is the same.
     value = np.float32(1 + share * 2**-7)
     for sign in (1, -1):
       values = np.full((50, number // 50), sign * value)
       bits = bfloat16_bits.stochastic(values, jax.random.key(7))
       rounded = np.asarray(bfloat16_bits.to_float(bits), np.float64)
       is_up = np.abs(rounded) > 1
-      # Five standard deviations of a mean of so many draws.
+      # The bound is five standard deviations of the mean of all draws.
       bound = 5 * np.sqrt(share * (1 - share) / number)
       assert abs(is_up.mean() - share) < bound
-      # Neighbouring draws do not know of each other, along both axes.
+      # Neighboring draws must be independent, along both axes.
       for axis in (0, 1):
         first = np.take(is_up, range(is_up.shape[axis] - 1), axis) - share
         second = np.take(is_up, range(1, is_up.shape[axis]), axis) - share

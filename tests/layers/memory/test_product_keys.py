@@ -1,4 +1,4 @@
-"""Product-key memories against a search of all pairs, in float64."""
+"""Tests product-key memories against a search of all pairs in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def make_tokens(seed=1):
 
 
 def oracle(layer, params, tokens):
-  """Every value's score by every head; then what the layer says it does."""
+  """Scores every value with every head, then follows the layer's docstring."""
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   outputs = np.zeros(tokens.shape)
   for at in np.ndindex(BATCH, LENGTH):
@@ -117,7 +117,7 @@ def test_values_and_gradients_equal_the_search(sparse, activation, projected):
 )
 def test_the_best_pairs_are_exact(n1, n2, knn):
   rng = np.random.default_rng(0)
-  # Whole numbers: many ties.
+  # With few whole numbers there are many ties.
   first, second = (
     jnp.asarray(rng.integers(0, 5, size=(2, 3, n)), jnp.float32)
     for n in (n1, n2)
@@ -154,7 +154,8 @@ def test_one_head_of_all_values_is_dense():
   )
 
 
-# Width, half-keys; parameters of the block in the paper's models.
+# Each case has the width, the number of half-keys, and the parameters of one
+# block in the paper's models.
 @pytest.mark.parametrize(
   ('embed', 'number', 'expected'),
   [(412, 62, 1_685_904), (1024, 89, 8_475_648), (512, 62, 2_095_104)],
@@ -170,7 +171,7 @@ def test_the_papers_sizes(embed, number, expected):
 def test_the_deviations_of_fresh_parameters():
   layer = product_keys.DenseProductKeyMemory(400, num_layers=3)
   params = layer.init(jax.random.key(0), jnp.zeros((1, 2, 80)))['params']
-  # The whole width, as the scores of both halves are added up.
+  # The fan-in is the whole width, because the scores of both halves are added.
   std = lambda fan_in: np.sqrt(2 / (3 * fan_in))
   assert np.std(params['keys_0']) == pytest.approx(std(80), rel=0.03)
   assert np.std(params['keys_1']) == pytest.approx(std(80), rel=0.03)
@@ -181,11 +182,11 @@ def test_sizes_that_do_not_factor_name_the_nearest():
   memory = product_keys.DenseProductKeyMemory
   with pytest.raises(ValueError, match=r'2053. .* 2025 \(45 .* 2116 \(46\)'):
     memory(2053)
-  with pytest.raises(ValueError, match='num_first_keys, 6, .* Nearest: 36.'):
+  with pytest.raises(ValueError, match='num_first_keys, 6, .* multiple, 36'):
     memory(35, num_first_keys=6)
   with pytest.raises(ValueError, match='knn must lie in 1..9, .* but is 10'):
     product_keys.ProductKeyMemory(9, knn=10)
-  with pytest.raises(ValueError, match="but is 'gelu'. relu was better"):
+  with pytest.raises(ValueError, match="but is 'gelu'. Choose relu"):
     memory(9, activation='gelu')
   with pytest.raises(ValueError, match='but is 5. Make emb_dim 6'):
     memory(9).init(jax.random.key(0), jnp.zeros((1, 2, 5)))

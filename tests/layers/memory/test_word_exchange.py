@@ -1,4 +1,4 @@
-"""Word experts on eight devices: equal to one, with two all-to-alls."""
+"""Tests word experts on eight devices: they equal one, with two all-to-alls."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from mowe.training.optimization import (
 )
 from mowe.words import batch_plans, sharded_plan
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -36,8 +36,8 @@ MESHES = {
 class _Descent:
   """Gradient descent that counts visits.
 
-  Means over an expert, as in Adafactor, are added up in an order that follows
-  from how many experts are updated at a time.
+  Adafactor's means over an expert are not used here: the order of their sums
+  depends on how many experts are updated at a time.
   """
 
   def init(self, table):
@@ -54,7 +54,7 @@ _ROW_OPTIMIZER = _Descent()
 
 
 def make_ids(most):
-  """Words of up to `most` tokens; padding and words without an expert."""
+  """Words of up to `most` tokens each, padding, and words without an expert."""
   rng = np.random.default_rng(most)
   counts = np.maximum(most // 2 ** np.arange(NUM_EXPERTS - 1), 1)
   # The last expert is absent.
@@ -110,7 +110,7 @@ def step(layer, update_table, table, state, tokens, cotangent, plan):
   return outputs, d_tokens, *new
 
 
-# Two size classes hold any batch: few classes compile in a few seconds.
+# Two size classes hold any batch, and compile within a few seconds.
 _ROOMS = (4, BATCH * LENGTH)
 
 
@@ -156,7 +156,7 @@ def put(mesh, table, ids):
 
 
 def on_mesh(layer, table, ids, sizes):
-  """What `step` gives, and the program that is run."""
+  """The results of `step` on a mesh, and the compiled program."""
   mesh = partitioning.make_mesh(**sizes)
   run = functools.partial(step, layer, sharded_updates.update_table)
   arguments = put(mesh, table, ids)
@@ -176,10 +176,10 @@ def check_equal(actual, expected, tolerance):
     )
 
 
-# The rows of an expert that come to one device decide on its size class, and
-# XLA's products on CPU add up in another order for another class: where an
-# expert has many rows they are equal to the last bit only if all come to one
-# device. Parts of hidden units (`model`) are added up at the end.
+# The number of an expert's rows on a device decides its size class. On CPU, XLA
+# adds up a product in another order for another class. So an expert with many
+# rows has the same bits only if all of them come to one device. Parts of hidden
+# units (`model`) are added up at the end, which rounds differently too.
 @pytest.mark.parametrize(
   ('mesh', 'most', 'tolerance'),
   [
@@ -197,7 +197,7 @@ def test_equals_one_device(mesh, most, tolerance):
   actual, _ = on_mesh(layer, table, ids, MESHES[mesh])
   expected = on_one_device(layer, table, ids)
   check_equal(actual, expected, tolerance)
-  # Experts stay on their devices.
+  # Each device keeps its own experts.
   outputs, _, new, state = actual
   sizes = {'model': 1} | MESHES[mesh]
   own = NUM_EXPERTS // sizes['expert']
@@ -216,7 +216,8 @@ def test_a_table_of_bits():
   *expected, _, _ = on_one_device(layer, bits, ids)
   (*actual, new, state), _ = on_mesh(layer, bits, ids, MESHES['2x4'])
   check_equal(actual, expected, 0)
-  # Stochastic rounding draws by owner; replicas along `data` draw the same.
+  # Stochastic rounding draws on the owner, and replicas along `data` draw the
+  # same.
   present = np.unique(ids[(ids >= 0) & (ids < NUM_EXPERTS)])
   np.testing.assert_array_equal(np.flatnonzero(state), present)
   for name, kernel in new.items():
@@ -266,14 +267,15 @@ def test_factors_alone_are_gathered_along_data():
   ids = make_ids(4)
   _, text = on_mesh(layer, table, ids, MESHES['2x4'])
   found = _collectives(text)
-  # Two forward, two back.
+  # There are two all-to-alls in the forward pass and two in the backward pass.
   assert found['all-to-all'] == 4
   assert found['all-reduce'] == found['collective-permute'] == 0
   num_rows = 2 * make_plan(ids, (2, 4)).encoder.received.slots.shape[-1]
   gathered = [line for line in text.splitlines() if ' all-gather(' in line]
   assert 1 <= len(gathered) <= 6
   for line in gathered:
-    # Both rows of devices, with the width of a token or of hidden units.
+    # Only factors are gathered, as wide as a token or as the hidden units. They
+    # come from both parts of the axis `data`.
     assert f'{num_rows // 2},{EMBED}]' in line or (
       f'{num_rows // 2},{EXPERT_DIM}]' in line
     )

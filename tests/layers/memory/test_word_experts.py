@@ -1,4 +1,4 @@
-"""MoWE layer against a float64 loop over tokens, values and gradients."""
+"""Tests MoweLayer against a float64 loop over tokens, values and gradients."""
 
 import functools
 
@@ -29,7 +29,7 @@ def gelu_slope(x, step=1e-6):
 
 
 def oracle(tokens, ids, table, cotangent):
-  """Outputs and gradients, one token at a time, in float64."""
+  """Outputs and gradients, computed in float64 one token at a time."""
   table = {name: np.asarray(w, np.float64) for name, w in table.items()}
   tokens = np.asarray(tokens, np.float64)
   outputs = np.zeros(tokens.shape)
@@ -65,7 +65,7 @@ def make_case(seed, activations):
   rng = np.random.default_rng(seed)
   tokens = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
   cotangent = rng.normal(size=tokens.shape).astype(np.float32)
-  # Skewed, with padding and skipped words; several experts stay absent.
+  # The ids are skewed, with padding and skipped words; some experts are absent.
   ids = rng.choice(
     [-1, NUM_EXPERTS, 0, 2, 2, 2, 2, 5, 7, 10], size=(BATCH, LENGTH)
   ).astype(np.int32)
@@ -105,7 +105,7 @@ def make_plan(ids):
 
 @pytest.fixture(params=[1, 2, 1000])
 def experts_at_once(request, monkeypatch):
-  """Numbers of experts per chunk: every one, an uneven last one, all."""
+  """The number of experts per chunk: one, two with a rest, or all of them."""
   monkeypatch.setattr(grouped, 'experts_at_once', lambda _: request.param)
 
 
@@ -144,12 +144,12 @@ def test_gradients_of_some_experts_follow_from_the_factors(activations):
   factors = factors[word_experts.FACTORS]
   expected = oracle(tokens, ids, params['experts'], cotangent)[2]
   for name, d in expected.items():
-    # The tables themselves have no gradient any more.
+    # With a plan, tables have no gradient; factors hold what is needed for it.
     assert not d_params['experts'][name].any()
     for experts, sources in zip(*plan.updates, strict=True):
       got = grouped.kernel_gradient([factors[name]] * 2, sources)
       real = experts < NUM_EXPERTS
-      # Twice the same layer: the sum over the layers that share a table.
+      # The layer is used twice, so the gradients of both uses add up.
       np.testing.assert_allclose(
         got[real], 2 * d[experts[real]], rtol=0, atol=1e-5 * np.abs(d).max()
       )
@@ -189,7 +189,7 @@ def test_one_expert_is_the_dense_feed_forward():
   close(layer.apply({'params': params}, tokens, ids), expected)
 
 
-# Ids of more tokens than are gathered one by one, [3, 101].
+# There are [3, 101] ids, more than the number that are gathered one by one.
 MANY = {
   'uniform': lambda rng: rng.integers(-1, 68, (3, 101)),
   'skewed': lambda rng: np.minimum(rng.zipf(1.3, (3, 101)), 67) - 1,
@@ -258,8 +258,8 @@ def test_dropout_is_the_same_with_and_without_a_plan(shape):
 
 @pytest.mark.optimized
 def test_many_tokens_without_a_plan_need_little_memory():
-  # Kernels of all tokens would be 4 * 4096 * 3 * 32 * 16 bytes, 24 MiB; the
-  # table has 300 MiB.
+  # The kernels of all tokens would take 4 * 4096 * 3 * 32 * 16 bytes, which is
+  # 24 MiB. The table has 300 MiB.
   layer = word_experts.MoweLayer(50_000, 16)
   shapes = {'wi_0': (32, 16), 'wi_1': (32, 16), 'wo': (16, 32)}
   struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Mixture of heads against loops over tokens and modules in float64."""
+"""Tests the mixture of heads against float64 loops over tokens and modules."""
 
 import functools
 
@@ -24,13 +24,16 @@ def softmax_weights(logits, visible, own):
 
 
 def stick_weights(logits, visible, own):
-  """From the newest key to the oldest."""
+  """Weights of stick-breaking, from the newest key to the oldest."""
   del own
   return _break(logits, [j for j in reversed(range(len(logits))) if visible[j]])
 
 
 def nearest_weights(logits, visible, own):
-  """The query's own key, the next one, the one before, and so on."""
+  """Stick-breaking weights from the nearest key to the farthest.
+
+  The order is the query's own key, the next one, the one before, and so on.
+  """
   order = [own]
   for distance in range(1, len(logits)):
     order += [own + distance, own - distance]
@@ -54,7 +57,7 @@ INNER = {
 
 
 def loop(params, queries, memory, mask, bias, weigh, renormalize=False):
-  """Outputs [batch, query, embed], one token and one module at a time."""
+  """Outputs [batch, query, embed], for one token and one module at a time."""
   as_float = functools.partial(
     jax.tree.map, lambda x: np.asarray(x, np.float64)
   )
@@ -101,7 +104,7 @@ def make_arrays(layer, num_keys=KEYS, seed=0):
   shapes = jax.eval_shape(layer.init, jax.random.key(0), queries, memory)
   params = jax.tree.map(lambda leaf: normal(*leaf.shape), shapes['params'])
   mask = rng.random((BATCH, 1, QUERIES, num_keys)) < 0.6
-  mask[0, 0, 2] = False  # Padding.
+  mask[0, 0, 2] = False  # This query is padding.
   return params, queries, memory, mask
 
 
@@ -177,7 +180,8 @@ def test_all_modules_with_even_gates_are_the_mean_of_dense_attentions():
   for module in range(MODULES):
     own = jax.tree.map(lambda x, m=module: x[m], params['expert'])
     dense = multi_head.MultiHeadAttention(HEADS, KV)
-    # Its kernel of queries holds the division by sqrt(kv); no biases.
+    # The kernel of queries includes the division by sqrt(kv). There are no
+    # biases.
     tree = {name: params[name] for name in ('key', 'value')} | {
       'query': {'kernel': own['query']['kernel'] / np.sqrt(KV)},
       'out': own['out'],
@@ -240,7 +244,7 @@ def test_gradients_are_finite_and_equal_differences(inner):
 
 
 def test_step_by_step_equals_all_at_once():
-  """As T5's decoder does: keys and values of a module's heads are cached."""
+  """The decoder caches keys and values of a module's heads."""
   layer = make_layer('stick')
   params, tokens, _, _ = make_arrays(layer)
   causal = np.tril(np.ones((QUERIES, QUERIES), bool))[None, None]

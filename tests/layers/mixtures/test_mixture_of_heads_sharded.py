@@ -1,4 +1,4 @@
-"""Modules of heads on eight devices: equal to one device."""
+"""Tests that modules of heads on eight devices equal those on one device."""
 
 import functools
 
@@ -17,7 +17,7 @@ from mowe.layers.mixtures import mixture_of_heads
 from mowe.layers.routers import router_losses, tokens_choose
 from mowe.training import partitioning
 
-# Bits or compiled programs are compared: they are compiled as users have them.
+# These tests compare bits or programs, so they compile as for users.
 pytestmark = pytest.mark.optimized
 
 
@@ -47,7 +47,7 @@ def make_arrays(layer):
   )
   mask = np.tril(np.ones((LENGTH, LENGTH), bool))[None, None]
   mask = np.repeat(mask, BATCH, axis=0)
-  mask[:, :, 4] = False  # Padding.
+  mask[:, :, 4] = False  # This query is padding.
   return (
     params,
     tokens,

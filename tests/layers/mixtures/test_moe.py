@@ -1,6 +1,6 @@
-"""MoeLayer against a float64 loop over tokens, and its properties.
+"""Tests MoeLayer against a float64 loop over tokens, and its properties.
 
-The loop knows nothing of slots: it takes the router's logits, decides pair by
+The loop does not know of slots. It takes the router's logits, decides pair by
 pair, and computes one token with one expert at a time.
 """
 
@@ -60,7 +60,7 @@ COMBINATIONS = [
 
 
 def make_case(seed, router, dispatch, **fields):
-  """A layer of two groups of three sequences with padding, and its inputs."""
+  """A layer with two groups of three sequences with padding, and its inputs."""
   rng = np.random.default_rng(seed)
   fields = {'groups': token_groups.TokenGroups(22)} | fields
   layer = moe.MoeLayer(
@@ -79,7 +79,7 @@ def make_case(seed, router, dispatch, **fields):
   )
   params = variables['params']
   if 'router' in params:
-    # Far from even, so that capacities bind.
+    # Logits are far from even, so that capacities bind.
     kernel = rng.normal(size=(EMBED, NUM_EXPERTS)).astype(np.float32)
     params['router']['router_weights']['w']['kernel'] = jnp.asarray(kernel)
     if 'selection_bias' in params['router']:
@@ -94,7 +94,7 @@ def run(layer, params, tokens, ids):
     {'params': params},
     tokens,
     ids,
-    # As in training, but for dropout: capacities bind.
+    # As in training, capacities bind; but there is no dropout.
     deterministic=False,
     mutable=['router_stats'],
   )
@@ -113,7 +113,7 @@ def scores_of(layer, logits):
 
 
 def decide(layer, params, tokens, ids):
-  """Kept (token, expert) pairs of all groups, in float64 and one by one."""
+  """The (token, expert) pairs that are kept, decided in float64 one by one."""
   flat_ids = ids.reshape(-1)
   rows = layer.groups.size // LENGTH
   num_groups = -(-BATCH // rows)
@@ -124,7 +124,7 @@ def decide(layer, params, tokens, ids):
     scores = scores_of(layer, logits)
   kept = []
   for group in range(num_groups):
-    # The first tokens of all sequences of the group, then the second ones.
+    # The first tokens of all sequences of a group come before all second ones.
     real = [
       row * LENGTH + position
       for position in range(LENGTH)
@@ -170,7 +170,7 @@ def decide(layer, params, tokens, ids):
 
 
 def oracle(layer, kept, params, tokens):
-  """Outputs for given pairs in float64."""
+  """Outputs for the given pairs in float64."""
   params = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   x = np.asarray(tokens, np.float64).reshape(-1, EMBED)
   outputs = np.zeros(x.shape)
@@ -211,7 +211,8 @@ def test_values_and_gradients_equal_the_loop(router, dispatch):
   gradient = jax.jit(jax.grad(objective, (0, 1), has_aux=True))
   (d_params, d_tokens), (outputs, stats) = gradient(params, tokens)
   close(outputs, oracle(layer, kept, params, tokens))
-  # Pairs are constant; along random directions, central differences.
+  # The pairs are constant. Gradients are compared with central differences
+  # along random directions.
   value = lambda p, x: np.sum(oracle(layer, kept, p, x) * cotangent)
   step = 1e-5
   trained = {'params': params, 'tokens': tokens}
@@ -241,10 +242,11 @@ def test_values_and_gradients_equal_the_loop(router, dispatch):
 @pytest.mark.parametrize('seed', range(2))
 def test_every_token_and_choice_is_counted(router, dispatch, seed):
   layer, params, tokens, ids = make_case(seed, router, dispatch)
-  ids[0, :3] = NUM_IDS  # Without an expert where ids decide.
+  ids[0, :3] = NUM_IDS  # Routers by id give these tokens no expert.
   _, stats = run(layer, params, tokens, ids)
   kept = decide(layer, params, tokens, ids)
-  # Two groups of three sequences: nothing is filled up.
+  # The batch is exactly two groups of three sequences, so no group is filled
+  # up.
   assert stats.num_tokens == BATCH * LENGTH
   assert stats.num_padding == np.sum(ids < 0)
   computed = len({t for t, _ in kept})
@@ -290,10 +292,10 @@ def test_padding_changes_no_real_token(router, dispatch):
   [c for c in COMBINATIONS if not ROUTERS[c[0]].looks_ahead],
 )
 def test_causal_in_training(router, dispatch):
-  """Later tokens of all sequences change no earlier output of any."""
+  """Later tokens of any sequence must not change an earlier output of any."""
   layer, params, tokens, ids = make_case(8, router, dispatch)
   outputs, _ = run(layer, params, tokens, ids)
-  # Not the numbers of the case.
+  # These are other numbers than those of the case.
   rng = np.random.default_rng(80)
   for first in (2, 4):
     is_later = np.arange(LENGTH)[None, :] >= first
@@ -349,7 +351,7 @@ def test_one_expert_is_the_dense_feed_forward(dispatch):
   expected = feed_forward.DenseFeedForward(EXPERT_DIM).apply(
     {'params': dense}, tokens
   )
-  # The softmax of one logit is one.
+  # With one expert, the softmax of the single logit is one.
   close(layer.apply({'params': params}, tokens), expected)
 
 
@@ -384,7 +386,7 @@ def test_dropout_and_jitter_draw_from_the_dropout_stream(dispatch):
   np.testing.assert_array_equal(apply(0), apply(0))
   assert np.any(apply(0) != apply(1))
   quiet = layer.apply({'params': params}, tokens, ids)
-  # Without both, training computes what evaluation does.
+  # Without jitter and dropout, training computes the same as evaluation.
   still = layer.clone(
     routing=dataclasses.replace(router, jitter=0.0), expert_dropout_rate=0.0
   )
@@ -415,7 +417,7 @@ def test_parameters_have_flaxformers_names_and_axes():
 @pytest.mark.optimized
 @pytest.mark.parametrize('k', [1, 2])
 def test_dropless_memory_is_that_of_its_tokens(k):
-  """Nothing has the size tokens x experts x capacity of one-hot dispatch."""
+  """No array may have the tokens x experts x capacity of one-hot dispatch."""
   num_experts, embed = 64, 16
   layer = moe.MoeLayer(
     num_experts, 8, routing=tokens_choose.TokensChoose(k, renormalize=k > 1)
@@ -433,9 +435,9 @@ def test_dropless_memory_is_that_of_its_tokens(k):
     return compiled.memory_analysis().temp_size_in_bytes
 
   few, many = temporaries(1024), temporaries(4096)
-  # Four times the tokens; one-hot dispatch would take 16 times the memory.
+  # For four times the tokens, one-hot dispatch would need 16 times the memory.
   assert many < 6 * few
-  # An eighth of a single float32 array of that size.
+  # That is an eighth of one float32 array of the size of one-hot dispatch.
   assert many < 4 * 4096 * num_experts * (4096 * k // num_experts) / 8
 
 
@@ -478,7 +480,7 @@ def test_bad_settings_are_named():
 def test_logits_that_are_not_finite_are_counted():
   layer, params, tokens, ids = make_case(9, 'top1', 'tight')
   tokens[0, 0] = np.nan
-  tokens[1, 0] = np.nan  # Padding.
+  tokens[1, 0] = np.nan  # This token is padding.
   outputs, stats = run(layer, params, tokens, ids)
   assert stats.num_not_finite == 1
   assert np.isnan(outputs[0, 0]).all()

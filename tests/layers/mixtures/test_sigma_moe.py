@@ -1,4 +1,4 @@
-"""SigmaMoe against a float64 loop over tokens, and what it refuses."""
+"""Tests SigmaMoe against a float64 loop over tokens, and what it refuses."""
 
 import flax
 import jax
@@ -51,7 +51,8 @@ def make_case(router, **fields):
   ids[1, :3] = -1
   variables = layer.init(jax.random.key(0), tokens, ids)
   params = flax.core.unfreeze(variables['params'])
-  # Biases and well spread logits as well.
+  # All parameters are drawn again, so that biases are not zero and logits are
+  # spread.
   params = jax.tree.map(
     lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), params
   )
@@ -59,7 +60,7 @@ def make_case(router, **fields):
 
 
 def excluded_of(layer, params, key):
-  """The mask that the layer draws: of all groups, in the shape of logits."""
+  """The mask of excluded experts that the layer draws, shaped like logits."""
   found = []
 
   def remember(call, args, kwargs, context):
@@ -79,7 +80,7 @@ def excluded_of(layer, params, key):
 
 
 def oracle(layer, params, tokens, ids, excluded):
-  """Outputs, and the regularisers of the batch and of sequences, in float64."""
+  """Outputs, and the regularizers of the batch and of sequences, in float64."""
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   w = p['router']['router_weights']['w']
   z = tokens.astype(np.float64) @ w['kernel'] + w.get('bias', 0)
@@ -129,7 +130,7 @@ def test_values_and_gradients_equal_the_loop(router, dispatch):
   excluded = excluded_of(layer, params, key)
   assert (excluded is not None) == (layer.routing.exclusion_rate > 0)
   if excluded is not None:
-    # Some tokens have one expert or none.
+    # Some tokens are left with one expert or none.
     assert np.any(excluded.sum(-1) > NUM_EXPERTS - K)
   rng = np.random.default_rng(1)
   cotangent = rng.normal(size=tokens.shape)
@@ -159,7 +160,7 @@ def test_values_and_gradients_equal_the_loop(router, dispatch):
     outputs, information, _ = oracle(layer, params, tokens, ids, excluded)
     return np.sum(outputs * cotangent) + information
 
-  # Along random directions of every parameter, central differences.
+  # Gradients are compared with central differences along random directions.
   leaves, tree = jax.tree.flatten((params, np.asarray(tokens, np.float64)))
   for i, leaf in enumerate(leaves):
     direction = rng.normal(size=leaf.shape)
@@ -185,7 +186,7 @@ def test_regularisers_of_the_batch_and_of_sequences(losses, number):
   layer, params, tokens, ids = make_case(
     'softmax', losses=losses, groups=token_groups.SequenceGroups()
   )
-  ids[2] = -1  # A sequence without real tokens has no part.
+  ids[2] = -1  # A sequence without real tokens does not count.
   _, sown = layer.apply(
     {'params': params}, tokens, ids, mutable=['router_stats']
   )
@@ -199,7 +200,8 @@ def test_regularisers_of_the_batch_and_of_sequences(losses, number):
 
 
 def test_large_logits_are_ranked_as_logits():
-  # All sigmoids are 1 in float32, and so is nothing but the order of logits.
+  # In float32 all these sigmoids are 1, so only the logits themselves have an
+  # order.
   logits = jnp.asarray([[[30.0, 50.0, 40.0, 60.0]]])
   router = tokens_choose.TokensChoose(2, sigmoid=True)
   choices = router(
@@ -222,7 +224,7 @@ def test_a_token_without_experts_is_skipped_and_counted():
     num_experts=3,
     training=True,
   )
-  # Both choices of each of the three tokens; 3 is none.
+  # Each of the three tokens has two choices; expert 3 means none.
   np.testing.assert_array_equal(choices.experts, [[3, 3, 1, 3, 2, 1]])
   second, third = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-3))
   np.testing.assert_allclose(
@@ -235,7 +237,7 @@ def test_sinkhorn_balances_and_the_papers_iteration_does_not():
   is_valid = jnp.arange(60)[None] < jnp.asarray([[60], [40]])
   router = sinkhorn_choose.SinkhornChoose(1, sigmoid=True, iterations=50)
   r = np.exp(router.log_assignment(logits, is_valid)) * is_valid[:, :, None]
-  # Rows of real tokens are 1, columns an even share.
+  # The rows of real tokens sum to 1, and all columns to an even share.
   np.testing.assert_allclose(r.sum(2), is_valid, atol=1e-4)
   np.testing.assert_allclose(r.sum(1), [[15] * 4, [10] * 4], rtol=1e-5)
   paper = paper_sinkhorn.PaperSinkhornChoose(1, sigmoid=True, iterations=50)
@@ -275,19 +277,21 @@ def test_the_deviations_of_fresh_parameters():
   expert = params['expert']
   assert np.std(expert['wi']['kernel']) == pytest.approx(std(80), rel=0.02)
   assert np.std(expert['wo']['kernel']) == pytest.approx(std(16 * 24), rel=0.02)
-  assert np.abs(expert['wi']['kernel']).max() > 3 * std(80)  # Not truncated.
+  # The normal distribution is not truncated.
+  assert np.abs(expert['wi']['kernel']).max() > 3 * std(80)
   kernel = np.asarray(params['router']['router_weights']['w']['kernel'])
   assert np.std(kernel) == pytest.approx(std(80), rel=0.05)
   norms = np.linalg.norm(kernel, axis=0)
   np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
-  # The paper's "standard init".
+  # This is the "standard init" of the paper.
   single = initial_experts.SingleExpertInit(3, scale=0.1)
   params = layer.clone(initialization=single).init(jax.random.key(0), tokens)
   kernel = params['params']['expert']['wo']['kernel']
   assert np.std(kernel) == pytest.approx(np.sqrt(0.1) * std(24), rel=0.02)
 
 
-# Width, experts, their width; parameters of the block in the paper's models.
+# Each case has the width, the experts and their width, and the parameters of
+# one block in the paper's models.
 @pytest.mark.parametrize(
   ('embed', 'num_experts', 'expert_dim', 'expected'),
   [
@@ -309,7 +313,7 @@ def test_what_cannot_work_is_refused():
     sigma_moe.SigmaMoe(3, 8)
   with pytest.raises(ValueError, match='is 1.0. sigma-MoE has 0.05 or 0.1'):
     tokens_choose.TokensChoose(2, exclusion_rate=1.0)
-  with pytest.raises(ValueError, match='are 0 and 1.0. Give the blocks of one'):
+  with pytest.raises(ValueError, match='are 0 and 1.0. Set num_layers'):
     initial_experts.SigmaInit(0)
   with pytest.raises(ValueError, match='are 0 and 0.0. Leave out bias_rate'):
     sinkhorn_choose.SinkhornChoose(2, iterations=0)
@@ -325,7 +329,8 @@ def test_logits_that_are_not_finite_are_counted():
 
 
 def test_what_is_kept_for_the_gradient_grows_by_hidden_units_alone():
-  # So many tokens that the batch of experts has no more rows than pairs.
+  # There are enough tokens that the padded rows of all experts are no more than
+  # the pairs.
   batch, length, embed, expert_dim, experts = 2, 1024, 48, 8, 16
   tokens = jax.ShapeDtypeStruct((batch, length, embed), jnp.float32)
 
@@ -340,7 +345,8 @@ def test_what_is_kept_for_the_gradient_grows_by_hidden_units_alone():
     )
     return sum(x.size for x in jax.tree.leaves(kept))
 
-  # Hidden units and some ten numbers of the plan; no copy of a token.
+  # Each choice keeps its hidden units and some ten numbers of the plan, but no
+  # copy of the token.
   of_choice = batch * length * (expert_dim + 12)
   assert num_kept(4) - num_kept(2) <= 2 * of_choice
   assert num_kept(8) - num_kept(4) <= 4 * of_choice

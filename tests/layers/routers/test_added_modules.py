@@ -1,4 +1,4 @@
-"""Layers with added and with removed modules, against float64 loops."""
+"""Tests layers with added or removed modules against float64 loops."""
 
 import functools
 import math
@@ -31,14 +31,14 @@ TOP2 = tokens_choose.TokensChoose(2)
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
-  """Each program runs once."""
+  """Each program here runs only once, so it is compiled quickly."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
 
 
 def make_case(layer, seed=0):
-  """Its parameters, far from even, and tokens with padding."""
+  """A layer, its parameters with uneven routers, and tokens with padding."""
   rng = np.random.default_rng(seed)
   tokens = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
   ids = np.zeros((BATCH, LENGTH), np.int32)
@@ -59,7 +59,7 @@ def run(layer, params, tokens, ids):
 
 
 def logits_of(params, tokens):
-  """<float64>[batch, length, columns]."""
+  """The logits of a router, <float64>[batch, length, columns]."""
   weights = params['router']['router_weights']
   x = tokens.astype(np.float64)
   if 'hidden' in weights:
@@ -83,7 +83,7 @@ def softmax(x):
 
 
 def oracle(params, tokens, ids, gates_of):
-  """Sums over `gates_of(logits)`: numbers of modules and their weights."""
+  """Outputs as sums over the modules and weights of `gates_of(logits)`."""
   outputs = np.zeros(tokens.shape)
   logits = logits_of(params, tokens)
   for where in np.argwhere(ids >= 0):
@@ -100,7 +100,7 @@ def best(scores, k):
 
 
 def of_added(logits):
-  """Two old modules by the old softmax, and one new by that of all."""
+  """Two old modules by the softmax of old ones, and one new by that of all."""
   old, every = softmax(logits[:NUM_OLD]), softmax(logits)
   yield from ((m, old[m]) for m in best(old, 2))
   yield from (
@@ -109,7 +109,7 @@ def of_added(logits):
 
 
 def of_kept(logits):
-  """Masked after the softmax of all; numbers are those in the smaller layer."""
+  """Kept modules by the softmax of all, numbered as in the smaller layer."""
   probs = softmax(logits)
   kept = np.asarray(KEPT)
   yield from ((m, probs[kept[m]]) for m in best(probs[kept], 2))
@@ -157,7 +157,7 @@ def test_outputs_are_those_of_a_loop(make, gates_of, logits):
 
 
 def test_new_modules_change_no_bit_of_old_choices():
-  """However large the new logits are."""
+  """The old choices keep their bits, however large the new logits are."""
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(2, 5, NUM_OLD + NUM_NEW)).astype(np.float32)
   logits[:, :, NUM_OLD:] *= 50
@@ -179,7 +179,7 @@ def test_new_modules_change_no_bit_of_old_choices():
 
 
 def test_modules_that_give_nothing_change_no_output():
-  """But for the order of sums, which goes with the shape of a product."""
+  """Only the order of sums differs, as products have another shape."""
   larger = added_layer('mlp')
   params, tokens, ids = make_case(larger)
   params['expert']['wo']['kernel'][NUM_OLD:] = 0
@@ -277,7 +277,7 @@ def test_selection_bias_and_dropped_modules_go_with_their_columns():
 
 
 def test_a_capacity_leaves_old_modules_first():
-  """Pairs of new modules stand behind all pairs of old ones."""
+  """Pairs of new modules come after all pairs of old ones, so drop first."""
   layer = added_layer(dispatch=capacity_dispatch.CapacityDispatch(9.0))
   params, tokens, ids = make_case(layer)
   expected, _ = run(added_layer(), params, tokens, ids)
@@ -300,7 +300,7 @@ def test_taking_over_is_what_old_modules_lose():
   left = probs[:, :NUM_OLD].sum(-1)
   expected = -np.log(left[is_valid[0]]).sum()
   np.testing.assert_allclose(sums['takeover'], expected, rtol=1e-5)
-  # The divergence of the old softmax from the new one.
+  # This is the divergence of the old softmax from the new one.
   old = np.stack([softmax(row) for row in logits[0, :, :NUM_OLD]])
   divergence = (old * np.log(old / probs[:, :NUM_OLD])).sum(-1)
   np.testing.assert_allclose(divergence, -np.log(left), rtol=1e-5)
@@ -309,7 +309,7 @@ def test_taking_over_is_what_old_modules_lose():
 def test_parts_that_cannot_work_are_refused():
   with pytest.raises(ValueError, match='Train the model with TokensChoose'):
     added_modules.AddedChoose(hash_routing.HashRouter(7), 4)
-  with pytest.raises(ValueError, match='k is the number of new modules'):
+  with pytest.raises(ValueError, match='Set k to the number of new modules'):
     added_modules.AddedChoose(TOP2, 4, 0)
   with pytest.raises(ValueError, match='number of new modules, 3, but is 4'):
     added_layer(routing=added_modules.AddedChoose(TOP2, NUM_OLD, 4))

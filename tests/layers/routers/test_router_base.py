@@ -1,4 +1,4 @@
-"""Routers, plans and losses with numbers worked out by hand."""
+"""Tests routers, plans and losses with numbers worked out by hand."""
 
 import pathlib
 
@@ -23,8 +23,8 @@ from mowe.layers.routers import (
   tokens_choose,
 )
 
-# One group, four tokens, two experts; softmax gives these back. The third
-# token is padding.
+# There is one group of four tokens, and two experts. The softmax of LOGITS
+# gives PROBS again. The third token is padding.
 PROBS = np.array([[[0.6, 0.4], [0.9, 0.1], [0.5, 0.5], [0.7, 0.3]]], np.float32)
 LOGITS = jnp.log(PROBS)
 IS_VALID = jnp.array([[True, True, False, True]])
@@ -42,7 +42,7 @@ def choose(router, logits=LOGITS, is_valid=IS_VALID, ids=None, bias=None):
 def test_tokens_choose_their_best_expert():
   choices = choose(tokens_choose.TokensChoose())
   np.testing.assert_array_equal(choices.tokens, [[0, 1, 2, 3]])
-  # Padding has expert 2 of 2: none.
+  # The padding has expert 2 of 2, which means none.
   np.testing.assert_array_equal(choices.experts, [[0, 0, 2, 0]])
   np.testing.assert_allclose(choices.weights, [[0.6, 0.9, 0, 0.7]], rtol=1e-6)
   np.testing.assert_array_equal(choices.pairs[0, :, 0], [0, 1, 2, 3])
@@ -50,7 +50,8 @@ def test_tokens_choose_their_best_expert():
 
 def test_batch_priority_sorts_tokens_and_first_choices_come_first():
   choices = choose(tokens_choose.TokensChoose(2, batch_prioritized=True))
-  # 0.9, 0.7, 0.6, padding: twice, for the first and for the second choice.
+  # The order is 0.9, 0.7, 0.6, padding: once for the first choices, and once
+  # for the second ones.
   np.testing.assert_array_equal(choices.tokens, [[1, 3, 0, 2] * 2])
   np.testing.assert_array_equal(choices.experts, [[0, 0, 0, 2, 1, 1, 1, 2]])
   np.testing.assert_array_equal(
@@ -79,13 +80,14 @@ def test_first_choices_may_come_first():
 def test_selection_bias_selects_and_does_not_weigh():
   bias = jnp.array([-0.3, 0.0])
   choices = choose(tokens_choose.TokensChoose(bias_rate=0.1), bias=bias)
-  # 0.6 - 0.3 < 0.4 turns the first token only; its weight is 0.4, unbiased.
+  # Only for the first token the bias changes the choice, as 0.6 - 0.3 < 0.4.
+  # Its weight is 0.4, without the bias.
   np.testing.assert_array_equal(choices.experts, [[1, 0, 2, 0]])
   np.testing.assert_allclose(choices.weights, [[0.4, 0.9, 0, 0.7]], rtol=1e-6)
 
 
 def test_sigmoid_scores_renormalised():
-  logits = jnp.array([[[0.0, np.log(3.0)]]])  # Sigmoids: 1/2 and 3/4.
+  logits = jnp.array([[[0.0, np.log(3.0)]]])  # The sigmoids are 1/2 and 3/4.
   router = tokens_choose.TokensChoose(2, sigmoid=True, renormalize=True)
   choices = choose(router, logits, jnp.array([[True]]))
   np.testing.assert_array_equal(choices.experts, [[1, 0]])
@@ -94,10 +96,10 @@ def test_sigmoid_scores_renormalised():
 
 
 def test_experts_choose_their_tokens():
-  # 4/3 experts of each of three real tokens: two tokens of each expert.
+  # Three real tokens with 4/3 experts each make two tokens for each expert.
   choices = choose(experts_choose.ExpertsChoose(4 / 3))
-  # Expert 0 has room for a third. Expert 1 would have taken padding (0.5)
-  # before 0.4.
+  # Expert 0 would have room for a third token. If padding counted, with 0.5,
+  # expert 1 would choose it before the token with 0.4.
   np.testing.assert_array_equal(choices.experts, [[0, 0, 2, 1, 1, 2]])
   taken = np.asarray(choices.experts[0]) < 2
   choices = choices._replace(
@@ -108,7 +110,7 @@ def test_experts_choose_their_tokens():
   np.testing.assert_array_equal(choices.tokens, [[1, 3, 0, 3]])
   np.testing.assert_array_equal(choices.experts, [[0, 0, 1, 1]])
   np.testing.assert_allclose(choices.weights, [[0.9, 0.7, 0.4, 0.3]], rtol=1e-6)
-  # Pairs 1 and 4 are those of the last token; 6 is none.
+  # Pairs 1 and 4 belong to the last token, and 6 means no pair.
   np.testing.assert_array_equal(
     choices.pairs[0], [[6, 3], [0, 6], [6, 6], [1, 4]]
   )
@@ -127,10 +129,10 @@ def test_experts_follow_real_tokens_not_the_padded_length(length):
     ),
     num_experts=4,
   )
-  # 2 x 12 / 4 and 2 x 6 / 4 tokens of each expert, padded or not.
+  # Each expert chooses 2 x 12 / 4 or 2 x 6 / 4 tokens, with or without padding.
   counts = slots.count_choices(choices.experts, 4)
   np.testing.assert_array_equal(counts, [[6] * 4, [3] * 4])
-  # So much is computed, too.
+  # Exactly these choices are computed.
   plan = dropless_dispatch.DroplessDispatch().plan(
     choices, router, num_experts=4
   )
@@ -146,7 +148,7 @@ def test_experts_leave_slots_empty_when_real_tokens_run_out():
 
 def test_hash_router_reads_its_table():
   router = hash_routing.HashRouter(3, table=(1, 0, 1))
-  # 3 has no expert, and padding has none.
+  # The id 3 means no expert, and padding has none either.
   ids = jnp.array([[2, 1, -1, 3]])
   choices = choose(router, None, ids >= 0, ids)
   np.testing.assert_array_equal(choices.experts, [[1, 0, 2, 2]])
@@ -164,23 +166,25 @@ def test_random_hash_is_even_and_depends_on_the_seed():
   ]
   np.testing.assert_array_equal(experts[0], experts[1])
   assert np.mean(experts[0] == experts[2]) < 0.2
-  # 4000 each, give or take five standard deviations.
+  # Each expert has 4000 ids, give or take five standard deviations.
   np.testing.assert_allclose(np.bincount(experts[0]), 4000, atol=300)
 
 
 def test_balanced_table_gives_to_the_least_busy():
-  # 9 to expert 0; 5, then 4 to expert 1; on a tie, 9 to 9, 3 to expert 0.
+  # Expert 0 gets 9. Expert 1 gets 5 and then 4. Both have 9 now, and expert 0
+  # gets 3.
   table = hash_routing.balanced_table(np.array([3, 9, 4, 5]), 2)
   assert table == (0, 0, 1, 1)
-  # Ids that never occur are spread as well.
+  # Ids that do not occur are spread evenly as well.
   assert sorted(hash_routing.balanced_table(np.zeros(4), 2)) == [0, 0, 1, 1]
 
 
 def test_capacity_plan():
   router = tokens_choose.TokensChoose()
   choices = choose(router)
-  # Four choices, two experts, factor 1: two slots each. Tokens 0 and 1 take
-  # those of expert 0, token 3 is dropped, expert 1 stays empty.
+  # Four choices, two experts and a factor of 1 make two slots for each expert.
+  # Tokens 0 and 1 take those of expert 0, token 3 is dropped, and expert 1
+  # stays empty.
   plan = capacity_dispatch.CapacityDispatch(1.0, 1).plan(
     choices, router, num_experts=2
   )
@@ -199,7 +203,8 @@ def test_dropless_plan():
   plan = dropless_dispatch.DroplessDispatch().plan(
     choices, router, num_experts=2
   )
-  # First choices of tokens 0, 1, 3 went to expert 0, second ones to expert 1.
+  # The first choices of tokens 0, 1 and 3 are expert 0, and the second ones are
+  # expert 1.
   np.testing.assert_array_equal(plan.sources[:6], [0, 1, 3, 0, 1, 3])
   np.testing.assert_array_equal(plan.sources[6:], 4)
   none = plan.sources.size
@@ -210,7 +215,7 @@ def test_dropless_plan():
 
 
 def test_a_buffer_between_devices_is_filled_in_order_of_tokens():
-  # One group of four tokens; experts 0 and 1 are on the first device.
+  # There is one group of four tokens. Experts 0 and 1 are on the first device.
   router = hash_routing.HashRouter(4, table=(3, 2, 0, 2))
   choices = router(
     router_base.RouterInputs(
@@ -218,15 +223,16 @@ def test_a_buffer_between_devices_is_filled_in_order_of_tokens():
     ),
     num_experts=4,
   )
-  # An even share of four pairs: two places for each device.
+  # The even share of four pairs is two places for each device.
   exchange = dropless_exchange.DroplessExchange(2, buffer_factor=1.0)
   plan = exchange.plan(choices, router, num_experts=4)
-  # Tokens 0 and 1 are on the second device before token 3, although expert 2
-  # comes before expert 3 of token 0. In a buffer experts are in their order.
+  # Tokens 0 and 1 take the places on the second device before token 3, although
+  # its expert 2 comes before expert 3 of token 0. Within the buffer the order
+  # is that of experts.
   np.testing.assert_array_equal(plan.sources, [2, 4, 1, 0])
   np.testing.assert_array_equal(plan.slots_of_tokens[:, 0], [3, 2, 0, 4])
   np.testing.assert_array_equal(plan.group_sizes, [1, 0, 1, 1])
-  # Outside of training there is room for all.
+  # Outside of training there is room for all pairs.
   plan = exchange.without_drops().plan(choices, router, num_experts=4)
   np.testing.assert_array_equal(plan.group_sizes, [1, 0, 2, 1])
 
@@ -237,7 +243,7 @@ def test_capacity_grows_with_k_but_for_flaxformer():
   capacity = lambda rule, k: rule.capacity(tokens_choose.TokensChoose(k), 64, 8)
   assert [capacity(ours, k) for k in (1, 2, 4)] == [10, 20, 40]
   assert [capacity(theirs, k) for k in (1, 2, 4)] == [10, 10, 10]
-  # An expert never gets a token twice.
+  # An expert cannot get a token twice, so it needs no more slots than tokens.
   assert capacity(ours, 8) == 64
 
 
@@ -251,7 +257,8 @@ def test_load_balance_is_one_at_balance(k):
     sums = rule.sums(jnp.log(probs), probs, chosen, is_valid)
     both[type(rule).__name__] = sums['load_balance'] / sums['num_loss_tokens']
     np.testing.assert_allclose(sums['importance'], 0, atol=1e-6)
-    # The log-sum-exp of logarithms of probabilities is zero.
+    # The probabilities sum to one, so the log-sum-exp of their logarithms is
+    # zero.
     np.testing.assert_allclose(sums['z_loss'], 0, atol=1e-6)
   np.testing.assert_allclose(both['RouterLosses'], 1.0, rtol=1e-6)
   np.testing.assert_allclose(both['FlaxformerLosses'], k, rtol=1e-6)
@@ -261,9 +268,11 @@ def test_losses_by_hand():
   sums = router_losses.RouterLosses().sums(
     LOGITS, jnp.asarray(PROBS), jnp.array([[3, 0]]), IS_VALID
   )
-  # All three tokens chose expert 0, with 0.6 + 0.9 + 0.7 = 2.2 of 3.
+  # All three tokens chose expert 0, whose probabilities 0.6 + 0.9 + 0.7 sum to
+  # 2.2 of 3.
   np.testing.assert_allclose(sums['load_balance'], 2 * 2.2, rtol=1e-6)
-  # Totals 2.2 and 0.8, mean 1.5: variance 0.49 / 2.25, times three tokens.
+  # The totals are 2.2 and 0.8 with the mean 1.5. So the squared variation is
+  # 0.49 / 2.25, which counts for three tokens.
   np.testing.assert_allclose(sums['importance'], 3 * 0.49 / 2.25, rtol=1e-5)
   assert sums['num_loss_tokens'] == 3
 
@@ -274,7 +283,7 @@ def test_bias_moves_against_the_load():
     **zeros
     | {'load': jnp.array([5.0, 3.0, 1.0]), 'dropped': jnp.array([1.0, 0, 0])}
   )
-  # 6, 3, 1 chosen; the mean is 10 / 3.
+  # The experts were chosen 6, 3 and 1 times; the mean is 10 / 3.
   bias = router_losses.balanced_bias(jnp.array([0.5, 0, 0]), stats, 0.1)
   np.testing.assert_allclose(bias, [0.4, 0.1, 0.1], rtol=1e-6)
 
@@ -294,13 +303,13 @@ def test_groups_are_split_and_merged(shape, groups):
   np.testing.assert_array_equal(groups.merge(split, *shape), tokens)
   if type(groups) is token_groups.TokenGroups:
     assert split.shape[1] <= max(groups.size, shape[1])
-    # Less than one sequence per group is filled up with.
+    # What is added is less than one sequence for each group.
     missing = split.shape[0] * split.shape[1] - shape[0] * shape[1]
     assert 0 <= missing < split.shape[0] * shape[1]
 
 
 def test_load_concentration_is_the_entropy_of_the_mean():
-  """The value is that of the formula for the authors' probabilities."""
+  """The value must be that of the authors' formula for their probabilities."""
   folder = pathlib.Path(__file__).resolve().parents[2] / 'golden'
   with np.load(folder / 'moduleformer.npz') as arrays:
     probs = arrays['gate_probs']

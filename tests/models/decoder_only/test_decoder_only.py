@@ -1,4 +1,4 @@
-"""Decoder-only: against numpy, and forms of one computation against another."""
+"""Tests decoder-only models against numpy, and forms of one computation."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ ATTENTIONS = {
   'relative': relative_attention.RelativeAttention,
   'stick': stick_breaking.StickBreakingAttention,
 }
-# With logits that the oracle below knows nothing of.
+# The oracle below does not cover modules, whose logits come from an MLP.
 WITH_MODULES = ATTENTIONS | {
   'modules': functools.partial(
     mixture_of_heads.MixtureOfSelfAttentionHeads,
@@ -63,7 +63,8 @@ def make_config(attention='t5', **changes):
 def make_model(config):
   model = families.build(config)
   shapes = initialization.abstract_variables(model)['params']
-  # Larger than fresh ones, and no zero biases: errors are seen.
+  # Parameters are larger than fresh ones, and biases are not zero, so that
+  # errors show.
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda leaf: rng.normal(size=leaf.shape, scale=0.5).astype(np.float32),
@@ -73,7 +74,7 @@ def make_model(config):
 
 
 def make_batch(seed=0, lengths=(7, 7, 4)):
-  """Rows of targets of these lengths, and inputs that are shifted."""
+  """Rows of targets of these lengths, and inputs that are shifted by one."""
   rng = np.random.default_rng(seed)
   targets = rng.integers(3, VOCAB, (BATCH, LENGTH)).astype(np.int32)
   targets *= np.arange(LENGTH) < np.array(lengths)[:, None]
@@ -101,7 +102,7 @@ def close(actual, expected, where=None):
   )
 
 
-# The whole model in float64, from the formulas.
+# The functions below compute the whole model in float64, from its formulas.
 
 
 def _softmax(logits):
@@ -128,7 +129,7 @@ def _heads(x):
 
 
 def _rotate_one(vector, position):
-  """Pairs as complex numbers, times e^(i position speed)."""
+  """Takes pairs as complex numbers, and multiplies by e^(i position speed)."""
   half = KV // 2
   numbers = vector[:half] + 1j * vector[half:]
   speeds = np.array([10_000.0 ** (-2 * i / KV) for i in range(half)])
@@ -137,7 +138,7 @@ def _rotate_one(vector, position):
 
 
 def _logit(kind, params, stack, q, k, head, i, j):
-  """Logit of query i and key j; q and k are vectors of one head."""
+  """The logit of query i and key j; q and k are the vectors of one head."""
   if kind == 't5':
     bucket = relative_position.position_bucket(
       jnp.array(j - i), bidirectional=False
@@ -267,7 +268,7 @@ def test_packed_texts_are_those_alone(kind):
 @pytest.mark.parametrize('kind', ATTENTIONS)
 @pytest.mark.parametrize('memory', [3, 9])
 def test_memory_is_a_longer_row_with_a_window(kind, memory):
-  """Four batches that continue each other, against one long row."""
+  """Four batches that continue each other must equal one long row."""
   config = make_config(kind, memory_length=memory)
   model, variables = make_model(config)
   steps, size = 4, 5
@@ -306,7 +307,7 @@ def test_memory_is_a_longer_row_with_a_window(kind, memory):
 
 
 def make_sparse(kind):
-  """Parts of a config with word experts, or with a mixture in every block."""
+  """Parts of a config with word experts, or with mixtures in every block."""
   if kind == 'moe':
     return {
       'sparse_feed_forward': functools.partial(moe.MoeLayer, 4, 5),
@@ -345,7 +346,8 @@ def test_generation_with_a_cache_is_the_argmax_of_full_passes(kind, changes):
   parts = make_sparse(sparse) if sparse else {}
   config = make_config(kind, **changes, **parts)
   model, variables = make_model(config)
-  # Id 0 is padding in the passes over all tokens, so it must not be generated.
+  # Id 0 counts as padding in the passes over all tokens, so it must not be
+  # generated.
   variables = copy.deepcopy(variables)
   variables['params']['decoder']['logits_dense']['kernel'][:, 0] = 0
   if sparse == 'mowe':
@@ -370,7 +372,7 @@ def test_generation_with_a_cache_is_the_argmax_of_full_passes(kind, changes):
     batch = np.zeros((2, BATCH, length), np.int32)
     for place, row in enumerate(written):
       batch[0, place, 1 : len(row) + 1] = row
-      # Any token stands for the one that is asked for.
+      # The last token only fills the place of the one that is to be predicted.
       batch[1, place, : len(row) + 1] = [*row, 3]
     prefix = np.arange(length) < np.array([[len(row) + 1] for row in rows])
     logits = logits_of(
@@ -394,7 +396,7 @@ def test_generation_with_a_cache_is_the_argmax_of_full_passes(kind, changes):
 
 
 def test_beams_share_the_pass_over_the_inputs():
-  """One beam that is alive at first, and all with the cache of their input."""
+  """One beam is alive at first, and then all have the cache of their input."""
   model, variables = make_model(make_config('rotary'))
   inputs = np.array([[5, 3, 9], [4, 0, 0], [7, 8, 0]], np.int32)
   wide = decoding.BeamSearch(num_beams=VOCAB, alpha=0.0)
@@ -402,7 +404,8 @@ def test_beams_share_the_pass_over_the_inputs():
   greedy, best = decoding.generate(
     model, variables, inputs, 1, decoding.Greedy()
   )
-  # Unfinished ones, or the one that is EOS.
+  # After one step a beam is unfinished, or it is EOS alone. Scores must agree
+  # where greedy decoding has chosen EOS.
   ended = np.asarray(greedy)[:, 0] == 1
   np.testing.assert_allclose(
     np.asarray(scores)[ended], np.asarray(best)[ended], rtol=1e-5
@@ -435,7 +438,7 @@ def test_rotation_keeps_lengths_and_knows_only_distances():
     )
 
   np.testing.assert_allclose(products(0), products(1000), atol=2e-3)
-  # A quarter of the first pair's turn: (x, y) to (-y, x).
+  # This is a quarter turn of the first pair: (x, y) becomes (-y, x).
   one = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
   quarter = self_attention.rotate(one, jnp.array([1]), 10.0)
   np.testing.assert_allclose(
@@ -444,13 +447,14 @@ def test_rotation_keeps_lengths_and_knows_only_distances():
 
 
 def test_values_of_distances_go_to_their_keys():
-  # Query 0 stands at key 2, query 1 at key 3; distance d has the value d.
+  # Query 0 is at the place of key 2, and query 1 at that of key 3. The value of
+  # distance d is d.
   values = jnp.broadcast_to(jnp.arange(4.0), (1, 1, 2, 4))
   positions = self_attention.Positions(np.array([2, 3]), np.arange(4))
   found = relative_attention.by_distance(values, positions)[0, 0]
   np.testing.assert_array_equal(found[0, :3], [2, 1, 0])
   np.testing.assert_array_equal(found[1], [3, 2, 1, 0])
-  # Anywhere, as in a cache that has room left.
+  # The queries may be anywhere, as in a cache that has room left.
   first = self_attention.Positions(jnp.array([1, 2]), jnp.arange(4))
   found = relative_attention.by_distance(values, first)[0, 0]
   np.testing.assert_array_equal(found[0, :2], [1, 0])

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of tiny models, counted by hand."""
+"""Tests parameters and FLOPs of tiny models, counted by hand."""
 
 import dataclasses
 import fractions
@@ -17,7 +17,8 @@ from mowe.models.families import costs
 from mowe.models.t5 import t5, t5_config
 
 _V, _D, _H, _K, _F = 11, 6, 2, 5, 7
-_E, _X = 13, 3  # Experts, and hidden units of one.
+# _E is the number of experts, and _X that of hidden units of an expert.
+_E, _X = 13, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ def _mowe(**layer):
 
 _ATTENTION = 4 * _D * _H * _K
 _MLP = 3 * _D * _F
-# Two norms in an encoder block, three in a decoder block, one at each end.
+# There are two norms in an encoder block, three in a decoder block, and one at
+# the end of each stack.
 _NORMS = (3 * 2 + 2 * 3 + 2) * _D
 _RELPOS = 2 * 32 * _H
 
@@ -62,8 +64,8 @@ def test_a_dense_model_by_hand():
   assert cost.total_parameters == kernels + _NORMS + _RELPOS + 2 * _V * _D
   assert cost.active_parameters == cost.total_parameters
   assert cost.expert_parameters == cost.active_expert_parameters == 0
-  # An input token passes the encoder, and is projected to a key and a value
-  # in each decoder block.
+  # An input token goes through the encoder. Each decoder block then projects it
+  # to a key and a value.
   memory = 2 * 2 * _D * _H * _K
   assert cost.flops_per_input_token == 2 * (3 * (_ATTENTION + _MLP) + memory)
   assert cost.flops_per_target_token == 2 * (
@@ -88,7 +90,7 @@ def test_a_shared_table_is_stored_and_counted_once():
   assert cost.active_expert_parameters == row
   assert cost.total_parameters == dense.total_parameters - 3 * _MLP + _E * row
   assert cost.active_parameters == dense.total_parameters - 3 * _MLP + row
-  # It is read in two encoder blocks and in one decoder block.
+  # Two encoder blocks and one decoder block read from the table.
   assert cost.flops_per_input_token == dense.flops_per_input_token + 2 * 2 * (
     row - _MLP
   )
@@ -143,13 +145,13 @@ _ROUTER = _D * _E
 )
 def test_a_mixture_of_experts_by_hand(routing, per_token, router):
   dense, cost = costs.model_costs(_config()), costs.model_costs(_moe(routing))
-  # Three layers, each with experts of its own.
+  # There are three layers, each with experts of its own.
   assert cost.expert_parameters == 3 * _E * _EXPERT
   assert cost.active_expert_parameters == 3 * per_token * _EXPERT
   rest = dense.total_parameters + 3 * (router - _MLP)
   assert cost.total_parameters == rest + cost.expert_parameters
   assert cost.active_parameters == rest + cost.active_expert_parameters
-  # Two of them in the encoder, one in the decoder.
+  # Two of these layers are in the encoder and one is in the decoder.
   more = 2 * (per_token * _EXPERT + router - _MLP)
   assert cost.flops_per_input_token == dense.flops_per_input_token + 2 * more
   assert cost.flops_per_target_token == dense.flops_per_target_token + more
@@ -162,7 +164,8 @@ def test_experts_that_choose_are_counted_by_their_choices():
     groups=token_groups.TokenGroups(52),
   )
   dense, cost = costs.model_costs(_config()), costs.model_costs(config)
-  # 2.0 * 52 / 13 = 8 tokens for each of 13 experts: 104 pairs of 52 tokens.
+  # Each of 13 experts chooses 2.0 * 52 / 13 = 8 tokens, so 52 tokens have 104
+  # pairs.
   assert cost.active_expert_parameters == (2 * 2 + 1) * _EXPERT
   assert cost.flops_per_input_token == dense.flops_per_input_token + 2 * 2 * (
     2 * _EXPERT + _ROUTER - _MLP
@@ -178,7 +181,8 @@ def test_choices_that_do_not_come_out_even():
     tokens_choose.TokensChoose(),
     groups=token_groups.TokenGroups(20),
   )
-  # round(20 / 13) = 2 tokens for each of 13 experts: 26 pairs of 20 tokens.
+  # Each of 13 experts chooses round(20 / 13) = 2 tokens, so 20 tokens have 26
+  # pairs.
   layer, _ = config.make_sparse_layers()
   assert costs.experts_per_token(layer) == fractions.Fraction(26, 20)
   cost = costs.model_costs(config)
@@ -200,7 +204,8 @@ def test_a_shared_expert_is_met_by_every_token():
 
 @pytest.mark.parametrize('sparse', [True, False])
 def test_a_product_key_memory_is_counted_by_what_it_reads(sparse):
-  # 25 values by 5 + 5 half-keys of 3 numbers and 2 heads, which choose 4 each.
+  # The 25 values have 5 + 5 half-keys of 3 numbers, for each of 2 heads, which
+  # choose 4 values each.
   make = functools.partial(product_keys.DenseProductKeyMemory, 25, 2)
   values, num_read = 25 * _D, 25 * _D
   if sparse:
@@ -235,7 +240,7 @@ def test_word_experts_below_and_a_mixture_above():
 
 
 def test_the_formula_is_what_the_compiled_program_counts():
-  """One encoder block more; attention scores and small things differ."""
+  """Compares one more encoder block, but for attention scores and small parts."""
   width = {'emb_dim': 64, 'num_heads': 4, 'head_dim': 16, 'mlp_dim': 128}
   length, batch = 4, 8
 

@@ -1,4 +1,4 @@
-"""A config to JSON and back; files that name other things are refused."""
+"""Tests a config to JSON and back; files that name other things are refused."""
 
 import dataclasses
 import functools
@@ -195,7 +195,8 @@ def test_parts_are_plain_and_long_tables_short():
     'class': 'mowe.layers.dispatch.token_groups.TokenGroups',
     'fields': {'size': 16, 'multiple': 1},
   }
-  # 700 experts below 256, 4 letters for 3 of them.
+  # The experts of 700 ids are numbers below 256, so each has one byte, and
+  # base64 has 4 letters for 3 bytes.
   table = tree['routing']['fields']['table']
   assert table['dtype'] == 'uint8' and len(table['integers']) < 700 * 4 / 3 + 4
 
@@ -204,7 +205,7 @@ def test_parts_are_plain_and_long_tables_short():
 def test_integers_of_any_size_come_back(low, high):
   values = (low, high, *range(100))
   router = hash_routing.HashRouter(len(values), table=values)
-  # No router of a model has such a table; here it only is to be written.
+  # No router of a model has such a table; here it is only written and read.
   tree = json.loads(json.dumps(saved_config._part_to_json(router)))
   assert saved_config._value_from_json(tree) == router
 
@@ -245,7 +246,7 @@ def test_a_part_cannot_be_anything_else(name, change):
   del name
   tree = _through_text(_moe(tokens_choose.TokensChoose()))
   tree['sparse_feed_forward']['fields']['routing'] = change
-  expected = 'part of a saved feed-forward must be|modules that you trust'
+  expected = 'part of a saved feed-forward must name|modules that you trust'
   with pytest.raises(ValueError, match=expected):
     saved_config.from_json(tree)
 

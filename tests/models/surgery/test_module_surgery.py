@@ -1,4 +1,4 @@
-"""Adding to and pruning whole models: shapes, outputs, saved configs."""
+"""Tests adding and pruning modules: shapes, outputs, and saved configs."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ PLACES = ('decoder/layers_0/mlp', 'decoder/layers_1/mlp')
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
-  """Each program runs once."""
+  """Each program here runs only once, so it is compiled quickly."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -94,7 +94,7 @@ def heads_in_one_stack():
 
 
 def heads_in_two_stacks():
-  """All three attentions are made by one field."""
+  """In a T5, all three attentions are made by the same field."""
   whole = mixture_of_heads.MixtureOfAttentionHeads
   return two_stacks(
     attention=of_heads(whole),
@@ -120,7 +120,7 @@ def test_attention_modules_come_and_go(make, numbers):
   check_shapes(larger, new)
   before = outputs(config, params)[0]
   assert_close(outputs(larger, new)[0], before)
-  # Without the new ones again, by name; one layer loses another one as well.
+  # Pruning takes the new modules away again, and one more module of one layer.
   layers = module_surgery.module_layers(larger)
   number = lambda one: numbers[one.kind]
   kept = {one.place: tuple(range(one.num_modules)) for one in layers}
@@ -144,7 +144,7 @@ def test_attention_modules_come_and_go(make, numbers):
 
 
 def make_params(config, seed=0):
-  """Routers are far from even."""
+  """Parameters with routers that are far from even."""
   rng = np.random.default_rng(seed)
   shapes = initialization.abstract_variables(families.build(config))['params']
   return {
@@ -232,7 +232,7 @@ def test_added_modules_are_saved_with_the_config():
 
 @dataclasses.dataclass(frozen=True)
 class Masked(tokens_choose.TokensChoose):
-  """All modules, of which some cannot be chosen, before or after softmax."""
+  """A router of all modules that masks some, before or after the softmax."""
 
   removed: tuple[int, ...] = ()
   before: bool = False
@@ -250,7 +250,7 @@ KEPT = {PLACES[0]: (0, 2, 5), PLACES[1]: (1, 2, 3, 4)}
 
 
 def masked(before):
-  """The whole model, with the modules masked that are not kept."""
+  """The whole model with the modules masked that were not kept."""
   changes = {
     place: {
       'routing': Masked(
@@ -284,7 +284,7 @@ def test_a_pruned_model_is_the_masked_one(gates):
     3,
     4,
   ]
-  # Once more, with numbers of the smaller model.
+  # The smaller model is pruned once more, with the numbers of its own modules.
   less = {PLACES[1]: (0, 3)}
   least, edits = modules_pruned.prune(again, less, gates)
   last = modules_edits.apply(edits, new)
@@ -313,7 +313,7 @@ def test_pruning_added_modules_renormalises_both_kinds():
   )
   new = modules_edits.apply(edits, params)
   check_shapes(smaller, new)
-  # Only modules that give nothing were removed.
+  # Only modules whose outputs are zero were removed.
   assert_close(outputs(smaller, new)[0], outputs(config, params)[0])
 
 
@@ -336,7 +336,7 @@ def test_which_modules_are_left():
   counts = [5, 9, 0, 9, 1, 6]
   assert modules_pruned.most_used(one, counts, 0.5) == (1, 3, 5)
   assert modules_pruned.most_used(one, counts, 1.0) == tuple(range(NUM))
-  # The mean is 5.
+  # The mean of the counts is 5.
   assert modules_pruned.above_threshold(one, counts, 1.0) == (0, 1, 3, 5)
   assert modules_pruned.above_threshold(one, counts, 0.1) == (0, 1, 3, 4, 5)
   assert modules_pruned.above_threshold(one, counts, 99.0) == (1, 3)
@@ -344,7 +344,8 @@ def test_which_modules_are_left():
   larger, _ = modules_added.add(one_stack(), {'mlp': 3})
   one = module_surgery.module_layers(larger)[0]
   counts = [5, 9, 0, 9, 1, 6, 0, 2, 1]
-  # Tokens meet a new module as well, however seldom it was chosen.
+  # A new module is kept, however seldom it was chosen, as every token must meet
+  # one.
   assert modules_pruned.most_used(one, counts, 0.33) == (1, 3, 7)
 
 
@@ -387,7 +388,7 @@ def test_what_cannot_be_done_is_said():
   with pytest.raises(ValueError, match='threshold must not be negative'):
     modules_pruned.above_threshold(one, [1] * NUM, -1.0)
   smaller, _ = modules_pruned.prune(config, KEPT, modules_pruned.KeepGates())
-  with pytest.raises(ValueError, match='can only be pruned so again'):
+  with pytest.raises(ValueError, match='in the same way again'):
     modules_pruned.prune(
       smaller, {PLACES[1]: (0, 1)}, modules_pruned.Renormalise()
     )

@@ -1,4 +1,4 @@
-"""From a dense T5 to experts: the same logits, and clear refusals."""
+"""Tests a dense T5 that gets experts: equal logits, and clear refusals."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ def test_every_expert_is_a_copy_and_routers_are_fresh(dense):
       np.testing.assert_array_equal(
         new['expert'][name]['kernel'][e], old[name]['kernel']
       )
-  # Dense blocks, attention and the embedding are taken as they are.
+  # Dense blocks, attention and the embedding are copied as they are.
   for one, other in (
     (params['encoder']['layers_1'], dense['encoder']['layers_1']),
     (params['token_embedder'], dense['token_embedder']),
@@ -147,7 +147,7 @@ def test_experts_lie_where_they_belong(dense):
   wanted = upcycling.dense_shapes(placed)
   assert jax.tree.map(jnp.shape, wanted) == jax.tree.map(jnp.shape, dense)
   kernel = wanted['encoder']['layers_0']['mlp']['wi_0']['kernel']
-  # [embed, mlp]: no axis of experts is left.
+  # A dense kernel is [embed, mlp], so its sharding has no axis of experts.
   assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, 'model')
   dense = jax.tree.map(
     lambda x, leaf: jax.device_put(x, leaf.sharding), dense, wanted

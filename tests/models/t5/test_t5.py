@@ -1,4 +1,4 @@
-"""T5 with other parts: refusals, packing, padding, sparse blocks, remat."""
+"""Tests T5 with other parts: refusals, packing, padding, sparse blocks."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ _PLAIN_SELF_ATTENTION = {
 
 @dataclasses.dataclass(frozen=True)
 class _Routing:
-  """Routes by the token alone, so that ids need no vocabulary."""
+  """Routes by the token alone, so that ids need no routing vocabulary."""
 
   num_experts: int = _EXPERTS
 
@@ -112,7 +112,7 @@ def test_the_decoder_sees_only_what_was(sparse):
     _logits(sparse, inputs, targets),
     _logits(sparse, inputs, changed),
   )
-  # Target 3 is decoder input 4.
+  # Target 3 is the input of the decoder at place 4.
   np.testing.assert_allclose(one[:, :4], other[:, :4], rtol=1e-5, atol=1e-5)
   assert np.abs(one[:, 4:] - other[:, 4:]).max() > 1e-3
 
@@ -154,7 +154,7 @@ def test_routing_ids_of_the_batch_are_those_of_the_tokens():
 
 
 def test_float_tokens_are_cast():
-  # As t5x gives them at initialisation.
+  # t5x gives float tokens when it initializes a model.
   inputs, targets = _tokens(0, _INPUTS), _tokens(1, _TARGETS)
   np.testing.assert_array_equal(
     _logits(True, inputs.astype(np.float32), targets.astype(np.float32)),
@@ -229,7 +229,8 @@ def test_attention_that_does_not_fit_its_place_is_refused(
     mixture_of_heads.MixtureOfAttentionHeads,
     inner=getattr(inner_attention, inner)(),
   )
-  # Alone, `attention` makes that of the encoder, which is refused first.
+  # `attention` also makes the attention of the encoder, which would be refused
+  # first.
   others = {} if field != 'attention' else _PLAIN_SELF_ATTENTION
   with pytest.raises(ValueError, match=message):
     _config(**({field: heads} | others))

@@ -1,4 +1,4 @@
-"""Dense T5 against arrays computed by Hugging Face transformers."""
+"""Tests a dense T5 against arrays that Hugging Face transformers computed."""
 
 import json
 
@@ -28,7 +28,8 @@ def model_and_params(golden_dir):
 
 
 def apply(model, params, io):
-  # No decoder padding mask was used: every target counts as real.
+  # The arrays were made without a padding mask for the decoder, so every target
+  # counts as real.
   real = np.ones_like(io['decoder_input_ids'])
   return model.apply(
     {'params': params},

@@ -1,4 +1,4 @@
-"""Training of added modules alone, and optimizer states after surgery."""
+"""Tests training of added modules alone, and optimizer states after surgery."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from mowe.training.optimization import (
   optimizers,
 )
 
-# [expert, embed, expert_mlp], a router's kernel, and one that stays.
+# One kernel is [expert, embed, expert_mlp], one is that of a router, and one
+# stays.
 SHAPES = {
   ('mlp', 'expert', 'wi', 'kernel'): (4, 3, 5),
   ('mlp', 'router', 'w', 'kernel'): (6, 4),
@@ -79,17 +80,18 @@ def test_states_keep_what_is_left(name):
   is_same = lambda one, other: one.shape == other.shape
   assert all(jax.tree.leaves(jax.tree.map(is_same, actual, shapes)))
   if name == 'factored router':
-    # [6, 4] was factored, [6, 3] is not.
+    # The kernel [6, 4] was factored, and [6, 3] is not.
     assert not np.asarray(actual.v['mlp']['router']['w']['kernel']).any()
     return
-  # Statistics of an expert are its own: those of a step with fewer of them.
+  # The statistics of an expert are its own, so they must equal those of a step
+  # with fewer experts.
   built = OPTIMIZERS[name].build(tree(AXES))
   gradients = make_params(1)
   gradients = {
     p: edits[p].apply(x) if p in edits else x for p, x in gradients.items()
   }
   if name == 'adam':
-    # The norm that clips is that of all gradients together.
+    # Clipping uses the norm of all gradients together.
     return
   _, expected = built.update(
     tree(gradients), built.init(tree(fewer)), tree(fewer)
@@ -157,7 +159,7 @@ def test_only_new_slices_change(name):
   np.testing.assert_array_equal(new['norm']['scale'], params['norm']['scale'])
   assert (slabs[3] != old_slabs[3]).all()
   assert (columns[:, 3] != old_columns[:, 3]).all()
-  # The same as if there were nothing else: its norm is clipped alone.
+  # The result is as if no other parameters existed: only this norm is clipped.
   alone = lambda x: {
     'mlp': {
       'expert': {'wi': {'kernel': x['mlp']['expert']['wi']['kernel'][3:]}},

@@ -1,4 +1,4 @@
-"""Optimizers: parity with T5X's Adafactor, and the combinators around it."""
+"""Tests optimizers: parity with T5X's Adafactor, and the combinators."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ from mowe.training.optimization import adafactor_transform, optimizers
 
 _GOLDEN = pathlib.Path(__file__).parents[2] / 'golden' / 't5x_adafactor.npz'
 
-# As in tests/golden/t5x_adafactor.md.
+# These axes are those of tests/golden/t5x_adafactor.md.
 _AXES = {
   'big': ('embed', 'mlp'),
   'small': ('embed', 'joined_kv'),
@@ -66,7 +66,8 @@ def test_adafactor_equals_t5x(golden, config):
 
 @pytest.mark.usefixtures('small_cache')
 def test_adafactor_in_parts_equals_t5x(golden):
-  # 'wi' has 5 matrices, so parts of 1; 'scanned' has 2 x 3, so parts of 3.
+  # 'wi' has 5 matrices, so its parts have 1. 'scanned' has 2 x 3, so its parts
+  # have 3.
   _compare_with_t5x(golden, 'momentum')
 
 
@@ -127,7 +128,7 @@ def test_experts_do_not_see_each_other(golden, name):
 
 
 def test_axes_may_be_partition_specs_and_cover_more_than_the_parameters():
-  # jax.sharding.PartitionSpec is what get_axis_names of flax returns.
+  # flax's get_axis_names returns jax.sharding.PartitionSpec.
   spec = jax.sharding.PartitionSpec
   axes = {'layer': {'wi': spec('expert', 'embed', 'expert_mlp')}, 'other': ()}
   params = {'layer': {'wi': jnp.ones((2, 3, 4))}}
@@ -142,7 +143,7 @@ def test_adafactor_errors_say_what_to_do():
   with pytest.raises(ValueError, match="'width' of wi .* Add it to factor_rul"):
     axes = {'wi': ('expert', 'width', 'expert_mlp')}
     optimizers.Adafactor(0.1).build(axes).init(params)
-  # A name without rule is an error for any rank, as in T5X.
+  # As in T5X, an axis name without a rule is an error, whatever the rank.
   with pytest.raises(ValueError, match='Add it to factor_rules'):
     optimizers.Adafactor(0.1).build({'a': ('width',)}).init({'a': jnp.ones(3)})
   with pytest.raises(ValueError, match='Give adafactor the logical_axes'):
@@ -184,7 +185,8 @@ def test_adamw_does_not_decay_norms_and_biases():
   optimizer = optimizers.AdamW(0.1, weight_decay=0.5).build()
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-  # Gradients are zero: all that moves is the decay, 0.1 * 0.5 * 2 = 0.1.
+  # The gradients are zero, so only the decay changes anything: 0.1 * 0.5 * 2 =
+  # 0.1.
   np.testing.assert_allclose(updates['mlp']['kernel'], -0.1, rtol=1e-6)
   np.testing.assert_allclose(updates['scaled'], -0.1, rtol=1e-6)
   np.testing.assert_array_equal(updates['mlp']['bias'], 0.0)
@@ -208,7 +210,7 @@ def test_frozen_parameters_have_no_state_and_stay(inner):
   state = optimizer.init(params)
   shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
   assert (3, 4) in shapes and (5, 6) not in shapes
-  # A NaN in a frozen part reaches neither the norm nor the other part.
+  # A NaN in a frozen part must reach neither the norm nor the other part.
   gradients = {
     'encoder': {'kernel': jnp.full((5, 6), jnp.nan)},
     'decoder': {'kernel': jnp.ones((3, 4))},
@@ -224,7 +226,7 @@ def test_the_number_of_frozen_entries_passes_through_wrappers():
       optimizers.Freeze(optimizers.Adafactor(0.1), 'encoder/.*'), 'decoder/.*'
     )
   )
-  # [2, 3] has six entries.
+  # A parameter [2, 3] has six numbers.
   assert frozen.num_frozen(('encoder', 'kernel'), (2, 3)) == 6
   assert frozen.num_frozen(('decoder', 'kernel'), (2, 3)) == 6
   assert frozen.num_frozen(('norm', 'scale'), (3,)) == 0
@@ -240,7 +242,7 @@ def test_global_norm_is_of_all_gradients_together():
   optimizer = optimizers.ClipByGlobalNorm(_Sgd(), max_norm=1.0).build(None)
   gradients = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
   updates, _ = optimizer.update(gradients, optimizer.init(gradients))
-  # Norm 5, so each is divided by 5.
+  # The norm is 5, so each gradient is divided by 5.
   np.testing.assert_allclose(updates['a'], [-0.6], rtol=1e-6)
   np.testing.assert_allclose(updates['b'], [-0.8], rtol=1e-6)
 
@@ -252,7 +254,7 @@ class _Sgd:
 
 
 def test_adafactor_is_a_plain_formula_on_one_matrix():
-  # One update from zero statistics: v is the factored g^2 itself.
+  # After one update from zero, v is the factored g^2 itself.
   gradient = np.array([[1.0, 2.0], [3.0, 6.0]], np.float32)
   optimizer = optimizers.Adafactor(
     0.1, multiply_by_parameter_scale=False, min_dim_size_to_factor=2
@@ -261,5 +263,5 @@ def test_adafactor_is_a_plain_formula_on_one_matrix():
   updates, _ = optimizer.update(
     {'w': jnp.asarray(gradient)}, optimizer.init(params), params
   )
-  # g^2 has rank one, so the factors are exact: g / |g| = 1 everywhere.
+  # Since g^2 has rank one, its factors are exact, and g / |g| = 1 everywhere.
   np.testing.assert_allclose(updates['w'], -0.1, rtol=1e-5)

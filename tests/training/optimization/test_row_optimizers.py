@@ -1,4 +1,4 @@
-"""Row optimizers against float64 numpy, optax and the dense Adafactor."""
+"""Tests row optimizers against float64 numpy, optax, and dense Adafactor."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 from mowe.training.optimization import optimizers, row_gradients, row_optimizers
 
 _NUM_EXPERTS, _EMBED, _MLP = 5, 3, 4
-# Which experts each global step visits; expert 3 comes late, 4 never.
+# The experts that each global step visits. Expert 3 comes late, and 4 never.
 _VISITS = ([0, 2], [0, 1], [2], [0, 2, 1], [3, 0], [1, 2, 3])
 _SHAPES = {'wi': (_EMBED, _MLP), 'wo': (_MLP, _EMBED)}
 _OPTIMIZERS = {
@@ -19,7 +19,7 @@ _OPTIMIZERS = {
 
 
 def _rate(step):
-  """A schedule with another value at each step."""
+  """A schedule that has another value at each step."""
   return 0.1 / (1.0 + jnp.asarray(step, jnp.float32))
 
 
@@ -52,7 +52,7 @@ def _train(optimizer, table, visits=_VISITS, steps=None):
       gather(table),
       jnp.int32(step),
     )
-    # What became of the padding goes nowhere.
+    # The rows of padding are scattered outside the table, which drops them.
     target = jnp.where(jnp.arange(4) < len(experts), padded, _NUM_EXPERTS)
     table = _scatter(table, target, rows)
     state = _scatter(state, target, state_rows)
@@ -72,7 +72,7 @@ def _visits_of(expert):
 
 
 def _train_alone(transformation, expert, visits=None):
-  """Runs an optax transformation on one expert over its own visits."""
+  """Runs an optax transformation on one expert, for its own visits only."""
   params = jax.tree.map(lambda x: x[expert], _table())
   state = transformation.init(params)
   for step in _visits_of(expert) if visits is None else visits:
@@ -137,7 +137,8 @@ def test_adam_with_decay_equals_adamw_without_gaps():
 
 
 def test_weight_decay_makes_up_for_the_gap():
-  # No gradient: visits at steps 10 (first: gap 1) and 13 (gap 3).
+  # Gradients are zero. The visits are at step 10, the first with a gap of 1,
+  # and at step 13 with a gap of 3.
   optimizer = row_optimizers.RowAdam(0.1, weight_decay=0.5)
   rows = {'wi': jnp.ones((1, 2, 3))}
   zeros = _matrices({'wi': jnp.zeros((1, 2, 3))})
@@ -158,7 +159,7 @@ def test_adam_against_float64_numpy():
       gradient = np.asarray(_gradients(step)['wi'][expert], np.float64)
       mu = 0.9 * mu + 0.1 * gradient
       nu = 0.999 * nu + 0.001 * gradient**2
-      rate = 0.1 / (1 + step)  # The global step, not the visit.
+      rate = 0.1 / (1 + step)  # This is the global step, not the visit.
       gap = 1 if last is None else step - last
       param = (1 - rate * 0.3) ** gap * param
       update = mu / (1 - 0.9**n) / (np.sqrt(nu / (1 - 0.999**n)) + 1e-8)
@@ -208,7 +209,8 @@ def test_rows_do_not_see_each_other(name):
 def test_outer_products_are_their_matrices(name):
   optimizer, table = _OPTIMIZERS[name], _table()
   rng = np.random.default_rng(0)
-  # One expert is as if it had not been used, and one in a single column.
+  # One expert has only zeros, as if it had not been used, and another has zeros
+  # in one column.
   vector = lambda size: rng.normal(size=(_NUM_EXPERTS, size)).astype(np.float32)
   outer = {
     kernel: row_gradients.Outer(vector(a), vector(b))
@@ -235,7 +237,8 @@ def test_outer_products_are_their_matrices(name):
     for ours, theirs in zip(
       jax.tree.leaves(rows_state), jax.tree.leaves(state), strict=True
     ):
-      # Each to itself: means of rows of zeros are 1e-30.
+      # Each array is compared by itself, because the means of rows of zeros are
+      # 1e-30.
       np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-36)
 
 

@@ -1,4 +1,4 @@
-"""Schedules: values by hand and of T5X's factor strings."""
+"""Tests schedules by hand, and against T5X's factor strings."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ def _values(schedule, steps=_STEPS):
   return np.array([schedule(step) for step in steps])
 
 
-# Values of create_learning_rate_scheduler(...) of T5X at commit cc342d4, with
-# base_learning_rate=0.5 and warmup_steps=10, at _STEPS.
+# These are the values of create_learning_rate_scheduler(...) of T5X at commit
+# cc342d4 with base_learning_rate=0.5 and warmup_steps=10, at _STEPS.
 _T5X = {
   'constant': [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5],
   'constant * rsqrt_decay': [
@@ -63,7 +63,8 @@ _T5X = {
 
 def test_rsqrt_by_hand():
   schedule = schedules.warmed_up_rsqrt(1.0, warmup_steps=10_000)
-  # 1 / sqrt(10000) = 0.01 up to step 10000; 1 / sqrt(40000) = 0.005.
+  # Up to step 10000 the rate is 1 / sqrt(10000) = 0.01; at 40000 it is 1 /
+  # sqrt(40000) = 0.005.
   np.testing.assert_allclose(
     _values(schedule, (0, 9_999, 10_000, 40_000)), (0.01, 0.01, 0.01, 0.005)
   )
@@ -77,11 +78,12 @@ def test_decays_by_hand():
     2.0, 30, warmup_steps=10, final_fraction=0.5
   )
   steps = (0, 5, 10, 20, 30, 1000)
-  # Half way down, line and cosine meet at (1 + 0.5) / 2 of the base rate.
+  # Halfway down, line and cosine meet at (1 + 0.5) / 2 of the base rate.
   expected = (0.0, 1.0, 2.0, 1.5, 1.0, 1.0)
   np.testing.assert_allclose(_values(linear, steps), expected, rtol=1e-6)
   np.testing.assert_allclose(_values(cosine, steps), expected, rtol=1e-6)
-  # A quarter of the cosine: 0.5 + 0.5 * (1 + cos(pi / 4)) / 2.
+  # After a quarter of the cosine the rate is 0.5 + 0.5 * (1 + cos(pi / 4)) / 2
+  # of the base rate.
   quarter = 2 * (0.5 + 0.25 * (1 + np.sqrt(0.5)))
   np.testing.assert_allclose(cosine(15), quarter, rtol=1e-6)
 
@@ -106,7 +108,7 @@ def test_decays_by_hand():
   ],
 )
 def test_equals_t5x(factors, schedule):
-  # T5X never goes below 1e-8; ours may start at 0.
+  # T5X never goes below 1e-8, and our schedules may start at 0.
   actual = np.maximum(_values(schedule), 1e-8)
   np.testing.assert_allclose(actual, _T5X[factors], rtol=1e-5)
 

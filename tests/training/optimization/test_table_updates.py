@@ -1,4 +1,4 @@
-"""Updates of present experts: equal to dense gradients, each expert once."""
+"""Tests updates of present experts: each once, and equal to dense gradients."""
 
 import dataclasses
 
@@ -30,10 +30,11 @@ class _Descent:
 
 
 def _make_case(num_layers, streams=('encoder', 'decoder')):
-  """Table, plan, routing ids and factors; `num_layers` for each stream."""
+  """Table, plan, routing ids and factors; `num_layers` is for each stream."""
   rng = np.random.default_rng(0)
   ids = {
-    # Skewed, with padding (-1) and words without an expert (_EXPERTS).
+    # The ids are skewed, with padding (-1) and words without an expert
+    # (_EXPERTS).
     name: rng.choice([-1, _EXPERTS, 0, 0, 0, 0, 2, 3, 5, 7, 11], _SHAPES[name])
     for name in streams
   }
