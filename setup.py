@@ -36,6 +36,9 @@ _GIN_FOLDERS = [
   if path.is_dir()
 ]
 
+# What `mkdocs build` needs.
+_DOCS = ['mkdocs-jupyter', 'mkdocs-material', 'mkdocstrings[python]']
+
 setuptools.setup(
   name='mowe',
   version=_version(),
@@ -75,10 +78,12 @@ setuptools.setup(
     'tensorstore',
   ],
   extras_require={
-    'docs': ['mkdocs-material', 'mkdocstrings[python]'],
+    'docs': _DOCS,
     'gpu': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],
+    # A test builds the documentation.
     'test': [
+      *_DOCS,
       'hypothesis',
       'pytest',
       'pytest-timeout',

@@ -24,8 +24,10 @@ _PLACES = {
   'RowAdafactor': 'mowe.training.optimization.row_optimizers',
   'RowAdam': 'mowe.training.optimization.row_optimizers',
   'RunningTextFiles': 'mowe.commands.cache_task',
+  'SalientSpanTask': 'mowe.data.text_tasks',
   'SaveConfig': 'mowe.commands.train',
   'SeqioTask': 'mowe.commands.cache_task',
+  'SpanCorruptionTask': 'mowe.data.text_tasks',
   'T5Config': 'mowe.models.t5.t5_config',
   'TextFiles': 'mowe.commands.cache_task',
   'Training': 'mowe.commands.train',
@@ -36,6 +38,7 @@ _PLACES = {
   'load': 'mowe.model_folders.model_folder',
   'load_subwords': 'mowe.words.subword_vocabularies',
   'train': 'mowe.commands.train',
+  'train_vocabulary': 'mowe.commands.train_vocabulary',
   'trust': 'mowe.models.families.saved_config',
 }
 
@@ -52,8 +55,10 @@ __all__ = [
   'RowAdafactor',
   'RowAdam',
   'RunningTextFiles',
+  'SalientSpanTask',
   'SaveConfig',
   'SeqioTask',
+  'SpanCorruptionTask',
   'T5Config',
   'TextFiles',
   'Training',
@@ -64,6 +69,7 @@ __all__ = [
   'load',
   'load_subwords',
   'train',
+  'train_vocabulary',
   'trust',
 ]
 

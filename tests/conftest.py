@@ -41,14 +41,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Compiles programs once that several tests, workers or runs use."""
-  base = tmp_path_factory.getbasetemp()
-  if 'PYTEST_XDIST_WORKER' in os.environ:
-    # All workers share this folder.
-    base = base.parent
+def compilation_cache(pytestconfig):
+  """Compiles programs once that several tests, workers or runs use.
+
+  They are in the cache of pytest; `pytest --cache-clear` removes them.
+  """
   settings = {
-    'jax_compilation_cache_dir': str(base / 'compiled_programs'),
+    'jax_compilation_cache_dir': str(pytestconfig.cache.mkdir('programs')),
     'jax_persistent_cache_min_compile_time_secs': 0.2,
     'jax_persistent_cache_min_entry_size_bytes': 0,
   }
@@ -62,10 +61,11 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-  """Compiles with few optimizations, as most programs run only a few steps.
+  """Compiles with little optimization, as most programs run only a few steps.
 
-  A test that reads or measures a compiled program has the mark `optimized`, and
-  gets the programs that users get.
+  This changes machine code, but neither HLO nor buffers (see
+  test_quick_compilation.py). A test that compares bits across programs has the
+  mark `optimized`, and gets the machine code that users get.
   """
   is_quick = request.node.get_closest_marker('optimized') is None
   jax.config.update('jax_disable_most_optimizations', is_quick)

@@ -3,6 +3,8 @@
 import functools
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -166,3 +168,16 @@ def test_modules_of_the_api_page_exist():
   for name in names:
     path = _ROOT.joinpath(*name.split('.'))
     assert path.with_suffix('.py').is_file() or path.is_dir(), name
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+  pytest.importorskip('mkdocs', reason='needs pip install .[docs]')
+  done = subprocess.run(
+    [sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d', tmp_path],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'api.html').exists()

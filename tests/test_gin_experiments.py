@@ -68,6 +68,7 @@ def any_width(monkeypatch):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _NAMES)
 def test_its_runs_can_be_made(name, prepared, any_width):
   """Reads all gin files and bindings of all stages, as their runs will do."""
@@ -78,6 +79,7 @@ def test_its_runs_can_be_made(name, prepared, any_width):
     assert run.pretrained == run.stages[-2].folder
 
 
+@pytest.mark.slow
 def test_experiments_of_one_output_share_runs_and_no_report(
   prepared, any_width
 ):

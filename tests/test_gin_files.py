@@ -108,6 +108,7 @@ def _line(name, shape, axes):
   return f'{name} {tuple(shape)} {" ".join(axes)}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _MODELS)
 def test_parameters_of_a_model_are_those_of_its_text_file(name, routing_paths):
   described = _describe(_config(name, routing_paths))
@@ -170,6 +171,7 @@ def test_text_files_of_t5_are_the_tree_of_t5x(name):
     assert total == f'total {_RELEASED[name]:,}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'billions', 'dense'),
   # The billions are those of the paper. Four of T5's dense feed-forwards are
@@ -216,6 +218,7 @@ def test_mixtures_of_experts_have_all_sizes():
   assert names == {name for name in _MODELS if name.startswith('moe_')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', ['tiny', 'base', 'large'])
 @pytest.mark.parametrize('kind', _MOE)
 def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
@@ -242,6 +245,7 @@ def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
     assert width == config.mlp_dim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', ['tiny', 'base'])
 @pytest.mark.parametrize('kind', ['sigma_moe', 'top_k', 'pkm'])
 def test_feed_forwards_of_equal_parameters(kind, size, routing_paths):

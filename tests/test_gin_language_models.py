@@ -49,6 +49,7 @@ def _count(tree):
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _SIZES)
 def test_a_dense_model_has_the_published_size(name):
   embed, blocks, heads, kv, hidden, memory, vocab = _SIZES[name]
@@ -80,6 +81,7 @@ _SIGMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _SIGMA)
 def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   experts, of_layer, millions, twin = _SIGMA[name]
@@ -198,6 +200,7 @@ _MODULE_FORMERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _MODULE_FORMERS)
 def test_a_module_former_has_the_published_size(name):
   blocks, k, millions, active = _MODULE_FORMERS[name]

@@ -248,10 +248,8 @@ def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
       row_optimizer=row_optimizers.RowAdafactor(1e-3),
     )
     train.train(training)
-    answers = ask.ask(
-      str(folder / 'run'), ['Who met Quimby?'], max_length=4, explain=True
-    )
-    assert len(answers) == 1
+    answer = ask.Answerer(str(folder / 'run'), max_length=4)
+    ask.converse(answer, ['Who met Quimby?'], explain=True)
     print('answered', [name for name in sys.modules if name == 'tensorflow'
                        and sys.modules[name] is not None])
     """,

@@ -134,15 +134,14 @@ def _ask(options, bindings):
     'disk': expert_stores.DiskStore(),
     None: None,
   }
-  ask.ask(
+  answer = ask.Answerer(
     options.model,
-    options.questions,
     prompt=options.prompt,
     num_beams=options.num_beams,
     max_length=options.max_length,
-    explain=options.explain,
     store=stores[options.experts_on],
   )
+  ask.converse(answer, options.questions, options.explain)
 
 
 def _add_convert(verbs):

@@ -1,4 +1,4 @@
-"""`mowe ask`: a trained model answers questions at the prompt."""
+"""`mowe ask`: a trained model answers questions, in Python or at the prompt."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,67 +8,111 @@ from mowe.models import decoding
 from mowe.stores import expert_stores
 from mowe.words import routing_vocabulary
 
+PROMPT = 'question: {question}'
 
-def ask(
-  model: str,
-  questions: Sequence[str] = (),
-  *,
-  prompt: str = 'question: {question}',
-  num_beams: int = 1,
-  max_length: int = 32,
-  explain: bool = False,
-  store: expert_stores.Store | None = None,
-) -> list[str]:
-  """Answers questions and prints the answers.
+
+class Answerer:
+  """A trained model that answers one question after the other.
 
   Args:
     model: a model folder, or a checkpoint in it.
-    questions: the questions. If there are none, they are read from the
-      standard input, one a line, until it ends.
     prompt: the text that finetuning put around a question; `{question}` stands
       for the question.
     num_beams: number of beams of the search; 1 decodes greedily.
     max_length: maximum number of tokens of an answer, EOS included.
-    explain: whether to print the expert of each word of a question, if the
-      model has word experts.
     store: where the word experts lie. None: on the device, or on disk if they
       are larger than 4 GiB.
 
-  Returns:
-    The answers, in the order of the questions.
+  Call: takes a question, returns the answer.
 
   Raises:
     ValueError: `prompt` has no `{question}`, or another name in braces.
   """
-  _check_prompt(prompt)
-  loaded = model_folder.load(model, store)
-  vocabulary = loaded.vocabulary
-  strategy = (
-    decoding.Greedy()
-    if num_beams == 1
-    else decoding.BeamSearch(num_beams=num_beams)
+
+  def __init__(
+    self,
+    model: str,
+    *,
+    prompt: str = PROMPT,
+    num_beams: int = 1,
+    max_length: int = 32,
+    store: expert_stores.Store | None = None,
+  ):
+    _check_prompt(prompt)
+    self._prompt = prompt
+    self._loaded = model_folder.load(model, store)
+    self._generate = inference.Generator(
+      self._loaded.model,
+      self._loaded.params,
+      decoding.Greedy()
+      if num_beams == 1
+      else decoding.BeamSearch(num_beams=num_beams),
+      batch_size=1,
+      max_target_length=max_length,
+    )
+
+  def __call__(self, question: str) -> str:
+    vocabulary = self._loaded.vocabulary
+    tokens = vocabulary.encode(self._prompt.format(question=question))
+    generated = self._generate([[*tokens, vocabulary.eos_id]])
+    return vocabulary.decode(generated.tokens[0])
+
+  def explain(self, question: str) -> str | None:
+    """Returns a table of the words of a question and their experts.
+
+    It is None for a model without word experts.
+    """
+    routing = self._loaded.model.config.routing
+    if routing is None:
+      return None
+    inputs = self._prompt.format(question=question)
+    return routing_vocabulary.format_explanation(
+      routing.explain(inputs, self._loaded.vocabulary)
+    )
+
+
+def ask(
+  model: str,
+  questions: Sequence[str],
+  *,
+  prompt: str = PROMPT,
+  num_beams: int = 1,
+  max_length: int = 32,
+  store: expert_stores.Store | None = None,
+) -> list[str]:
+  """Returns the answers to questions, in their order.
+
+  The arguments besides the questions, and the errors, are those of `Answerer`.
+  """
+  answer = Answerer(
+    model,
+    prompt=prompt,
+    num_beams=num_beams,
+    max_length=max_length,
+    store=store,
   )
-  generator = inference.Generator(
-    loaded.model,
-    loaded.params,
-    strategy,
-    batch_size=1,
-    max_target_length=max_length,
-  )
-  routing = loaded.model.config.routing
-  answers = []
+  return list(map(answer, questions))
+
+
+def converse(
+  answer: Answerer, questions: Sequence[str] = (), explain: bool = False
+) -> None:
+  """Answers questions, and prints each answer at once.
+
+  Args:
+    answer: the trained model.
+    questions: the questions. If there are none, they are read from the
+      standard input, one a line, until it ends.
+    explain: whether to print the expert of each word of a question, if the
+      model has word experts.
+  """
   for question in questions or _read_lines():
-    inputs = prompt.format(question=question)
-    tokens = [*vocabulary.encode(inputs), vocabulary.eos_id]
-    answer = vocabulary.decode(generator([tokens]).tokens[0])
-    answers.append(answer)
     if questions:
       print(question)
-    print(f'  {answer}')
-    if explain and routing is not None:
-      rows = routing.explain(inputs, vocabulary)
-      print(routing_vocabulary.format_explanation(rows))
-  return answers
+    print(f'  {answer(question)}')
+    explanation = answer.explain(question) if explain else None
+    if explanation is not None:
+      print(explanation)
 
 
 def _check_prompt(prompt: str) -> None:

@@ -181,6 +181,7 @@ def test_a_stopped_verb_says_so(monkeypatch, capsys, said, shown):
   assert capsys.readouterr().err == f'mowe: {shown}\n'
 
 
+@pytest.mark.slow
 def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
   folder = tmp_path / 'run'
   arguments = _training(world, folder)
@@ -356,6 +357,7 @@ def _asking(world, verb, trained, output, **macros):
   return [verb, f'--gin_file=gin_configs/runs/{verb}.gin', *_gin(**macros)]
 
 
+@pytest.mark.slow
 def test_evaluate(world, trained, tmp_path, capsys):
   assert _run(*_asking(world, 'evaluate', trained, tmp_path / 'out')) == 0
   shown = capsys.readouterr().out
@@ -417,8 +419,9 @@ def test_ask_reads_the_prompt(trained, capsys, monkeypatch):
       raise EOFError from None
 
   monkeypatch.setattr('builtins.input', typed)
-  assert len(ask.ask(trained, max_length=3)) == 1
-  assert capsys.readouterr().out.startswith('  ')
+  ask.converse(ask.Answerer(trained, max_length=3))
+  (answer, end) = capsys.readouterr().out.splitlines()
+  assert answer.startswith('  ') and not end
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def _model(world, kind):
 _KINDS = ('dense', 'switch', ('bfloat16', True), ('float32', False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', _KINDS, ids=str)
 def test_models_come_back_through_safetensors(kind, world, tmp_path):
   config = _model(world, kind)
@@ -93,6 +94,7 @@ def test_models_come_back_through_safetensors(kind, world, tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('to', ['t5x', 't5x-orbax'])
 @pytest.mark.parametrize('kind', ['switch', ('bfloat16', True)], ids=str)
 def test_sparse_models_come_back_through_t5x(kind, to, world, tmp_path):
@@ -150,6 +152,7 @@ def pretrained(world, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_all_formats(pretrained, tmp_path, capsys):
   with convert.FORMATS['mowe'].opened(pretrained) as given:
     params = {path: array[...] for path, array in given.params.items()}

@@ -226,6 +226,7 @@ def _finetune(world, source, target):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_leaves_nothing(world, folder, tmp_path, capsys):
   dense = tmp_path / 'dense'
   world.train(

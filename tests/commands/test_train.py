@@ -134,6 +134,7 @@ def test_finetuning_with_frozen_experts(world, straight, tmp_path):
   _assert_same_bits(again, state)
 
 
+@pytest.mark.slow
 def test_experts_of_a_mixture_are_frozen_by_the_same_switch(
   world, tmp_path, capsys
 ):

@@ -118,6 +118,7 @@ def test_a_run_that_was_resumed_ends_with_the_same_bits(
   assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_an_epoch_begins_without_a_memory(lm_world):
   """A batch at the start of an epoch gives the same as in a fresh run."""
   config = memory_parts(lm_world)['model']
@@ -158,6 +159,7 @@ def test_an_epoch_begins_without_a_memory(lm_world):
   assert loss(old, False) != fresh
 
 
+@pytest.mark.slow
 def test_microbatches_keep_every_row_of_the_memory(lm_world, tmp_path):
   """The gradients must be equal; only dropout could differ, and it is off."""
   parts = memory_parts(lm_world)
@@ -197,6 +199,7 @@ def test_devices_keep_the_memory_of_their_rows(lm_world, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_evaluations_and_predictions(lm_world, tmp_path):
   evaluation = evaluations.TextEvaluation(make_data(lm_world, batch_size=3))
   folder = tmp_path / 'run'

@@ -168,6 +168,7 @@ def test_the_command_says_where_tfds_data_lie(tmp_path, capsys):
   assert cache.num_examples == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('example', 'name'),
   [

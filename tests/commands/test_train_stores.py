@@ -52,6 +52,7 @@ def runs(world, tmp_path_factory):
   return made
 
 
+@pytest.mark.slow
 def test_disk_ends_with_the_bits_of_the_device(runs):
   folder, state = runs['device']
   other, on_disk = runs['disk']
@@ -83,6 +84,7 @@ def test_evaluations_agree_and_metrics_say_what_moved(runs):
   assert 0 <= last['experts/never_seen'] < small_runs.NUM_EXPERTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'store', [expert_stores.HostStore(), expert_stores.DiskStore()]
 )
@@ -113,6 +115,7 @@ def test_large_tables_are_read_from_disk(runs, monkeypatch):
   assert 'experts' not in model_folder.load(str(folder)).params
 
 
+@pytest.mark.slow
 def test_finetuning_frozen_experts_from_another_store(world, runs, tmp_path):
   folder, _ = runs['device']
   _train(

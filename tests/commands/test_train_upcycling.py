@@ -30,6 +30,7 @@ def _config(world, routing, **layer):
   )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_copies_and_resumes(world, dense_folder, tmp_path):
   config = _config(world, tokens_choose.TokensChoose(2, renormalize=True))
   start = functools.partial(

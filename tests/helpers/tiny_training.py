@@ -101,18 +101,6 @@ def make_plan(batch, num_microbatches=1):
   return plan
 
 
-def jit(function, **settings):
-  """`jax.jit` that compiles in half the time, to slower programs."""
-  return jax.jit(
-    function,
-    compiler_options={
-      'xla_backend_optimization_level': 0,
-      'xla_llvm_disable_expensive_passes': True,
-    },
-    **settings,
-  )
-
-
 def make_state(model, optimizer, row_optimizer, seed=0):
   return train_state.create(
     model,

@@ -87,6 +87,7 @@ def test_tensors_of_transformers_come_back(golden, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_what_is_written_has_the_logits_of_transformers(golden, tmp_path):
   config, params = huggingface.load(golden)
   huggingface.save(
@@ -144,6 +145,7 @@ def test_versions_of_t5_come_back(change, dtype, tmp_path):
   _assert_same(read, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('is_tied', [False, True])
 def test_a_switch_with_biases_comes_back(is_tied, tmp_path):
   config = huggingface_config.make_config(
@@ -221,6 +223,7 @@ def test_tensors_that_are_missing_or_left_over_are_listed(t5_folder, tmp_path):
     huggingface.load(_copy(t5_folder, tmp_path / 'e', plain))
 
 
+@pytest.mark.slow
 def test_more_blocks_than_tensors_are_refused_at_once(t5_folder, tmp_path):
   many = {'num_layers': 2**24}
   with pytest.raises(ValueError, match='16777219 blocks for 66 tensors. Take'):

@@ -11,6 +11,7 @@ _SCALED = ('t5_10', 'switch_tied')
 _TIED = (*_SCALED, 't5_11_tied', 'mt5_tied')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted({*_TIED, 'mt5'}))
 def test_logits_and_tensors(name, golden_dir, tmp_path):
   folder = golden_dir / 'hf_versions' / name

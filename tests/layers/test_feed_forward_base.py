@@ -33,6 +33,7 @@ def _train(world, folder, layer, **changes):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('layer', 'optimizer'),
   [

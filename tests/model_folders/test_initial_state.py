@@ -77,6 +77,7 @@ def no_drawing(monkeypatch):
   monkeypatch.setattr(initialization, 'initial_rows', refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('frozen', [False, True], ids=['trained', 'frozen'])
 def test_a_fresh_state_lies_where_it_belongs(tmp_path, frozen):
   setup = _setup(frozen, data=2, expert=2, model=2)

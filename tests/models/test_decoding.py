@@ -120,6 +120,7 @@ def model_and_variables(request):
   return make_model(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'model_and_variables', ['dense', 'mowe', 'modules', 'sticks'], indirect=True
 )
@@ -169,6 +170,7 @@ def test_a_later_target_changes_no_earlier_logit(model_and_variables):
     )
 
 
+@pytest.mark.slow
 def test_greedy_equals_the_argmax_chain_without_cache(model_and_variables):
   model, variables = model_and_variables
   # Every place counts as real. Places that are not yet filled are not seen by
@@ -190,7 +192,6 @@ def test_greedy_equals_the_argmax_chain_without_cache(model_and_variables):
   np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
 
 
-@pytest.mark.optimized
 def test_no_step_copies_keys_and_values():
   model, variables = make_model('dense')
   program = decoding.generate.lower(
@@ -208,6 +209,7 @@ def test_no_step_copies_keys_and_values():
       assert 'get-tuple-element' in line or 'dynamic-update-slice' in line
 
 
+@pytest.mark.slow
 def test_beams_of_a_model_keep_their_own_cache(model_and_variables):
   # If a cache followed the wrong beam, scores would not fit any sequence.
   model, variables = model_and_variables
@@ -238,6 +240,7 @@ def test_beams_of_a_model_keep_their_own_cache(model_and_variables):
   assert (np.diff(scores, axis=1) <= 0).all()
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_separate_ones(model_and_variables):
   model, variables = model_and_variables
   inputs = [encode('a zorblat', INPUTS), encode('the foxes', INPUTS)]

@@ -11,6 +11,7 @@ import shipped_models
 _BATCH, _INPUTS, _STEPS = 64, 7, 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', shipped_models.NAMES)
 def test_generation_alone(name, tmp_path):
   model, variables = shipped_models.make(name, tmp_path)

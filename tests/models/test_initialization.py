@@ -16,7 +16,7 @@ from mowe.models import initialization, parameters, threefry
 from mowe.models.t5 import t5, t5_config
 from mowe.training import partitioning
 
-# These tests compare bits or programs, so they compile as for users.
+# These tests compare bits across programs.
 pytestmark = pytest.mark.optimized
 
 
@@ -74,6 +74,7 @@ def _compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_one_program_for_each_kind_of_parameter():
   # No other test has this width, so nothing is compiled yet.
   draw = lambda depth: jax.block_until_ready(
@@ -92,6 +93,7 @@ def test_one_program_for_each_kind_of_parameter():
   assert not compiled
 
 
+@pytest.mark.slow
 def test_the_tree_is_linens():
   model = _model()
   drawn = initialization.initial_parameters(model, jax.random.key(0))
@@ -104,6 +106,7 @@ def test_the_tree_is_linens():
   )
 
 
+@pytest.mark.slow
 def test_values_are_distributed_as_linens():
   linen = _flat(
     parameters.initial_variables(_model(), jax.random.key(1))['params']

@@ -13,6 +13,7 @@ import shipped_models
 _BATCH, _INPUTS, _LENGTH = 6, 10, 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', shipped_models.NAMES)
 def test_causal(name, tmp_path):
   model, variables = shipped_models.make(name, tmp_path)

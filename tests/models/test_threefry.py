@@ -7,7 +7,7 @@ import pytest
 
 from mowe.models import threefry
 
-# These tests compare bits or programs, so they compile as for users.
+# These tests compare bits across programs.
 pytestmark = pytest.mark.optimized
 
 
@@ -18,6 +18,7 @@ def _keys(seed=5):
   return threefry.key(seed), jax.random.key(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', _SHAPES, ids=str)
 def test_bits_are_jaxs(shape):
   own, jaxs = _keys()
@@ -36,6 +37,7 @@ def test_bits_of_two_words_are_jaxs():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2**31 - 1, -3])
 def test_keys_of_any_seed_are_jaxs(seed):
   own, jaxs = _keys(seed)

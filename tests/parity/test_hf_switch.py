@@ -132,6 +132,7 @@ def test_the_config_says_which_blocks_are_sparse(folder, loaded):
   assert room == described['expert_capacity']
 
 
+@pytest.mark.slow
 def test_logits_equal_transformers(results, io):
   assert_close(results[0], io['logits'])
 
@@ -141,6 +142,7 @@ def test_encoder_equals_transformers(results, io):
   assert_close(results[1], io['encoder_last_hidden_state'])
 
 
+@pytest.mark.slow
 def test_the_model_as_it_is_called_has_the_same_logits(loaded, io):
   """Padding at the end takes no slot of a real token; here it has no slot."""
   model, params = loaded
@@ -189,6 +191,7 @@ def cross_entropy(logits, labels):
   return -jnp.sum(picked * (labels >= 0)) / np.sum(labels >= 0)
 
 
+@pytest.mark.slow
 def test_losses_equal_transformers(folder, results, io):
   described = json.loads((folder / 'config.json').read_text())
   total = cross_entropy(results[0], io['labels'])
@@ -206,6 +209,7 @@ def test_losses_equal_transformers(folder, results, io):
   np.testing.assert_allclose(total, io['loss'], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_equal_transformers(folder, loaded, io):
   model, params = loaded
   norms = json.loads((folder / 'grad_norms.json').read_text())

@@ -97,6 +97,7 @@ def test_router(case, golden):
   check_all(options, run, params, arrays['cotangents'], check)
 
 
+@pytest.mark.slow
 def test_mlp_modules(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   shape, keep = (
@@ -128,6 +129,7 @@ def test_mlp_modules(case, golden):
   check_all(options, run, params, arrays['cotangents'], check)
 
 
+@pytest.mark.slow
 def test_attention_modules(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   shape, keep = (
@@ -201,6 +203,7 @@ def step_by_step(layer, variables, tokens, mask, prefill):
   return jnp.concatenate(outputs, axis=1)
 
 
+@pytest.mark.slow
 def test_block(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   assert options['pre_norm']

@@ -41,6 +41,7 @@ def highest_precision():
     yield
 
 
+@pytest.mark.slow
 def test_router(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   inputs = arrays['inputs']['inputs']
@@ -87,6 +88,7 @@ class Exactly(capacity_dispatch.CapacityDispatch):
     return self.room
 
 
+@pytest.mark.slow
 def test_layer(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   tokens = arrays['inputs']['inputs']

@@ -63,6 +63,7 @@ def test_sinkhorn(case, golden):
   check('outputs', found)
 
 
+@pytest.mark.slow
 def test_layer(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   layer = make_layer(options)

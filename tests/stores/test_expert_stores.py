@@ -20,10 +20,6 @@ from mowe.stores import (
 from mowe.training import manifests, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 
-# These tests compare bits or programs, so they compile as for users.
-pytestmark = pytest.mark.optimized
-
-
 _STEPS = 6
 _ROW_OPTIMIZER = row_optimizers.RowAdam(0.1, weight_decay=0.1)
 _OPTIMIZER = optimizers.AdamW(1e-2).build(None)
@@ -63,7 +59,7 @@ def _step(table_dtype, num_slots, is_trained):
     loss=training_step.LossConfig(),
     seed=0,
   )
-  return tiny_training.jit(function, donate_argnums=0)
+  return jax.jit(function, donate_argnums=0)
 
 
 class _Run:
@@ -168,6 +164,7 @@ def on_device(tmp_path_factory):
   return outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('table_dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('store', ['host', 'disk'])
 def test_same_bits_as_on_the_device(tmp_path, on_device, store, table_dtype):
@@ -204,6 +201,7 @@ def test_stores_continue_each_other(tmp_path, on_device, stores):
   _assert_same(_outcome(path), on_device('float32'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('store', list(_STORES))
 def test_frozen_experts_have_no_state_and_stay(tmp_path, store):
   run = _Run(tmp_path, _STORES[store], is_trained=False)

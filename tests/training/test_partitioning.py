@@ -15,10 +15,6 @@ from mowe.models.t5 import t5
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 
-# These tests compare bits or programs, so they compile as for users.
-pytestmark = pytest.mark.optimized
-
-
 _STEPS = 3
 _MESHES = {
   'data': {'data': 8},
@@ -73,10 +69,8 @@ def _train(sparse, mesh_sizes=None):
   shardings = partitioning.state_shardings(
     jax.eval_shape(create, key), _axes(model), mesh
   )
-  state = tiny_training.jit(create, out_shardings=shardings)(key)
-  step = tiny_training.jit(
-    counted, donate_argnums=0, out_shardings=(shardings, None)
-  )
+  state = jax.jit(create, out_shardings=shardings)(key)
+  step = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, None))
   for number in range(_STEPS):
     batch = tiny_training.make_batch(number)
     plan = tiny_training.make_plan(batch) if sparse else None

@@ -67,7 +67,7 @@ def _run(model, batch, config=None, num_microbatches=1, state=None):
     num_microbatches=num_microbatches,
   )
   state = state or tiny_training.make_state(model, _OPTIMIZER, None)
-  new, metrics = tiny_training.jit(step)(state, {}, batch, None)
+  new, metrics = jax.jit(step)(state, {}, batch, None)
   return (
     state,
     new,
@@ -75,6 +75,7 @@ def _run(model, batch, config=None, num_microbatches=1, state=None):
   )
 
 
+@pytest.mark.slow
 def test_the_loss_has_the_mean_of_the_routers_losses():
   model, batch = _model(), _batch()
   config = router_training.RouterLossConfig(
@@ -112,10 +113,8 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
       total -= 0.015625 * information
     return total
 
-  grads = tiny_training.jit(jax.grad(loss))(state.params)
-  updates, _ = tiny_training.jit(_OPTIMIZER.update)(
-    grads, state.opt_state, state.params
-  )
+  grads = jax.jit(jax.grad(loss))(state.params)
+  updates, _ = jax.jit(_OPTIMIZER.update)(grads, state.opt_state, state.params)
   tiny_training.assert_close(
     new.params, optax.apply_updates(state.params, updates), 1e-5
   )
@@ -128,6 +127,7 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
   assert load.shape == (_NUM_EXPERTS,) and load.sum() == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [2, 4])
 def test_microbatches_change_nothing(number):
   model, batch = (
@@ -152,6 +152,7 @@ def test_microbatches_change_nothing(number):
     )
 
 
+@pytest.mark.slow
 def test_the_selection_bias_follows_the_loads_alone():
   model = _model(tokens_choose.TokensChoose(k=1, bias_rate=0.01))
   state, new, metrics = _run(model, _batch())
@@ -173,6 +174,7 @@ def test_the_selection_bias_follows_the_loads_alone():
   )
 
 
+@pytest.mark.slow
 def test_dropped_tokens_are_counted():
   model = _model(
     tokens_choose.TokensChoose(k=1),

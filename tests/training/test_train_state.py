@@ -57,7 +57,7 @@ def test_frozen_tables_have_no_state():
 
 
 def test_equal_keys_give_equal_states():
-  create = tiny_training.jit(
+  create = jax.jit(
     lambda key: train_state.create(
       _model(),
       key,

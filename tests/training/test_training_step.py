@@ -43,7 +43,7 @@ def _initial(rows='adafactor'):
 
 @functools.cache
 def _step(rows='adafactor', num_microbatches=1, dropout=0.0, seed=0):
-  return tiny_training.jit(
+  return jax.jit(
     training_step.make_train_step(
       _model(dropout_rate=dropout),
       optimizer=_OPTIMIZER,
@@ -88,11 +88,12 @@ def _oracle_gradients():
     )
 
   state = _initial()
-  return tiny_training.jit(jax.grad(mean_loss, has_aux=True))(
+  return jax.jit(jax.grad(mean_loss, has_aux=True))(
     (state.params, state.tables)
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', _ROW_OPTIMIZERS)
 def test_a_step_is_dense_differentiation_and_an_update_of_present_rows(rows):
   batch = tiny_training.make_batch(0, _ABSENT)
@@ -100,7 +101,7 @@ def test_a_step_is_dense_differentiation_and_an_update_of_present_rows(rows):
   new, metrics = _step(rows)(state, {}, batch, tiny_training.make_plan(batch))
 
   (param_grads, table_grads), loss = _oracle_gradients()
-  updates, opt_state = tiny_training.jit(_OPTIMIZER.update)(
+  updates, opt_state = jax.jit(_OPTIMIZER.update)(
     param_grads, state.opt_state, state.params
   )
   tiny_training.assert_close(
@@ -113,7 +114,7 @@ def test_a_step_is_dense_differentiation_and_an_update_of_present_rows(rows):
     name: row_gradients.Matrix(take(gradient, present))
     for name, gradient in table_grads['experts'].items()
   }
-  expected = tiny_training.jit(_ROW_OPTIMIZERS[rows].update)(
+  expected = jax.jit(_ROW_OPTIMIZERS[rows].update)(
     matrices,
     take(state.table_state['experts'], present),
     take(state.tables['experts'], present),
@@ -147,6 +148,7 @@ def test_every_row_that_is_present_moves():
   assert np.flatnonzero(counts == 0).tolist() == list(_ABSENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [2, 4])
 def test_microbatches_change_nothing(number):
   batch = tiny_training.make_batch(1, _ABSENT)
@@ -167,6 +169,7 @@ def test_microbatches_change_nothing(number):
     )
 
 
+@pytest.mark.slow
 def test_frozen_tables_are_read_but_are_not_in_the_state():
   batch = tiny_training.make_batch(0, _ABSENT)
   frozen = _initial().tables
@@ -226,6 +229,7 @@ def test_shares_of_tokens_sum_to_one():
     assert min(shares) > 0
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step():
   batch = tiny_training.make_batch(0)
   plan = tiny_training.make_plan(batch)
@@ -239,6 +243,7 @@ def test_dropout_is_a_function_of_seed_and_step():
   assert _values(at_first)['loss'] != _values(at_second)['loss']
 
 
+@pytest.mark.slow
 def test_another_seed_drops_other_units():
   batch = tiny_training.make_batch(0)
   plan = tiny_training.make_plan(batch)
@@ -250,7 +255,7 @@ def test_another_seed_drops_other_units():
 def test_a_dense_model_needs_no_plan():
   model = _model(sparse=False)
   state = tiny_training.make_state(model, _OPTIMIZER, None)
-  step = tiny_training.jit(
+  step = jax.jit(
     training_step.make_train_step(
       model, optimizer=_OPTIMIZER, row_optimizer=None, loss=_LOSS, seed=0
     )
@@ -275,6 +280,7 @@ def test_a_batch_of_padding_changes_no_table_and_gives_numbers():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scale', [np.inf, 1e30])
 def test_an_overflow_in_one_expert_alone_is_seen(monkeypatch, scale):
   """The ordinary gradients and the loss are finite as always."""
@@ -298,7 +304,7 @@ def test_an_overflow_in_one_expert_alone_is_seen(monkeypatch, scale):
   )
   # This step is not the cached one, as it must be traced with the changed
   # factors.
-  step = tiny_training.jit(
+  step = jax.jit(
     training_step.make_train_step(
       _model(),
       optimizer=_OPTIMIZER,
@@ -336,7 +342,7 @@ def test_evaluation_is_the_loss_without_dropout():
   batch = tiny_training.make_batch(0)
   plan = tiny_training.make_plan(batch)
   state = _initial()
-  eval_step = tiny_training.jit(
+  eval_step = jax.jit(
     training_step.make_eval_step(_model(dropout_rate=0.5), _LOSS)
   )
   evaluated = _values(eval_step(state.params, state.tables, batch, plan))

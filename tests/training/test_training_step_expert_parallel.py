@@ -20,10 +20,6 @@ from mowe.models.t5 import t5
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import optimizers
 
-# These tests compare bits or programs, so they compile as for users.
-pytestmark = pytest.mark.optimized
-
-
 _OPTIMIZER = optimizers.ClipByGlobalNorm(
   optimizers.AdamW(1e-2, eps=1e-3, weight_decay=0.1), 1.0
 )
@@ -71,8 +67,8 @@ def _step(dispatch, sizes):
     partitioning.parameter_axes(variables['params_axes']),
     mesh,
   )
-  state = jax.device_put(tiny_training.jit(create)(key), shardings)
-  step = tiny_training.jit(
+  state = jax.device_put(jax.jit(create)(key), shardings)
+  step = jax.jit(
     partitioning.on_mesh(train_step, mesh), out_shardings=(shardings, None)
   )
   batch = {

@@ -15,10 +15,6 @@ from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import row_gradients
 from mowe.words import batch_plans, sharded_plan
 
-# These tests compare bits or programs, so they compile as for users.
-pytestmark = pytest.mark.optimized
-
-
 MESHES = {
   '2x4': {'data': 2, 'expert': 4},
   '2x2x2': {'data': 2, 'expert': 2, 'model': 2},
@@ -94,8 +90,8 @@ def _step(sizes, num_microbatches, dropout_rate):
     partitioning.parameter_axes(variables['params_axes']),
     mesh,
   )
-  state = jax.device_put(tiny_training.jit(create)(key), shardings)
-  step = tiny_training.jit(
+  state = jax.device_put(jax.jit(create)(key), shardings)
+  step = jax.jit(
     partitioning.on_mesh(train_step, mesh), out_shardings=(shardings, None)
   )
   batch = tiny_training.make_batch()

@@ -44,6 +44,7 @@ def _router(routing, make_batch, streams=('encoder', 'decoder'), **settings):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('packed', [False, True])
 def test_ids_are_those_that_the_model_makes(routing, make_batch, packed):
   batch = make_batch(5, packed)

@@ -51,6 +51,7 @@ def _change(checkpoint, path, value):
   file.write_bytes(serialization.msgpack_serialize(tree))
 
 
+@pytest.mark.slow
 def test_the_logits_are_those_of_t5x(layout, t5x_golden):
   given = t5x_checkpoint.load(t5x_golden(layout))
   assert given.config == t5_config.T5Config(11, 8, 3, 5, 7, 1, 2)
@@ -223,6 +224,7 @@ def test_a_model_has_no_more_blocks_than_arrays():
     weights.for_model({}, config, 'config.json')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', t5x_tree.RELEASED)
 def test_sizes_of_released_models_follow_from_shapes(name):
   config = t5x_tree.RELEASED[name]

@@ -39,6 +39,7 @@ def _case(num_queries, num_keys, seed=0, size=1.0):
   return query, key, value, mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lengths', [(1, 7), (5, 5), (9, 70), (33, 64)])
 def test_equals_the_recursion(lengths):
   arguments = _case(*lengths)
@@ -50,6 +51,7 @@ def test_equals_the_recursion(lengths):
   np.testing.assert_array_equal(got[0, 0], 0)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_plain_formula():
   query, key, value, mask = _case(6, 37)
 
@@ -75,6 +77,7 @@ def test_gradients_are_those_of_the_plain_formula():
     )
 
 
+@pytest.mark.slow
 def test_blocks_of_queries_change_nothing(monkeypatch):
   arguments = _case(11, 13)
   cotangent = np.random.default_rng(1).normal(size=arguments[0].shape)
@@ -96,6 +99,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_queries', [3, 21])
 def test_keys_that_no_query_sees_need_not_be_computed(num_queries, monkeypatch):
   monkeypatch.setattr(stick_breaking, '_QUERY_BLOCK', 2)
@@ -139,7 +143,6 @@ def test_padding_is_transparent():
   np.testing.assert_allclose(with_holes, without, rtol=0, atol=1e-6)
 
 
-@pytest.mark.optimized
 def test_no_weights_of_all_queries_are_kept():
   num, block = 1024, stick_breaking._QUERY_BLOCK
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)

@@ -42,6 +42,7 @@ def close(actual, expected):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('with_dropout', [False, True])
 @pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
 @pytest.mark.parametrize('sizes', SHARES.values(), ids=SHARES)
@@ -87,6 +88,7 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
   jax.tree.map(close, d_kernels, expected_kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('share', [0, 3, 11])
 def test_an_expert_may_have_another_width(share):
   rng = np.random.default_rng(0)
@@ -145,7 +147,6 @@ def test_few_rows_are_all_computed_in_tiles():
   np.testing.assert_array_equal(outputs[:7], np.full((7, 2), 6.0))
 
 
-@pytest.mark.optimized
 def test_no_array_is_larger_than_rows_or_kernels():
   num_rows, num_experts = 512, 16
   share = sorted_experts.batched_share(num_rows, num_experts)
@@ -181,6 +182,7 @@ def test_no_array_is_larger_than_rows_or_kernels():
   assert temporary < 3 * rows + 2 * kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('with_dropout', [False, True])
 @pytest.mark.parametrize(
   'name', ['even', 'several full tiles', 'one takes all']

@@ -34,6 +34,7 @@ def test_sequences_stay_as_they_are():
   np.testing.assert_array_equal(groups.merge(array, 2, 5), array)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('length', [7, 4])
 def test_a_sequence_takes_no_slot_of_another(length):
   layer = moe.MoeLayer(

@@ -8,7 +8,7 @@ import pytest
 
 from mowe.layers.memory import bfloat16_bits
 
-# These tests compare bits or programs, so they compile as for users.
+# These tests compare bits across programs.
 pytestmark = pytest.mark.optimized
 
 

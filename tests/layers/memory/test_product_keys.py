@@ -73,6 +73,7 @@ def close(actual, expected):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sparse', [True, False])
 @pytest.mark.parametrize('activation', ['relu', 'softmax'])
 @pytest.mark.parametrize('projected', [True, False])

@@ -18,7 +18,7 @@ from mowe.training.optimization import (
 )
 from mowe.words import batch_plans, sharded_plan
 
-# These tests compare bits or programs, so they compile as for users.
+# These tests compare bits across programs.
 pytestmark = pytest.mark.optimized
 
 
@@ -180,6 +180,7 @@ def check_equal(actual, expected, tolerance):
 # adds up a product in another order for another class. So an expert with many
 # rows has the same bits only if all of them come to one device. Parts of hidden
 # units (`model`) are added up at the end, which rounds differently too.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('mesh', 'most', 'tolerance'),
   [
@@ -209,6 +210,7 @@ def test_equals_one_device(mesh, most, tolerance):
   assert outputs.sharding.shard_shape(outputs.shape)[0] == rows
 
 
+@pytest.mark.slow
 def test_a_table_of_bits():
   layer, table = make_layer()
   bits = jax.tree.map(bfloat16_bits.nearest, table)
@@ -229,6 +231,7 @@ def test_a_table_of_bits():
       np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_dropout_draws_as_on_one_device():
   layer, table = make_layer(dropout_rate=0.3)
   ids = make_ids(4)

@@ -81,6 +81,7 @@ def close(actual, expected):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
 @pytest.mark.parametrize('seed', range(3))
 def test_few_tokens_equal_the_loop(seed, activations):
@@ -109,6 +110,7 @@ def experts_at_once(request, monkeypatch):
   monkeypatch.setattr(grouped, 'experts_at_once', lambda _: request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
 @pytest.mark.parametrize('seed', range(2))
 def test_planned_equals_the_loop(seed, activations, experts_at_once):
@@ -175,6 +177,7 @@ def test_renumbering_experts_changes_nothing(seed):
   np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_one_expert_is_the_dense_feed_forward():
   tokens = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, EMBED))
   ids = jnp.zeros((BATCH, LENGTH), jnp.int32)
@@ -219,6 +222,7 @@ def many_tokens():
   return params, tokens, cotangent, outputs_and_gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', MANY)
 def test_many_tokens_equal_the_loop(kind, many_tokens):
   params, tokens, cotangent, outputs_and_gradients = many_tokens
@@ -231,6 +235,7 @@ def test_many_tokens_equal_the_loop(kind, many_tokens):
     close(d_params['experts'][name], d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(2, 9), (3, 101)])
 def test_dropout_is_the_same_with_and_without_a_plan(shape):
   layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM, dropout_rate=0.5)
@@ -256,7 +261,6 @@ def test_dropout_is_the_same_with_and_without_a_plan(shape):
   assert not np.allclose(planned[0], layer.apply(variables, tokens, ids))
 
 
-@pytest.mark.optimized
 def test_many_tokens_without_a_plan_need_little_memory():
   # The kernels of all tokens would take 4 * 4096 * 3 * 32 * 16 bytes, which is
   # 24 MiB. The table has 300 MiB.

@@ -209,6 +209,7 @@ def test_visits_are_by_distance_the_next_before_the_one_before():
   np.testing.assert_array_equal(order[4], [4, 3, 2, 1, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('inner', INNER)
 def test_gradients_are_finite_and_equal_differences(inner):
   layer = make_layer(inner)

@@ -17,10 +17,6 @@ from mowe.layers.mixtures import mixture_of_heads
 from mowe.layers.routers import router_losses, tokens_choose
 from mowe.training import partitioning
 
-# These tests compare bits or programs, so they compile as for users.
-pytestmark = pytest.mark.optimized
-
-
 BATCH, LENGTH, EMBED, HEADS, KV, MODULES = 8, 5, 6, 2, 3, 4
 MESH = {'data': 2, 'expert': 2, 'model': 2}
 

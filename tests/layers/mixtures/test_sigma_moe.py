@@ -118,6 +118,7 @@ def close(actual, expected):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('router', ROUTERS)
 @pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
 def test_values_and_gradients_equal_the_loop(router, dispatch):
@@ -178,6 +179,7 @@ def test_values_and_gradients_equal_the_loop(router, dispatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('losses', 'number'),
   [(router_losses.RouterLosses(), 1), (router_losses.GroupEntropyLosses(), 2)],
@@ -267,6 +269,7 @@ def test_sinkhorn_assigns_in_training_only():
   assert router.looks_ahead
 
 
+@pytest.mark.slow
 def test_the_deviations_of_fresh_parameters():
   layer = sigma_moe.SigmaMoe(
     16, 24, initialization=initial_experts.SigmaInit(3)

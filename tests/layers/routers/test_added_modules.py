@@ -138,6 +138,7 @@ def kept_layer(logits='linear', router=TOP2, **fields):
   return moe.MoeLayer(**(settings | fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('make', 'gates_of', 'logits'),
   [(added_layer, of_added, 'mlp'), (kept_layer, of_kept, 'linear')],
@@ -178,6 +179,7 @@ def test_new_modules_change_no_bit_of_old_choices():
   np.testing.assert_array_equal(new.experts[:, :10][~none], old.experts[~none])
 
 
+@pytest.mark.slow
 def test_modules_that_give_nothing_change_no_output():
   """Only the order of sums differs, as products have another shape."""
   larger = added_layer('mlp')
@@ -256,6 +258,7 @@ def test_a_token_that_never_chose_a_removed_module_is_as_it_was():
   )
 
 
+@pytest.mark.slow
 def test_selection_bias_and_dropped_modules_go_with_their_columns():
   biased = tokens_choose.TokensChoose(2, bias_rate=0.1, exclusion_rate=0.3)
   for layer in (

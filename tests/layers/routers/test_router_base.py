@@ -116,6 +116,7 @@ def test_experts_choose_their_tokens():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('length', [16, 32, 48, 64])
 def test_experts_follow_real_tokens_not_the_padded_length(length):
   router = experts_choose.ExpertsChoose(2.0)

@@ -249,6 +249,7 @@ def test_inputs_see_each_other_in_a_prefix_lm(kind):
     close(logits[row], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', WITH_MODULES)
 def test_packed_texts_are_those_alone(kind):
   model, variables = make_model(make_config(kind))
@@ -265,6 +266,7 @@ def test_packed_texts_are_those_alone(kind):
   close(together[3:], logits[1, :4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ATTENTIONS)
 @pytest.mark.parametrize('memory', [3, 9])
 def test_memory_is_a_longer_row_with_a_window(kind, memory):
@@ -330,6 +332,7 @@ def make_sparse(kind):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('kind', 'changes'),
   [(kind, {}) for kind in ATTENTIONS]

@@ -105,6 +105,7 @@ def heads_in_two_stacks():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('make', 'numbers'),
   [
@@ -194,6 +195,7 @@ def assert_close(actual, expected):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [one_stack, two_stacks])
 def test_added_modules_leave_the_model_as_it_is(make):
   config = make()
@@ -264,6 +266,7 @@ def masked(before):
   return module_surgery.with_layers(one_stack(), changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'gates', [modules_pruned.Renormalise(), modules_pruned.KeepGates()]
 )

@@ -74,6 +74,7 @@ def _logits(config, params):
   return np.asarray(logits)[targets > 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('routing', 'fields'),
   [

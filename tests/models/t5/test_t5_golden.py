@@ -40,6 +40,7 @@ def apply(model, params, io):
   )
 
 
+@pytest.mark.slow
 def test_logits_equal_transformers(case, model_and_params):
   io, _ = case
   logits = apply(*model_and_params, io)

@@ -65,6 +65,7 @@ def edited(name, state, edits):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_states_keep_what_is_left(name):
   params = make_params()

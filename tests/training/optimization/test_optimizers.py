@@ -59,6 +59,7 @@ def small_cache(monkeypatch):
   monkeypatch.setattr(adafactor_transform, '_IN_CACHE', 4 * 6 * 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', _CONFIGS)
 def test_adafactor_equals_t5x(golden, config):
   _compare_with_t5x(golden, config)
@@ -71,7 +72,6 @@ def test_adafactor_in_parts_equals_t5x(golden):
   _compare_with_t5x(golden, 'momentum')
 
 
-@pytest.mark.optimized
 @pytest.mark.usefixtures('small_cache')
 def test_sharded_experts_stay_on_their_devices():
   mesh = partitioning.make_mesh(expert=4, data=2)

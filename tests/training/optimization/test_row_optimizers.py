@@ -89,6 +89,7 @@ def _assert_expert(table, expert, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('expert', range(4))
 @pytest.mark.parametrize('scale', [False, True])
 def test_adafactor_equals_optax_on_each_expert_alone(expert, scale):

@@ -88,6 +88,7 @@ def _update(table, plan, factors, usable=True):
   return update(table, state, factors, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'num_layers',
   [
