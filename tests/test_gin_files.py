@@ -6,6 +6,7 @@ tests/golden/parameters_<model>.txt again.
 
 import copy
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -82,6 +83,12 @@ def _config(name, routing_paths):
     bindings.append(f'ROUTING_VOCABULARY = {str(path)!r}')
   gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
   return _made('MODEL')
+
+
+@functools.cache
+def _costs_of_dense(name):
+  """Several models are compared with the same dense one, which is not small."""
+  return costs.model_costs(_config(name, {}))
 
 
 def _describe(config):
@@ -223,7 +230,7 @@ def test_mixtures_of_experts_have_all_sizes():
 @pytest.mark.parametrize('kind', _MOE)
 def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
   num_layers, num_experts = _MOE[kind][size]
-  dense = costs.model_costs(_config(f't5_{size}', routing_paths))
+  dense = _costs_of_dense(f't5_{size}')
   config = _config(f'{kind}_{size}', routing_paths)
   assert len(config.sparse_encoder_layers) == num_layers
   assert len(config.sparse_decoder_layers) == num_layers
@@ -249,7 +256,7 @@ def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
 @pytest.mark.parametrize('size', ['tiny', 'base'])
 @pytest.mark.parametrize('kind', ['sigma_moe', 'top_k', 'pkm'])
 def test_feed_forwards_of_equal_parameters(kind, size, routing_paths):
-  dense = costs.model_costs(_config(f't5_{size}', routing_paths))
+  dense = _costs_of_dense(f't5_{size}')
   config = _config(f'{kind}_{size}', routing_paths)
   cost = costs.model_costs(config)
   blocks = config.num_encoder_layers + config.num_decoder_layers

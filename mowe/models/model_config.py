@@ -5,6 +5,7 @@ Training, data and commands know a model by `ModelConfig` alone. `T5Config` and
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -160,16 +161,22 @@ def of_block(config: Any, stream: str, number: int) -> Any:
 
 def check_block_layers(config: ModelConfig) -> None:
   """Raises ValueError if `block_layers` names places that do not exist."""
-  known = {
-    f'{stream}/layers_{number}/{name}'
-    for stream, name in config.layer_fields
-    for number in range(config.depths()[stream])
-  }
-  unknown = [place for place, _ in config.block_layers if place not in known]
+  depths = config.depths()
+
+  def is_known(place):
+    # The names are not listed, because a wrong depth may be very large.
+    found = re.fullmatch(r'(\w+)/layers_(0|[1-9]\d*)/(\w+)', place)
+    if found is None or (found[1], found[3]) not in config.layer_fields:
+      return False
+    return int(found[2]) < depths[found[1]]
+
+  unknown = [place for place, _ in config.block_layers if not is_known(place)]
   if unknown:
+    stream, name = min(config.layer_fields)
+    example = f'{stream}/layers_0/{name}'
     raise ValueError(
       'block_layers must name layers of the blocks of the model, such as '
-      f"'{min(known)}', but names {unknown}. Correct these places; blocks are "
+      f"'{example}', but names {unknown}. Correct these places; blocks are "
       'counted from 0.'
     )
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from mowe.layers.memory import rows_in_place
 
 # Bytes of rows in the largest call, and by how much smaller calls are divided.
 _CALL_BYTES = 2**24
@@ -62,9 +63,7 @@ def get(
       is any row.
     sharding: the sharding of the results; None leaves it to XLA.
   """
-  taken = jax.tree.map(
-    lambda array: jnp.take(array, rows, axis=0, mode='clip'), arrays
-  )
+  taken = jax.tree.map(lambda array: rows_in_place.read(array, rows), arrays)
   if sharding is None:
     return taken
   return jax.lax.with_sharding_constraint(taken, sharding)
@@ -80,9 +79,7 @@ def put(arrays: Any, rows: jax.Array, values: Any) -> Any:
     values: a tree of arrays [n, ...].
   """
   return jax.tree.map(
-    lambda array, value: array.at[rows].set(
-      value, mode='drop', unique_indices=True
-    ),
+    lambda array, value: rows_in_place.write(array, rows, value),
     arrays,
     values,
   )

@@ -223,7 +223,6 @@ def test_tensors_that_are_missing_or_left_over_are_listed(t5_folder, tmp_path):
     huggingface.load(_copy(t5_folder, tmp_path / 'e', plain))
 
 
-@pytest.mark.slow
 def test_more_blocks_than_tensors_are_refused_at_once(t5_folder, tmp_path):
   many = {'num_layers': 2**24}
   with pytest.raises(ValueError, match='16777219 blocks for 66 tensors. Take'):

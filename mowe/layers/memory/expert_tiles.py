@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mowe.layers import feed_forward
-from mowe.layers.memory import bfloat16_bits, grouped
+from mowe.layers.memory import bfloat16_bits, grouped, rows_in_place
 
 Arrays = dict[str, jax.Array]
 
@@ -72,12 +72,13 @@ class TableRows(NamedTuple):
     Returns:
       The kernels <float>[n, in, out], by name.
     """
-    # JAX would count negative numbers from the end of the table.
-    experts = jnp.where(experts < 0, _OUT_OF_RANGE, experts)
-    return {
-      name: bfloat16_bits.to_float(grouped.rows(kernel, experts))
-      for name, kernel in self.kernels.items()
-    }
+    some = {}
+    for name, kernel in self.kernels.items():
+      is_known = (experts >= 0) & (experts < kernel.shape[0])
+      read = rows_in_place.read(kernel, jnp.where(is_known, experts, 0))
+      read = jnp.where(is_known[:, None, None], read, 0)
+      some[name] = bfloat16_bits.to_float(read)
+    return some
 
   def add(self, experts: jax.Array, rows: Arrays) -> 'TableRows':
     """Returns tables to whose rows something was added.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mowe.layers.memory import bfloat16_bits
+from mowe.layers.memory import bfloat16_bits, rows_in_place
 from mowe.words import batch_plans
 
 # How many numbers of kernels are gathered at a time. On CPU they are 4 MB in
@@ -104,10 +104,10 @@ def _backward(residuals, cotangents):
     return d_tokens, None, None, None if marker is None else factors
   d_kernels = jnp.zeros_like(kernels)
   for experts, sources in zip(*plan.classes, strict=True):
-    d_kernels = d_kernels.at[experts].set(
+    d_kernels = rows_in_place.write(
+      d_kernels,
+      experts,
       kernel_gradient([factors], sources).astype(kernels.dtype),
-      mode='drop',
-      unique_indices=True,
     )
   return d_tokens, d_kernels, None, None
 
@@ -169,8 +169,7 @@ def _multiply(tokens, kernels, plan, product):
   at_once = experts_at_once(kernels[0].size)
 
   def some_experts(experts, sources):
-    own = jnp.take(kernels, experts, axis=0, mode='clip')
-    own = bfloat16_bits.to_float(own)
+    own = bfloat16_bits.to_float(rows_in_place.read(kernels, experts))
     return product(rows(tokens, sources), own.astype(tokens.dtype))
 
   parts = []

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.layers.memory import bfloat16_bits, grouped
+from mowe.layers.memory import bfloat16_bits, grouped, rows_in_place
 from mowe.models import parameters
 from mowe.training.optimization import row_gradients, row_optimizers
 from mowe.words import batch_plans
@@ -280,7 +280,7 @@ def _write_chunk(
 ) -> TableRows:
   """Reads the rows of a chunk, updates them, and writes them in their place."""
   experts = gradients.experts
-  read = lambda whole: jnp.take(whole, experts, axis=0, mode='clip')
+  read = lambda whole: rows_in_place.read(whole, experts)
   new_rows, new_state = row_optimizer.update(
     gradients.of_kernels,
     jax.tree.map(read, rows.state),
@@ -293,9 +293,7 @@ def _write_chunk(
   # drops. Each has a number of its own, as `unique_indices` promises.
   beyond = jnp.iinfo(jnp.int32).max - jnp.arange(experts.size)
   written = jnp.where(gradients.changed & step.usable, experts, beyond)
-  write = lambda whole, some: whole.at[written].set(
-    some, mode='drop', unique_indices=True
-  )
+  write = lambda whole, some: rows_in_place.write(whole, written, some)
   return TableRows(
     jax.tree.map(write, rows.table, new_rows),
     jax.tree.map(write, rows.state, new_state),
