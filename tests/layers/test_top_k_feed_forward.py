@@ -20,7 +20,7 @@ def test_values_equal_the_sorted_units(by_effect, use_bias):
   tokens = rng.normal(size=(BATCH, LENGTH, EMBED)).astype(np.float32)
   params = jax.tree.map(
     lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32),
-    layer.init(jax.random.key(0), tokens)['params'],
+    jax.eval_shape(layer.init, jax.random.key(0), tokens)['params'],
   )
   p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
   bias = lambda name: p[name].get('bias', 0)

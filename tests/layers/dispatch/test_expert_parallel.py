@@ -3,6 +3,7 @@
 import functools
 import re
 
+import drawn_parameters
 import flax
 import jax
 import jax.numpy as jnp
@@ -76,8 +77,9 @@ def make_inputs():
   return tokens, ids
 
 
+@functools.cache
 def make_parameters(layer):
-  variables = jax.jit(layer.init)(jax.random.key(0), *make_inputs())
+  variables = drawn_parameters.variables(layer, *make_inputs())
   params = flax.core.unfreeze(variables['params'])
   if 'router' in params:
     # Logits are far from even, so that capacities bind and some experts get no

@@ -1,5 +1,6 @@
 """Tests groups by hand: whole sequences, and consecutive tokens."""
 
+import drawn_parameters
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,7 @@ def test_a_sequence_takes_no_slot_of_another(length):
     groups=token_groups.SequenceGroups(),
   )
   tokens = jax.random.normal(jax.random.key(0), (4, length, 6))
-  params = jax.jit(layer.init)(jax.random.key(1), tokens)['params']
+  params = drawn_parameters.variables(layer, tokens)['params']
   run = jax.jit(
     lambda tokens: layer.apply(
       {'params': params},

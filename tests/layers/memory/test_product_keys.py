@@ -22,7 +22,7 @@ def make_layer(sparse=True, **fields):
 
 
 def make_params(layer, tokens, seed=0):
-  params = layer.init(jax.random.key(seed), tokens)['params']
+  params = jax.eval_shape(layer.init, jax.random.key(seed), tokens)['params']
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda w: jnp.asarray(rng.normal(size=w.shape), jnp.float32), params

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import drawn_parameters
 import flax
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def make_layer(dropout_rate=0.0):
     NUM_EXPERTS, EXPERT_DIM, dropout_rate=dropout_rate
   )
   tokens, _ = make_inputs()
-  variables = layer.init(jax.random.key(1), tokens, make_ids(3))
+  variables = drawn_parameters.variables(layer, tokens, make_ids(3))
   return layer, flax.core.unfreeze(variables['params']['experts'])
 
 

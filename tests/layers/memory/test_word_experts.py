@@ -2,6 +2,7 @@
 
 import functools
 
+import drawn_parameters
 import flax
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def make_case(seed, activations):
     [-1, NUM_EXPERTS, 0, 2, 2, 2, 2, 5, 7, 10], size=(BATCH, LENGTH)
   ).astype(np.int32)
   layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM, activations)
-  params = layer.init(jax.random.key(seed), tokens, ids)['params']
+  params = drawn_parameters.variables(layer, tokens, ids, seed=seed)['params']
   return layer, params, tokens, ids, cotangent
 
 
@@ -182,7 +183,7 @@ def test_one_expert_is_the_dense_feed_forward():
   tokens = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, EMBED))
   ids = jnp.zeros((BATCH, LENGTH), jnp.int32)
   layer = word_experts.MoweLayer(1, EXPERT_DIM)
-  params = layer.init(jax.random.key(1), tokens, ids)['params']
+  params = drawn_parameters.variables(layer, tokens, ids)['params']
   dense = {
     name: {'kernel': kernel[0]} for name, kernel in params['experts'].items()
   }
@@ -210,7 +211,7 @@ def many_tokens():
   tokens = rng.normal(size=(3, 101, EMBED)).astype(np.float32)
   cotangent = rng.normal(size=tokens.shape).astype(np.float32)
   ids = np.zeros((3, 101), np.int32)
-  params = layer.init(jax.random.key(0), tokens, ids)['params']
+  params = drawn_parameters.variables(layer, tokens, ids)['params']
 
   @jax.jit
   def outputs_and_gradients(ids):
@@ -242,7 +243,7 @@ def test_dropout_is_the_same_with_and_without_a_plan(shape):
   rng = np.random.default_rng(0)
   tokens = rng.normal(size=(*shape, EMBED)).astype(np.float32)
   ids = rng.integers(-1, NUM_EXPERTS + 1, shape).astype(np.int32)
-  variables = layer.init(jax.random.key(0), tokens, ids)
+  variables = drawn_parameters.variables(layer, tokens, ids)
 
   def gradient(**routing):
     apply = lambda params, tokens: layer.apply(
@@ -280,7 +281,9 @@ def test_many_tokens_without_a_plan_need_little_memory():
 def test_axes_of_the_table():
   layer = word_experts.MoweLayer(NUM_EXPERTS, EXPERT_DIM)
   ids = jnp.zeros((1, 2), jnp.int32)
-  variables = layer.init(jax.random.key(0), jnp.ones((1, 2, EMBED)), ids)
+  variables = jax.eval_shape(
+    layer.init, jax.random.key(0), jnp.ones((1, 2, EMBED)), ids
+  )
   axes = flax.traverse_util.flatten_dict(variables['params_axes'], sep='/')
   assert axes['experts/wi_0_axes'].names == ('expert', 'embed', 'expert_mlp')
   assert axes['experts/wo_axes'].names == ('expert', 'expert_mlp', 'embed')

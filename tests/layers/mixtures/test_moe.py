@@ -7,6 +7,7 @@ pair, and computes one token with one expert at a time.
 import dataclasses
 import functools
 
+import drawn_parameters
 import flax
 import jax
 import jax.numpy as jnp
@@ -74,10 +75,7 @@ def make_case(seed, router, dispatch, **fields):
   ids = rng.integers(0, NUM_IDS, size=(BATCH, LENGTH)).astype(np.int32)
   ids[:, 5:] = -1
   ids[1, :3] = -1
-  variables = flax.core.unfreeze(
-    jax.jit(layer.init)(jax.random.key(seed), tokens, ids)
-  )
-  params = variables['params']
+  params = drawn_parameters.variables(layer, tokens, ids, seed=seed)['params']
   if 'router' in params:
     # Logits are far from even, so that capacities bind.
     kernel = rng.normal(size=(EMBED, NUM_EXPERTS)).astype(np.float32)
@@ -351,7 +349,7 @@ def test_renumbering_experts_changes_nothing(router, dispatch):
 def test_one_expert_is_the_dense_feed_forward(dispatch):
   layer = moe.MoeLayer(1, EXPERT_DIM, dispatch=DISPATCHES[dispatch])
   tokens = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, EMBED))
-  params = jax.jit(layer.init)(jax.random.key(1), tokens)['params']
+  params = drawn_parameters.variables(layer, tokens)['params']
   dense = jax.tree.map(lambda w: w[0], params['expert'])
   expected = feed_forward.DenseFeedForward(EXPERT_DIM).apply(
     {'params': dense}, tokens
@@ -402,7 +400,9 @@ def test_dropout_and_jitter_draw_from_the_dropout_stream(dispatch):
 @pytest.mark.slow
 def test_parameters_have_flaxformers_names_and_axes():
   layer = moe.MoeLayer(NUM_EXPERTS, EXPERT_DIM)
-  variables = layer.init(jax.random.key(0), jnp.ones((1, 2, EMBED)))
+  variables = jax.eval_shape(
+    layer.init, jax.random.key(0), jnp.ones((1, 2, EMBED))
+  )
   flat = flax.traverse_util.flatten_dict(variables['params'], sep='/')
   shapes = {name: value.shape for name, value in flat.items()}
   assert shapes == {

@@ -49,7 +49,7 @@ def make_case(router, **fields):
   ids = np.zeros((BATCH, LENGTH), np.int32)
   ids[:, 8:] = -1
   ids[1, :3] = -1
-  variables = layer.init(jax.random.key(0), tokens, ids)
+  variables = jax.eval_shape(layer.init, jax.random.key(0), tokens, ids)
   params = flax.core.unfreeze(variables['params'])
   # All parameters are drawn again, so that biases are not zero and logits are
   # spread.
