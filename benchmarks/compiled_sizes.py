@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mowe.layers import platforms
 from mowe.layers.memory import grouped
 from mowe.training import compile_ahead
 from mowe.training.optimization import row_optimizers, table_updates
@@ -130,7 +131,8 @@ def _compile(function, topology, arguments, **options):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     arguments,
   )
-  return jax.jit(function, **options).lower(*arguments).compile()
+  with platforms.compiling_for('tpu'):
+    return jax.jit(function, **options).lower(*arguments).compile()
 
 
 def main() -> None:

@@ -47,6 +47,12 @@ def _functions(
       yield from _functions(child, name, depth)
 
 
+def _docstring_lines(function: ast.AST) -> int:
+  if ast.get_docstring(function) is None:
+    return 0
+  return function.body[0].end_lineno - function.body[0].lineno + 1
+
+
 def _imports(tree: ast.AST, name: str, modules: Iterable[str]) -> set[str]:
   """Modules of the package that one of them imports, wherever it does so."""
   found = set()
@@ -125,6 +131,11 @@ def report(package: pathlib.Path, tests: pathlib.Path) -> None:
     for name, f, depth in _functions(tree, module)
   ]
   lengths = [length for length, _, _ in functions]
+  without_docstrings = [
+    f.end_lineno - f.lineno + 1 - _docstring_lines(f)
+    for module, tree in trees.items()
+    for _, f, _ in _functions(tree, module)
+  ]
   fields = [
     sum(isinstance(statement, ast.AnnAssign) for statement in node.body)
     for tree in trees.values()
@@ -148,6 +159,10 @@ def report(package: pathlib.Path, tests: pathlib.Path) -> None:
   print(
     'function lines, p90 / max: '
     f'{_quantile(lengths, 0.9)} / {max(lengths)} of {len(lengths)}'
+  )
+  print(
+    'the same without docstrings: '
+    f'{_quantile(without_docstrings, 0.9)} / {max(without_docstrings)}'
   )
   print(
     'fields of classes, p90 / max: '

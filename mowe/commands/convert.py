@@ -320,6 +320,11 @@ def _show_folder(what, path, kind, step, digest):
     print(f'           sha256 {manifests.digest(file)} of {file.name}')
 
 
+def _as_in_file(array):
+  """The array of a `Cast`, which changes the dtype on reading; or any other."""
+  return array.array if isinstance(array, weights.Cast) else array
+
+
 def _table(read, written) -> rich.table.Table:
   """One row for all parameters whose names differ only in the layer number."""
   table = rich.table.Table(box=None, pad_edge=False)
@@ -330,8 +335,7 @@ def _table(read, written) -> rich.table.Table:
     row = (
       re.sub(r'(?<=layers_)\d+', '*', '/'.join(path)),
       ' x '.join(map(str, array.shape)),
-      # A Cast changes the dtype on reading; the array in it has the file's.
-      str(np.dtype(getattr(array, 'array', array).dtype)),
+      str(np.dtype(_as_in_file(array).dtype)),
       str(np.dtype(written[path].dtype)),
     )
     rows[row] = rows.get(row, 0) + 1

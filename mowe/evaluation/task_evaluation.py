@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mowe.data import text_tasks
 from mowe.data.caches import token_cache
 from mowe.evaluation import classification_metrics, inference, text_metrics
 from mowe.words import atomic_files, base_vocabulary
@@ -64,7 +63,7 @@ class EvaluationResult:
 
 def evaluate_questions(
   generator: inference.Generator,
-  questions: token_cache.TokenCache | text_tasks.TextToTextTask,
+  cache: token_cache.TokenCache,
   subwords: base_vocabulary.Vocabulary,
   *,
   metric: Metric | None = None,
@@ -76,7 +75,7 @@ def evaluate_questions(
   Args:
     generator: generates the answers of the model. Its lengths apply, and not
       those of a task.
-    questions: a token cache of questions, or a task that reads one.
+    cache: a token cache of questions.
     subwords: the vocabulary of the model and of the cache.
     metric: `text_metrics.squad`, `text_metrics.trivia_qa`, or a function like
       them; None: the metric that the cache names.
@@ -88,7 +87,6 @@ def evaluate_questions(
     ValueError: there are no questions, records have no answers, or the cache
       was made with another vocabulary.
   """
-  cache = getattr(questions, 'cache', questions)
   metric = metric or text_metrics.of_name(cache.metric)
   records = read_records(cache, subwords)
   inputs = [cache.tokens('inputs', index) for index in range(len(records))]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import feed_forward_base
+from mowe.layers import feed_forward_base, platforms
 from mowe.layers.attention import attention_base
 
 # Linen collection that a batch leaves to the next one; see `memory_length`.
@@ -128,7 +128,7 @@ class ModelConfig(Protocol):
 
 def default_dtype() -> str:
   """'bfloat16' on accelerators, 'float32' on CPU, where it is faster."""
-  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return 'float32' if platforms.target() == 'cpu' else 'bfloat16'
 
 
 def check_activation_dtype(dtype: Any) -> None:

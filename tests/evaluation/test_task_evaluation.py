@@ -6,7 +6,6 @@ import types
 import numpy as np
 import pytest
 
-from mowe.data import text_tasks
 from mowe.data.caches import cache_builders
 from mowe.evaluation import inference, task_evaluation, text_metrics
 from mowe.words import byte_vocabulary
@@ -74,13 +73,11 @@ def test_scores_by_relation_and_in_total(tmp_path):
 
 
 def test_files_and_another_metric(tmp_path):
-  task = text_tasks.TextToTextTask(
-    make_cache(tmp_path / 'cache'), {'inputs': 30, 'targets': 9}
-  )
+  cache = make_cache(tmp_path / 'cache')
   folder = tmp_path / 'new' / 'folder'
   result = task_evaluation.evaluate_questions(
     make_parrot(),
-    task,
+    cache,
     BYTES,
     metric=text_metrics.trivia_qa,
     output_dir=folder,

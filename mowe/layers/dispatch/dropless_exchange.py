@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mowe.layers import platforms
 from mowe.layers.dispatch import (
   dispatch_base,
   expert_parallel,
@@ -268,7 +269,7 @@ def _exchange(buffers, sent, received):
   """
   # CPU has no ragged all-to-all, so that whole buffers travel there. Elsewhere
   # only the filled rows do.
-  if jax.default_backend() == 'cpu':
+  if platforms.target() == 'cpu':
     return _all_to_all(buffers)
   num_shards = sent.shape[0]
   room = buffers.shape[0] // num_shards

@@ -18,14 +18,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mowe.layers import platforms
 from mowe.layers.memory import bfloat16_bits, rows_in_place
 from mowe.words import batch_plans
 
 # How many numbers of kernels are gathered at a time. On CPU they are 4 MB in
 # float32, which stay in the cache. Elsewhere the bound only limits temporary
-# memory, and is larger so that the loop has few steps.
-_CACHED_NUMBERS = 2**20
-_MOST_NUMBERS = 2**26
+# memory. On TPU it takes tens of microseconds to read so many, against a few
+# for a step of the loop. On GPU each step launches several kernels, so that
+# fewer steps are better.
+_NUMBERS_AT_ONCE = {'cpu': 2**20, 'tpu': 2**24}
+_NUMBERS_ELSEWHERE = 2**26
 
 # Experts with up to this many slots have their gradients computed slot by slot:
 # XLA's batched products of such thin matrices are two to ten times slower on
@@ -54,8 +57,7 @@ def experts_at_once(numbers_of_one: int) -> int:
   Args:
     numbers_of_one: how many numbers the kernels of one expert have.
   """
-  on_cpu = jax.default_backend() == 'cpu'
-  most = _CACHED_NUMBERS if on_cpu else _MOST_NUMBERS
+  most = _NUMBERS_AT_ONCE.get(platforms.target(), _NUMBERS_ELSEWHERE)
   return max(1, most // numbers_of_one)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mowe.layers import platforms
 from mowe.layers.dispatch import (
   capacity_dispatch,
   dropless_dispatch,
@@ -295,12 +296,12 @@ def test_rows_beyond_a_buffer_are_counted():
   check_equal(jax.device_get(step(*arguments)), expected)
 
 
-def test_accelerators_exchange_filled_rows_only(monkeypatch):
+def test_accelerators_exchange_filled_rows_only():
   # CPU has no ragged all-to-all, so the program is only lowered here, and not
   # run.
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   step, arguments = on_mesh(make_layer(), MESHES['2x2x2'])
-  lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',))
+  with platforms.compiling_for('gpu'):
+    lowered = step.trace(*arguments).lower(lowering_platforms=('cuda',))
   text = lowered.as_text()
   assert text.count('stablehlo.custom_call @ragged_all_to_all') == 4
   assert len(re.findall(r'stablehlo.all_to_all.*i32', text)) == 1
