@@ -27,9 +27,24 @@ def _add_build_routing_vocabulary(verbs):
   parser.add_argument(
     '--vocabulary', required=True, help="a SentencePiece model, or 'bytes'"
   )
-  parser.add_argument('--num_experts', type=int, required=True)
-  parser.add_argument('--num_words', type=int, default=1_000_000)
-  parser.add_argument('--num_skipped', type=int, default=16)
+  parser.add_argument(
+    '--num_experts',
+    type=int,
+    required=True,
+    help='how many experts the words share',
+  )
+  parser.add_argument(
+    '--num_words',
+    type=int,
+    default=1_000_000,
+    help='how many of the most frequent words are kept (default: 1,000,000)',
+  )
+  parser.add_argument(
+    '--num_skipped',
+    type=int,
+    default=16,
+    help='how many of the most frequent entries get no expert (default: 16)',
+  )
   parser.add_argument(
     '--names',
     nargs='*',
@@ -53,8 +68,17 @@ def _add_build_routing_vocabulary(verbs):
     default='text',
     help='field of .jsonl records that holds the text',
   )
-  parser.add_argument('--num_workers', type=int)
-  parser.add_argument('--extra_ids', type=int, default=100)
+  parser.add_argument(
+    '--num_workers',
+    type=int,
+    help='processes that read the text; default: more than one for much text',
+  )
+  parser.add_argument(
+    '--extra_ids',
+    type=int,
+    default=100,
+    help='sentinels of the vocabulary (default: 100)',
+  )
   parser.set_defaults(run=_build_routing_vocabulary)
 
 
@@ -83,9 +107,16 @@ def _add_explain(verbs):
     'explain', help='show the expert of each word of a text'
   )
   parser.add_argument('routing_vocabulary', help='an .npz file')
-  parser.add_argument('text')
-  parser.add_argument('--vocabulary', required=True)
-  parser.add_argument('--extra_ids', type=int, default=100)
+  parser.add_argument('text', help='a text in quotes')
+  parser.add_argument(
+    '--vocabulary', required=True, help="SentencePiece model, or 'bytes'"
+  )
+  parser.add_argument(
+    '--extra_ids',
+    type=int,
+    default=100,
+    help='sentinels of the vocabulary (default: 100)',
+  )
   parser.set_defaults(run=_explain)
 
 
@@ -110,9 +141,22 @@ def _add_cache_task(verbs):
   parser.add_argument(
     '--vocabulary', required=True, help="a SentencePiece model, or 'bytes'"
   )
-  parser.add_argument('--extra_ids', type=int, default=100)
-  parser.add_argument('--overwrite', action='store_true')
-  parser.add_argument('--num_workers', type=int)
+  parser.add_argument(
+    '--extra_ids',
+    type=int,
+    default=100,
+    help='sentinels of the vocabulary (default: 100)',
+  )
+  parser.add_argument(
+    '--overwrite',
+    action='store_true',
+    help='replace a cache that was made from other things',
+  )
+  parser.add_argument(
+    '--num_workers',
+    type=int,
+    help='processes that read the text; default: more than one for much text',
+  )
   parser.add_argument(
     '--kind',
     choices=('text', 'questions', 'claims', 'language_model'),
@@ -221,7 +265,9 @@ def _add_train_vocabulary(verbs):
     'train-vocabulary', help='make a subword vocabulary from text'
   )
   parser.add_argument('output', help='the file to write')
-  parser.add_argument('files', nargs='+')
+  parser.add_argument(
+    'files', nargs='+', help='.txt or .jsonl files, also with .gz, or globs'
+  )
   parser.add_argument(
     '--size', type=int, help='number of ids; default: 32,000, or all words'
   )
@@ -230,7 +276,11 @@ def _add_train_vocabulary(verbs):
     action='store_true',
     help='take whole words between white space, not pieces',
   )
-  parser.add_argument('--field', default='text')
+  parser.add_argument(
+    '--field',
+    default='text',
+    help='field of .jsonl records that holds the text (default: text)',
+  )
   parser.add_argument(
     '--questions',
     nargs='+',

@@ -51,7 +51,11 @@ def _add_quickstart(verbs):
   parser = verbs.add_parser(
     'quickstart', help='train and compare a T5 and a MoWE of equal FLOPs'
   )
-  parser.add_argument('--output', default='quickstart_output')
+  parser.add_argument(
+    '--output',
+    default='quickstart_output',
+    help='folder for data, runs and the report (default: quickstart_output)',
+  )
   parser.add_argument(
     '--data_dir',
     help='folder with your documents.jsonl, qa_train.jsonl and '
@@ -64,10 +68,30 @@ def _add_quickstart(verbs):
     '--recipe', default='world', help='use gin_configs/examples/<recipe>_*.gin'
   )
   parser.add_argument('--vocabulary', help='default: train one on the text')
-  parser.add_argument('--vocabulary_size', type=int, default=1000)
-  parser.add_argument('--num_experts', type=int, default=2048)
-  parser.add_argument('--names_files', nargs='*', default=())
-  parser.add_argument('--num_seeds', type=int, default=1)
+  parser.add_argument(
+    '--vocabulary_size',
+    type=int,
+    default=1000,
+    help='pieces of a vocabulary that is trained (default: 1,000)',
+  )
+  parser.add_argument(
+    '--num_experts',
+    type=int,
+    default=2048,
+    help='word experts of MoWE (default: 2,048)',
+  )
+  parser.add_argument(
+    '--names_files',
+    nargs='*',
+    default=(),
+    help='files of names; only their words get experts',
+  )
+  parser.add_argument(
+    '--num_seeds',
+    type=int,
+    default=1,
+    help='how often each model is trained (default: 1)',
+  )
   parser.add_argument(
     '--with_longer_t5',
     action='store_true',
@@ -86,7 +110,7 @@ def _add_quickstart(verbs):
     help='also train mixtures of experts with these routers',
   )
   parser.add_argument('--steps', type=int, help='steps of pretraining')
-  parser.add_argument('--finetune_steps', type=int)
+  parser.add_argument('--finetune_steps', type=int, help='steps of finetuning')
   parser.set_defaults(run=_quickstart)
 
 

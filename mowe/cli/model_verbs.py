@@ -52,8 +52,12 @@ def _add_distributed(parser):
   parser.add_argument(
     '--coordinator_address', help='host:port, if several processes train'
   )
-  parser.add_argument('--process_count', type=int)
-  parser.add_argument('--process_index', type=int)
+  parser.add_argument(
+    '--process_count', type=int, help='number of processes of the run'
+  )
+  parser.add_argument(
+    '--process_index', type=int, help='number of this process, from 0'
+  )
 
 
 def _join_processes(options):
@@ -109,8 +113,18 @@ def _add_ask(verbs):
     help='the text that finetuning put around a question; default: '
     '"question: {question}"',
   )
-  parser.add_argument('--num_beams', type=int, default=1)
-  parser.add_argument('--max_length', type=int, default=32)
+  parser.add_argument(
+    '--num_beams',
+    type=int,
+    default=1,
+    help='beams of the search; 1 decodes greedily (default)',
+  )
+  parser.add_argument(
+    '--max_length',
+    type=int,
+    default=32,
+    help='most tokens of an answer (default: 32)',
+  )
   parser.add_argument(
     '--explain', action='store_true', help='show the expert of each word'
   )
@@ -161,7 +175,10 @@ def _add_convert(verbs):
     'safetensors of transformers, or a checkpoint of T5X in one of two layouts',
   )
   parser.add_argument(
-    '--dtype', choices=('float32', 'bfloat16'), default='float32'
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    default='float32',
+    help='precision of the written weights (default: float32)',
   )
   parser.add_argument(
     '--vocabulary',

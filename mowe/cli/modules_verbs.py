@@ -36,7 +36,9 @@ def add_to(verbs) -> None:
     default=1,
     help='number of new modules that each token meets',
   )
-  add.add_argument('--seed', type=int, default=0)
+  add.add_argument(
+    '--seed', type=int, default=0, help='seed of the new modules (default: 0)'
+  )
   add.set_defaults(run=_modules_add)
   prune.add_argument(
     '--usage', required=True, help='usage.json of `mowe modules usage`'

@@ -1,5 +1,6 @@
 """Tests the `mowe` command in this process: every verb, and its errors."""
 
+import argparse
 import json
 import os
 import re
@@ -202,6 +203,23 @@ def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
 
 
 # The verbs below read text.
+
+
+def _parsers(parser):
+  yield parser
+  for action in parser._actions:
+    if isinstance(action, argparse._SubParsersAction):
+      for inner in action.choices.values():
+        yield from _parsers(inner)
+
+
+def test_every_option_is_explained():
+  parsers = list(_parsers(main._make_parser()))
+  assert len(parsers) > 10
+  for parser in parsers:
+    for action in parser._actions:
+      is_verb = isinstance(action, argparse._SubParsersAction)
+      assert action.help or is_verb, (parser.prog, action.dest)
 
 
 def test_cache_task(world, tmp_path, capsys):
