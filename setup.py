@@ -60,6 +60,8 @@ setuptools.setup(
   package_data={'': ['*.gin'], 'mowe': ['py.typed']},
   install_requires=[
     'absl-py',
+    # JAX needs it to limit the size of its cache of compiled programs.
+    'filelock',
     'flax>=0.10.6',
     'gin-config>=0.5.0',
     # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.

@@ -215,6 +215,8 @@ def take_turns(
   if compilation_cache:
     shared['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'compiled')
     shared['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  else:
+    shared['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
   paths = [os.path.abspath(path) for path in t5x_path.split(os.pathsep)]
   paths.append(str(folder))
   of_t5x = shared | {'PYTHONPATH': os.pathsep.join(paths)}

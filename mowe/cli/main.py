@@ -13,6 +13,7 @@ from mowe.cli import (
   gin_arguments,
   model_verbs,
   modules_verbs,
+  program_cache,
 )
 
 # `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error(
       f'{options.verb} reads no gin files, but has {bindings}. Leave them out.'
     )
+  if options.keep_programs:
+    program_cache.use()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   try:
     if options.trust_module:
@@ -77,6 +80,13 @@ def _make_parser() -> argparse.ArgumentParser:
   _add_trust(parser)
   for group in _OTHERS:
     group.add_to(verbs)
+  parser.add_argument(
+    '--no_program_cache',
+    dest='keep_programs',
+    action='store_false',
+    help='compile every program again, and keep none in the user cache folder '
+    '(written before the verb)',
+  )
   parser.set_defaults(trust_module=[])
   return parser
 
