@@ -62,7 +62,8 @@ def measure(
   num_not_finite = zero
   if logits is not None:
     sums |= losses.sums(logits, choices.probs, num_chosen, is_valid)
-    sums['entropy'] = jnp.sum(_entropy(choices.probs) * is_valid)
+    entropy = _entropy(choices.probs)
+    sums['entropy'] = jnp.sum(jnp.where(is_valid, entropy, 0))
     num_not_finite = count(is_routed & ~jnp.all(jnp.isfinite(logits), axis=-1))
   if router.is_balanced:
     # Such a router needs no load-balancing loss.

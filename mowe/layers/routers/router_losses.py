@@ -217,7 +217,8 @@ class RouterLosses:
     num_valid = jnp.sum(is_valid, axis=1).astype(jnp.float32)
     # [groups, experts]. The sum over the experts is num_valid, so that a group
     # weighs as much as it has real tokens.
-    total_probs = jnp.sum(probs * is_valid[:, :, None], axis=1)
+    # Padding may have logits that are infinite or NaN, and so probabilities.
+    total_probs = jnp.sum(jnp.where(is_valid[:, :, None], probs, 0), axis=1)
     # [groups, experts], the share of each expert in the choices of its group.
     # It does not grow with the number of choices of a token.
     shares = ratio(num_chosen, jnp.sum(num_chosen, axis=1, keepdims=True))

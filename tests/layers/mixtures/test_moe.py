@@ -490,6 +490,16 @@ def test_logits_that_are_not_finite_are_counted():
   assert np.isnan(outputs[0, 0]).all()
 
 
+@pytest.mark.parametrize('number', [np.nan, np.inf])
+def test_padding_that_is_not_finite_changes_no_statistic(number):
+  layer, params, tokens, ids = make_case(3, 'top2', 'dropless')
+  _, expected = run(layer, params, tokens, ids)
+  padding = ids[:, :, None] == -1
+  assert padding.any()
+  _, found = run(layer, params, np.where(padding, number, tokens), ids)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.slow
 def test_the_bias_after_an_expert_may_be_its_own():
   layer = moe.MoeLayer(
