@@ -259,7 +259,7 @@ def test_what_cannot_be_done_leaves_nothing(world, folder, tmp_path, capsys):
       'add', folder, tmp_path / 'checkpoint_3', '--mlp', 1,
     ),
     'must have a model.json': ('add', tmp_path, target, '--mlp', 1),
-    'Give one': ('prune', folder, target, '--usage', usage),
+    'Give exactly one': ('prune', folder, target, '--usage', usage),
     'Give its usage.json': (
       'prune', folder, target, '--usage', usage, '--fraction', 0.5,
     ),
