@@ -390,6 +390,7 @@ def _complete(file):
   return parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('file', _names('runs') + _names('examples'))
 def test_a_run_parses_and_its_parts_can_be_made(file, routing_paths):
   alone = {

@@ -119,6 +119,7 @@ _PRODUCT_KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _SIZES)
 @pytest.mark.parametrize('kind', ['pkm', 'top_k'])
 def test_other_layers_have_the_parameters_of_the_dense_ones(kind, name):
@@ -216,6 +217,7 @@ def test_a_module_former_has_the_published_size(name):
   assert round((cost.active_parameters - of_vocabulary) / 1e6) == active
 
 
+@pytest.mark.slow
 def test_the_mini_models_have_as_many_parameters_as_the_dense_one():
   dense = costs.model_costs(_config('xl_mini'))
   assert dense.total_parameters == 3_443_276

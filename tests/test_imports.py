@@ -178,6 +178,7 @@ def test_importing_mowe_is_quick():
   assert float(seconds) < 2
 
 
+@pytest.mark.slow
 def test_the_core_loads_nothing_heavy():
   loaded = _run("""
     import sys

@@ -415,6 +415,7 @@ def test_infer_goes_on_behind_a_half_written_line(
   assert _run(*arguments) == 0 and path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_ask(trained, capsys):
   assert _run('ask', trained, 'Who met Zorblat?', '--max_length', 3) == 0
   shown = capsys.readouterr().out.splitlines()
@@ -458,6 +459,7 @@ def test_ask_refuses(trained, capsys, arguments, part):
   assert part.format() in _refused(capsys, 'ask', *arguments)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused(world, tmp_path, capsys):
   folder = tmp_path / 'run'
   world.train(folder, 1, model=world.config(sparse=False))

@@ -189,6 +189,7 @@ def test_a_run_goes_through_all_formats(pretrained, tmp_path, capsys):
   assert {one.name for one in tmp_path.iterdir()} == set('012345')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('to', ['safetensors', 'huggingface', 't5x'])
 def test_bfloat16(to, pretrained, tmp_path):
   target = tmp_path / 'half'

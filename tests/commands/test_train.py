@@ -198,6 +198,7 @@ def _with_layer(world, **fields):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('changes', 'old', 'new'),
   [
@@ -244,6 +245,7 @@ def test_a_folder_of_another_routing_vocabulary_is_refused(world, straight):
     world.train(straight[0], _TOTAL + 1, model=config)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_and_saves_nothing(world, tmp_path):
   folder = tmp_path / 'run'
   with pytest.raises(loop.DivergedError, match='Lower the learning rate'):

@@ -97,6 +97,7 @@ def test_answers_do_not_depend_on_where_experts_are(runs, capsys, store):
   assert ask.ask(str(folder), questions, max_length=6, store=store) == expected
 
 
+@pytest.mark.slow
 def test_damaged_experts_are_told_in_one_line(runs, tmp_path, capsys):
   folder = tmp_path / 'copy'
   shutil.copytree(runs['device'][0], folder)

@@ -202,6 +202,7 @@ def no_compilation_cache():
   compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_equal_programs_are_compiled_once(tmp_path, no_compilation_cache):
   folder = tmp_path / 'compiled'
   folder.mkdir()

@@ -71,6 +71,7 @@ def plan(world, tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 def test_models_are_sized_relative_to_their_base(plan):
   sized = {one.model.name: one for one in plan.sized}
   dense, mowe, larger = (sized[n] for n in ('T5', 'MoWE', 'larger'))
@@ -271,6 +272,7 @@ def test_no_stage_chooses_by_reported_questions(world, tmp_path):
     _plan(small_experiments.experiment(world, tmp_path, (model,)))
 
 
+@pytest.mark.slow
 def test_the_best_try_is_chosen_by_its_own_questions(world, tmp_path):
   data = _two_parts_of_questions(world, tmp_path)
   plan = _plan(

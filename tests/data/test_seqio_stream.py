@@ -51,6 +51,7 @@ def _rows(*groups):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pack', [False, True])
 def test_a_stream_and_our_batches_agree(pack):
   stream = seqio_stream.SeqioBatches(
@@ -65,6 +66,7 @@ def test_a_stream_and_our_batches_agree(pack):
     assert batch[key].dtype == expected[key].dtype
 
 
+@pytest.mark.slow
 def test_starting_later_skips():
   stream = seqio_stream.SeqioBatches('number_mixture', 2, _LENGTHS, seed=5)
   whole = list(itertools.islice(stream.from_step(0), 6))

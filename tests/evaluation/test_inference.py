@@ -57,6 +57,7 @@ def make_inputs(lengths, seed=0):
   return [[*rng.integers(3, VOCAB, n - 1).tolist(), 1] for n in lengths]
 
 
+@pytest.mark.slow
 def test_outputs_come_in_the_order_of_the_inputs():
   generator = make_generator()
   inputs = make_inputs([2, 9, 4, 5, 3, 7, 2, 8])
@@ -86,6 +87,7 @@ def test_outputs_come_in_the_order_of_the_inputs():
   assert generations.num_unfinished == unfinished
 
 
+@pytest.mark.slow
 def test_at_most_one_program_for_each_length_and_none_for_new_parameters():
   before = decoding.generate._cache_size()
   settings = {'batch_size': 2, 'input_lengths': (3, 6)}

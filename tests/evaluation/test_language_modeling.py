@@ -114,6 +114,7 @@ def _memory_model(**changes):
   return model, params
 
 
+@pytest.mark.slow
 def test_a_memory_that_holds_all_is_one_long_row(tmp_path):
   """The model has one block, so a token sees no further than its memory."""
   cache = _cache(tmp_path, 'the dog and the fox, the fox and the cat\n')
@@ -139,6 +140,7 @@ def test_a_memory_that_holds_all_is_one_long_row(tmp_path):
   assert abs(none.nats - score.nats) > 0.1
 
 
+@pytest.mark.slow
 def test_sliding_by_one_token_is_a_row_for_each(tmp_path):
   cache = _cache(tmp_path, 'the dog and the fox\n')
   model, params = _memory_model()

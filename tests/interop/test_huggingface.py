@@ -77,6 +77,7 @@ def _logits(config, params, io):
   )
 
 
+@pytest.mark.slow
 def test_tensors_of_transformers_come_back(golden, tmp_path):
   config, params = huggingface.load(golden)
   huggingface.save(tmp_path / 'a', config, params)
@@ -104,6 +105,7 @@ def test_what_is_written_has_the_logits_of_transformers(golden, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_bfloat16_in_parts(golden, tmp_path):
   config, params = huggingface.load(golden)
   huggingface.save(
@@ -127,6 +129,7 @@ def test_bfloat16_in_parts(golden, tmp_path):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'change',
   [
@@ -200,6 +203,7 @@ def _copy(source, target, change=None, drop=(), add=None):
   return target
 
 
+@pytest.mark.slow
 def test_tensors_that_are_missing_or_left_over_are_listed(t5_folder, tmp_path):
   norm = 'encoder.final_layer_norm.weight'
   with pytest.raises(ValueError, match=f'but are missing: {norm}. Take both'):

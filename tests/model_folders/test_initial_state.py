@@ -96,6 +96,7 @@ def test_a_fresh_state_lies_where_it_belongs(tmp_path, frozen):
   _assert_same_bits((state, tables), (expected, expected_tables))
 
 
+@pytest.mark.slow
 def test_seeds_give_other_parameters(tmp_path):
   embeddings = [
     _start(_setup(seed=seed), tmp_path)[0].params['token_embedder']['embedding']
@@ -104,6 +105,7 @@ def test_seeds_give_other_parameters(tmp_path):
   assert not np.array_equal(*embeddings)
 
 
+@pytest.mark.slow
 def test_a_resumed_state_is_not_drawn(saved, no_drawing):
   folder, state = saved
   resumed, _ = _start(_setup(), folder)
@@ -111,6 +113,7 @@ def test_a_resumed_state_is_not_drawn(saved, no_drawing):
   _assert_same_bits(resumed.params, state.params)
 
 
+@pytest.mark.slow
 def test_finetuning_draws_nothing_and_begins_at_step_0(
   saved, tmp_path, no_drawing
 ):

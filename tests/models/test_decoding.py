@@ -326,6 +326,7 @@ def test_greedy_takes_the_first_of_equals():
   assert num_ties > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
 def test_wide_beam_search_equals_enumeration(alpha):
   length, vocab = 3, 4
@@ -359,6 +360,7 @@ def test_wide_beam_search_equals_enumeration(alpha):
   np.testing.assert_array_equal(best_scores, scores[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(3))
 def test_one_beam_equals_greedy_where_eos_is_never_second(seed):
   table = random_table(seed)
@@ -395,6 +397,7 @@ def test_top_1_and_tiny_top_p_are_greedy():
     np.testing.assert_array_equal(actual[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sample, expected',
   [

@@ -160,6 +160,7 @@ def test_values_depend_on_seed_and_name_alone():
     assert same == name.endswith('scale'), name
 
 
+@pytest.mark.slow
 def test_under_jit_the_values_are_the_same():
   draw = jax.jit(functools.partial(initialization.initial_parameters, _model()))
   actual = _flat(draw(threefry.key(0)))
@@ -167,6 +168,7 @@ def test_under_jit_the_values_are_the_same():
     np.testing.assert_allclose(actual[name], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes',
   [{'data': 8}, {'expert': 4, 'model': 2}],

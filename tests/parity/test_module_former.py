@@ -41,6 +41,7 @@ def golden(request):
   return golden_cases.read(request.config.parity_dir, 'moduleformer')
 
 
+@pytest.mark.slow
 def test_attention(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   inputs = dict(arrays['inputs'])
@@ -61,6 +62,7 @@ def test_attention(case, golden):
   check_all(options, run, inputs, arrays['cotangents'], check)
 
 
+@pytest.mark.slow
 def test_router(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   num_modules, keep = options['num_modules'], arrays['inputs'].get('keep')

@@ -21,6 +21,7 @@ def golden(request):
   return golden_cases.read(request.config.parity_dir, 'pkm')
 
 
+@pytest.mark.slow
 def test_layer(case, golden):
   options, arrays, check = golden_cases.load(golden, case)
   layer = make_layer(options)

@@ -182,6 +182,7 @@ def test_same_bits_as_on_the_device(tmp_path, on_device, store, table_dtype):
   assert values[-1]['experts/moved_mb'].total > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'stores', [('device', 'disk', 'host'), ('disk', 'host', 'device')]
 )
@@ -218,6 +219,7 @@ def test_frozen_experts_have_no_state_and_stay(tmp_path, store):
   assert records.tobytes() == fresh.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('store', ['host', 'disk'])
 def test_evaluations_read_the_present_experts(tmp_path, store):
   run = _Run(tmp_path, _STORES[store])

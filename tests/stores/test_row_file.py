@@ -81,6 +81,7 @@ def test_records_come_back_in_any_order(saved):
     np.testing.assert_array_equal(kernels[name], records[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(5))
 def test_checkpoints_stay_as_they_were(tmp_path, seed):
   """Compares random writes, checkpoints, removals and restarts with copies."""

@@ -42,6 +42,7 @@ def _raw(kind, labels):
   return raw | {'label': labels, 'idx': list(range(7, 7 + len(labels)))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', list(_TEXTS))
 def test_each_task_is_written_as_in_t5(kind):
   name = f'glue_{kind}_v002'

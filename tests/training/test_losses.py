@@ -41,6 +41,7 @@ def _expected_gradient(logits, targets, smoothing, z_loss):
   return probs - soft + 2 * z_loss * log_z * probs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('smoothing', 'z_loss'), _SETTINGS)
 def test_values_and_gradients_are_those_of_the_definition(smoothing, z_loss):
   logits, targets = _inputs()

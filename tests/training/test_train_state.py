@@ -56,6 +56,7 @@ def test_frozen_tables_have_no_state():
   assert state.params == trained.params and state.tables == trained.tables
 
 
+@pytest.mark.slow
 def test_equal_keys_give_equal_states():
   create = jax.jit(
     lambda key: train_state.create(

@@ -252,6 +252,7 @@ def test_another_seed_drops_other_units():
   assert _values(one)['loss'] != _values(other)['loss']
 
 
+@pytest.mark.slow
 def test_a_dense_model_needs_no_plan():
   model = _model(sparse=False)
   state = tiny_training.make_state(model, _OPTIMIZER, None)

@@ -48,6 +48,7 @@ def markdown(folder):
   return (folder / 'report.md').read_text('utf-8')
 
 
+@pytest.mark.slow
 def test_the_page_escapes_every_text(page):
   tags = _Tags(page)
   assert not {'script', 'b', 'i', 'u', 'link', 'more'} & set(tags.tags)

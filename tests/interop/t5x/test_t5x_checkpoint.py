@@ -133,6 +133,7 @@ def test_bfloat16(layout, t5x_golden, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_large_arrays_are_chunked(t5x_golden, tmp_path, monkeypatch):
   monkeypatch.setattr(t5x_legacy, '_CHUNK_BYTES', 100)
   monkeypatch.setattr(weights, '_PIECE_BYTES', 90)

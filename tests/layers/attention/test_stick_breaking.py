@@ -113,6 +113,7 @@ def test_keys_that_no_query_sees_need_not_be_computed(num_queries, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_large_logits_stay_finite():
   query, key, value, mask = _case(4, 9, size=1e4)
   outputs, pull = jax.vjp(
@@ -132,6 +133,7 @@ def test_weights_add_up_to_less_than_one_and_equal_logits_halve():
   np.testing.assert_allclose(weights, 0.5 ** np.arange(5, 0, -1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_is_transparent():
   query, key, value, mask = _case(3, 6)
   holes = np.array([True, False, True, True, False, True])

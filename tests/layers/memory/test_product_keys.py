@@ -113,6 +113,7 @@ def test_values_and_gradients_equal_the_search(sparse, activation, projected):
     assert abs(slope - (values[0] - values[1]) / 2e-6) < 2e-5 * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('n1', 'n2', 'knn'), [(5, 7, 1), (20, 3, 12), (9, 9, 81)]
 )
@@ -131,6 +132,7 @@ def test_the_best_pairs_are_exact(n1, n2, knn):
   assert all(len(set(row)) == knn for row in np.asarray(index).reshape(-1, knn))
 
 
+@pytest.mark.slow
 def test_dense_heads_with_one_query_are_one_head():
   tokens = make_tokens()
   layer = make_layer(sparse=False)
@@ -144,6 +146,7 @@ def test_dense_heads_with_one_query_are_one_head():
   )
 
 
+@pytest.mark.slow
 def test_one_head_of_all_values_is_dense():
   tokens = make_tokens()
   sparse = make_layer(num_heads=1, knn=FIRST * SECOND)

@@ -37,6 +37,7 @@ def make_table(shape, dtype=np.float32):
   return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('shape', 'num_parts', 'is_turned'), CASES)
 @pytest.mark.parametrize('dtype', [np.float32, np.uint16, jnp.bfloat16])
 def test_parts_equal_indexing(shape, num_parts, is_turned, dtype):

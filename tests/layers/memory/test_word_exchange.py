@@ -285,6 +285,7 @@ def test_factors_alone_are_gathered_along_data():
     )
 
 
+@pytest.mark.slow
 def test_a_gradient_of_the_whole_table():
   layer, table = make_layer()
   ids = make_ids(4)

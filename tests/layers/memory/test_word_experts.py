@@ -128,6 +128,7 @@ def test_planned_equals_the_loop(seed, activations, experts_at_once):
     close(d_params['experts'][name], d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('activations', [('gelu', 'linear'), ('relu',)])
 def test_gradients_of_some_experts_follow_from_the_factors(activations):
   layer, params, tokens, ids, cotangent = make_case(0, activations)

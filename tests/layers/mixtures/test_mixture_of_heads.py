@@ -125,6 +125,7 @@ def close(got, expected, rtol=1e-5):
   np.testing.assert_allclose(got, expected, rtol=0, atol=rtol * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('inner', INNER)
 def test_equals_the_loop(inner):
   renormalize = inner == 'softmax'
@@ -154,6 +155,7 @@ def test_padding_may_be_routed_as_in_the_code_of_moduleformer():
   assert (stats.num_padding, stats.num_loss_tokens) == (0, BATCH * QUERIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'changes',
   [
@@ -171,6 +173,7 @@ def test_groups_and_ample_capacity_change_nothing(changes):
   close(got, expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_all_modules_with_even_gates_are_the_mean_of_dense_attentions():
   layer = make_layer(routing=tokens_choose.TokensChoose(MODULES))
   params, queries, memory, mask = make_arrays(layer)
@@ -192,6 +195,7 @@ def test_all_modules_with_even_gates_are_the_mean_of_dense_attentions():
   close(got, total / MODULES)
 
 
+@pytest.mark.slow
 def test_nearest_first_is_stick_breaking_where_nothing_ahead_is_seen():
   params, queries, _, _ = make_arrays(make_layer('nearest'), QUERIES)
   causal = np.tril(np.ones((QUERIES, QUERIES), bool))[None, None]
@@ -244,6 +248,7 @@ def test_gradients_are_finite_and_equal_differences(inner):
   assert got == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_step_by_step_equals_all_at_once():
   """The decoder caches keys and values of a module's heads."""
   layer = make_layer('stick')
@@ -271,6 +276,7 @@ def test_step_by_step_equals_all_at_once():
   close(jnp.concatenate(outputs, axis=1), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_errors():
   make = functools.partial(mixture_of_heads.MixtureOfAttentionHeads, HEADS, KV)
   with pytest.raises(ValueError, match=r'but is 5. Lower k of TokensChoose'):

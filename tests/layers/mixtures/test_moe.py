@@ -313,6 +313,7 @@ def test_causal_in_training(router, dispatch):
     assert np.any(changed[:, first:5] != outputs[:, first:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('router', 'dispatch'), [('experts', 'dropless'), ('top2', 'tight')]
 )
@@ -327,6 +328,7 @@ def test_a_sequence_is_evaluated_as_if_it_were_alone(router, dispatch):
     close(evaluate(tokens[one], ids[one]), together[one])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('router', 'dispatch'),
   [c for c in COMBINATIONS if c[0] in ('top1', 'top3_priority', 'experts')],
@@ -358,6 +360,7 @@ def test_one_expert_is_the_dense_feed_forward(dispatch):
   close(layer.apply({'params': params}, tokens), expected)
 
 
+@pytest.mark.slow
 def test_shared_expert_is_added():
   layer, params, tokens, ids = make_case(
     6, 'top2', 'dropless', shared_expert_dim=7
@@ -455,6 +458,7 @@ def test_stats_of_parts_add_up():
   jax.tree.map(close, router_losses.add(first, rest), whole)
 
 
+@pytest.mark.slow
 def test_bad_settings_are_named():
   make = lambda **fields: moe.MoeLayer(NUM_EXPERTS, EXPERT_DIM, **fields)
   with pytest.raises(ValueError, match='Lower k of TokensChoose'):

@@ -234,6 +234,7 @@ def test_a_token_without_experts_is_skipped_and_counted():
   )
 
 
+@pytest.mark.slow
 def test_sinkhorn_balances_and_the_papers_iteration_does_not():
   logits = 3 * jax.random.normal(jax.random.key(0), (2, 60, 4))
   is_valid = jnp.arange(60)[None] < jnp.asarray([[60], [40]])
@@ -247,6 +248,7 @@ def test_sinkhorn_balances_and_the_papers_iteration_does_not():
   assert np.all(r < 1e-6)
 
 
+@pytest.mark.slow
 def test_sinkhorn_assigns_in_training_only():
   logits = jax.random.normal(jax.random.key(0), (1, 40, 4)).at[..., 0].add(9.0)
   is_valid = jnp.ones((1, 40), bool)

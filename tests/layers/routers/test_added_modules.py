@@ -157,6 +157,7 @@ def test_outputs_are_those_of_a_loop(make, gates_of, logits):
   assert int(stats.num_padding) == ids.size - num_real
 
 
+@pytest.mark.slow
 def test_new_modules_change_no_bit_of_old_choices():
   """The old choices keep their bits, however large the new logits are."""
   rng = np.random.default_rng(0)
@@ -202,6 +203,7 @@ def test_modules_that_give_nothing_change_no_output():
   assert np.abs(gradient['expert']['wo']['kernel'][NUM_OLD:]).sum() > 0
 
 
+@pytest.mark.slow
 def test_modules_are_added_twice_and_to_kept_ones():
   inner = added_modules.AddedChoose(TOP2, 4)
   twice = added_layer(routing=added_modules.AddedChoose(inner, NUM_OLD, 2))
@@ -241,6 +243,7 @@ def test_modules_are_added_twice_and_to_kept_ones():
   assert stats.total_probs.shape == (7,)
 
 
+@pytest.mark.slow
 def test_a_token_that_never_chose_a_removed_module_is_as_it_was():
   whole = moe.MoeLayer(NUM_OLD, EXPERT_DIM, routing=TOP2)
   params, tokens, ids = make_case(whole)
@@ -288,6 +291,7 @@ def test_a_capacity_leaves_old_modules_first():
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_taking_over_is_what_old_modules_lose():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(1, 4, NUM_OLD + NUM_NEW)).astype(np.float32)

@@ -95,6 +95,7 @@ def test_sigmoid_scores_renormalised():
   np.testing.assert_allclose(choices.probs, [[[0.4, 0.6]]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_experts_choose_their_tokens():
   # Three real tokens with 4/3 experts each make two tokens for each expert.
   choices = choose(experts_choose.ExpertsChoose(4 / 3))
@@ -180,6 +181,7 @@ def test_balanced_table_gives_to_the_least_busy():
   assert sorted(hash_routing.balanced_table(np.zeros(4), 2)) == [0, 0, 1, 1]
 
 
+@pytest.mark.slow
 def test_capacity_plan():
   router = tokens_choose.TokensChoose()
   choices = choose(router)
@@ -248,6 +250,7 @@ def test_capacity_grows_with_k_but_for_flaxformer():
   assert capacity(ours, 8) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('k', [1, 2])
 def test_load_balance_is_one_at_balance(k):
   probs = jnp.full((3, 8, 4), 0.25)
@@ -289,6 +292,7 @@ def test_bias_moves_against_the_load():
   np.testing.assert_allclose(bias, [0.4, 0.1, 0.1], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(2, 5), (4, 6), (1, 1), (3, 15)])
 @pytest.mark.parametrize(
   'groups',

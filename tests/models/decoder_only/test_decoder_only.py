@@ -202,6 +202,7 @@ def oracle(kind, variables, inputs, sees, norm=_rms):
   return x @ stack['logits_dense']['kernel'] + stack.get('logits_bias', 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ATTENTIONS)
 def test_logits_are_those_of_the_formulas(kind):
   model, variables = make_model(make_config(kind))
@@ -398,6 +399,7 @@ def test_generation_with_a_cache_is_the_argmax_of_full_passes(kind, changes):
   np.testing.assert_allclose(scores, total, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_beams_share_the_pass_over_the_inputs():
   """One beam is alive at first, and then all have the cache of their input."""
   model, variables = make_model(make_config('rotary'))

@@ -219,6 +219,7 @@ def test_added_modules_leave_the_model_as_it_is(make):
   assert modules_added.new_parts(config) == {}
 
 
+@pytest.mark.slow
 def test_added_modules_are_saved_with_the_config():
   larger, _ = modules_added.add(two_stacks(), {'mlp': 2, 'attention': 0}, k=2)
   assert larger.block_layers == ()
@@ -298,6 +299,7 @@ def test_a_pruned_model_is_the_masked_one(gates):
     assert second.num_columns == NUM
 
 
+@pytest.mark.slow
 def test_pruning_added_modules_renormalises_both_kinds():
   config, edits = modules_added.add(one_stack(), {'mlp': 3})
   params = modules_edits.apply(edits, make_params(one_stack()))
@@ -352,6 +354,7 @@ def test_which_modules_are_left():
   assert modules_pruned.most_used(one, counts, 0.33) == (1, 3, 7)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_said():
   dense = one_stack(sparse_feed_forward=None, sparse_decoder_layers=())
   with pytest.raises(ValueError, match='trained with MoeLayer'):

@@ -197,6 +197,7 @@ def test_a_stack_without_experts_is_not_asked():
     upcycling.check(config)
 
 
+@pytest.mark.slow
 def test_raw_scores_would_change_the_logits(dense):
   config = _sparse(tokens_choose.TokensChoose())
   params = upcycling.upcycle(

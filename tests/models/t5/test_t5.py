@@ -92,6 +92,7 @@ def _tokens(seed, length, batch=_BATCH):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sparse', [False, True])
 def test_padding_changes_nothing(sparse):
   inputs, targets = _tokens(0, _INPUTS), _tokens(1, _TARGETS)
@@ -117,6 +118,7 @@ def test_the_decoder_sees_only_what_was(sparse):
   assert np.abs(one[:, 4:] - other[:, 4:]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sparse', [False, True])
 def test_packed_examples_do_not_see_each_other(sparse):
   inputs, targets = _tokens(0, 3, batch=2), _tokens(1, 3, batch=2)

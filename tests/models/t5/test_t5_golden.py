@@ -62,6 +62,7 @@ def test_encoder_equals_transformers(case, model_and_params):
   )
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_equal_transformers(case, model_and_params):
   model, params = model_and_params
   io, norms = case

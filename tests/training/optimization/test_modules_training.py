@@ -142,6 +142,7 @@ def test_other_statistics_are_refused():
 PARTS = {'mlp/expert/wi/kernel': (0, 1), 'mlp/router/w/kernel': (1, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['adam', 'adafactor'])
 def test_only_new_slices_change(name):
   params = tree(make_params())

@@ -115,6 +115,7 @@ def _compare_with_t5x(golden, config):
         _assert_close(getattr(state, kind)[name], expected, f'{kind}/{name}')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['wi', 'wo', 'unfactored'])
 def test_experts_do_not_see_each_other(golden, name):
   optimizer = optimizers.Adafactor(0.1, beta1=0.5).build({name: _AXES[name]})

@@ -190,6 +190,7 @@ def test_adafactor_against_float64_numpy():
     np.testing.assert_allclose(state.v_col['wo'][expert], column, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _OPTIMIZERS)
 def test_rows_do_not_see_each_other(name):
   optimizer = _OPTIMIZERS[name]
