@@ -47,6 +47,17 @@ def _functions(
       yield from _functions(child, name, depth)
 
 
+def _fields(trees: Iterable[ast.AST]) -> list[int]:
+  """The number of annotated fields of every class that has some."""
+  numbers = (
+    sum(isinstance(statement, ast.AnnAssign) for statement in node.body)
+    for tree in trees
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ClassDef)
+  )
+  return [number for number in numbers if number]
+
+
 def _docstring_lines(function: ast.AST) -> int:
   if ast.get_docstring(function) is None:
     return 0
@@ -136,13 +147,7 @@ def report(package: pathlib.Path, tests: pathlib.Path) -> None:
     for module, tree in trees.items()
     for _, f, _ in _functions(tree, module)
   ]
-  fields = [
-    sum(isinstance(statement, ast.AnnAssign) for statement in node.body)
-    for tree in trees.values()
-    for node in ast.walk(tree)
-    if isinstance(node, ast.ClassDef)
-  ]
-  fields = [number for number in fields if number]
+  fields = _fields(trees.values())
   homes = collections.defaultdict(list)
   for module, tree in sorted(trees.items()):
     for node in tree.body:

@@ -16,6 +16,18 @@ def add_to(verbs) -> None:
   _add_train_vocabulary(verbs)
 
 
+def _add_vocabulary(parser):
+  parser.add_argument(
+    '--vocabulary', required=True, help="a SentencePiece model, or 'bytes'"
+  )
+  parser.add_argument(
+    '--extra_ids',
+    type=int,
+    default=100,
+    help='sentinels of the vocabulary (default: 100)',
+  )
+
+
 def _add_build_routing_vocabulary(verbs):
   parser = verbs.add_parser(
     'build-routing-vocabulary', help='count words and give each an expert'
@@ -24,9 +36,7 @@ def _add_build_routing_vocabulary(verbs):
   parser.add_argument(
     'files', nargs='+', help='.txt or .jsonl files, also .gz, or globs of them'
   )
-  parser.add_argument(
-    '--vocabulary', required=True, help="a SentencePiece model, or 'bytes'"
-  )
+  _add_vocabulary(parser)
   parser.add_argument(
     '--num_experts',
     type=int,
@@ -73,12 +83,6 @@ def _add_build_routing_vocabulary(verbs):
     type=int,
     help='processes that read the text; default: more than one for much text',
   )
-  parser.add_argument(
-    '--extra_ids',
-    type=int,
-    default=100,
-    help='sentinels of the vocabulary (default: 100)',
-  )
   parser.set_defaults(run=_build_routing_vocabulary)
 
 
@@ -108,15 +112,7 @@ def _add_explain(verbs):
   )
   parser.add_argument('routing_vocabulary', help='an .npz file')
   parser.add_argument('text', help='a text in quotes')
-  parser.add_argument(
-    '--vocabulary', required=True, help="SentencePiece model, or 'bytes'"
-  )
-  parser.add_argument(
-    '--extra_ids',
-    type=int,
-    default=100,
-    help='sentinels of the vocabulary (default: 100)',
-  )
+  _add_vocabulary(parser)
   parser.set_defaults(run=_explain)
 
 
@@ -138,15 +134,7 @@ def _add_cache_task(verbs):
   parser.add_argument(
     'files', nargs='*', help='.txt or .jsonl files, also with .gz, or globs'
   )
-  parser.add_argument(
-    '--vocabulary', required=True, help="a SentencePiece model, or 'bytes'"
-  )
-  parser.add_argument(
-    '--extra_ids',
-    type=int,
-    default=100,
-    help='sentinels of the vocabulary (default: 100)',
-  )
+  _add_vocabulary(parser)
   parser.add_argument(
     '--overwrite',
     action='store_true',

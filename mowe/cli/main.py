@@ -17,7 +17,7 @@ from mowe.cli import (
 )
 
 # `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
-# folders, so they have --trust_module.
+# folders and run models, so they have the options of `_add_shared_options`.
 _OF_MODELS = (model_verbs, modules_verbs)
 _OTHERS = (data_verbs, experiment_verbs)
 
@@ -77,22 +77,17 @@ def _make_parser() -> argparse.ArgumentParser:
   verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
   for group in _OF_MODELS:
     group.add_to(verbs)
-  _add_trust(parser)
+  _add_shared_options(parser)
   for group in _OTHERS:
     group.add_to(verbs)
-  parser.add_argument(
-    '--no_program_cache',
-    dest='keep_programs',
-    action='store_false',
-    help='compile every program again, and keep none in the user cache folder '
-    '(written before the verb)',
-  )
-  parser.set_defaults(trust_module=[])
+  # The other verbs compile little, or measure runs of their own, in which a
+  # program that is found in the cache would not count.
+  parser.set_defaults(trust_module=[], keep_programs=False)
   return parser
 
 
-def _add_trust(parser):
-  """Adds `--trust_module` to all verbs so far, and to their subcommands."""
+def _add_shared_options(parser):
+  """Adds options to all verbs so far, or to their subcommands."""
   below = [
     action
     for action in parser._actions
@@ -100,7 +95,7 @@ def _add_trust(parser):
   ]
   for action in below:
     for verb in action.choices.values():
-      _add_trust(verb)
+      _add_shared_options(verb)
   if not below:
     parser.add_argument(
       '--trust_module',
@@ -110,6 +105,12 @@ def _add_trust(parser):
       help='a Python module of your own whose layers a model folder may name; '
       'may be repeated. Reading the folder imports the module, which runs its '
       'code',
+    )
+    parser.add_argument(
+      '--no_program_cache',
+      dest='keep_programs',
+      action='store_false',
+      help='compile every program again, and keep none in the user cache folder',
     )
 
 

@@ -55,7 +55,7 @@ def test_a_command_keeps_its_programs(world, environment, tmp_path):
 
   def kept(*options):
     done = subprocess.run(
-      [sys.executable, '-m', 'mowe.cli.main', *options, *command],
+      [sys.executable, '-m', 'mowe.cli.main', *command, *options],
       env=environment,
       capture_output=True,
       text=True,
