@@ -119,10 +119,22 @@ def _quickstart(options, bindings):
   _leave_devices_to_runs()
   from mowe.comparison import quickstart
 
-  settings = vars(options)
-  for name in ('verb', 'run'):
-    del settings[name]
-  quickstart.quickstart(settings.pop('output'), **settings)
+  quickstart.quickstart(
+    options.output,
+    data_dir=options.data_dir,
+    documents=options.documents,
+    recipe=options.recipe,
+    vocabulary=options.vocabulary,
+    vocabulary_size=options.vocabulary_size,
+    num_experts=options.num_experts,
+    names_files=options.names_files,
+    num_seeds=options.num_seeds,
+    with_longer_t5=options.with_longer_t5,
+    with_larger_t5=options.with_larger_t5,
+    with_moe=options.with_moe,
+    steps=options.steps,
+    finetune_steps=options.finetune_steps,
+  )
 
 
 def _leave_devices_to_runs():

@@ -1,6 +1,7 @@
 """Tests the `mowe` command in this process: every verb, and its errors."""
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import small_runs
 
 from mowe.cli import main
 from mowe.commands import ask, train_vocabulary
+from mowe.comparison import quickstart
 from mowe.words import placement, routing_vocabulary, subword_vocabularies
 
 
@@ -203,6 +205,25 @@ def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
 
 
 # The verbs below read text.
+
+
+def test_quickstart_gets_what_was_given(monkeypatch):
+  calls = []
+
+  signature = inspect.signature(quickstart.quickstart)
+
+  def record(*arguments, **named):
+    # An argument that `quickstart` does not take is an error here, too.
+    calls.append(signature.bind(*arguments, **named).arguments)
+
+  monkeypatch.setattr(quickstart, 'quickstart', record)
+  assert _run('quickstart', '--output', 'out', '--steps', 7) == 0
+  (given,) = calls
+  assert (given['output'], given['steps'], given['recipe']) == (
+    'out',
+    7,
+    'world',
+  )
 
 
 def _parsers(parser):
