@@ -150,6 +150,17 @@ def word_starts(
   return xp.concatenate([first, ~goes_on], axis=1)
 
 
+def start_places(starts: Array) -> Array:
+  """Returns where the word of each token starts, <int32>[batch, length].
+
+  Args:
+    starts: <bool>[batch, length], as from `word_starts`.
+  """
+  xp = starts.__array_namespace__()
+  positions = xp.arange(starts.shape[1], dtype=np.int32)[None, :]
+  return _running_max(xp.where(starts, positions, xp.zeros_like(positions)))
+
+
 def whole_words(
   tables: LookupTables, tokens: Array, segment_ids: Array | None = None
 ) -> Array:
@@ -215,12 +226,22 @@ def next_word_so_far(
   tokens, xp = _as_ids(tokens)
   kinds = _take(tables.piece_kinds, tokens)
   mixes = _take(tables.piece_hashes, tokens)
-  goes_on = (kinds == base_vocabulary.CONTINUES) & (state[:, 1:] == 1)
+  goes_on = continues_word(tables, tokens, state)
   longer = state[:, :1] * np.uint32(_MULTIPLIER) + mixes
   hashes = xp.where(goes_on, longer, mixes)
   is_open = (kinds < base_vocabulary.ALONE).astype(np.uint32)
   state = xp.concatenate([hashes, is_open], axis=1)
   return _find(tables, hashes, tokens), state
+
+
+def continues_word(tables: LookupTables, tokens: Array, state: Array) -> Array:
+  """Returns whether tokens go on with the word so far, <bool>[batch, 1].
+
+  Arguments are those of `next_word_so_far`.
+  """
+  tokens, _ = _as_ids(tokens)
+  kinds = _take(tables.piece_kinds, tokens)
+  return (kinds == base_vocabulary.CONTINUES) & (state[:, 1:] == 1)
 
 
 def to_experts(tables: LookupTables, tokens: Array, word_ids: Array) -> Array:
@@ -257,10 +278,7 @@ def _hash_so_far(tables: LookupTables, tokens: Array, starts: Array) -> Array:
   powers, inverse_powers = _powers(tokens.shape[1])
   terms = _take(tables.piece_hashes, tokens) * inverse_powers
   sums = xp.cumsum(terms, axis=1, dtype=np.uint32)
-  positions = xp.arange(tokens.shape[1], dtype=np.int32)[None, :]
-  # The place where the word of each token starts.
-  start_of = _running_max(xp.where(starts, positions, xp.zeros_like(tokens)))
-  before = xp.take_along_axis(sums - terms, start_of, axis=1)
+  before = xp.take_along_axis(sums - terms, start_places(starts), axis=1)
   return (sums - before) * powers
 
 
