@@ -97,7 +97,11 @@ def compile_update(
 
   def update(table, state, factors, plan, key):
     rows = table_updates.update_table(
-      optimizer, table, state, factors, plan, True, jnp.int32(0), key
+      optimizer,
+      table_updates.TableAndState(table, state),
+      factors=factors,
+      plan=plan,
+      step=table_updates.StepValues(True, jnp.int32(0), key),
     )
     return rows.table, rows.state
 

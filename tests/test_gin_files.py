@@ -421,6 +421,24 @@ def test_a_header_says_what_a_file_is(file):
   assert first.startswith('# ') and len(first) > 10
 
 
+@pytest.mark.parametrize('file', _names('examples'))
+def test_a_header_names_what_a_complete_run_needs(file):
+  header = (_ROOT / file).read_text().split('from __gin__')[0]
+  needs = ' '.join(header.replace('#', ' ').split()).partition('It needs ')[2]
+  gin_config.parse([file])
+  lines = gin_config.given_values()
+  given = {name for name, _, value in (x.partition(' = ') for x in lines)}
+  read = {name for x in lines for name in re.findall('%([A-Z][A-Z0-9_]+)', x)}
+  required = {x.removesuffix(' = %gin.REQUIRED') for x in lines} & given
+  needed = required | read - given
+  # Files that another file completes say so, and so do those that continue the
+  # run of another file.
+  if 'MODEL' in needed or 'Include a file' in header or 'same macros' in needs:
+    return
+  # A header may also name what fits few runs as it stands, such as VOCAB_SIZE.
+  assert needed <= {*re.findall('[A-Z][A-Z0-9_]+', needs)}
+
+
 @pytest.mark.parametrize('file', _names('optimizers'))
 def test_an_optimizer_has_both_parts(file, routing_paths):
   # A file with only a row optimizer must follow one with both optimizers.

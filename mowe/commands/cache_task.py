@@ -55,7 +55,7 @@ class Building:
     }
 
 
-class Source(Protocol):
+class CacheSource(Protocol):
   """What a cache is built from.
 
   Raises:
@@ -84,7 +84,7 @@ class TextFiles:
   cut: passages.Passages = passages.Passages()
 
   def build(self, building: Building) -> token_cache.TokenCache:
-    """See `Source.build`."""
+    """See `CacheSource.build`."""
     sources = text_files.describe_sources(self.files)
     fields = tuple(filter(None, (self.field, self.cut.title_field)))
     return cache_builders.cache_text(
@@ -115,7 +115,7 @@ class RunningTextFiles:
   unit: str = 'line'
 
   def build(self, building: Building) -> token_cache.TokenCache:
-    """See `Source.build`."""
+    """See `CacheSource.build`."""
     sources = text_files.describe_sources(self.files)
     return lm_cache.cache_texts(
       self.files,
@@ -147,7 +147,7 @@ class QuestionFiles:
   metric: str = 'squad'
 
   def build(self, building: Building) -> token_cache.TokenCache:
-    """See `Source.build`."""
+    """See `CacheSource.build`."""
     text_metrics.of_name(self.metric)
     sources = text_files.describe_sources(self.files)
     return cache_builders.cache_questions(
@@ -174,7 +174,7 @@ class ClaimFiles:
   files: Sequence[str]
 
   def build(self, building: Building) -> token_cache.TokenCache:
-    """See `Source.build`."""
+    """See `CacheSource.build`."""
     sources = text_files.describe_sources(self.files)
     records = text_files.read_records(self.files, fields=claims.FIELDS)
     return cache_builders.cache_questions(
@@ -206,7 +206,7 @@ class SeqioTask:
   tfds_data_dir: str | None = None
 
   def build(self, building: Building) -> token_cache.TokenCache:
-    """See `Source.build`."""
+    """See `CacheSource.build`."""
     # The import is here because TensorFlow takes seconds to load.
     from mowe.data import seqio_stream
 
@@ -240,7 +240,7 @@ FILES_OF_KIND = {
 def cache_task(
   output: str | os.PathLike,
   vocabulary: str,
-  source: Source,
+  source: CacheSource,
   *,
   extra_ids: int = 100,
   overwrite: bool = False,

@@ -3,6 +3,8 @@
 import copy
 import difflib
 import importlib.resources
+import inspect
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -49,10 +51,7 @@ def parse(
     for file in files:
       gin.parse_config_file(file)
   except OSError as error:
-    raise GinError(
-      f'A gin file must exist, but {files} led to: {error}. Files are looked '
-      f'up in {search_paths(paths)}; add a folder with --gin_search_paths.'
-    ) from error
+    raise GinError(_missing_file(files, paths, error)) from error
   # Gin raises nearly every kind of error, so all of them are caught. Their
   # texts name the file and the line.
   except Exception as error:
@@ -65,12 +64,7 @@ def parse(
     try:
       gin.parse_config(binding)
     except Exception as error:
-      name, _, value = binding.partition(' = ')
-      raise GinError(
-        f'--gin.{name} must have a value that gin can read, but {value} led '
-        f'to: {error}\nCorrect it; a text stands in quotes, as in '
-        '--gin.MODEL_DIR="\'runs/a\'".'
-      ) from error
+      raise GinError(_bad_binding(binding, error)) from error
 
 
 def call(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -134,6 +128,61 @@ def _run_file(function):
   return {'Training': 'pretrain', 'usage': 'modules_usage'}.get(
     function.__name__, function.__name__
   )
+
+
+def _missing_file(files, paths, error) -> str:
+  """The message for a gin file, or one that it includes, that is not there."""
+  folders = [*dict.fromkeys(map(os.path.abspath, search_paths(paths)))]
+  absent = [
+    file
+    for file in files
+    if not any(os.path.exists(os.path.join(path, file)) for path in folders)
+  ]
+  if not absent:
+    return (
+      f'All files that a gin file includes must exist, but {error}. Correct '
+      f'the line, or add a folder to {folders} with --gin_search_paths.'
+    )
+  shipped = [
+    path.relative_to(folder).as_posix()
+    for folder in folders
+    for path in pathlib.Path(folder).glob('gin_configs/**/*.gin')
+  ]
+  close = difflib.get_close_matches(absent[0], shipped, 1)
+  hint = f'Did you mean {close[0]}? ' if close else ''
+  return (
+    f'A gin file must exist, but there is no {absent[0]} in {folders}. {hint}'
+    'Correct the name, or add a folder with --gin_search_paths.'
+  )
+
+
+def _bad_binding(binding, error) -> str:
+  """The message for a binding of the command line that gin refuses."""
+  name, _, value = map(str.strip, binding.partition('='))
+  if isinstance(error, SyntaxError):
+    return (
+      f'--gin.{name} must have a value that gin can read, but {value} led to: '
+      f'{error}\nCorrect it; a text stands in quotes, as in '
+      '--gin.MODEL_DIR="\'runs/a\'".'
+    )
+  return (
+    f'--gin.{name} must set a macro, or a field of a class that a gin file '
+    f'imports, but it led to: {error}\n{_near_field(name)}Correct the name.'
+  )
+
+
+def _near_field(name: str) -> str:
+  """A hint if the name is nearly that of a field, such as `T5Config.emb_dimm`."""
+  selector, _, field = name.rpartition('.')
+  try:
+    configurable = gin.get_configurable(selector)
+  except ValueError:
+    return ''
+  # Gin hands out a subclass of a class, or a wrapper of a function.
+  own = getattr(configurable, '__base__', None) or inspect.unwrap(configurable)
+  fields = inspect.signature(own).parameters
+  close = difflib.get_close_matches(field, fields, 1)
+  return f'Did you mean {selector}.{close[0]}? ' if close else ''
 
 
 def _check_macros(bindings):

@@ -114,7 +114,7 @@ class Batches(RandomAccessSource):
       rate * _num_rows(rows, task) / task.num_examples
       for (task, rate), rows in zip(pairs, self._rows, strict=True)
     ]
-    self._mixture = sampling.Mixture(rates, seed)
+    self._mixture = sampling.TaskMixture(rates, seed)
 
   @property
   def steps_per_epoch(self) -> int:

@@ -67,7 +67,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
   return values ^ (values >> np.uint64(31))
 
 
-class Mixture:
+class TaskMixture:
   """Deals a stream of numbers out to several tasks at fixed rates.
 
   Each block of 4096 numbers gives every task its share, rounded by the largest

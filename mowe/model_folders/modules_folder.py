@@ -32,7 +32,7 @@ _STATE = 'state'
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModulesSource:
   """A checkpoint whose modules are to be changed.
 
   Attributes:
@@ -68,7 +68,7 @@ class Source:
     }
 
 
-def open_source(path: str | os.PathLike) -> Source:
+def open_source(path: str | os.PathLike) -> ModulesSource:
   """Opens a model folder, or a checkpoint in it, without reading its arrays.
 
   Raises:
@@ -89,7 +89,7 @@ def open_source(path: str | os.PathLike) -> Source:
       'routers.'
     )
   provenance = folder / PROVENANCE
-  return Source(
+  return ModulesSource(
     folder=folder,
     step=int(checkpoint.name.rpartition('_')[2]),
     digest=digest_of(checkpoint),
@@ -132,7 +132,7 @@ def check_target(target: str | os.PathLike) -> None:
 
 def write(
   target: str | os.PathLike,
-  source: Source,
+  source: ModulesSource,
   config: model_config.ModelConfig,
   edits: modules_edits.Edits,
   rule: Mapping[str, Any],

@@ -9,7 +9,7 @@ import numpy as np
 from mowe.stores import expert_sources, row_file
 
 
-class DiskRows:
+class DiskBacking:
   """Experts in the file of the run; see `cached_experts.Backing`.
 
   Args:
@@ -38,7 +38,7 @@ class DiskRows:
       self._file.write(experts, records)
 
 
-class HostRows:
+class HostBacking:
   """Experts in host memory; see `cached_experts.Backing`.
 
   Args:

@@ -204,7 +204,7 @@ class HostStore(_SlotStore):
       as an ordinary batch has.
   """
 
-  _backing = backings.HostRows
+  _backing = backings.HostBacking
 
   def open_for_reading(
     self, source: expert_sources.SavedExperts, abstract: parameters.Tables
@@ -230,7 +230,7 @@ class DiskStore(_SlotStore):
       as an ordinary batch has.
   """
 
-  _backing = backings.DiskRows
+  _backing = backings.DiskBacking
 
   def open_for_reading(
     self, source: expert_sources.SavedExperts, abstract: parameters.Tables

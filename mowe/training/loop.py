@@ -199,7 +199,8 @@ def run(
     writers: write the metrics of each log period.
     progress: shows some of these metrics, and how far the run is.
     log_period: the number of steps between two lines of metrics.
-    stop: asked after every step; None listens to signals.
+    stop: listens to signals during the run, and is asked after every step; None
+      makes one.
     most_ahead: how many steps are handed to the device beyond the one that is
       being done; None for as many as there are in a log period.
 
@@ -207,8 +208,8 @@ def run(
     The last state.
 
   Raises:
-    DivergedError: the loss or the gradients of a period are not finite;
-      nothing is saved then.
+    DivergedError: the loss, the gradients or the logits of a router in a
+      period are not finite; nothing is saved then.
   """
   stop = stop or StopSignal()
   step = int(state.step)

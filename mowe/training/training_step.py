@@ -403,14 +403,15 @@ def _update_tables(
   for number, (name, of_layers) in enumerate(by_table.items()):
     tables[name], table_state[name] = updates_of.update_table(
       setup.row_optimizer,
-      state.tables[name],
-      state.table_state[name],
-      of_layers,
-      plan,
-      usable,
-      state.step,
-      # The first numbers are those of the microbatches.
-      jax.random.fold_in(key, setup.num_microbatches + number),
+      table_updates.TableAndState(state.tables[name], state.table_state[name]),
+      factors=of_layers,
+      plan=plan,
+      step=table_updates.StepValues(
+        usable,
+        state.step,
+        # The first numbers are those of the microbatches.
+        jax.random.fold_in(key, setup.num_microbatches + number),
+      ),
     )
   return tables, table_state
 

@@ -79,6 +79,23 @@ def test_a_misspelt_macro_suggests_the_right_one():
     gin_config.parse([_RUN], ['XYZ = 8'])
 
 
+def test_a_misspelt_field_is_named():
+  gin_config.parse(['gin_configs/models/t5_tiny.gin'])
+  with pytest.raises(
+    gin_config.GinError, match='Did you mean T5Config.emb_dim?'
+  ):
+    gin_config.parse(
+      ['gin_configs/models/t5_tiny.gin'], ['T5Config.emb_dimm = 3']
+    )
+
+
+def test_a_misspelt_shipped_file_is_named():
+  with pytest.raises(
+    gin_config.GinError, match='Did you mean gin_configs/models/t5_tiny.gin?'
+  ):
+    gin_config.parse(['gin_configs/models/t5_tniy.gin'])
+
+
 def test_required_macros_are_named_all_at_once():
   gin_config.parse([_RUN], ["MODEL_DIR = 'runs/a'"])
   with pytest.raises(gin_config.GinError) as caught:

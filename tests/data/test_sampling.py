@@ -51,7 +51,7 @@ def test_indices_outside_are_refused():
 )
 @hypothesis.settings(max_examples=30)
 def test_mixture_counts_are_exact_in_every_block(rates, seed, block):
-  mixture = sampling.Mixture(rates, seed)
+  mixture = sampling.TaskMixture(rates, seed)
   numbers = block * sampling.BLOCK + np.arange(sampling.BLOCK)
   tasks, ranks = mixture.locate(numbers)
   counts = np.bincount(tasks, minlength=len(rates))
@@ -67,12 +67,12 @@ def test_mixture_counts_are_exact_in_every_block(rates, seed, block):
 def test_mixture_by_hand():
   # The shares of 4096 are 4096 * (1, 2, 4) / 7 = 585.14, 1170.29, 2340.57. The
   # last task gets the one that remains after rounding down.
-  mixture = sampling.Mixture([1, 2, 4], seed=0)
+  mixture = sampling.TaskMixture([1, 2, 4], seed=0)
   assert mixture.counts.tolist() == [585, 1170, 2341]
 
 
 def test_places_across_blocks_agree_with_each_block():
-  mixture = sampling.Mixture([1, 3], seed=5)
+  mixture = sampling.TaskMixture([1, 3], seed=5)
   numbers = np.arange(4000, 9000)
   whole = mixture.locate(numbers)
   for part in np.split(numbers, 5):
@@ -83,9 +83,9 @@ def test_places_across_blocks_agree_with_each_block():
 @pytest.mark.parametrize('rates', [[], [1, 0], [1, -1], [1, float('nan')]])
 def test_bad_rates_are_refused(rates):
   with pytest.raises(ValueError, match='must be positive'):
-    sampling.Mixture(rates, 0)
+    sampling.TaskMixture(rates, 0)
 
 
 def test_a_rate_too_low_for_a_block_is_refused():
   with pytest.raises(ValueError, match='Raise the lowest'):
-    sampling.Mixture([1, 1e-5], 0)
+    sampling.TaskMixture([1, 1e-5], 0)

@@ -34,7 +34,7 @@ def num_shards() -> int:
   return jax.sharding.get_abstract_mesh().shape.get(EXPERT_AXIS, 1)
 
 
-class Stage(NamedTuple):
+class StageResults(NamedTuple):
   """The results of one stage of a layer, on one device or on all.
 
   A stage sets the fields that it has; the others are None. `run` turns the
@@ -56,14 +56,14 @@ class Stage(NamedTuple):
 
 
 def run(
-  stage: Callable[..., Stage],
+  stage: Callable[..., StageResults],
   *,
   kernels: dict[str, jax.Array],
   groups: dict[str, jax.Array | None] | None = None,
   units: dict[str, jax.Array] | None = None,
   own: dict[str, Any] | None = None,
   shared: dict[str, Any] | None = None,
-) -> Stage:
+) -> StageResults:
   """Runs `stage` on each device's groups, experts and hidden units.
 
   Args:
@@ -74,8 +74,8 @@ def run(
       embed], `wo_bias` is <float>[expert, embed]. All others are
       <float>[expert, embed, expert_mlp], or biases <float>[expert, expert_mlp].
     groups: arrays <...>[groups, ...] by name, split over groups.
-    units: arrays by name, with the axes of `Stage.units`.
-    own: by name, the `Stage.own` of earlier stages.
+    units: arrays by name, with the axes of `StageResults.units`.
+    own: by name, the `StageResults.own` of earlier stages.
     shared: arrays by name that every device reads as a whole.
 
   Returns:
@@ -108,7 +108,7 @@ def run(
       is_first = jax.lax.axis_index(HIDDEN_AXIS) == 0
       kernels |= {_OUTER_BIAS: kernels[_OUTER_BIAS] * is_first}
     given = stage(**groups, **units, **own, **shared, kernels=kernels)
-    return Stage(
+    return StageResults(
       outputs=jax.lax.psum(given.outputs, HIDDEN_AXIS),
       units=given.units,
       # A scalar has no axis along which the devices' values could be joined.
@@ -125,7 +125,7 @@ def run(
       PartitionSpec(),
       {name: _of_kernel(name, array) for name, array in kernels.items()},
     ),
-    out_specs=Stage(of_tokens, of_units, of_tokens, PartitionSpec()),
+    out_specs=StageResults(of_tokens, of_units, of_tokens, PartitionSpec()),
   )(*parts, kernels)
 
 

@@ -121,7 +121,9 @@ class MoweLayer(feed_forward_base.FeedForward):
 
   Source: MoWE, arXiv 2311.10768, section 2. There is no router, no auxiliary
   loss and no bias. A token without an expert gets zeros, so that the residual
-  connection passes it on unchanged.
+  connection passes it on unchanged: padding, whose id is negative, and a word
+  that is skipped, whose id is `num_experts` or more. With 8 experts, the ids
+  (5, 8, -1) of "Paris", "the" and padding give expert 5, zeros and zeros.
 
   Attributes:
     num_experts: number of experts, which must be that of the RoutingVocabulary.
@@ -316,10 +318,14 @@ def _check_routing(tokens, routing_ids, plan):
       'T5Config.routing to a RoutingVocabulary, or give '
       'encoder_routing_ids and decoder_routing_ids with the batch.'
     )
-  shape = (routing_ids if plan is None else plan.slots).shape
-  if shape != tokens.shape[:2]:
+  given, ids = (
+    ('routing_ids', routing_ids)
+    if plan is None
+    else ('The slots of plan', plan.slots)
+  )
+  if ids.shape != tokens.shape[:2]:
     raise ValueError(
-      'routing_ids must have the [batch, length] shape of tokens, '
-      f'{tokens.shape[:2]}, but has {shape}. Encode the same batch with '
-      'RoutingVocabulary.encoder_ids or decoder_ids.'
+      f'{given} must have the [batch, length] shape of tokens, '
+      f'{tokens.shape[:2]}, but have {ids.shape}. Encode or plan the same '
+      'batch.'
     )

@@ -9,7 +9,7 @@ from mowe.layers.dispatch import sorted_experts
 
 
 @dataclasses.dataclass(frozen=True)
-class FeedForward:
+class ExpertFeedForward:
   """An expert that computes what a dense feed-forward computes.
 
   Attributes:

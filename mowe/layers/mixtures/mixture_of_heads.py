@@ -300,7 +300,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
       deterministic: whether to compute as outside of training.
 
     Returns:
-      The Stage of `_queries`, and the kernel of the outputs
+      The StageResults of `_queries`, and the kernel of the outputs
       <dtype>[expert, joined_kv, embed], which the second stage needs.
     """
     embed_dim = tokens.shape[-1]
@@ -344,7 +344,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
       **asked: the fields of `router_base.RouterInputs`.
 
     Returns:
-      A Stage with the queries as its units, the decision for the second stage
+      StageResults with the queries as its units, the decision for the second stage
       as its own, and the RouterStats of these groups as its sums.
     """
     parts = self._parts(training)
@@ -357,7 +357,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
     # together. They are zero for a choice without a slot.
     # [slots, joined_kv] -> [tokens, selected, joined_kv]
     units = slots.to_choices(rows, decision.plan)
-    return expert_parallel.Stage(
+    return expert_parallel.StageResults(
       # [tokens, selected, joined_kv] -> [groups, tokens, selected, joined_kv]
       units=units.reshape(*tokens.shape[:2], *units.shape[1:]),
       own=decision,
@@ -376,7 +376,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
       kernels: this device's part of the output kernels.
 
     Returns:
-      A Stage with outputs <dtype>[groups, tokens, embed].
+      StageResults with outputs <dtype>[groups, tokens, embed].
     """
     # [groups, tokens, selected, joined_kv] -> [tokens, selected, joined_kv]
     flat = attended.reshape(-1, *attended.shape[2:])
@@ -387,7 +387,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
       experts.project,
     )
     outputs = mixture.add_up(rows, decision)
-    return expert_parallel.Stage(
+    return expert_parallel.StageResults(
       outputs=outputs.reshape(*attended.shape[:2], -1)
     )
 

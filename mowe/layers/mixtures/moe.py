@@ -180,12 +180,14 @@ class MoeLayer(feed_forward_base.FeedForward):
       # Tokens of a group compete for experts. Outside of training each sequence
       # is a group, so that no answer depends on its neighbours in the batch.
       groups = groups.single()
+    # 1. Tokens are put into groups: [batch, length, embed] -> [groups, tokens,
+    # embed].
     is_valid, ids = _validity(groups, tokens, routing_ids)
-    # [batch, length, embed] -> [groups, tokens, embed]
     grouped = groups.split(tokens, 0)
-    # Everything random (jitter, excluded experts, dropout) is drawn here for
-    # all devices at once, so that it does not depend on the mesh.
-    logits, bias, excluded = self._logits(grouped, deterministic)
+    # 2. The router scores every expert for every token. Everything random
+    # (jitter, excluded experts, dropout) is drawn here for all devices at once,
+    # so that it does not depend on the mesh.
+    scores = self._scores(grouped, deterministic)
     kernels = ExpertKernels(
       self.num_experts,
       embed_dim,
@@ -200,23 +202,26 @@ class MoeLayer(feed_forward_base.FeedForward):
     num_pairs = grouped.shape[0] * self.routing.num_pairs(
       grouped.shape[1], self.num_experts
     )
-    outputs, _, _, stats = expert_parallel.run(
+    # 3. Each device routes its groups (`_stage`). Tokens travel to the devices
+    # of their experts, are computed there, and travel back.
+    results = expert_parallel.run(
       functools.partial(self._stage, not deterministic),
       groups={
         'tokens': grouped.astype(self.dtype),
         'is_valid': is_valid,
         'routing_ids': ids,
-        'logits': logits,
-        'excluded': excluded,
+        'logits': scores.logits,
+        'excluded': scores.excluded,
       },
       kernels=kernels,
       shared={
-        'selection_bias': bias,
+        'selection_bias': scores.bias,
         'dropout': self._dropout(deterministic, num_pairs, length),
       },
     )
-    outputs = groups.merge(outputs, batch, length)
-    mixture.sow(self, stats)
+    # 4. Tokens return to their places, and what all tokens share is added.
+    outputs = groups.merge(results.outputs, batch, length)
+    mixture.sow(self, results.sums)
     if self.use_bias and not self.expert_output_bias:
       outputs += self._output_bias(embed_dim)[None, None, :]
     if self.shared_expert_dim:
@@ -241,7 +246,7 @@ class MoeLayer(feed_forward_base.FeedForward):
       **asked: the fields of `router_base.RouterInputs`.
 
     Returns:
-      A Stage with outputs <dtype>[groups, tokens, embed] and with the
+      StageResults with outputs <dtype>[groups, tokens, embed] and with the
       RouterStats of these groups as its sums.
     """
     parts = mixture.Mixture(
@@ -259,16 +264,16 @@ class MoeLayer(feed_forward_base.FeedForward):
       flat,
       kernels,
       decision,
-      experts.FeedForward(tuple(self.activations)),
+      experts.ExpertFeedForward(tuple(self.activations)),
       dropout,
     )
-    return expert_parallel.Stage(
+    return expert_parallel.StageResults(
       outputs=outputs.reshape(tokens.shape), sums=stats
     )
 
-  def _logits(self, tokens, deterministic):
+  def _scores(self, tokens, deterministic):
     if not self.routing.is_learned:
-      return None, None, None
+      return router_base.RouterScores()
     return router_base.LearnedRouting(
       self.routing,
       self.num_experts,

@@ -273,6 +273,22 @@ class LinearLogits:
     return RouterWeights(*arguments, **named)
 
 
+class RouterScores(NamedTuple):
+  """What a learned router is given; all None for a router without parameters.
+
+  Attributes:
+    logits: <float32>[groups, tokens, num_experts].
+    bias: <float32>[num_experts], the `selection_bias` of `RouterInputs`; None
+      if the router has no such bias.
+    excluded: the `excluded` of `RouterInputs`; None outside of training and if
+      the router excludes none.
+  """
+
+  logits: jax.Array | None = None
+  bias: jax.Array | None = None
+  excluded: jax.Array | None = None
+
+
 class LearnedRouting(nn.Module):
   """Makes the inputs of a learned router: logits, bias and excluded experts.
 
@@ -286,9 +302,7 @@ class LearnedRouting(nn.Module):
     kernel_init: draws the last kernel of the logits.
     logits: forms the logits: LinearLogits or one of `module_router`.
 
-  Call: tokens <float>[groups, tokens, embed] to the `logits`, `selection_bias`
-    and `excluded` of `RouterInputs`. The second is None if the router has no
-    such bias, the third outside of training and if the router excludes none.
+  Call: tokens <float>[groups, tokens, embed] to RouterScores.
   """
 
   router: LearnedRouter
@@ -297,9 +311,7 @@ class LearnedRouting(nn.Module):
   logits: Logits = LinearLogits()
 
   @nn.compact
-  def __call__(
-    self, tokens: jax.Array, *, deterministic: bool
-  ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  def __call__(self, tokens: jax.Array, *, deterministic: bool) -> RouterScores:
     logits = self.logits.build(
       self.num_experts,
       self.router.use_bias,
@@ -323,4 +335,4 @@ class LearnedRouting(nn.Module):
       excluded = ExcludedExperts(self.router.exclusion_rate, name='excluded')(
         logits.shape
       )
-    return logits, bias, excluded
+    return RouterScores(logits, bias, excluded)

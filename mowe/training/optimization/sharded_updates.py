@@ -7,7 +7,6 @@ tokens, not with the table.
 """
 
 import functools
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -21,14 +20,12 @@ _DATA_AXIS, _EXPERT_AXIS = sharded_plan.DEVICE_AXES
 
 def update_table(
   row_optimizer: row_optimizers.RowOptimizer,
-  table: dict[str, jax.Array],
-  table_state: Any,
+  rows: table_updates.TableAndState,
+  *,
   factors: parameters.TableFactors,
   plan: sharded_plan.ShardedPlan,
-  usable: jax.Array,
-  learning_rate_step: jax.Array,
-  key: jax.Array,
-) -> table_updates.TableRows:
+  step: table_updates.StepValues,
+) -> table_updates.TableAndState:
   """As `table_updates.update_table`, on the current mesh.
 
   Factors have axes [data, expert, rows, width], and with more than one
@@ -41,38 +38,38 @@ def update_table(
   # [microbatches, data, expert, rows, width]
   factors = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-4:]), factors)
   # Each owner rounds by a key of its own, the same in all rows of devices.
-  keys = jax.random.split(key, plan.updates.experts[0].shape[0])
+  keys = jax.random.split(step.key, plan.updates.experts[0].shape[0])
   by_expert = PartitionSpec(_EXPERT_AXIS)
   everywhere = PartitionSpec()
   return jax.shard_map(
     functools.partial(_update_own_rows, row_optimizer, num_tokens),
     in_specs=(
-      table_updates.TableRows(by_expert, by_expert),
+      table_updates.TableAndState(by_expert, by_expert),
       PartitionSpec(None, _DATA_AXIS, _EXPERT_AXIS),
       by_expert,
       table_updates.StepValues(everywhere, everywhere, by_expert),
     ),
-    out_specs=table_updates.TableRows(by_expert, by_expert),
+    out_specs=table_updates.TableAndState(by_expert, by_expert),
     # Parts of a row along the axis `model` are left to XLA.
     axis_names=set(sharded_plan.DEVICE_AXES),
     # Rows of devices compute the same, which jax does not see.
     check_vma=False,
   )(
-    table_updates.TableRows(table, table_state),
+    rows,
     factors,
     plan.updates,
-    table_updates.StepValues(usable, learning_rate_step, keys),
+    step._replace(key=keys),
   )
 
 
 def _update_own_rows(
   row_optimizer: row_optimizers.RowOptimizer,
   num_tokens: tuple[int, int],
-  rows: table_updates.TableRows,
+  rows: table_updates.TableAndState,
   factors: parameters.TableFactors,
   updates: batch_plans.SizeClasses,
   step: table_updates.StepValues,
-) -> table_updates.TableRows:
+) -> table_updates.TableAndState:
   """Updates the experts of one device.
 
   Args:

@@ -31,7 +31,7 @@ _NO_TOKEN = np.iinfo(np.int32).max
 _LayerFactors = dict[str, grouped.Factors]
 
 
-class TableRows(NamedTuple):
+class TableAndState(NamedTuple):
   """A table of experts with the state of its row optimizer.
 
   Attributes:
@@ -148,26 +148,21 @@ def gradient_bound(factors: Any) -> jax.Array:
 
 def update_table(
   row_optimizer: row_optimizers.RowOptimizer,
-  table: dict[str, jax.Array],
-  table_state: Any,
+  rows: TableAndState,
+  *,
   factors: parameters.TableFactors,
   plan: batch_plans.ExpertPlan,
-  usable: jax.Array,
-  learning_rate_step: jax.Array,
-  key: jax.Array,
-) -> TableRows:
+  step: StepValues,
+) -> TableAndState:
   """Returns the table and its state after one step.
 
   Args:
     row_optimizer: updates the rows.
-    table: kernel name -> <float>[num_experts, in, out].
-    table_state: the state of the row optimizer for all rows of the table.
+    rows: all rows of the table.
     factors: stream -> factors [tokens, width] of its layers that use the table;
       with more than one microbatch [microbatches, tokens, width].
     plan: the plan of the batch.
-    usable: <bool>[], whether gradients are finite; if not, no row changes.
-    learning_rate_step: <int32>[], the global step, from 0.
-    key: draws the rounding of tables in bfloat16 in this step.
+    step: the values of the step.
   """
   num_tokens = tuple(
     0 if stream is None else stream.slots.size
@@ -176,19 +171,19 @@ def update_table(
   flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), factors)
   return update_rows(
     row_optimizer,
-    TableRows(table, table_state),
+    rows,
     factors=BatchFactors(flat, plan.updates, num_tokens),
-    step=StepValues(usable, learning_rate_step, key),
+    step=step,
   )
 
 
 def update_rows(
   row_optimizer: row_optimizers.RowOptimizer,
-  rows: TableRows,
+  rows: TableAndState,
   *,
   factors: BatchFactors,
   step: StepValues,
-) -> TableRows:
+) -> TableAndState:
   """Returns the rows after one step; see `update_table`."""
   num_before, num_after = factors.num_tokens
   of_layers = factors.of_layers
@@ -223,14 +218,14 @@ def update_rows(
 
 
 def _update_classes(
-  rows: TableRows,
+  rows: TableAndState,
   classes: batch_plans.SizeClasses,
   *,
   layers: _Layers,
   form_gradient: Callable[..., row_gradients.Gradient],
   row_optimizer: row_optimizers.RowOptimizer,
   step: StepValues,
-) -> TableRows:
+) -> TableAndState:
   """Updates the experts of some size classes, a chunk at a time."""
   kernels = list(rows.table.values())
   numbers_of_one = sum(kernel[0].size for kernel in kernels)
@@ -271,13 +266,13 @@ def _gradients_of_chunk(
 
 
 def _write_chunk(
-  rows: TableRows,
+  rows: TableAndState,
   gradients: _ChunkGradients,
   *,
   number: jax.Array,
   row_optimizer: row_optimizers.RowOptimizer,
   step: StepValues,
-) -> TableRows:
+) -> TableAndState:
   """Reads the rows of a chunk, updates them, and writes them in their place."""
   experts = gradients.experts
   read = lambda whole: rows_in_place.read(whole, experts)
@@ -294,7 +289,7 @@ def _write_chunk(
   beyond = jnp.iinfo(jnp.int32).max - jnp.arange(experts.size)
   written = jnp.where(gradients.changed & step.usable, experts, beyond)
   write = lambda whole, some: rows_in_place.write(whole, written, some)
-  return TableRows(
+  return TableAndState(
     jax.tree.map(write, rows.table, new_rows),
     jax.tree.map(write, rows.state, new_state),
   )

@@ -10,7 +10,7 @@ from mowe.layers.dispatch import expert_dropout, slots, sorted_experts
 from mowe.layers.mixtures import experts
 
 EMBED, EXPERT_DIM = 5, 3
-RELU = experts.FeedForward(('relu',))
+RELU = experts.ExpertFeedForward(('relu',))
 
 SHARES = {
   'even': (12, 12, 12, 12),
@@ -64,7 +64,7 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
     dropout = expert_dropout.ExpertDropout(masks, block=7)
     keep = masks[pairs // 7]
 
-  expert = experts.FeedForward(activations)
+  expert = experts.ExpertFeedForward(activations)
 
   @jax.jit
   def both(rows, kernels, sizes):

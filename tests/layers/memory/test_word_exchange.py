@@ -100,13 +100,12 @@ def step(layer, update_table, table, state, tokens, cotangent, plan):
   d_tokens, factors = backward(cotangent)
   new = update_table(
     _ROW_OPTIMIZER,
-    table,
-    state,
-    {'encoder': [factors]},
-    plan,
-    jnp.asarray(True),
-    jnp.asarray(0),
-    jax.random.key(0),
+    table_updates.TableAndState(table, state),
+    factors={'encoder': [factors]},
+    plan=plan,
+    step=table_updates.StepValues(
+      jnp.asarray(True), jnp.asarray(0), jax.random.key(0)
+    ),
   )
   return outputs, d_tokens, *new
 

@@ -76,13 +76,10 @@ def _update(table, plan, factors, usable=True):
   update = jax.jit(
     lambda table, state, factors, plan: table_updates.update_table(
       _Descent(),
-      table,
-      state,
-      factors,
-      plan,
-      jnp.asarray(usable),
-      0,
-      jax.random.key(0),
+      table_updates.TableAndState(table, state),
+      factors=factors,
+      plan=plan,
+      step=table_updates.StepValues(jnp.asarray(usable), 0, jax.random.key(0)),
     )
   )
   return update(table, state, factors, plan)
