@@ -232,8 +232,7 @@ def _word_experts(
     i: {} for i in shown
   }
   for name, of_model in runs.items():
-    folder, _ = model_folder.split_checkpoint_path(of_model[0].finetuned)
-    routing = model_folder.load_config(folder)[0].routing
+    routing = _routing_of(of_model)
     if routing is None:
       continue
     for index in shown:
@@ -249,3 +248,16 @@ def _word_experts(
         (word.strip('▁'), expert) for word, expert in words
       ]
   return experts
+
+
+def _routing_of(runs: Sequence[planned_runs.Run]):
+  """The routing vocabulary of a model, which is that of all of its runs.
+
+  None for a model without one. The measurements of a run may be all that is
+  left of it; if that is so of all runs, the result is None, too.
+  """
+  for run in runs:
+    folder, _ = model_folder.split_checkpoint_path(run.finetuned)
+    if model_folder.exists(folder):
+      return model_folder.load_config(folder)[0].routing
+  return None

@@ -112,6 +112,14 @@ def check_same_vocabularies(
         f'{_identity(new[name])}. Give the {kind} vocabulary in '
         f'{file.parent}, or other weights.'
       )
+  for name, fingerprint in new['addresses'].items():
+    if old['addresses'].get(name, fingerprint) != fingerprint:
+      raise ValueError(
+        f'The memory {name!r} must be addressed as in the weights that it '
+        f'starts from, but {path} has the fingerprint '
+        f'{old["addresses"][name][:12]} and the model {fingerprint[:12]}. Give '
+        'it the same address: tokens, hash, sizes and seed.'
+      )
 
 
 def _identity(described: dict[str, Any]) -> str:
@@ -119,6 +127,11 @@ def _identity(described: dict[str, Any]) -> str:
   sentinels = described.get('extra_ids')
   counted = '' if sentinels is None else f' and {sentinels} sentinels'
   return f'that of sha256 {described["sha256"][:12]}{counted}'
+
+
+def exists(folder: pathlib.Path) -> bool:
+  """Whether a folder is a model folder: whether it says what it holds."""
+  return (folder / _MODEL).exists()
 
 
 def split_checkpoint_path(path: str) -> tuple[pathlib.Path, int | None]:

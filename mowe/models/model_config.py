@@ -84,6 +84,7 @@ class ModelConfig(Protocol):
       config field whose factory makes it.
     shared_fields: from a config field that may be None to the field whose
       factory then takes its place.
+    memories: the memories of the model (`token_memories.Memory`).
   """
 
   vocab_size: int
@@ -98,6 +99,7 @@ class ModelConfig(Protocol):
   block_layers: tuple[tuple[str, Factory], ...]
   layer_fields: Mapping[tuple[str, str], str]
   shared_fields: Mapping[str, str]
+  memories: tuple[Any, ...]
 
   def depths(self) -> dict[str, int]:
     """The number of blocks of each stream."""
@@ -317,23 +319,45 @@ def word_streams(config: ModelConfig) -> tuple[str, ...]:
   )
 
 
+class MemoryInputs(NamedTuple):
+  """What the memories of one stream are given besides the tokens.
+
+  Attributes:
+    rows: name of a memory -> <int32>[batch, length, slots], the rows that
+      tokens name; None before they are looked up.
+    segment_ids: <int32>[batch, length], the segments of packed rows, or None.
+    embedded: <float>[batch, length, embed], the tokens before the first block;
+      None before they are known.
+  """
+
+  rows: Mapping[str, jax.Array] | None = None
+  segment_ids: jax.Array | None = None
+  embedded: jax.Array | None = None
+
+
 class StreamRouting(NamedTuple):
-  """Inputs of the sparse layers of one stream, besides its tokens.
+  """Inputs of sparse layers and memories of one stream, besides its tokens.
 
   Attributes:
     ids: <int32>[batch, length], the routing ids; None where no layer of the
       model reads any.
     plan: the plan of the batch for word experts (`batch_plans.StreamPlan`), or
       None, in which case they read the ids.
+    memories: the inputs of memories.
   """
 
   ids: jax.Array | None = None
   plan: Any = None
+  memories: MemoryInputs = MemoryInputs()
 
   @property
   def is_given(self) -> bool:
     """Whether the batch says anything; otherwise the model looks ids up."""
     return self.ids is not None or self.plan is not None
+
+  def with_embedded(self, embedded: jax.Array) -> 'StreamRouting':
+    """Returns the same with the tokens before the first block."""
+    return self._replace(memories=self.memories._replace(embedded=embedded))
 
 
 def routing_ids(

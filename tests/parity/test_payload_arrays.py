@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mowe.layers import centered_norm, feed_forward, layer_norm, linear
+from mowe.layers import centered_norm, layer_norm
 from mowe.layers.memory import memory_plus, peer
 from mowe.layers.memory.payloads import (
   bank,

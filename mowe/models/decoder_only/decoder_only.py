@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import linen as nn
 from mowe.layers import embedding
 from mowe.layers.attention import self_attention
 from mowe.layers.routers import router_losses
-from mowe.models import decoding, model_config
+from mowe.models import decoding, model_config, token_memories
 from mowe.models.decoder_only import decoder_only_config, decoder_only_stack
 
 MEMORY = model_config.MEMORY
@@ -43,7 +43,11 @@ class DecoderOnly(nn.Module):
       # Assigning gives the module its place in the tree: `experts/...`.
       setattr(self, name, module)
       shared[name] = getattr(self, name)
-    self.decoder = decoder_only_stack.DecoderOnlyStack(config, shared)
+    tables = {}
+    for name, table in token_memories.make_tables(config).items():
+      setattr(self, name, table)
+      tables[name] = getattr(self, name)
+    self.decoder = decoder_only_stack.DecoderOnlyStack(config, shared, tables)
 
   def __call__(
     self,
@@ -55,6 +59,7 @@ class DecoderOnly(nn.Module):
     *,
     decoder_routing_ids: jax.Array | None = None,
     decoder_plan: Any = None,
+    decoder_memory_rows: Mapping[str, jax.Array] | None = None,
     enable_dropout: bool = True,
   ) -> jax.Array:
     """Returns logits <float32>[batch, length, vocab] with teacher forcing.
@@ -77,6 +82,8 @@ class DecoderOnly(nn.Module):
         config's routing makes them from the tokens.
       decoder_plan: a `batch_plans.StreamPlan`, where the host decided in which
         slot each token is computed; None if the layers use the routing ids.
+      decoder_memory_rows: name of a memory -> <int32>[batch, length, slots],
+        the rows that tokens name; None if the model finds them.
       enable_dropout: whether dropout draws from the `dropout` random stream.
     """
     del decoder_positions
@@ -100,13 +107,20 @@ class DecoderOnly(nn.Module):
       sees = sees & jnp.pad(
         same, ((0, 0), (0, 0), (num_old, 0)), constant_values=True
       )
-    routing = model_config.StreamRouting(decoder_routing_ids, decoder_plan)
+    routing = model_config.StreamRouting(
+      decoder_routing_ids,
+      decoder_plan,
+      model_config.MemoryInputs(decoder_memory_rows),
+    )
     if not routing.is_given and self.config.sparse_decoder_layers:
-      routing = model_config.StreamRouting(
-        model_config.routing_ids(
+      routing = routing._replace(
+        ids=model_config.routing_ids(
           self.config, 'decoder_ids', ids, real, decoder_segment_ids
         )
       )
+    routing = token_memories.with_rows(
+      routing, self.config, 'decoder', ids, decoder_segment_ids
+    )
     return self._logits(
       ids, positions, sees, routing, False, not enable_dropout
     )
@@ -131,6 +145,7 @@ class DecoderOnly(nn.Module):
     tokens: jax.Array,
     real: jax.Array,
     routing_ids: jax.Array | None,
+    memory_rows: Mapping[str, jax.Array],
     length: int,
   ) -> jax.Array:
     """Returns logits <float32>[batch, query, vocab] and updates the cache.
@@ -141,6 +156,8 @@ class DecoderOnly(nn.Module):
       real: <bool>[batch, query], False for padding on the left.
       routing_ids: <int32>[batch, query], routing ids; None if no layer of the
         model reads any.
+      memory_rows: name of a memory -> <int32>[batch, query, slots], the rows
+        that tokens name.
       length: the number of tokens for which the cache has room.
     """
     num_queries = tokens.shape[1]
@@ -163,7 +180,9 @@ class DecoderOnly(nn.Module):
       # The inputs arrive in one call, and all of them see each other.
       sees = jnp.broadcast_to(positions.keys < num_queries, sees.shape)
     sees = sees[None] & all_real[:, None, :]
-    routing = model_config.StreamRouting(routing_ids)
+    routing = model_config.StreamRouting(
+      routing_ids, memories=model_config.MemoryInputs(memory_rows)
+    )
     return self._logits(tokens, positions, sees, routing, True, True)
 
   def _logits(self, ids, positions, sees, routing, decode, deterministic):
@@ -204,9 +223,9 @@ class DecoderOnly(nn.Module):
     length = tokens.shape[1] + max_length
     cache = self._empty_cache(variables, inputs.shape[0], length)
     router = _GenerationRouter(self.config, inputs.shape[0])
-    routing_ids, words = router.of_inputs(tokens, real)
+    addressed, words = router.of_inputs(tokens, real)
     run = functools.partial(_decode_tokens, self, variables, length)
-    logits, cache, counted = run(cache, tokens, real, routing_ids)
+    logits, cache, counted = run(cache, tokens, real, addressed)
     state = _generation_state(logits, cache, words, is_first=True)
     return _GenerationStep(run, router, counted), state
 
@@ -220,6 +239,7 @@ class DecoderOnly(nn.Module):
     routing_ids = None
     if self.config.sparse_feed_forward is not None:
       routing_ids = jnp.zeros_like(tokens)
+    rows = token_memories.rows_of(self.config, 'decoder', tokens)
 
     def whole_pass(variables):
       _, changed = self.apply(
@@ -227,6 +247,7 @@ class DecoderOnly(nn.Module):
         tokens,
         tokens > 0,
         routing_ids,
+        rows,
         length,
         method='decode',
         mutable=['cache'],
@@ -245,6 +266,7 @@ _FEATURES = (
   'decoder_causal_attention',
   'decoder_routing_ids',
   'decoder_plan',
+  'decoder_memory_rows',
 )
 
 
@@ -255,7 +277,7 @@ def _decode_tokens(
   cache: decoding.Cache,
   tokens: jax.Array,
   real: jax.Array,
-  routing_ids: jax.Array | None,
+  addressed: '_Addressed',
 ) -> tuple[jax.Array, decoding.Cache, Any]:
   """Returns the last logits <float32>[batch, vocab], the cache, and counts.
 
@@ -265,7 +287,8 @@ def _decode_tokens(
     {**variables, 'cache': cache},
     tokens,
     real,
-    routing_ids,
+    addressed.routing_ids,
+    addressed.rows,
     length,
     method='decode',
     mutable=['cache', router_losses.COLLECTION],
@@ -314,18 +337,31 @@ class _GenerationStep:
     return state['logits'], later, self.counted_of_inputs
 
   def _later(self, tokens, state):
-    routing_ids, words = self.router.of_token(tokens, state['words'])
+    addressed, words = self.router.of_token(tokens, state['words'])
     real = jnp.ones(tokens.shape, bool)
-    logits, cache, counted = self.run(state['model'], tokens, real, routing_ids)
+    logits, cache, counted = self.run(state['model'], tokens, real, addressed)
     state = _generation_state(logits, cache, words, is_first=False)
     return logits, state, counted
 
 
-class _GenerationRouter:
-  """Makes routing ids while tokens are generated.
+class _Addressed(NamedTuple):
+  """What tokens name while text is generated.
 
-  With a routing vocabulary, the id of a token depends on the word so far; the
-  state of that word is carried from step to step.
+  Attributes:
+    routing_ids: <int32>[batch, length]; None if no layer reads any.
+    rows: name of a memory -> <int32>[batch, length, slots].
+  """
+
+  routing_ids: jax.Array | None
+  rows: dict[str, jax.Array]
+
+
+class _GenerationRouter:
+  """Finds what tokens name while they are generated.
+
+  With a routing vocabulary, the id of a token depends on the word so far, and
+  the rows of a memory may depend on some tokens before it. The states of both
+  are carried from step to step.
   """
 
   def __init__(
@@ -337,29 +373,42 @@ class _GenerationRouter:
     self._batch_size = batch_size
 
   def of_inputs(self, tokens, real):
-    """Returns routing ids <int32>[batch, length], and the state after them.
+    """Returns what the inputs name, and the states after them.
 
-    The ids are None if no layer is sparse; the state is {} without a routing
-    vocabulary.
+    The inputs end in the last column, and are padded before. Without a routing
+    vocabulary and memories, the state is {}.
     """
+    words = {}
+    if self._has_words:
+      words['word'] = self._config.routing.initial_state(self._batch_size)
+    words['memories'] = token_memories.initial_states(
+      self._config, self._batch_size
+    )
+    words = jax.tree.map(jnp.asarray, words)
+    if not jax.tree.leaves(words):
+      return _Addressed(self._of_tokens(tokens, real), {}), words
+
+    def step(words, token):
+      addressed, words = self.of_token(token[:, None], words)
+      return words, jax.tree.map(lambda x: x[:, 0], addressed)
+
+    words, addressed = jax.lax.scan(step, words, tokens.T)
+    # [length, batch, ...] -> [batch, length, ...]
+    ids, rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), addressed)
     if not self._has_words:
-      return self._of_tokens(tokens, real), {}
-    routing = self._config.routing
-    state = jnp.asarray(routing.initial_state(self._batch_size))
-
-    def step(state, token):
-      ids, state = routing.decoder_step(token[:, None], state)
-      return state, ids[:, 0]
-
-    state, ids = jax.lax.scan(step, state, tokens.T)
-    return jnp.where(real, ids.T, -1), {'state': state}
+      return _Addressed(self._of_tokens(tokens, real), rows), words
+    return _Addressed(jnp.where(real, ids, -1), rows), words
 
   def of_token(self, tokens, words):
-    """Returns routing ids <int32>[rows, 1] of the next token, and the state."""
+    """Returns what the next tokens [rows, 1] name, and the states."""
+    rows, states = token_memories.next_rows(
+      self._config, tokens, words['memories']
+    )
     if not self._has_words:
-      return self._of_tokens(tokens, jnp.ones(tokens.shape, bool)), {}
-    ids, state = self._config.routing.decoder_step(tokens, words['state'])
-    return ids, {'state': state}
+      ids = self._of_tokens(tokens, jnp.ones(tokens.shape, bool))
+      return _Addressed(ids, rows), {'memories': states}
+    ids, word = self._config.routing.decoder_step(tokens, words['word'])
+    return _Addressed(ids, rows), {'memories': states, 'word': word}
 
   def _of_tokens(self, tokens, real):
     if not self._is_needed:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from mowe.layers import feed_forward, layer_norm
 from mowe.layers.attention import self_attention
-from mowe.models import model_config
+from mowe.models import model_config, token_memories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class DecoderOnlyConfig:
       that can be routed by token get the token ids, -1 for padding.
     block_layers: pairs of a place and a factory, for layers of single blocks
       that differ from the others; see `model_config.ModelConfig`.
+    memories: memories that are addressed by the tokens.
 
   Raises:
     ValueError: sizes or parts that cannot work together.
@@ -78,6 +79,7 @@ class DecoderOnlyConfig:
   sparse_decoder_layers: tuple[int, ...] = ()
   routing: model_config.Routing | None = None
   block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
+  memories: tuple[token_memories.Memory, ...] = ()
 
   # Inputs and targets go through the same stack.
   streams = ('decoder',)
@@ -115,6 +117,7 @@ class DecoderOnlyConfig:
       model_config.check_layers(self)
     model_config.check_attentions(self)
     self._check_memory()
+    token_memories.check(self)
 
   def _check_memory(self):
     if self.memory_length < 0:

@@ -1,11 +1,13 @@
 """Blocks of a decoder-only model, from embedded to normed tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import feed_forward_base, linear, parameter
-from mowe.models import model_config
+from mowe.models import model_config, token_memories
 from mowe.models.decoder_only import decoder_only_config
 
 # The collection in which a batch leaves the inputs of each block to the next.
@@ -20,12 +22,14 @@ class Block(nn.Module):
     number: the number of this block, counted from 0.
     shared: modules by name that all sparse feed-forwards share.
     attention_shared: modules by name that all attentions share.
+    tables: the tables of the model's memories, by name.
   """
 
   config: decoder_only_config.DecoderOnlyConfig
   number: int
   shared: dict[str, nn.Module]
   attention_shared: dict[str, nn.Module]
+  tables: dict[str, nn.Module]
 
   def setup(self):
     config = self.config
@@ -34,10 +38,22 @@ class Block(nn.Module):
       self.attention_shared
     )
     self.pre_mlp_layer_norm = config.make_norm()
-    self.mlp = config.make_feed_forward(self.number, self.shared)
+    self.memories = token_memories.BlockMemories(
+      config, 'decoder', self.number, self.tables
+    )
+    self.has_feed_forward = token_memories.has_feed_forward(
+      config, 'decoder', self.number
+    )
+    if self.has_feed_forward:
+      self.mlp = config.make_feed_forward(self.number, self.shared)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
   def __call__(self, tokens, positions, mask, routing, decode, deterministic):
+    remembered = functools.partial(
+      self._remembered, routing, decode, deterministic
+    )
+    for added in remembered(token_memories.BeforeAttention, tokens):
+      tokens = tokens + self.dropout(added, deterministic=deterministic)
     normed = self.pre_self_attention_layer_norm(tokens)
     attended = self.self_attention(
       normed,
@@ -48,14 +64,33 @@ class Block(nn.Module):
       deterministic=deterministic,
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    outputs = feed_forward_base.call(
-      self.mlp,
-      self.pre_mlp_layer_norm(tokens),
-      routing_ids=routing.ids,
-      plan=routing.plan,
+    normed = self.pre_mlp_layer_norm(tokens)
+    outputs = remembered(token_memories.BesideFeedForward, normed)
+    outputs += remembered(token_memories.InsteadOfFeedForward, normed)
+    if self.has_feed_forward:
+      outputs.append(
+        feed_forward_base.call(
+          self.mlp,
+          normed,
+          routing_ids=routing.ids,
+          plan=routing.plan,
+          deterministic=deterministic,
+        )
+      )
+    tokens = tokens + self.dropout(sum(outputs), deterministic=deterministic)
+    for added in remembered(token_memories.AfterFeedForward, tokens):
+      tokens = tokens + self.dropout(added, deterministic=deterministic)
+    return tokens
+
+  def _remembered(self, routing, decode, deterministic, kind, tokens):
+    """What the memories at one kind of place return."""
+    return self.memories(
+      kind,
+      tokens,
+      routing.memories,
+      decode=decode,
       deterministic=deterministic,
     )
-    return tokens + self.dropout(outputs, deterministic=deterministic)
 
   def _with_memory(self, tokens, normed):
     """Prepends the memory to normed tokens, and stores the tokens in it.
@@ -82,10 +117,12 @@ class DecoderOnlyStack(nn.Module):
     config: the sizes and parts of the model.
     shared: modules by name that all sparse feed-forwards share, such as a table
       of experts.
+    tables: the tables of the model's memories, by name.
   """
 
   config: decoder_only_config.DecoderOnlyConfig
   shared: dict[str, nn.Module]
+  tables: dict[str, nn.Module]
 
   def setup(self):
     config = self.config
@@ -100,9 +137,13 @@ class DecoderOnlyStack(nn.Module):
         number,
         self.shared,
         attention_shared,
+        self.tables,
       )
       for number in range(config.num_layers)
     ]
+    self.input_memories = token_memories.BlockMemories(
+      config, 'decoder', 0, self.tables
+    )
     self.decoder_norm = config.make_norm()
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
     if not config.logits_via_embedding:
@@ -120,6 +161,14 @@ class DecoderOnlyStack(nn.Module):
       )
 
   def __call__(self, tokens, positions, mask, routing, decode, deterministic):
+    routing = routing.with_embedded(tokens)
+    tokens = token_memories.at_input(
+      self.input_memories,
+      tokens,
+      routing.memories,
+      decode=decode,
+      deterministic=deterministic,
+    )
     tokens = self.dropout(tokens, deterministic=deterministic)
     for layer in self.layers:
       tokens = layer(tokens, positions, mask, routing, decode, deterministic)

@@ -57,6 +57,9 @@ def describe(
     'routing': None
     if config.routing is None
     else {'file': _ROUTING, 'sha256': config.routing.sha256},
+    'addresses': {
+      memory.name: memory.address.fingerprint for memory in config.memories
+    },
   }
 
 
@@ -132,6 +135,7 @@ def _load(file, described, changes):
     routing = routing_vocabulary.load(file.parent / _ROUTING)
     _check_digest(file, 'the routing vocabulary', described['routing'], routing)
   config = saved_config.from_json(described['config'], routing, **changes)
+  _check_addresses(file, described['addresses'], config)
   return config, vocabulary
 
 
@@ -143,6 +147,18 @@ def _check_sizes(file, config):
       raise ValueError(
         f'{name} of {file} must be a number from 1 to {_LARGEST}, but is '
         f'{size!r}. Restore the file.'
+      )
+
+
+def _check_addresses(file, saved, config):
+  """Raises unless the memories name the same rows as when they were trained."""
+  for memory in config.memories:
+    found, expected = memory.address.fingerprint, saved.get(memory.name)
+    if found != expected:
+      raise ValueError(
+        f'The memory {memory.name!r} of {file} must be addressed as it was '
+        f'trained, with the fingerprint {expected}, but its address has '
+        f'{found}. Restore the file.'
       )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.models import model_config
+from mowe.models import model_config, token_memories
 from mowe.models.families import families
 
 # Fields of a layer that the stack, the run or Linen sets. They are not part of
@@ -44,6 +44,14 @@ _GIVEN_TO = {
 _FAMILY = 'family'
 
 _BLOCK_LAYERS = 'block_layers'
+_MEMORIES = 'memories'
+_ROUTING = 'routing'
+
+# The key of a factory of layers that is a field of another layer.
+_FACTORY = 'factory'
+
+# Modules and packages of this package whose classes a saved config may name.
+_OWN = ('mowe.layers.', 'mowe.words.addresses.', 'mowe.models.token_memories.')
 
 # Longer tuples of integers, such as the table of a HashRouter, become bytes.
 _LONG = 64
@@ -76,12 +84,16 @@ def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
   parts = config.parts()
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    if field.name == 'routing':
+    if field.name == _ROUTING:
       continue
     if field.name == _BLOCK_LAYERS:
-      # The key is left out if there are none, as in files of older versions.
+      # The key is left out if there are none.
       if value:
         tree[field.name] = _block_layers_to_json(config)
+      continue
+    if field.name == _MEMORIES:
+      if value:
+        tree[field.name] = list(map(_memory_to_json, value))
       continue
     if field.name == 'dtype':
       value = jnp.dtype(value).name
@@ -116,6 +128,8 @@ def from_json(
       values[name] = tuple(
         (place, _factory_from_json(layer)) for place, layer in value.items()
       )
+    elif name == _MEMORIES:
+      values[name] = tuple(_memory_from_json(one, routing) for one in value)
     elif isinstance(value, dict):
       values[name] = _factory_from_json(value)
     else:
@@ -132,6 +146,35 @@ def _block_layers_to_json(config):
     layer = config.of_block(stream, number).parts()[field]
     layers[place] = _layer_to_json(field, layer)
   return layers
+
+
+def _memory_to_json(memory):
+  tree = {
+    field.name: getattr(memory, field.name)
+    for field in dataclasses.fields(memory)
+  }
+  payload = memory.make_payload(parent=None)
+  return tree | {
+    'address': _part_to_json(memory.address, leave_out={_ROUTING}),
+    'payload': _part_to_json(payload, leave_out=_GIVEN),
+    'place': _part_to_json(memory.place),
+  }
+
+
+def _memory_from_json(tree, routing):
+  known = {field.name for field in dataclasses.fields(token_memories.Memory)}
+  _check_names('A saved memory', tree, known)
+  address, fields = _part_from_json(tree['address'], 'A saved address')
+  if any(field.name == _ROUTING for field in dataclasses.fields(address)):
+    fields[_ROUTING] = routing
+  return token_memories.Memory(
+    **tree
+    | {
+      'address': address(**fields),
+      'payload': _factory_from_json(tree['payload']),
+      'place': _value_from_json(tree['place']),
+    }
+  )
 
 
 def _layer_to_json(field, layer):
@@ -177,9 +220,9 @@ def _value_to_json(value, name):
     if len(value) > _LONG and all(type(x) is int for x in value):
       return _integers_to_json(value)
     return [_value_to_json(x, name) for x in value]
-  if dataclasses.is_dataclass(value) and not isinstance(
-    value, type | nn.Module
-  ):
+  if isinstance(value, type | functools.partial):
+    return {_FACTORY: _part_to_json(value(parent=None), leave_out=_GIVEN)}
+  if dataclasses.is_dataclass(value) and not isinstance(value, nn.Module):
     return _part_to_json(value)
   raise ValueError(
     f'{name} must be a number, a text, a tuple or a class of mowe.layers to be '
@@ -209,6 +252,8 @@ def _value_from_json(value):
   if isinstance(value, dict):
     if 'integers' in value:
       return _integers_from_json(value)
+    if _FACTORY in value:
+      return _factory_from_json(value[_FACTORY])
     what = 'A part of a saved feed-forward'
     cls, fields = _part_from_json(value, what)
     if issubclass(cls, nn.Module):
@@ -226,7 +271,7 @@ def _class_of(name):
   module, _, _ = name.rpartition('.')
   if not module.startswith('mowe.'):
     _check_trusted(name, module)
-  elif not module.startswith('mowe.layers.'):
+  elif not f'{module}.'.startswith(_OWN):
     return None
   return _imported(name)
 

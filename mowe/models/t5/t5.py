@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from mowe.layers import embedding
 from mowe.layers.routers import router_losses
-from mowe.models import decoding, model_config
+from mowe.models import decoding, model_config, token_memories
 from mowe.models.t5 import t5_config, t5_stacks
 
 
@@ -43,8 +43,12 @@ class T5(nn.Module):
       # Assigning gives the module its place in the tree: `experts/...`.
       setattr(self, name, module)
       shared[name] = getattr(self, name)
-    self.encoder = t5_stacks.Encoder(config, shared)
-    self.decoder = t5_stacks.Decoder(config, shared)
+    tables = {}
+    for name, table in token_memories.make_tables(config).items():
+      setattr(self, name, table)
+      tables[name] = getattr(self, name)
+    self.encoder = t5_stacks.Encoder(config, shared, tables)
+    self.decoder = t5_stacks.Decoder(config, shared, tables)
 
   def __call__(
     self,
@@ -60,6 +64,8 @@ class T5(nn.Module):
     decoder_routing_ids: jax.Array | None = None,
     encoder_plan: Any = None,
     decoder_plan: Any = None,
+    encoder_memory_rows: Mapping[str, jax.Array] | None = None,
+    decoder_memory_rows: Mapping[str, jax.Array] | None = None,
     enable_dropout: bool = True,
     decode: bool = False,
   ) -> jax.Array:
@@ -85,6 +91,10 @@ class T5(nn.Module):
         if the layers use the routing ids.
       decoder_plan: the `batch_plans.StreamPlan` of the decoder's tokens; None
         if the layers use the routing ids.
+      encoder_memory_rows: name of a memory -> <int32>[batch, inputs, slots],
+        the rows that the encoder's tokens name; None if the model finds them.
+      decoder_memory_rows: name of a memory -> <int32>[batch, targets, slots],
+        the rows that the decoder's tokens name; None if the model finds them.
       enable_dropout: whether dropout draws from the `dropout` random stream.
       decode: whether to prepare the cache for step-by-step decoding.
     """
@@ -97,7 +107,11 @@ class T5(nn.Module):
       embedded,
       encoder_input_tokens,
       encoder_segment_ids,
-      routing=model_config.StreamRouting(encoder_routing_ids, encoder_plan),
+      routing=model_config.StreamRouting(
+        encoder_routing_ids,
+        encoder_plan,
+        model_config.MemoryInputs(encoder_memory_rows),
+      ),
       enable_dropout=enable_dropout,
     )
     return self._decode(
@@ -108,7 +122,11 @@ class T5(nn.Module):
       decoder_target_tokens,
       encoder_segment_ids,
       decoder_segment_ids,
-      routing=model_config.StreamRouting(decoder_routing_ids, decoder_plan),
+      routing=model_config.StreamRouting(
+        decoder_routing_ids,
+        decoder_plan,
+        model_config.MemoryInputs(decoder_memory_rows),
+      ),
       enable_dropout=enable_dropout,
       decode=decode,
       max_decode_length=None,
@@ -170,9 +188,12 @@ class T5(nn.Module):
     mask = real[:, None, :, None] & real[:, None, None, :]
     mask = _same_segment(mask, encoder_segment_ids, encoder_segment_ids)
     if not routing.is_given and self.config.sparse_encoder_layers:
-      routing = model_config.StreamRouting(
-        self._routing_ids('encoder_ids', ids, real, encoder_segment_ids)
+      routing = routing._replace(
+        ids=self._routing_ids('encoder_ids', ids, real, encoder_segment_ids)
       )
+    routing = token_memories.with_rows(
+      routing, self.config, 'encoder', ids, encoder_segment_ids
+    )
     return self.encoder(embedded, mask, routing, not enable_dropout)
 
   def decode(
@@ -262,9 +283,14 @@ class T5(nn.Module):
       cross_mask, decoder_segment_ids, encoder_segment_ids
     )
     if not routing.is_given and self.config.sparse_decoder_layers:
-      routing = model_config.StreamRouting(
-        self._decoder_routing_ids(inputs, real, decoder_segment_ids, decode)
+      routing = routing._replace(
+        ids=self._decoder_routing_ids(inputs, real, decoder_segment_ids, decode)
       )
+    if decode:
+      routing = self._with_rows_of_step(routing, inputs)
+    routing = token_memories.with_rows(
+      routing, self.config, 'decoder', inputs, decoder_segment_ids
+    )
     tokens = self.decoder(
       embedded,
       encoded,
@@ -307,6 +333,20 @@ class T5(nn.Module):
     ids, state = self.config.routing.decoder_step(inputs, state)
     self.put_variable('cache', 'word_so_far', state)
     return ids
+
+  def _with_rows_of_step(self, routing, tokens):
+    """The routing with the rows of one step, if there is a cache."""
+    states = token_memories.initial_states(self.config, tokens.shape[0])
+    if not self.has_variable('cache', 'memory_states'):
+      states = jax.tree.map(jnp.asarray, states)
+      if states:
+        self.put_variable('cache', 'memory_states', states)
+      return routing
+    rows, states = token_memories.next_rows(
+      self.config, tokens, self.get_variable('cache', 'memory_states')
+    )
+    self.put_variable('cache', 'memory_states', states)
+    return routing._replace(memories=routing.memories._replace(rows=rows))
 
   @nn.nowrap
   def start_generation(
@@ -369,6 +409,8 @@ _FEATURES = (
   'decoder_routing_ids',
   'encoder_plan',
   'decoder_plan',
+  'encoder_memory_rows',
+  'decoder_memory_rows',
 )
 
 

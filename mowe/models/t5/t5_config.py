@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from mowe.layers import feed_forward
 from mowe.layers.attention import multi_head
-from mowe.models import model_config
+from mowe.models import model_config, token_memories
 
 Routing = model_config.Routing
 default_dtype = model_config.default_dtype
@@ -55,6 +55,7 @@ class T5Config:
       that can be routed by token get the token ids, -1 for padding.
     block_layers: pairs of a place and a factory, for layers of single blocks
       that differ from the others; see `model_config.ModelConfig`.
+    memories: memories that are addressed by the tokens.
 
   Raises:
     ValueError: sizes or parts that cannot work together.
@@ -81,6 +82,7 @@ class T5Config:
   sparse_decoder_layers: tuple[int, ...] = ()
   routing: Routing | None = None
   block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
+  memories: tuple[token_memories.Memory, ...] = ()
 
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
@@ -101,6 +103,7 @@ class T5Config:
     if self.sparse_feed_forward is not None:
       model_config.check_layers(self)
     model_config.check_attentions(self)
+    token_memories.check(self)
 
   # The inputs go through the encoder, the targets through the decoder.
   streams = ('encoder', 'decoder')
@@ -260,16 +263,16 @@ class T5Config:
     )
 
   def make_feed_forward(
-    self, is_sparse: bool, is_decoder: bool, shared: dict[str, nn.Module]
+    self, stream: str, number: int, shared: dict[str, nn.Module]
   ) -> nn.Module:
     """Returns a new feed-forward layer of a block.
 
     Args:
-      is_sparse: whether the layer is sparse.
-      is_decoder: whether the block is one of the decoder.
+      stream: 'encoder' or 'decoder'.
+      number: number of the block, counted from 0.
       shared: what `make_shared` returned, for sparse layers that use it.
     """
-    if not is_sparse:
+    if number not in self.sparse_blocks()[stream]:
       return self.make_dense_feed_forward()
-    layer = self.make_sparse_layers()[is_decoder]
+    layer = self.make_sparse_layers()[self.streams.index(stream)]
     return model_config.with_shared(layer, shared)

@@ -1,10 +1,13 @@
 """Encoder and decoder of a T5, from embedded tokens to normed outputs."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import feed_forward_base, layer_norm, linear
 from mowe.layers.attention import multi_head, relative_position
+from mowe.models import token_memories
 from mowe.models.t5 import t5_config
 
 
@@ -13,35 +16,69 @@ class _Block(nn.Module):
 
   Attributes:
     config: the config whose layers are those of this block.
-    is_sparse: whether the feed-forward of the block is sparse.
+    number: the number of the block in its stack, counted from 0.
     shared: modules by name that all sparse feed-forwards share.
-    is_decoder: whether the block is one of the decoder.
+    tables: the tables of the model's memories, by name.
+    stream: 'encoder' or 'decoder'.
   """
 
   config: t5_config.T5Config
-  is_sparse: bool
+  number: int
   shared: dict[str, nn.Module]
-  is_decoder = False
+  tables: dict[str, nn.Module]
+  stream = 'encoder'
 
   def _norm(self):
     return layer_norm.LayerNorm(dtype=self.config.dtype)
 
   def _setup_feed_forward(self):
+    config, place = self.config, (self.stream, self.number)
     self.pre_mlp_layer_norm = self._norm()
-    self.mlp = self.config.make_feed_forward(
-      self.is_sparse, self.is_decoder, self.shared
-    )
-    self.dropout = nn.Dropout(self.config.dropout_rate, broadcast_dims=(-2,))
+    self.memories = token_memories.BlockMemories(config, *place, self.tables)
+    self.has_feed_forward = token_memories.has_feed_forward(config, *place)
+    if self.has_feed_forward:
+      self.mlp = config.make_feed_forward(*place, self.shared)
+    self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
-  def _feed_forward(self, tokens, routing, deterministic):
-    outputs = feed_forward_base.call(
-      self.mlp,
-      self.pre_mlp_layer_norm(tokens),
-      routing_ids=routing.ids,
-      plan=routing.plan,
+  def _feed_forward(self, tokens, routing, decode, deterministic):
+    """Adds the feed-forward, and memories beside, instead of and after it."""
+    remembered = functools.partial(
+      self._remembered, routing, decode, deterministic
+    )
+    normed = self.pre_mlp_layer_norm(tokens)
+    outputs = remembered(token_memories.BesideFeedForward, normed)
+    outputs += remembered(token_memories.InsteadOfFeedForward, normed)
+    if self.has_feed_forward:
+      outputs.append(
+        feed_forward_base.call(
+          self.mlp,
+          normed,
+          routing_ids=routing.ids,
+          plan=routing.plan,
+          deterministic=deterministic,
+        )
+      )
+    tokens = tokens + self.dropout(sum(outputs), deterministic=deterministic)
+    for added in remembered(token_memories.AfterFeedForward, tokens):
+      tokens = tokens + self.dropout(added, deterministic=deterministic)
+    return tokens
+
+  def _before_attention(self, tokens, routing, decode, deterministic):
+    """Adds what memories before the attention return."""
+    for added in self._remembered(
+      routing, decode, deterministic, token_memories.BeforeAttention, tokens
+    ):
+      tokens = tokens + self.dropout(added, deterministic=deterministic)
+    return tokens
+
+  def _remembered(self, routing, decode, deterministic, kind, tokens):
+    return self.memories(
+      kind,
+      tokens,
+      routing.memories,
+      decode=decode,
       deterministic=deterministic,
     )
-    return tokens + self.dropout(outputs, deterministic=deterministic)
 
 
 class EncoderBlock(_Block):
@@ -59,12 +96,13 @@ class EncoderBlock(_Block):
     self._setup_feed_forward()
 
   def __call__(self, tokens, bias, mask, routing, deterministic):
+    tokens = self._before_attention(tokens, routing, False, deterministic)
     normed = self.pre_attention_layer_norm(tokens)
     attended = self.attention(
       normed, normed, bias=bias, mask=mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    return self._feed_forward(tokens, routing, deterministic)
+    return self._feed_forward(tokens, routing, False, deterministic)
 
 
 class DecoderBlock(_Block):
@@ -76,7 +114,7 @@ class DecoderBlock(_Block):
     deterministic, to <dtype>[batch, length, embed].
   """
 
-  is_decoder = True
+  stream = 'decoder'
 
   def setup(self):
     self.pre_self_attention_layer_norm = self._norm()
@@ -98,6 +136,7 @@ class DecoderBlock(_Block):
     decode,
     deterministic,
   ):
+    tokens = self._before_attention(tokens, routing, decode, deterministic)
     normed = self.pre_self_attention_layer_norm(tokens)
     attended = self.self_attention(
       normed,
@@ -122,7 +161,7 @@ class DecoderBlock(_Block):
       normed, keys, values, mask=cross_mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    return self._feed_forward(tokens, routing, deterministic)
+    return self._feed_forward(tokens, routing, decode, deterministic)
 
   def remember(self, encoded):
     """Stores keys and values of the encoder's outputs in `encoder_memory`."""
@@ -137,6 +176,7 @@ class Encoder(nn.Module):
   Attributes:
     config: the sizes and parts of the model.
     shared: modules by name that all sparse feed-forwards share.
+    tables: the tables of the model's memories, by name.
 
   Call: tokens <dtype>[batch, length, embed], mask <bool>[batch, 1, query, key],
     routing (`model_config.StreamRouting`) and deterministic, to <dtype>[batch,
@@ -145,6 +185,7 @@ class Encoder(nn.Module):
 
   config: t5_config.T5Config
   shared: dict[str, nn.Module]
+  tables: dict[str, nn.Module]
 
   def setup(self):
     config = self.config
@@ -159,18 +200,25 @@ class Encoder(nn.Module):
       config.num_heads, bidirectional=True, dtype=config.dtype
     )
     self.layers = [
-      block(
-        config.of_block('encoder', i),
-        i in config.sparse_encoder_layers,
-        self.shared,
-      )
+      block(config.of_block('encoder', i), i, self.shared, self.tables)
       for i in range(config.num_encoder_layers)
     ]
+    self.input_memories = token_memories.BlockMemories(
+      config, 'encoder', 0, self.tables
+    )
     self.encoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
     self.input_dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
     self.output_dropout = nn.Dropout(config.dropout_rate)
 
   def __call__(self, tokens, mask, routing, deterministic):
+    routing = routing.with_embedded(tokens)
+    tokens = token_memories.at_input(
+      self.input_memories,
+      tokens,
+      routing.memories,
+      decode=False,
+      deterministic=deterministic,
+    )
     tokens = self.input_dropout(tokens, deterministic=deterministic)
     positions = jnp.arange(tokens.shape[1])
     bias = self.relpos_bias(positions, positions)
@@ -186,6 +234,7 @@ class Decoder(nn.Module):
   Attributes:
     config: the sizes and parts of the model.
     shared: modules by name that all sparse feed-forwards share.
+    tables: the tables of the model's memories, by name.
 
   Call: tokens <dtype>[batch, length, embed], encoded <dtype>[batch, inputs,
     embed], the masks and routing of a DecoderBlock, and by name decode,
@@ -194,6 +243,7 @@ class Decoder(nn.Module):
 
   config: t5_config.T5Config
   shared: dict[str, nn.Module]
+  tables: dict[str, nn.Module]
 
   def setup(self):
     config = self.config
@@ -208,13 +258,12 @@ class Decoder(nn.Module):
       config.num_heads, bidirectional=False, dtype=config.dtype
     )
     self.layers = [
-      block(
-        config.of_block('decoder', i),
-        i in config.sparse_decoder_layers,
-        self.shared,
-      )
+      block(config.of_block('decoder', i), i, self.shared, self.tables)
       for i in range(config.num_decoder_layers)
     ]
+    self.input_memories = token_memories.BlockMemories(
+      config, 'decoder', 0, self.tables
+    )
     self.decoder_norm = layer_norm.LayerNorm(dtype=config.dtype)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
     if not config.logits_via_embedding:
@@ -235,6 +284,14 @@ class Decoder(nn.Module):
     max_decode_length,
     deterministic,
   ):
+    routing = routing.with_embedded(tokens)
+    tokens = token_memories.at_input(
+      self.input_memories,
+      tokens,
+      routing.memories,
+      decode=decode,
+      deterministic=deterministic,
+    )
     tokens = self.dropout(tokens, deterministic=deterministic)
     bias = self._bias(tokens.shape[1], decode, max_decode_length)
     for layer in self.layers:

@@ -68,6 +68,7 @@ class WordNGrams(address_base.Address):
     tables = self.routing.tables
     goes_on = lookup.continues_word(tables, tokens, state[:, :2])
     word, word_state = lookup.next_word_so_far(tables, tokens, state[:, :2])
+    word = self._without_padding(tokens, word)
     # A piece that continues a word replaces what was known of that word.
     before = xp.where(goes_on, state[:, 3:], state[:, 2:-1])
     words = xp.concatenate([word.astype(np.uint32), before], axis=1)
@@ -93,9 +94,19 @@ class WordNGrams(address_base.Address):
     """The id that stands for words before the start of a text."""
     return self.routing.num_words + 1
 
+  def _without_padding(self, tokens, words) -> Array:
+    """The words [batch, length]; padding is before the start of a text.
+
+    So a text may have padding before it, as inputs of a language model have.
+    """
+    is_padding = tokens <= base_vocabulary.PAD_ID
+    xp = tokens.__array_namespace__()
+    return xp.where(is_padding, np.int32(self._start), words)
+
   def _rows(self, tokens, words, segment_ids) -> Array:
     """Rows [batch, length, slots], from the word of each token."""
     tokens = address_base.as_ids(tokens)
+    words = self._without_padding(tokens, words)
     history = self._history(tokens, words, segment_ids)
     return address_base.without_padding(self.hash(history), tokens)
 

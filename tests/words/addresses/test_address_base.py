@@ -110,6 +110,12 @@ def test_texts_of_a_packed_row_do_not_meet(address, tokens, method):
   np.testing.assert_array_equal(found[len(first) :], function(second[None])[0])
 
 
+def test_padding_before_a_text_changes_nothing(address, tokens):
+  padded = np.pad(tokens, ((0, 0), (4, 0)))
+  found = address.decoder_rows(padded)
+  np.testing.assert_array_equal(found[:, 4:], address.decoder_rows(tokens))
+
+
 @pytest.mark.parametrize('length', [1, 2])
 def test_texts_shorter_than_an_ngram(address, tokens, length):
   found = address.decoder_rows(tokens[:, :length])

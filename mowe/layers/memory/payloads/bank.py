@@ -28,6 +28,7 @@ class Bank(payload_base.Payload):
     is_tied: whether a row is key and value at once.
     starts_as_identity: whether W_out is zero at the start.
     norm: factory of the norm of what was read.
+    dropout_rate: ignored, as the layer has no dropout.
     dtype: dtype of the computation; the softmax is computed in float32.
   """
 
@@ -35,9 +36,13 @@ class Bank(payload_base.Payload):
   is_tied: bool = False
   starts_as_identity: bool = True
   norm: Callable[..., nn.Module] = layer_norm.LayerNorm
+  dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
-  row_init = parameter.normal(0.05)
+  @property
+  def row_init(self) -> parameter.Initializer:
+    """See `Payload`; the reference gives no variance."""
+    return parameter.normal(0.05)
 
   def row_dim(self, embed_dim: int, num_slots: int) -> int:
     """See `Payload.row_dim`."""
@@ -52,6 +57,10 @@ class Bank(payload_base.Payload):
         'is_tied = False.'
       )
     return embed_dim
+
+  def row_flops(self, embed_dim: int, num_slots: int) -> int:
+    """See `Payload.row_flops`: scores of all keys, and the mean of values."""
+    return 2 * num_slots * (embed_dim + (self.read_dim or embed_dim))
 
   @nn.compact
   def __call__(

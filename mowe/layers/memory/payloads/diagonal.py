@@ -35,9 +35,14 @@ class Diagonal(payload_base.Payload):
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
-  # The projection that a row replaces has unit variance at the start, as its
-  # inputs have, and its kernel has variance 1 / embed.
-  row_init = parameter.normal(1.0)
+  @property
+  def row_init(self) -> parameter.Initializer:
+    """See `Payload`.
+
+    The projection that a row replaces has unit variance at the start, as its
+    inputs have, and its kernel has variance 1 / embed.
+    """
+    return parameter.normal(1.0)
 
   def row_dim(self, embed_dim: int, num_slots: int) -> int:
     """See `Payload.row_dim`."""

@@ -41,6 +41,7 @@ class GatedVector(payload_base.Payload):
     use_bias: whether keys and values have biases.
     starts_as_identity: whether W_v is zero at the start.
     norm_epsilon: added to the mean squares of tokens and keys.
+    dropout_rate: ignored, as the layer has no dropout.
     dtype: dtype of the computation; the gate is computed in float32.
   """
 
@@ -52,6 +53,7 @@ class GatedVector(payload_base.Payload):
   use_bias: bool = False
   starts_as_identity: bool = True
   norm_epsilon: float = 1e-6
+  dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
   @property

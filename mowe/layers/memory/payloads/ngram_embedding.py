@@ -28,12 +28,14 @@ class NGramEmbedding(payload_base.Payload):
     is_mean: whether the sum of embedding and rows is divided by their number.
     amplification: factory of a module that the result goes through, such as a
       norm or `TimesRoot`; None for none.
+    dropout_rate: ignored, as the layer has no dropout.
     dtype: dtype of the computation.
   """
 
   memory_dim: int
   is_mean: bool = False
   amplification: Callable[..., nn.Module] | None = None
+  dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
   # The result takes the place of the embedding.

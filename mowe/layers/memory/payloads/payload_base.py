@@ -27,7 +27,8 @@ class Payload(nn.Module):
   """Base of all payloads.
 
   A payload has the parameters that all tokens share; the rows lie in a table
-  (`row_table`).
+  (`row_table`). A model config calls the class, or a factory of it, with
+  `dropout_rate`, `dtype` and `parent`.
 
   Attributes:
     adds: whether what the payload returns is added to the stream of tokens.
@@ -41,10 +42,12 @@ class Payload(nn.Module):
     <dtype>[batch, length, embed].
   """
 
-  # These are not dataclass fields: a payload overrides them with a value or a
-  # property.
+  # It is not a dataclass field: a payload overrides it with a value.
   adds = True
-  row_init = parameter.normal(1.0)
+
+  @property
+  def row_init(self) -> parameter.Initializer:
+    raise NotImplementedError
 
   def row_dim(self, embed_dim: int, num_slots: int) -> int:
     """Returns how many numbers a row has.
@@ -57,6 +60,15 @@ class Payload(nn.Module):
       ValueError: the sizes do not fit together.
     """
     raise NotImplementedError
+
+  def row_flops(self, embed_dim: int, num_slots: int) -> int:
+    """Returns the FLOPs of a token's products with its rows.
+
+    Products with kernels are counted from the kernels' sizes, and products
+    number by number are not counted.
+    """
+    del embed_dim, num_slots
+    return 0
 
   def __call__(
     self,

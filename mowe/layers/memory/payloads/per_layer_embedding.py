@@ -31,6 +31,7 @@ class PerLayerEmbedding(payload_base.Payload):
     activation: name of the activation of the gate.
     starts_as_identity: whether W_up is zero at the start.
     norm_epsilon: added to mean squares.
+    dropout_rate: ignored, as the layer has no dropout.
     dtype: dtype of the computation.
   """
 
@@ -38,6 +39,7 @@ class PerLayerEmbedding(payload_base.Payload):
   activation: str = 'gelu'
   starts_as_identity: bool = True
   norm_epsilon: float = 1e-6
+  dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
   @property
