@@ -19,7 +19,7 @@ from mowe.layers import platforms
 from mowe.layers.memory import grouped
 from mowe.training import compile_ahead
 from mowe.training.optimization import row_optimizers, table_updates
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 _CHIPS = ('v5e:2x2', 'v5p:2x2x1')
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.uint16}

@@ -59,7 +59,8 @@ def make_step(arguments: argparse.Namespace, num_experts: int) -> tuple:
   )
   tables = sum(leaf.nbytes for leaf in jax.tree.leaves(made_step[1].tables))
   present = sum(
-    int((experts < num_experts).sum()) for experts in made[0].updates.experts
+    int((experts < num_experts).sum())
+    for experts in made[0].experts.updates.experts
   )
   print(f'{name}: {tables / 2**20:.0f} MiB of tables, {present} in a batch')
   return made_step

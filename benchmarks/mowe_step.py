@@ -25,7 +25,7 @@ from mowe.layers.memory import word_experts
 from mowe.models.t5 import t5, t5_config
 from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans, step_plans
 
 _LEARNING_RATE = 1e-3
 _NUM_WORDS = 1_000_000
@@ -95,7 +95,7 @@ def make_steps(
 
 def make_plans(
   arguments: argparse.Namespace, num_experts: int
-) -> list[batch_plans.ExpertPlan]:
+) -> list[step_plans.StepPlan]:
   """Returns plans of several batches in the sizes of the first profile."""
   rng = np.random.default_rng(0)
   words = WordIds(num_experts, arguments.num_skipped)
@@ -112,7 +112,8 @@ def make_plans(
   planner = batch_plans.Planner(ladder, num_experts)
   made = [planner(draw()) for _ in range(_NUM_BATCHES)]
   size = lambda made: [a.shape for a in jax.tree.leaves(made)]
-  return [one for one in made if size(one) == size(made[0])]
+  same = [one for one in made if size(one) == size(made[0])]
+  return [step_plans.StepPlan(one, {}) for one in same]
 
 
 class Turns:
@@ -138,7 +139,8 @@ def steps_for(arguments: argparse.Namespace) -> dict[str, tuple]:
   start = time.perf_counter()
   made = make_plans(arguments, arguments.num_experts)
   num_present = lambda plan: sum(
-    (experts < arguments.num_experts).sum() for experts in plan.updates.experts
+    (experts < arguments.num_experts).sum()
+    for experts in plan.experts.updates.experts
   )
   sources = made[0].encoder.classes.sources
   slots = sum(source.size for source in sources)

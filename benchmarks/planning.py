@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from benchmarks import mowe_step
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 _NUM_TRIALS = 16
 

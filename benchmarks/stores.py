@@ -30,7 +30,7 @@ from mowe.models.t5 import t5
 from mowe.stores import expert_stores
 from mowe.training import checkpointing, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans, step_plans
 
 _LEARNING_RATE = 1e-3
 
@@ -106,7 +106,11 @@ class Run:
     self._checkpoints = checkpointing.Checkpoints(folder, keep_last=1)
     start = time.perf_counter()
     self.state, self.experts = setup.start(
-      self._checkpoints, {}, None, store, ladder[0].updates.num_experts
+      self._checkpoints,
+      {},
+      None,
+      store,
+      {step_plans.EXPERTS: ladder[0].updates.num_experts},
     )
     jax.block_until_ready(self.state)
     self.start_seconds = time.perf_counter() - start
@@ -136,9 +140,9 @@ class Run:
     self.seconds: list[float] = []
     self.moves: list[dict[str, float]] = []
 
-  def _batches(self) -> Iterator[tuple[dict[str, Any], batch_plans.ExpertPlan]]:
+  def _batches(self) -> Iterator[tuple[dict[str, Any], step_plans.StepPlan]]:
     while True:
-      yield self._batch, self._planned.popleft()
+      yield self._batch, step_plans.StepPlan(self._planned.popleft(), {})
 
   def train(self, num_steps: int) -> None:
     """Takes so many steps, and notes how long each took."""

@@ -11,9 +11,9 @@ from flax import linen as nn
 from mowe.commands import data_config
 from mowe.evaluation import language_modeling, task_evaluation
 from mowe.layers import feed_forward_base
-from mowe.models import model_config, parameters
+from mowe.models import model_config, parameters, token_memories
 from mowe.training import train_metrics, training_step
-from mowe.words import batch_router
+from mowe.words.plans import batch_router, row_plans
 
 # Takes (params, tables), and returns numbers by name.
 Evaluation = Callable[[Any, parameters.Tables], dict[str, float]]
@@ -27,8 +27,8 @@ def make_router(
 ) -> batch_router.RoutesBatches:
   """Makes what adds routing ids and plans to the batches of a model.
 
-  Batches of a model without word experts stay as they are. There is no plan for
-  a model whose layers read experts from the host.
+  Batches of a model without tables stay as they are. There is no plan for a
+  model whose layers read tables from the host.
 
   Args:
     config: the config of the model.
@@ -38,19 +38,40 @@ def make_router(
     num_microbatches: number of parts into which a batch is cut.
   """
   streams = model_config.word_streams(config)
-  if not streams:
+  if _reads_from_host(config):
+    if streams:
+      return batch_router.IdsRouter(config.routing)
     return batch_router.NoRouter()
-  if any(
-    feed_forward_base.contract(layer).rows_from is not None
-    for layer in config.sparse_layers().values()
-  ):
-    return batch_router.IdsRouter(config.routing)
-  return batch_router.BatchRouter(
-    config.routing,
-    streams=streams,
-    trial_batches=trial_batches,
-    num_microbatches=num_microbatches,
-    devices=tuple(mesh_shape.get(axis, 1) for axis in ('data', 'expert')),
+  if not (streams or config.memories):
+    return batch_router.NoRouter()
+  trial_batches = list(trial_batches)
+  experts = None
+  if streams:
+    experts = batch_router.BatchRouter(
+      config.routing,
+      streams=streams,
+      trial_batches=trial_batches,
+      num_microbatches=num_microbatches,
+      devices=tuple(mesh_shape.get(axis, 1) for axis in ('data', 'expert')),
+    )
+  memories = {
+    memory.name: row_plans.RowPlanner(
+      memory.address,
+      streams=token_memories.streams_of(memory),
+      num_rows=memory.num_rows,
+      trial_batches=trial_batches,
+      num_microbatches=num_microbatches,
+    )
+    for memory in config.memories
+  }
+  return batch_router.StepRouter(experts, memories)
+
+
+def _reads_from_host(config: model_config.ModelConfig) -> bool:
+  """Whether the layers or memories of a model read tables from the host."""
+  layers = map(feed_forward_base.contract, config.sparse_layers().values())
+  return any(layer.rows_from is not None for layer in layers) or any(
+    memory.rows_from is not None for memory in config.memories
   )
 
 

@@ -25,7 +25,8 @@ from mowe.training import (
   training_step,
 )
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import base_vocabulary, batch_router
+from mowe.words import base_vocabulary
+from mowe.words.plans import batch_router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Training:
 
   @property
   def has_tables(self) -> bool:
-    """Whether the model has expert tables."""
-    return bool(model_config.word_streams(self.model))
+    """Whether the model has tables of word experts or of memories."""
+    return bool(model_config.word_streams(self.model) or self.model.memories)
 
   @property
   def rows_trained_by(self) -> row_optimizers.RowOptimizer | None:
@@ -122,6 +123,8 @@ class Training:
       )
     if model.routing is not None:
       model.routing.check_subwords(vocabulary)
+    for memory in model.memories:
+      memory.address.check_subwords(vocabulary)
     batch_size = self.data.batch_size
     partitioning.check_batch_size(batch_size, mesh, self.num_microbatches)
     model.check_mesh(
@@ -133,8 +136,8 @@ class Training:
       self.store.check_mesh(mesh)
       if not self.freeze_experts and self.row_optimizer is None:
         raise ValueError(
-          'A model with word experts needs a row_optimizer for their table, '
-          'but got None. Give one, such as RowAdafactor, or set '
+          'A model with word experts or memories needs a row_optimizer for '
+          'their tables, but got None. Give one, such as RowAdafactor, or set '
           'freeze_experts.'
         )
     if self.initial_checkpoint_path is not None:
@@ -219,7 +222,7 @@ def train(
     training.freeze_experts,
     optimizer,
   )
-  if training.has_tables:
+  if model_config.word_streams(model):
     summary.show_experts(model.routing, router.seen_loads, mesh)
   if dry_run:
     return None
@@ -250,7 +253,7 @@ def _run(
       described,
       training.initial_checkpoint_path,
       training.store,
-      router.experts_at_once,
+      router.at_once,
     )
     # A checkpoint that is still being written reads the file of experts, so
     # another run must not get that file before the checkpoint is finished.

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -22,9 +23,13 @@ from mowe.stores import (
   no_experts,
   row_file,
   row_index,
+  store_groups,
 )
 from mowe.training import checkpointing, partitioning, train_state
 from mowe.training.optimization import optimizers, row_optimizers
+
+# Name of a group of tables -> the source of its rows.
+_Sources = dict[str, expert_sources.ExpertSource]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +107,9 @@ class Setup:
     described: dict[str, Any],
     initial_path: str | None,
     store: expert_stores.Store = expert_stores.DeviceStore(),
-    experts_at_once: int = 0,
+    at_once: Mapping[str, int] = types.MappingProxyType({}),
   ) -> tuple[train_state.TrainState, expert_stores.Experts]:
-    """Makes the state to train, and opens its word experts.
+    """Makes the state to train, and opens its tables.
 
     Args:
       checkpoints: the checkpoints of this run. The latest is resumed if there
@@ -113,53 +118,58 @@ class Setup:
       initial_path: a model folder or checkpoint whose parameters a new run
         takes; None: it draws fresh ones. The feed-forwards of a dense model
         become experts, as `upcycling` describes.
-      store: where word experts lie.
-      experts_at_once: number of word experts that an ordinary batch has.
+      store: where tables lie.
+      at_once: name of a group of tables -> number of rows that an ordinary
+        batch reads.
 
     Returns:
-      The state; and the word experts, which the caller closes in the end.
+      The state; and the tables, which the caller closes in the end.
     """
     if not self.abstract.tables:
       state, _, _ = self._start(checkpoints, described, initial_path)
       return state, no_experts.NoExperts()
+    groups = parameters.in_groups(self.abstract.tables)
     with contextlib.ExitStack() as if_it_fails:
-      # The file is locked before checkpoints are looked for. Otherwise a run
+      # The files are locked before checkpoints are looked for. Otherwise a run
       # that is about to end in this folder might still write one.
-      file = row_file.LockedFile(checkpoints.folder, jax.process_index())
-      if_it_fails.callback(file.close)
-      state, source, is_resumed = self._start(
+      files = {}
+      for group in groups:
+        files[group] = row_file.LockedFile(
+          checkpoints.folder, jax.process_index(), group
+        )
+        if_it_fails.callback(files[group].close)
+      state, sources, is_resumed = self._start(
         checkpoints, described, initial_path
       )
-      with contextlib.closing(source):
-        experts = store.open(
-          row_file.RowFile(
-            file,
-            self._index(source, is_resumed),
-            jax.process_index(),
-            jax.process_count(),
-          ),
-          self._tables(),
-          is_trained=self.row_optimizer is not None,
-          is_resumed=is_resumed,
-          experts_at_once=experts_at_once,
-        )
-        tables, table_state = experts.start(source)
-      # From here on the experts hold the file, and close it in the end.
+      with contextlib.ExitStack() as reading:
+        opened = {}
+        for group in groups:
+          reading.callback(sources[group].close)
+          opened[group] = store.open(
+            self._row_file(files[group], group, sources, is_resumed),
+            self._tables(group),
+            is_trained=self.row_optimizer is not None,
+            is_resumed=is_resumed,
+            experts_at_once=at_once.get(group, 0),
+          )
+        stores = store_groups.StoreGroups(opened)
+        tables, table_state = stores.start(sources)
+      # From here on the stores hold the files, and close them in the end.
       if_it_fails.pop_all()
-    return state.replace(tables=tables, table_state=table_state), experts
+    return state.replace(tables=tables, table_state=table_state), stores
 
   def _start(self, checkpoints, described, initial_path):
-    """The state without tables, their source, and whether the run resumes."""
+    """The state without tables, their sources, and whether the run resumes."""
     if checkpoints.latest_step() is not None:
       checkpoints.check_metadata(described)
       state = checkpoints.restore(self._without_tables())
       print(f'Resumed {checkpoints.folder} at step {int(state.step)}.')
-      return state, self._saved_experts(checkpoints, None), True
+      return state, self._saved_tables(checkpoints, None), True
     if initial_path is not None:
-      params, source = self._parameters_of(initial_path)
+      params, sources = self._parameters_of(initial_path)
     else:
-      params, source = self._fresh_parameters()
-    return self._begin(params), source, False
+      params, sources = self._fresh_parameters()
+    return self._begin(params), sources, False
 
   def jit(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
     """Jits a train step. It donates the state and keeps its shardings."""
@@ -172,8 +182,10 @@ class Setup:
       out_shardings=(_shardings(trained), None),
     )
 
-  def _tables(self) -> expert_sources.Arrays:
-    return self.abstract.tables, self.abstract.table_state
+  def _tables(self, group: str) -> expert_sources.Arrays:
+    """Abstract tables and row state of a group."""
+    of_group = lambda tree: parameters.in_groups(tree).get(group, {})
+    return of_group(self.abstract.tables), of_group(self.abstract.table_state)
 
   def _without_tables(self) -> train_state.TrainState:
     return self.abstract.replace(tables={}, table_state={})
@@ -189,23 +201,19 @@ class Setup:
       make_memory=self.make_memory,
     )
 
-  def _fresh_parameters(
-    self,
-  ) -> tuple[Any, expert_sources.ExpertSource | None]:
+  def _fresh_parameters(self) -> tuple[Any, _Sources]:
     key = threefry.key(self.seed)
     params = initialization.initial_parameters(
       self.model, key, _shardings(self.abstract.params)
     )
-    if not self.abstract.tables:
-      return params, None
-    return params, expert_sources.FreshExperts(
-      self.model, key, self.abstract.tables
-    )
+    groups = parameters.in_groups(self.abstract.tables)
+    return params, {
+      group: expert_sources.FreshExperts(self.model, key, tables)
+      for group, tables in groups.items()
+    }
 
-  def _parameters_of(
-    self, path: str
-  ) -> tuple[Any, expert_sources.ExpertSource | None]:
-    """Ordinary parameters of another model, and the source of its experts."""
+  def _parameters_of(self, path: str) -> tuple[Any, _Sources]:
+    """Ordinary parameters of another model, and the sources of its tables."""
     folder, step = model_folder.split_checkpoint_path(path)
     wanted = self.abstract.params
     is_dense = self._is_dense_twin(folder)
@@ -214,33 +222,37 @@ class Setup:
     with checkpointing.Checkpoints(folder) as saved:
       params = saved.restore_parameters({'params': wanted}, step)['params']
       step = saved.latest_step() if step is None else step
-      source = self._saved_experts(saved, step, kernels_only=True)
+      sources = self._saved_tables(saved, step, kernels_only=True)
     print(f'Started from {folder}, step {step}.')
     if is_dense:
       params = upcycling.upcycle(
         self.model, params, self.abstract.params, threefry.key(self.seed)
       )
       print('It is dense: every expert starts as a copy of its MLP.')
-    return params, source
+    return params, sources
 
-  def _saved_experts(
-    self, checkpoints, step, kernels_only=False
-  ) -> expert_sources.SavedExperts | None:
-    if not self.abstract.tables:
-      return None
-    source = expert_sources.SavedExperts(
-      checkpoints.finished(step), kernels_only
-    )
-    source.check(self._tables())
-    return source
+  def _saved_tables(self, checkpoints, step, kernels_only=False) -> _Sources:
+    sources = {}
+    for group in parameters.in_groups(self.abstract.tables):
+      sources[group] = expert_sources.SavedExperts(
+        checkpoints.finished(step), group, kernels_only=kernels_only
+      )
+      sources[group].check(self._tables(group))
+    return sources
 
-  def _index(self, source, is_resumed) -> row_index.RowIndex:
-    """The index of the file of experts when this run begins."""
+  def _row_file(self, file, group, sources, is_resumed) -> row_file.RowFile:
+    """The file of a group's rows, as it is when this run begins."""
+    tables = self._tables(group)
     if is_resumed:
-      return source.index
-    return row_index.RowIndex.empty(
-      expert_records.record_dtype(*self._tables()),
-      jax.tree.leaves(self._tables())[0].shape[0],
+      index = sources[group].index
+    else:
+      index = row_index.RowIndex.empty(
+        expert_records.record_dtype(*tables),
+        jax.tree.leaves(tables)[0].shape[0],
+        group,
+      )
+    return row_file.RowFile(
+      file, index, jax.process_index(), jax.process_count()
     )
 
   def _is_dense_twin(self, folder: pathlib.Path) -> bool:

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from mowe.models import initialization, model_config, parameters
 from mowe.models.families import families, model_description
-from mowe.stores import expert_sources, expert_stores
+from mowe.stores import expert_stores, store_groups
 from mowe.training import checkpointing
 from mowe.words import atomic_files, base_vocabulary
 
@@ -177,9 +177,10 @@ def load(
     params = checkpoints.restore_parameters({'params': params}, step)['params']
     if tables:
       checkpoint = checkpoints.finished(step)
-      source = expert_sources.SavedExperts(checkpoint, kernels_only=True)
       store = store or expert_stores.for_reading(tables)
-      tables, rows_from = store.open_for_reading(source, tables)
+      tables, rows_from = store_groups.open_for_reading(
+        checkpoint, tables, store
+      )
       if rows_from is not None:
         model = families.build(config.with_layer_changes(rows_from=rows_from))
   params = parameters.merge_tables(params, tables)

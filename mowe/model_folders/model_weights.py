@@ -49,8 +49,8 @@ def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
   moments = _find_moments(arrays, params)
   has_state = any(name[0] == 'opt_state' for name in arrays)
   with contextlib.ExitStack() as closing:
-    if row_index.exists(checkpoint):
-      source = expert_sources.SavedExperts(checkpoint, kernels_only=True)
+    for group in _groups(config):
+      source = expert_sources.SavedExperts(checkpoint, group, kernels_only=True)
       closing.callback(source.close)
       params |= _tables(source)
       # Tables have a row optimizer, so the state is not of all parameters.
@@ -131,6 +131,14 @@ class SavedTable:
     return found.view(self.dtype)
 
 
+def _groups(config) -> list[str]:
+  """The groups of tables of a model."""
+  variables = initialization.abstract_variables(families.build(config))
+  return list(
+    parameters.in_groups(parameters.split_tables(variables['params'])[1])
+  )
+
+
 def _tables(source) -> dict[Path, SavedTable]:
   return {
     tuple(field.split('/')[1:]): SavedTable(source, field)
@@ -139,14 +147,17 @@ def _tables(source) -> dict[Path, SavedTable]:
 
 
 def _write_tables(checkpoint, tables, params):
-  """Writes word experts beside a checkpoint, a few at a time to save memory."""
-  if not tables:
-    return
+  """Writes tables beside a checkpoint, a few rows at a time to save memory."""
+  for group, own in parameters.in_groups(tables).items():
+    _write_group(checkpoint, group, own, params)
+
+
+def _write_group(checkpoint, group, tables, params):
   dtype = expert_records.record_dtype(tables, {})
   num_experts = jax.tree.leaves(tables)[0].shape[0]
   rows = row_file.RowFile(
-    row_file.LockedFile(checkpoint.parent),
-    row_index.RowIndex.empty(dtype, num_experts),
+    row_file.LockedFile(checkpoint.parent, group=group),
+    row_index.RowIndex.empty(dtype, num_experts, group),
   )
   with contextlib.closing(rows):
     rows.check_room()

@@ -1,4 +1,4 @@
-"""The parameter tree of a model: ordinary parameters, and expert tables."""
+"""The parameter tree of a model: ordinary parameters, and tables."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers.memory import grouped
+from mowe.layers.memory import grouped, row_table
+from mowe.words.plans import step_plans
 
 # The module name of every expert table: `experts/wi_0`, `.../mlp/experts/wo`.
 _TABLE = 'experts'
@@ -17,15 +18,20 @@ _TABLE = 'experts'
 # kernel.
 TableFactors = dict[str, list[dict[str, grouped.Factors]]]
 
-# From the path of a table, such as `experts`, to its kernels by name.
+# From the path of a table, such as `experts`, to its kernels by name; the only
+# "kernel" of a memory's table are its rows.
 Tables = dict[str, dict[str, jax.Array]]
 
 
 def split_tables(params: Any) -> tuple[Any, Tables]:
-  """Splits the parameters of a model into ordinary ones and expert tables."""
+  """Splits the parameters of a model into ordinary ones and tables.
+
+  Tables are those of word experts and of memories.
+  """
   ordinary, tables = {}, {}
   for path, value in flax.traverse_util.flatten_dict(params).items():
-    if len(path) > 1 and path[-2] == _TABLE:
+    is_table = len(path) > 1 and path[-2] == _TABLE
+    if is_table or path[-1] == row_table.ROWS:
       tables.setdefault('/'.join(path[:-1]), {})[path[-1]] = value
     else:
       ordinary[path] = value
@@ -39,6 +45,29 @@ def merge_tables(params: Any, tables: Tables) -> Any:
     for kernel, value in kernels.items():
       flat[(*name.split('/'), kernel)] = value
   return flax.traverse_util.unflatten_dict(flat)
+
+
+def is_memory(kernels: dict[str, Any]) -> bool:
+  """Whether a table is that of a memory."""
+  return row_table.ROWS in kernels
+
+
+def in_groups(tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Sorts what tables have by groups, whose rows are named alike.
+
+  Args:
+    tables: path of a table -> anything.
+
+  Returns:
+    `step_plans.EXPERTS`, or the name of a memory -> path of a table -> what it
+    has. Groups without a table are left out.
+  """
+  groups: dict[str, dict[str, Any]] = {}
+  for path, value in tables.items():
+    is_experts = path.rpartition('/')[2] == _TABLE
+    group = step_plans.EXPERTS if is_experts else path
+    groups.setdefault(group, {})[path] = value
+  return groups
 
 
 def by_table(factors: Any, tables: Tables) -> dict[str, TableFactors]:
@@ -56,7 +85,9 @@ def by_table(factors: Any, tables: Tables) -> dict[str, TableFactors]:
   layers: dict[tuple[str, ...], dict[str, grouped.Factors]] = {}
   for path, value in flax.traverse_util.flatten_dict(factors).items():
     layers.setdefault(path[:-1], {})[path[-1]] = value
-  sorted_out: dict[str, TableFactors] = {name: {} for name in tables}
+  sorted_out: dict[str, TableFactors] = {
+    name: {} for name, kernels in tables.items() if not is_memory(kernels)
+  }
   for path, kernels in layers.items():
     own = '/'.join((*path, _TABLE))
     streams = sorted_out[own if own in tables else _TABLE]

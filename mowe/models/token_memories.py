@@ -7,16 +7,18 @@ tokens alone (`words/addresses`), and in each block that reads it a payload
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
 
-from mowe.layers.memory import row_table
+from mowe.layers.memory import host_rows, row_table
 from mowe.layers.memory.payloads import payload_base
 from mowe.models import model_config
 from mowe.words.addresses import address_base
 
+_ROW_MULTIPLE = 128
 _TABLE_DTYPES = ('float32', 'bfloat16')
 _NAME = re.compile(r'[a-z][a-z0-9_]*')
 # Names that other parts of a model have.
@@ -94,6 +96,8 @@ class Memory:
     shares_rows: whether all blocks read the same rows. Otherwise a row has a
       part for each block.
     table_dtype: 'float32', or 'bfloat16', which takes half the memory.
+    rows_from: reads rows of the table, where a run keeps none of it on the
+      device; None if the table is on the device.
   """
 
   name: str
@@ -102,6 +106,16 @@ class Memory:
   place: AnyPlace
   shares_rows: bool = False
   table_dtype: str = 'float32'
+  rows_from: host_rows.RowsFrom | None = None
+
+  @property
+  def num_rows(self) -> int:
+    """The rows of the table.
+
+    They are a multiple of 128, so that the table can be split over devices.
+    Those beyond the rows of the address are never named.
+    """
+    return -(-self.address.num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
   def __post_init__(self):
     if not _NAME.fullmatch(self.name) or self.name in _TAKEN:
@@ -154,11 +168,12 @@ class Memory:
     """Returns the table, which the model owns once."""
     payload = self.make_payload(parent=None)
     return row_table.RowTable(
-      self.address.num_rows,
+      self.num_rows,
       1 if self.shares_rows else len(self.places()),
       payload.row_dim(embed_dim, self.address.num_slots),
       payload.row_init,
       self.table_dtype,
+      self.rows_from,
       parent=None,
     )
 
@@ -254,6 +269,25 @@ def here(
     if (kind is None or isinstance(memory.place, kind))
     and (stream, number) in memory.places()
   ]
+
+
+def streams_of(memory: Memory) -> tuple[str, ...]:
+  """Returns the streams in which a memory is read."""
+  return tuple(
+    stream for stream, numbers in memory.place.blocks().items() if numbers
+  )
+
+
+def with_changes(
+  memories: tuple[Memory, ...], changes: Mapping[str, Any]
+) -> tuple[Memory, ...]:
+  """Returns the memories with what a run gives to its tables, if it does."""
+  if 'rows_from' not in changes:
+    return memories
+  return tuple(
+    dataclasses.replace(memory, rows_from=changes['rows_from'])
+    for memory in memories
+  )
 
 
 def make_tables(

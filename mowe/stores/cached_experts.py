@@ -36,7 +36,7 @@ from mowe.stores import (
   slot_schedule,
 )
 from mowe.training import train_metrics, train_state
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 
 class Backing(Protocol):

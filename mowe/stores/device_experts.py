@@ -16,7 +16,7 @@ from mowe.stores import (
   slot_rows,
 )
 from mowe.training import partitioning, train_metrics, train_state
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 
 class DeviceExperts:

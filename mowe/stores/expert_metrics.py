@@ -3,7 +3,7 @@
 import numpy as np
 
 from mowe.training.train_metrics import Mean
-from mowe.words import batch_plans, sharded_plan
+from mowe.words.plans import batch_plans, sharded_plan
 
 
 class ExpertCounts:

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from mowe.models import initialization, parameters
 from mowe.stores import expert_records, row_index
+from mowe.words.plans import step_plans
 
 # Bytes that are on their way between disk, host and device at a time.
 _CHUNK_BYTES = 2**24
@@ -94,24 +95,35 @@ class SavedExperts:
 
   Args:
     checkpoint: the folder of the checkpoint.
+    group: the name of the group of tables; see `row_index`.
     kernels_only: whether row state is left out; a run then begins with a fresh
       one.
 
   Raises:
-    ValueError: the checkpoint has no word experts.
+    ValueError: the checkpoint has no tables of the group.
     DamagedCheckpointError: records are not as they were written; raised when
       they are read.
   """
 
-  def __init__(self, checkpoint: pathlib.Path, kernels_only: bool = False):
+  def __init__(
+    self,
+    checkpoint: pathlib.Path,
+    group: str = step_plans.EXPERTS,
+    *,
+    kernels_only: bool = False,
+  ):
     self.checkpoint = checkpoint
-    if not row_index.exists(checkpoint):
-      raise ValueError(
-        f'{checkpoint} must hold word experts, but has none: it is of a model '
-        'without them, or from before they had files of their own. Give a '
-        'checkpoint of a model with word experts.'
+    if not row_index.exists(checkpoint, group):
+      what = (
+        'word experts'
+        if group == step_plans.EXPERTS
+        else f'the memory {group!r}'
       )
-    self.index = row_index.RowIndex.load(checkpoint)
+      raise ValueError(
+        f'{checkpoint} must hold {what}, but has none: it is of a model '
+        f'without. Give a checkpoint of a model with {what}.'
+      )
+    self.index = row_index.RowIndex.load(checkpoint, group)
     self.read = row_index.RowReader(checkpoint.parent, self.index, kernels_only)
 
   def close(self) -> None:

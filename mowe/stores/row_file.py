@@ -32,6 +32,7 @@ import numpy as np
 
 from mowe.stores import row_index
 from mowe.training import manifests
+from mowe.words.plans import step_plans
 
 
 class TableInUseError(OSError):
@@ -55,6 +56,7 @@ class LockedFile:
   Args:
     folder: the folder of the model.
     process: the number of this process in its run.
+    group: the name of the group of tables; see `row_index`.
 
   Attributes:
     path: the path of the file, which is made if it is not there.
@@ -64,8 +66,13 @@ class LockedFile:
     TableInUseError: another process has it open.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], process: int = 0):
-    self.path = row_index.data_path(pathlib.Path(folder), process)
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    process: int = 0,
+    group: str = step_plans.EXPERTS,
+  ):
+    self.path = row_index.data_path(pathlib.Path(folder), group, process)
     self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
       # The system takes the lock away when the process ends, however it ends.
@@ -144,8 +151,9 @@ class RowFile:
     self._free = np.zeros(0, np.int64)
     self._checkpoints: dict[pathlib.Path, np.ndarray] = {}
     for manifest in self._folder.glob(f'checkpoint_*/{manifests.FILE_NAME}'):
-      if row_index.exists(manifest.parent):
-        self._hold(manifest.parent, row_index.RowIndex.load(manifest.parent))
+      checkpoint, group = manifest.parent, index.group
+      if row_index.exists(checkpoint, group):
+        self._hold(checkpoint, row_index.RowIndex.load(checkpoint, group))
     own = self._own_places(index)
     self._grow(own.max(initial=-1) + 1)
     self._is_current[own] = True

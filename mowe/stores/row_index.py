@@ -4,6 +4,10 @@ All checkpoints of a model folder share a file of records, `experts.0.rows`; in
 a run of several processes there is one file for each. A checkpoint has an
 index, `experts.0.npz`: for every expert the place of its record in such a file,
 and checksums. Every read compares the checksums of what it reads.
+
+Tables whose rows are named alike are a *group* (see `words.plans.step_plans`), and
+their files begin with its name: `experts` for the tables of word experts, and
+the name of a memory for its table, whose rows take the place of experts.
 """
 
 import dataclasses
@@ -20,11 +24,12 @@ import numpy as np
 
 from mowe.stores import background, expert_records
 from mowe.training import manifests
+from mowe.words.plans import step_plans
 
 # The most bytes of neighbouring records that one call reads or writes.
 _RUN_BYTES = 2**22
-_INDEX = 'experts.{}.npz'
-_DATA = 'experts.{}.rows'
+_INDEX = '{}.{}.npz'
+_DATA = '{}.{}.rows'
 
 
 @dataclasses.dataclass
@@ -40,6 +45,7 @@ class RowIndex:
     checksums: <uint32>[num_experts, 2], crc32 of the kernels and of the row
       state. There are two, so that kernels can be read and checked alone.
     seen: <bool>[num_experts], whether training has met the expert.
+    group: the name of the group of tables.
   """
 
   dtype: np.dtype
@@ -47,9 +53,12 @@ class RowIndex:
   places: np.ndarray
   checksums: np.ndarray
   seen: np.ndarray
+  group: str = step_plans.EXPERTS
 
   @classmethod
-  def empty(cls, dtype: np.dtype, num_experts: int) -> 'RowIndex':
+  def empty(
+    cls, dtype: np.dtype, num_experts: int, group: str = step_plans.EXPERTS
+  ) -> 'RowIndex':
     """Returns the index of experts that are not written yet."""
     return cls(
       dtype,
@@ -57,13 +66,16 @@ class RowIndex:
       np.full(num_experts, -1, np.int64),
       np.zeros((num_experts, 2), np.uint32),
       np.zeros(num_experts, bool),
+      group,
     )
 
   @classmethod
-  def load(cls, checkpoint: pathlib.Path) -> 'RowIndex':
+  def load(
+    cls, checkpoint: pathlib.Path, group: str = step_plans.EXPERTS
+  ) -> 'RowIndex':
     """Reads the index of a checkpoint, with the parts of all processes."""
     parts = []
-    for path in sorted(checkpoint.glob(_INDEX.format('*'))):
+    for path in sorted(checkpoint.glob(_INDEX.format(group, '*'))):
       with np.load(path) as arrays:
         parts.append({name: arrays[name] for name in arrays.files})
     whole = {
@@ -72,7 +84,7 @@ class RowIndex:
     }
     dtype = expert_records.from_json(json.loads(str(parts[0]['fields'])))
     order = np.argsort(whole.pop('experts'), kind='stable')
-    return cls(dtype, *(array[order] for array in whole.values()))
+    return cls(dtype, *(array[order] for array in whole.values()), group)
 
   def save(self, checkpoint: pathlib.Path, process: int, own: slice) -> None:
     """Writes the part of the index of one process.
@@ -83,7 +95,7 @@ class RowIndex:
       own: the experts that the process owns.
     """
     fields = json.dumps(expert_records.to_json(self.dtype))
-    with (checkpoint / _INDEX.format(process)).open('wb') as file:
+    with (checkpoint / _INDEX.format(self.group, process)).open('wb') as file:
       np.savez(
         file,
         fields=np.array(fields),
@@ -97,14 +109,14 @@ class RowIndex:
       os.fsync(file.fileno())
 
 
-def exists(checkpoint: pathlib.Path) -> bool:
-  """Whether a checkpoint has word experts."""
-  return any(checkpoint.glob(_INDEX.format('*')))
+def exists(checkpoint: pathlib.Path, group: str = step_plans.EXPERTS) -> bool:
+  """Whether a checkpoint has tables of a group, word experts by default."""
+  return any(checkpoint.glob(_INDEX.format(group, '*')))
 
 
-def data_path(folder: pathlib.Path, file: int) -> pathlib.Path:
-  """The path of the file of records with this number."""
-  return folder / _DATA.format(file)
+def data_path(folder: pathlib.Path, group: str, file: int) -> pathlib.Path:
+  """The path of the file of records of a group with this number."""
+  return folder / _DATA.format(group, file)
 
 
 class RowReader:
@@ -227,7 +239,7 @@ class RowReader:
     """The descriptor of a file of records, which is opened at first use."""
     with self._opening:
       if file not in self._descriptors:
-        path = data_path(self._folder, file)
+        path = data_path(self._folder, self._index.group, file)
         try:
           self._descriptors[file] = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
@@ -239,7 +251,7 @@ class RowReader:
 
   def _damaged(self, file, expert, what) -> Exception:
     return manifests.DamagedCheckpointError(
-      f'Expert {expert} must be in {data_path(self._folder, file)} as it was '
+      f'Expert {expert} must be in {data_path(self._folder, self._index.group, file)} as it was '
       f'written, but {what}. Copy that file again from where it was whole, or '
       'restore another step.'
     )

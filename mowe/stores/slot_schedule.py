@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mowe.words import batch_plans
+from mowe.words.plans import step_plans
 
 
 class Move(NamedTuple):
@@ -78,7 +78,7 @@ class SlotSchedule:
     self._last_use[order] = self._now
     return Move(order, entering, leaving)
 
-  def in_slots(self, plan: batch_plans.ExpertPlan) -> batch_plans.ExpertPlan:
+  def in_slots(self, plan: step_plans.GroupPlan) -> step_plans.GroupPlan:
     """The plan of the last batch with slots in the place of experts.
 
     Numbers of unused places, which begin at `num_experts` there, begin at
@@ -91,18 +91,4 @@ class SlotSchedule:
       beyond = experts - num_experts + num_slots
       return np.where(experts < num_experts, slots, beyond).astype(np.int32)
 
-    def renumber_classes(classes):
-      return classes._replace(
-        experts=tuple(renumber(experts) for experts in classes.experts)
-      )
-
-    def renumber_stream(stream):
-      if stream is None:
-        return None
-      return stream._replace(classes=renumber_classes(stream.classes))
-
-    return batch_plans.ExpertPlan(
-      renumber_stream(plan.encoder),
-      renumber_stream(plan.decoder),
-      renumber_classes(plan.updates),
-    )
+    return plan.renumbered(renumber)

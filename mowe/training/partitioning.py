@@ -8,7 +8,7 @@ import jax
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mowe.words import sharded_plan
+from mowe.words.plans import sharded_plan, step_plans
 
 MESH_AXES = ('data', 'expert', 'model')
 
@@ -27,6 +27,10 @@ LOGICAL_AXIS_RULES = (
   ('kv', None),
   ('length', None),
   ('relpos_buckets', None),
+  ('memory_part', None),
+  ('memory_row', None),
+  ('branch', None),
+  ('tap', None),
 )
 
 
@@ -171,12 +175,35 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
   )
 
 
-def put_plan(plan: Any, mesh: Mesh) -> Any:
+def put_plan(plan: step_plans.StepPlan | None, mesh: Mesh) -> Any:
   """Puts the plan of a batch, or None, on the devices.
 
   An ExpertPlan goes to all devices, and each part of a ShardedPlan to its own
-  device.
+  device. Rows of memories go to all devices, and places of tokens go where
+  their tokens are.
   """
+  if plan is None:
+    return None
+  return step_plans.StepPlan(
+    _put_experts(plan.experts, mesh),
+    {name: _put_rows(rows, mesh) for name, rows in plan.memories.items()},
+  )
+
+
+def _put_rows(plan, mesh):
+  def put_places(places):
+    # Places of several microbatches have another axis before the batch.
+    is_cut = places.ndim > 3
+    spec = PartitionSpec(*[None] * is_cut, ('data', 'expert'))
+    return put_batch(places, NamedSharding(mesh, spec))
+
+  return plan._replace(
+    rows=put_batch(plan.rows, replicated(mesh)),
+    places=jax.tree.map(put_places, plan.places),
+  )
+
+
+def _put_experts(plan, mesh):
   if not isinstance(plan, sharded_plan.ShardedPlan):
     return put_batch(plan, replicated(mesh))
 

@@ -7,6 +7,7 @@ pass and differentiates it, `_batch_gradients` adds up the microbatches, and
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,22 +16,21 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from mowe.layers.memory import word_experts
+from mowe.layers.memory import row_table, word_experts
 from mowe.layers.routers import router_losses
 from mowe.models import model_config, parameters
 from mowe.training import losses, router_training, train_state
 from mowe.training.optimization import (
+  memory_rows,
   row_optimizers,
   sharded_updates,
   table_updates,
 )
 from mowe.training.train_metrics import Mean
-from mowe.words import batch_plans, sharded_plan
+from mowe.words.plans import batch_plans, sharded_plan, step_plans
 
 Metrics = dict[str, Mean]
 Batch = dict[str, jax.Array]
-Plan = batch_plans.ExpertPlan | sharded_plan.ShardedPlan
-
 # Collections of the model that travel in the batch, under their own names. The
 # first axis of each of their arrays is that of the batch.
 _CARRIED = (model_config.MEMORY,)
@@ -61,10 +61,13 @@ class Trained(NamedTuple):
     factors: zeros in the shapes of the collection `word_experts.FACTORS`, whose
       "gradient" are the factors of the gradients of the expert tables; {} if
       the tables are not trained.
+    rows: the collection `row_table.GATHERED`: name of a memory -> its rows that
+      the batch names, <float32>[rows, parts, row] under `row_table.ROWS`.
   """
 
   params: Any
   factors: Any
+  rows: Any
 
 
 class PassInputs(NamedTuple):
@@ -74,8 +77,9 @@ class PassInputs(NamedTuple):
     tables: the expert tables, path of a table -> kernels by name.
     batch: arrays [batch, ...] by their keys, of the batch or of a microbatch.
     plans: `encoder_plan` and `decoder_plan` -> the plan of that stream's
-      tokens; {} without word experts, or where the model looks up its experts
-      itself.
+      tokens, and `encoder_memory_rows` and `decoder_memory_rows` -> places in
+      the gathered rows by the name of the memory; {} without tables, or where
+      the model looks up its rows itself.
     key: the random key of dropout; None turns dropout off.
   """
 
@@ -108,11 +112,13 @@ class _Summed(NamedTuple):
 
   Attributes:
     grads: gradients of the mean loss over the batch, nested as the parameters.
+    rows: gradients of the gathered rows of memories, as `Trained.rows`.
     metrics: sums and counts, by name.
     stats: what each router counted, by the path of its layer.
   """
 
   grads: Any
+  rows: Any
   metrics: Metrics
   stats: router_training.LayerStats
 
@@ -203,7 +209,10 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     tables = state.tables or frozen
     inputs = PassInputs(tables, batch, _plans_of_streams(plan), key)
-    gradients = _batch_gradients(setup, inputs, state=state, counts=counts)
+    rows = memory_rows.gather(tables, plan)
+    gradients = _batch_gradients(
+      setup, inputs, state=state, counts=counts, rows=rows
+    )
     return _apply_gradients(setup, gradients, state=state, plan=plan, key=key)
 
   return train_step
@@ -216,7 +225,8 @@ def make_eval_step(
 
   def eval_step(params, tables, batch, plan):
     inputs = PassInputs(tables, batch, _plans_of_streams(plan), key=None)
-    results = summed_loss(Trained(params, {}), inputs, model=model, config=loss)
+    trained = Trained(params, {}, memory_rows.gather(tables, plan))
+    results = summed_loss(trained, inputs, model=model, config=loss)
     return results.metrics | router_training.metrics(results.stats)
 
   return eval_step
@@ -283,10 +293,14 @@ def _batch_gradients(
   *,
   state: train_state.TrainState,
   counts: _Counts,
+  rows: Any,
 ) -> _Gradients:
   """Gradients of the whole batch, over one or several microbatches."""
+  part_gradients = functools.partial(
+    _part_gradients, setup, state=state, counts=counts, rows=rows
+  )
   if setup.num_microbatches == 1:
-    return _part_gradients(setup, inputs, state=state, counts=counts)
+    return part_gradients(inputs)
   # [batch, ...] -> [parts, batch / parts, ...]; plans are already cut.
   # Every part takes rows from all over the batch, so from every device.
   number = setup.num_microbatches
@@ -296,8 +310,7 @@ def _batch_gradients(
   def gradients_of(part):
     batch, plans, number = part
     key = jax.random.fold_in(inputs.key, number)
-    part = PassInputs(inputs.tables, batch, plans, key)
-    return _part_gradients(setup, part, state=state, counts=counts)
+    return part_gradients(PassInputs(inputs.tables, batch, plans, key))
 
   def add(total, part):
     gradients = gradients_of(part)
@@ -317,6 +330,7 @@ def _part_gradients(
   *,
   state: train_state.TrainState,
   counts: _Counts,
+  rows: Any,
 ) -> _Gradients:
   """Gradients of one microbatch, or of a batch that is not cut."""
 
@@ -334,11 +348,11 @@ def _part_gradients(
 
   factors = {}
   if state.tables:
-    factors = _zero_factors(setup.model, state.params, inputs)
-  (grads, factors), results = jax.grad(part_of_mean_loss, has_aux=True)(
-    Trained(state.params, factors)
+    factors = _zero_factors(setup.model, state.params, inputs, rows)
+  (grads, factors, rows), results = jax.grad(part_of_mean_loss, has_aux=True)(
+    Trained(state.params, factors, rows)
   )
-  summed = _Summed(grads, results.metrics, results.stats)
+  summed = _Summed(grads, rows, results.metrics, results.stats)
   return _Gradients(summed, _Kept(factors, results.memory))
 
 
@@ -347,11 +361,11 @@ def _apply_gradients(
   gradients: _Gradients,
   *,
   state: train_state.TrainState,
-  plan: Plan | None,
+  plan: step_plans.StepPlan | None,
   key: jax.Array,
 ) -> tuple[train_state.TrainState, Metrics]:
   """The next state, and the metrics of the step."""
-  grads, metrics, stats = gradients.summed
+  grads, row_grads, metrics, stats = gradients.summed
   factors, memory = gradients.kept
   metrics |= router_training.metrics(stats)
   metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
@@ -360,7 +374,7 @@ def _apply_gradients(
   # could end after they change.
   usable = jnp.isfinite(metrics['gradient_norm'].total)
   if state.tables:
-    bound = table_updates.gradient_bound(factors)
+    bound = table_updates.gradient_bound(factors) + _global_norm(row_grads)
     metrics['expert_gradient_bound'] = Mean(bound, jnp.ones(()))
     usable &= jnp.isfinite(bound)
   updates, opt_state = setup.optimizer.update(
@@ -373,7 +387,7 @@ def _apply_gradients(
     config=setup.model.config,
   )
   tables, table_state = _update_tables(
-    setup, factors, state=state, plan=plan, usable=usable, key=key
+    setup, factors, row_grads, state=state, plan=plan, usable=usable, key=key
   )
   state = state.replace(
     step=state.step + 1,
@@ -389,30 +403,47 @@ def _apply_gradients(
 def _update_tables(
   setup: _Setup,
   factors: Any,
+  row_grads: Any,
   *,
   state: train_state.TrainState,
-  plan: Plan | None,
+  plan: step_plans.StepPlan | None,
   usable: jax.Array,
   key: jax.Array,
 ) -> tuple[parameters.Tables, dict[str, Any]]:
   """The tables and the state of their rows after the step; {} if frozen."""
-  is_sharded = isinstance(plan, sharded_plan.ShardedPlan)
+  if not state.tables:
+    return {}, {}
+  is_sharded = isinstance(plan.experts, sharded_plan.ShardedPlan)
   updates_of = sharded_updates if is_sharded else table_updates
-  tables, table_state = {}, {}
   by_table = parameters.by_table(factors, state.tables)
-  for number, (name, of_layers) in enumerate(by_table.items()):
-    tables[name], table_state[name] = updates_of.update_table(
-      setup.row_optimizer,
-      table_updates.TableAndState(state.tables[name], state.table_state[name]),
-      factors=of_layers,
-      plan=plan,
-      step=table_updates.StepValues(
-        usable,
-        state.step,
-        # The first numbers are those of the microbatches.
-        jax.random.fold_in(key, setup.num_microbatches + number),
-      ),
+  tables, table_state = {}, {}
+  for number, name in enumerate(state.tables):
+    rows = table_updates.TableAndState(
+      state.tables[name], state.table_state[name]
     )
+    step = table_updates.StepValues(
+      usable,
+      state.step,
+      # The first numbers are those of the microbatches.
+      jax.random.fold_in(key, setup.num_microbatches + number),
+    )
+    if name in by_table:
+      updated = updates_of.update_table(
+        setup.row_optimizer,
+        rows,
+        factors=by_table[name],
+        plan=plan.experts,
+        step=step,
+      )
+    else:
+      updated = memory_rows.update(
+        setup.row_optimizer,
+        rows,
+        gradients=row_grads[name],
+        plan=plan.memories[name],
+        step=step,
+      )
+    tables[name], table_state[name] = updated
   return tables, table_state
 
 
@@ -427,6 +458,7 @@ def _apply_model(
     {
       'params': parameters.merge_tables(trained.params, inputs.tables),
       word_experts.FACTORS: trained.factors,
+      row_table.GATHERED: trained.rows,
       **carried,
     },
     inputs.batch | inputs.plans,
@@ -437,18 +469,20 @@ def _apply_model(
   )
 
 
-def _zero_factors(model: nn.Module, params: Any, inputs: PassInputs) -> Any:
+def _zero_factors(
+  model: nn.Module, params: Any, inputs: PassInputs, rows: Any
+) -> Any:
   """Zeros in the shapes of the factors that every expert product leaves."""
 
   def factors_of_pass():
     without_dropout = inputs._replace(key=None)
     _, variables = _apply_model(
-      Trained(params, {}),
+      Trained(params, {}, rows),
       without_dropout,
       model=model,
       mutable=[word_experts.FACTORS],
     )
-    return variables[word_experts.FACTORS]
+    return variables.get(word_experts.FACTORS, {})
 
   return jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(factors_of_pass)
@@ -468,11 +502,21 @@ def _num_real_tokens(batch: Batch) -> dict[str, jax.Array]:
   }
 
 
-def _plans_of_streams(plan: Plan | None) -> dict[str, Any]:
+def _plans_of_streams(plan: step_plans.StepPlan | None) -> dict[str, Any]:
   """The plans of the streams under the keys by which a batch has them."""
   if plan is None:
     return {}
-  plans = {'encoder_plan': plan.encoder, 'decoder_plan': plan.decoder}
+  plans = {}
+  if plan.experts is not None:
+    plans['encoder_plan'] = plan.experts.encoder
+    plans['decoder_plan'] = plan.experts.decoder
+  for stream in batch_plans.STREAMS:
+    rows = {
+      name: of_memory.places[stream]
+      for name, of_memory in plan.memories.items()
+      if stream in of_memory.places
+    }
+    plans[f'{stream}_memory_rows'] = rows or None
   return {
     key: of_stream for key, of_stream in plans.items() if of_stream is not None
   }

@@ -11,7 +11,7 @@ from mowe.layers.memory import word_experts
 from mowe.models import threefry
 from mowe.models.t5 import t5_config
 from mowe.training import train_state
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans, step_plans
 
 BATCH, INPUTS, TARGETS = 8, 6, 5
 VOCAB, EXPERTS = 32, 12
@@ -98,7 +98,7 @@ def make_plan(batch, num_microbatches=1):
     stream_ids(batch), _PROFILE, EXPERTS, num_microbatches=num_microbatches
   )
   assert plan is not None
-  return plan
+  return step_plans.StepPlan(plan, {})
 
 
 def make_state(model, optimizer, row_optimizer, seed=0):

@@ -19,6 +19,7 @@ from mowe.stores import (
 )
 from mowe.training import manifests, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
+from mowe.words.plans import step_plans
 
 _STEPS = 6
 _ROW_OPTIMIZER = row_optimizers.RowAdam(0.1, weight_decay=0.1)
@@ -44,7 +45,7 @@ def _batches(first, last):
   for number in range(first, last):
     absent = [(number * 5 + i) % tiny_training.EXPERTS for i in range(6)]
     batch = tiny_training.make_batch(number, absent=absent)
-    yield batch, tiny_training.make_plan(batch)
+    yield batch, tiny_training.make_plan(batch).experts
 
 
 @functools.cache
@@ -108,6 +109,7 @@ class _Run:
     values = []
     for batch, fed in self.experts.feed(_batches(first, last)):
       self.state, frozen, plan = self.experts.ready(self.state, fed)
+      plan = step_plans.StepPlan(plan, {})
       self.state, _ = function(self.state, frozen, batch, plan)
       values.append(self.experts.metrics())
     return values

@@ -120,7 +120,7 @@ def test_checkpoints_stay_as_they_were(tmp_path, seed):
     _assert_same_bits(file.read(np.arange(_EXPERTS)), now)
     for path, records in copies.items():
       _assert_same_bits(_read(path), records)
-  size = row_index.data_path(tmp_path, 0).stat().st_size
+  size = row_index.data_path(tmp_path, 'experts', 0).stat().st_size
   file.close()
   # The file has room for two checkpoints, the present state, and one checkpoint
   # that may be unfinished.
@@ -129,7 +129,7 @@ def test_checkpoints_stay_as_they_were(tmp_path, seed):
 
 def test_only_what_changed_takes_room(saved, tmp_path):
   file, _, _ = saved
-  size = lambda: row_index.data_path(tmp_path, 0).stat().st_size
+  size = lambda: row_index.data_path(tmp_path, 'experts', 0).stat().st_size
   before = size()
   for seed in range(3):
     file.write(np.array([2, 4]), _records(2, seed))
@@ -207,7 +207,7 @@ def _change(path, change):
 
 def test_damaged_records_are_found_by_name(saved, tmp_path):
   _, path, _ = saved
-  data = row_index.data_path(tmp_path, 0)
+  data = row_index.data_path(tmp_path, 'experts', 0)
   error = manifests.DamagedCheckpointError
 
   def flip(data):
@@ -230,7 +230,7 @@ def test_a_file_that_lacks_records_is_found_when_it_is_opened(saved, tmp_path):
   file, path, _ = saved
   file.close()
   index = row_index.RowIndex.load(path)
-  data = row_index.data_path(tmp_path, 0)
+  data = row_index.data_path(tmp_path, 'experts', 0)
   for size in (_EXPERTS * _DTYPE.itemsize - 1, 0):
     os.truncate(data, size)
     locked = row_file.LockedFile(tmp_path)
@@ -249,7 +249,7 @@ def test_damaged_state_does_not_matter_to_who_reads_kernels(saved, tmp_path):
   def flip(data):
     data[4 * _DTYPE.itemsize - 1] ^= 1
 
-  _change(row_index.data_path(tmp_path, 0), flip)
+  _change(row_index.data_path(tmp_path, 'experts', 0), flip)
   _read(path, kernels_only=True)
   with pytest.raises(manifests.DamagedCheckpointError, match='Expert 3'):
     _read(path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mowe.stores import slot_schedule
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 _EXPERTS, _SLOTS = 40, 13
 

@@ -90,7 +90,7 @@ def test_the_loss_has_the_mean_of_the_routers_losses():
 
   def loss(params):
     results = training_step.summed_loss(
-      training_step.Trained(params, factors={}),
+      training_step.Trained(params, factors={}, rows={}),
       training_step.PassInputs(tables={}, batch=batch, plans={}, key=None),
       model=model,
       config=training_step.LossConfig(),

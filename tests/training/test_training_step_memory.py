@@ -10,7 +10,7 @@ from mowe.layers.memory import word_experts
 from mowe.models.t5 import t5, t5_config
 from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 _FEW, _MANY = 4096, 262_144
 _BATCH, _INPUTS, _TARGETS = 2, 6, 4

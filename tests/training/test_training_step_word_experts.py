@@ -13,7 +13,7 @@ from mowe.models import parameters
 from mowe.models.t5 import t5
 from mowe.training import partitioning, train_state, training_step
 from mowe.training.optimization import row_gradients
-from mowe.words import batch_plans, sharded_plan
+from mowe.words.plans import batch_plans, sharded_plan, step_plans
 
 MESHES = {
   '2x4': {'data': 2, 'expert': 4},
@@ -58,7 +58,7 @@ def make_plan(batch, mesh, num_microbatches):
     num_microbatches=num_microbatches,
   )
   assert plan is not None
-  return plan
+  return step_plans.StepPlan(plan, {})
 
 
 def _step(sizes, num_microbatches, dropout_rate):

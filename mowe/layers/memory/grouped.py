@@ -1,6 +1,6 @@
 """Products of every token with the kernel of its own expert.
 
-A plan puts the experts into size classes (`words/batch_plans.py`). Each class
+A plan puts the experts into size classes (`words/plans/batch_plans.py`). Each class
 is one batched product [experts, room, in] x [experts, in, out]: the kernels of
 its experts and the tokens in its slots are gathered and multiplied.
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mowe.layers import platforms
 from mowe.layers.memory import bfloat16_bits, rows_in_place
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 # How many numbers of kernels are gathered at a time. On CPU they are 4 MB in
 # float32, which stay in the cache. Elsewhere the bound only limits temporary

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mowe.layers import parameter
-from mowe.layers.memory import bfloat16_bits
+from mowe.layers.memory import bfloat16_bits, host_rows
 from mowe.layers.memory.payloads import payload_base
 
 # The name of the parameter. By it a table is told from ordinary parameters.
@@ -29,6 +29,8 @@ class RowTable(nn.Module):
     row_init: draws fresh rows.
     dtype: 'float32', or 'bfloat16', which is stored as bits <uint16> (see
       `bfloat16_bits`).
+    rows_from: reads rows on the host. The table is then no parameter of the
+      model. None for a table on the device.
 
   Call: returns the table, <dtype>[num_rows, num_parts, row_dim].
   """
@@ -38,9 +40,10 @@ class RowTable(nn.Module):
   row_dim: int
   row_init: parameter.Initializer
   dtype: Any = 'float32'
+  rows_from: host_rows.RowsFrom | None = None
 
   def setup(self):
-    if not self._is_gathered():
+    if not self._is_gathered() and self.rows_from is None:
       self.table = self._declare()
 
   def __call__(self) -> jax.Array:
@@ -57,8 +60,13 @@ class RowTable(nn.Module):
       part: which part of the rows.
       segment_ids: <int32>[batch, length], passed on.
     """
+    if self.rows_from is not None and not self._is_gathered():
+      exist = (ids >= 0) & (ids < self.num_rows)
+      values = self._on_host()(ids.reshape(-1))[ROWS][:, part]
+      values = values.reshape(*ids.shape, self.row_dim)
+      return payload_base.Rows(values, exist, segment_ids)
     rows = (
-      self.get_variable(GATHERED, ROWS) if self._is_gathered() else (self.table)
+      self.get_variable(GATHERED, ROWS) if self._is_gathered() else self.table
     )
     exist = (ids >= 0) & (ids < rows.shape[0])
     # One gather of row and part: no array of all rows' parts is made.
@@ -71,6 +79,14 @@ class RowTable(nn.Module):
   def _is_gathered(self) -> bool:
     return self.has_variable(GATHERED, ROWS)
 
+  def _on_host(self):
+    return host_rows.HostRows(
+      self.rows_from,
+      '/'.join(self.path),
+      ((ROWS, (self.num_parts, self.row_dim)),),
+      bfloat16_bits.DTYPE if self.dtype == 'bfloat16' else jnp.float32,
+    )
+
   def _declare(self):
     shape = (self.num_rows, self.num_parts, self.row_dim)
     is_bits = self.dtype == 'bfloat16'
@@ -79,7 +95,7 @@ class RowTable(nn.Module):
       ROWS,
       _in_bits(self.row_init) if is_bits else self.row_init,
       shape,
-      axes=('expert', 'unmodeled', 'unmodeled'),
+      axes=('expert', 'memory_part', 'memory_row'),
       dtype=bfloat16_bits.DTYPE if is_bits else jnp.float32,
     )
 

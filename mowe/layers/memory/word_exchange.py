@@ -1,6 +1,6 @@
 """Word experts on several devices: tokens travel to their experts and back.
 
-The host has planned what is sent where (`words/sharded_plan.py`). One
+The host has planned what is sent where (`words/plans/sharded_plan.py`). One
 all-to-all along the mesh axis `expert` brings the tokens to their owners, the
 devices that have their experts. A second one brings the results back. Kernels
 stay where they are. The mesh is JAX's current one, as in `expert_parallel`.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mowe.layers.dispatch import expert_parallel, slots
-from mowe.words import sharded_plan
+from mowe.words.plans import sharded_plan
 
 _ON_DEVICES = PartitionSpec(*sharded_plan.DEVICE_AXES)
 _BATCH = PartitionSpec(expert_parallel.TOKEN_AXES)

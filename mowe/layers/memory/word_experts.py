@@ -19,7 +19,7 @@ from mowe.layers.memory import (
   host_rows,
   word_exchange,
 )
-from mowe.words import batch_plans, sharded_plan
+from mowe.words.plans import batch_plans, sharded_plan
 
 # The standard deviation of a fresh `wo`, relative to that of T5's initializer.
 # An expert starts as a small correction of the residual stream. With a scale of

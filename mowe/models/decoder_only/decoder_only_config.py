@@ -184,6 +184,7 @@ class DecoderOnlyConfig:
         self.sparse_feed_forward, changes
       ),
       block_layers=model_config.changed_block_layers(self, changes),
+      memories=token_memories.with_changes(self.memories, changes),
     )
 
   def check_mesh(

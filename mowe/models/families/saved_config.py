@@ -152,6 +152,7 @@ def _memory_to_json(memory):
   tree = {
     field.name: getattr(memory, field.name)
     for field in dataclasses.fields(memory)
+    if field.name != 'rows_from'
   }
   payload = memory.make_payload(parent=None)
   return tree | {

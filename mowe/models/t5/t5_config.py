@@ -234,6 +234,7 @@ class T5Config:
       sparse_feed_forward=changed(self.sparse_feed_forward),
       sparse_decoder_feed_forward=changed(self.sparse_decoder_feed_forward),
       block_layers=model_config.changed_block_layers(self, changes),
+      memories=token_memories.with_changes(self.memories, changes),
     )
 
   def make_dense_feed_forward(self) -> nn.Module:

@@ -266,7 +266,11 @@ class RowAdam:
       return new.astype(param.dtype)
 
     new = jax.tree.map(update_kernel, param, mu, nu)
-    return new, RowAdamState(count, global_step, mu, nu)
+    # No visit is later than the present step. The maximum says so to XLA, which
+    # would otherwise write this step before it has read the last visits, and
+    # copy all of them to do so.
+    last_visit = jnp.maximum(global_step, state.last_visits)
+    return new, RowAdamState(count, last_visit, mu, nu)
 
 
 def _rate(learning_rate: LearningRate, step: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from mowe.models import parameters
 from mowe.training.optimization import row_optimizers, table_updates
-from mowe.words import batch_plans, sharded_plan
+from mowe.words.plans import batch_plans, sharded_plan
 
 _DATA_AXIS, _EXPERT_AXIS = sharded_plan.DEVICE_AXES
 

@@ -22,7 +22,7 @@ import numpy as np
 from mowe.layers.memory import bfloat16_bits, grouped, rows_in_place
 from mowe.models import parameters
 from mowe.training.optimization import row_gradients, row_optimizers
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 # The index of an empty place in `sources`: beyond the tokens of any batch.
 _NO_TOKEN = np.iinfo(np.int32).max
@@ -93,8 +93,8 @@ class _Chunk(NamedTuple):
   is_new: jax.Array
 
 
-class _ChunkGradients(NamedTuple):
-  """The gradients of a chunk of experts.
+class RowGradients(NamedTuple):
+  """The gradients of some experts.
 
   Attributes:
     experts: <int32>[experts], rows of the table.
@@ -239,8 +239,11 @@ def _update_classes(
 
   def update_chunk(number, rows):
     gradients = chunks.call(number, gradients_of)
-    return _write_chunk(
-      rows, gradients, number=number, row_optimizer=row_optimizer, step=step
+    return write_rows(
+      rows,
+      gradients,
+      row_optimizer=row_optimizer,
+      step=step._replace(key=jax.random.fold_in(step.key, number)),
     )
 
   return jax.lax.fori_loop(0, chunks.number, update_chunk, rows)
@@ -252,7 +255,7 @@ def _gradients_of_chunk(
   layers: _Layers,
   kernel_names: list[str],
   form_gradient: Callable[..., row_gradients.Gradient],
-) -> _ChunkGradients:
+) -> RowGradients:
   """Forms the gradients of the experts of one chunk."""
   sources = chunk.sources
   # A table that only one stream uses leaves alone the experts that only the
@@ -262,18 +265,24 @@ def _gradients_of_chunk(
     name: form_gradient([layer[name] for layer in layers.factors], sources)
     for name in kernel_names
   }
-  return _ChunkGradients(chunk.experts, used & chunk.is_new, of_kernels)
+  return RowGradients(chunk.experts, used & chunk.is_new, of_kernels)
 
 
-def _write_chunk(
+def write_rows(
   rows: TableAndState,
-  gradients: _ChunkGradients,
+  gradients: RowGradients,
   *,
-  number: jax.Array,
   row_optimizer: row_optimizers.RowOptimizer,
   step: StepValues,
 ) -> TableAndState:
-  """Reads the rows of a chunk, updates them, and writes them in their place."""
+  """Reads rows of a table, updates them, and writes them in their place.
+
+  Args:
+    rows: all rows of the table.
+    gradients: the gradients of some of them.
+    row_optimizer: updates them.
+    step: the values of the step; its key is used for these rows alone.
+  """
   experts = gradients.experts
   read = lambda whole: rows_in_place.read(whole, experts)
   new_rows, new_state = row_optimizer.update(
@@ -282,8 +291,7 @@ def _write_chunk(
     {name: _to_float(read(whole)) for name, whole in rows.table.items()},
     step.learning_rate_step,
   )
-  key = jax.random.fold_in(step.key, number)
-  new_rows = _as_stored(new_rows, rows.table, key)
+  new_rows = _as_stored(new_rows, rows.table, step.key)
   # Rows that are not to change get a number beyond the table, which the scatter
   # drops. Each has a number of its own, as `unique_indices` promises.
   beyond = jnp.iinfo(jnp.int32).max - jnp.arange(experts.size)

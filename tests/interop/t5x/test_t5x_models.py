@@ -23,12 +23,8 @@ from mowe.models import decoding, initialization, parameters, threefry
 from mowe.models.t5 import t5, t5_config
 from mowe.training import router_training, train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import (
-  batch_plans,
-  byte_vocabulary,
-  routing_vocabulary,
-  vocabulary_builder,
-)
+from mowe.words import byte_vocabulary, routing_vocabulary, vocabulary_builder
+from mowe.words.plans import batch_plans, step_plans
 
 if importlib.util.find_spec('t5x') is None:
   pytest.skip(
@@ -250,7 +246,7 @@ def _with_plan(world, batch):
   # every expert must be present.
   for array in ids.values():
     assert set(range(_EXPERTS)) <= set(array.flat)
-  return batch, plan
+  return batch, step_plans.StepPlan(plan, {})
 
 
 def _initial_parameters(config, seed=0):

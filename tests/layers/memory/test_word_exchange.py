@@ -17,7 +17,7 @@ from mowe.training.optimization import (
   sharded_updates,
   table_updates,
 )
-from mowe.words import batch_plans, sharded_plan
+from mowe.words.plans import batch_plans, sharded_plan, step_plans
 
 # These tests compare bits across programs.
 pytestmark = pytest.mark.optimized
@@ -139,7 +139,8 @@ def make_plan(ids, devices):
 
 def put(mesh, table, ids):
   devices = mesh.shape['data'], mesh.shape['expert']
-  plan = partitioning.put_plan(make_plan(ids, devices), mesh)
+  plan = step_plans.StepPlan(make_plan(ids, devices), {})
+  plan = partitioning.put_plan(plan, mesh).experts
   axes = {name: ('expert', 'embed', 'expert_mlp') for name in table}
   axes['wo'] = ('expert', 'expert_mlp', 'embed')
   table = {

@@ -11,7 +11,7 @@ import pytest
 
 from mowe.layers import feed_forward
 from mowe.layers.memory import grouped, word_experts
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 BATCH, LENGTH, EMBED, EXPERT_DIM, NUM_EXPERTS = 2, 9, 5, 3, 11
 

@@ -9,7 +9,7 @@ import pytest
 
 from mowe.layers.memory import grouped
 from mowe.training.optimization import row_gradients, table_updates
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 _EXPERTS, _IN, _OUT = 13, 4, 3
 _SHAPES = {'encoder': (2, 9), 'decoder': (2, 5)}

@@ -41,7 +41,7 @@ class CausalConvolution(nn.Module):
       'kernel',
       nn.initializers.zeros,
       (self.kernel_size, *features),
-      axes=('unmodeled',) * len(features) + ('embed',),
+      axes=('tap', *('branch',) * (len(features) - 1), 'embed'),
     ).astype(self.dtype)
     reach = (self.kernel_size - 1) * self.dilation
     batch, length = tokens.shape[:2]

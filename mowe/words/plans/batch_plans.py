@@ -87,6 +87,27 @@ class ExpertPlan(NamedTuple):
     experts = np.concatenate(self.updates.experts)
     return np.sort(experts[experts < num_experts])
 
+  def renumbered(
+    self, renumber: Callable[[np.ndarray], np.ndarray]
+  ) -> 'ExpertPlan':
+    """Returns the same plan with other numbers of experts.
+
+    Args:
+      renumber: from numbers of experts <int32>[n] to others.
+    """
+
+    def of_classes(classes):
+      return classes._replace(experts=tuple(map(renumber, classes.experts)))
+
+    def of_stream(stream):
+      if stream is None:
+        return None
+      return stream._replace(classes=of_classes(stream.classes))
+
+    return ExpertPlan(
+      of_stream(self.encoder), of_stream(self.decoder), of_classes(self.updates)
+    )
+
   def num_tokens(self) -> int:
     """Returns the number of tokens that have an expert."""
     return sum(

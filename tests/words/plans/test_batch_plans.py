@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 NUM_EXPERTS = 7
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.words import batch_router
+from mowe.words.plans import batch_router
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from mowe.words import batch_plans, sharded_plan
+from mowe.words.plans import batch_plans, sharded_plan
 
 EXPERTS = 24
 SHAPES = {'encoder': (16, 5), 'decoder': (16, 3)}

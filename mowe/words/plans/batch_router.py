@@ -3,11 +3,14 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from mowe.words import batch_plans, routing_vocabulary, sharded_plan
+from mowe.words import routing_vocabulary
+from mowe.words.plans import batch_plans, row_plans, sharded_plan, step_plans
 
 Batch = dict[str, np.ndarray]
 Plan = batch_plans.ExpertPlan | sharded_plan.ShardedPlan
@@ -46,22 +49,22 @@ class RoutesBatches(abc.ABC):
   Attributes:
     seen_loads: <int64>[num_experts], number of tokens of each word expert in
       the trial batches, if there were any; empty without word experts.
-    experts_at_once: number of word experts that an ordinary batch reads, with
-      some slack; 0 if batches have no plan.
+    at_once: name of a group of tables (see `step_plans`) -> number of rows that
+      an ordinary batch reads, with some slack; {} if batches have no plan.
 
   Call: takes a batch, returns the batch with its routing ids, if the model
     needs them, and its plan or None. It may be called from several threads.
   """
 
   seen_loads: np.ndarray = np.zeros(0, np.int64)
-  experts_at_once: int = 0
+  at_once: Mapping[str, int] = types.MappingProxyType({})
 
   @abc.abstractmethod
-  def __call__(self, batch: Batch) -> tuple[Batch, Plan | None]: ...
+  def __call__(self, batch: Batch) -> tuple[Batch, Any]: ...
 
 
 class NoRouter(RoutesBatches):
-  """Leaves batches as they are: the model has no word experts."""
+  """Leaves batches as they are: the model has no tables."""
 
   def __call__(self, batch: Batch) -> tuple[Batch, None]:
     return batch, None
@@ -94,7 +97,6 @@ class BatchRouter(RoutesBatches):
       than one along `expert`, plans are ShardedPlans.
 
   Attributes:
-    experts_at_once: number of experts that the first profile has places for.
     planner: makes the plans, and counts which profiles it used.
   """
 
@@ -121,7 +123,7 @@ class BatchRouter(RoutesBatches):
       routing.num_experts,
       num_microbatches=num_microbatches,
     )
-    self.experts_at_once = ladder[0].updates.num_experts
+    self.at_once = {step_plans.EXPERTS: ladder[0].updates.num_experts}
     self.planner = batch_plans.Planner(
       ladder,
       routing.num_experts,
@@ -145,3 +147,33 @@ class BatchRouter(RoutesBatches):
         of_stream[has_expert], minlength=num_experts
       )
     return ids
+
+
+class StepRouter(RoutesBatches):
+  """Plans word experts and the rows of all memories.
+
+  Args:
+    experts: plans word experts; None if the model has none.
+    memories: name of a memory -> the planner of its rows.
+  """
+
+  def __init__(
+    self,
+    experts: BatchRouter | None,
+    memories: Mapping[str, row_plans.RowPlanner],
+  ):
+    self._experts = experts
+    self._memories = memories
+    self.at_once = {
+      name: planner.rows_at_once for name, planner in memories.items()
+    }
+    if experts is not None:
+      self.seen_loads = experts.seen_loads
+      self.at_once |= experts.at_once
+
+  def __call__(self, batch: Batch) -> tuple[Batch, step_plans.StepPlan]:
+    plan = None
+    if self._experts is not None:
+      batch, plan = self._experts(batch)
+    rows = {name: planner(batch) for name, planner in self._memories.items()}
+    return batch, step_plans.StepPlan(plan, rows)

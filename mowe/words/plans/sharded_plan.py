@@ -4,7 +4,7 @@ The devices form a mesh [data, expert]. Device (i, j) holds the experts of block
 j, and the tokens of part i * num_expert_devices + j of the batch. It sends each
 token to the device (i, owner) that holds its expert, in a buffer of static
 capacity for each owner, and gets the result back. The owner plans what it
-receives as if it were a batch of its own (`words/batch_plans.py`), with experts
+receives as if it were a batch of its own (`words/plans/batch_plans.py`), with experts
 counted from the first of its block.
 
 Received tokens are in the order of their senders, so that an expert sees its
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mowe.words import batch_plans
+from mowe.words.plans import batch_plans
 
 # The mesh axes over which the leading axes of a plan's arrays are split.
 DEVICE_AXES = ('data', 'expert')
