@@ -13,6 +13,7 @@ from mowe.layers.dispatch import token_groups
 from mowe.layers.mixtures import moe
 from mowe.models import model_config, parameters
 from mowe.models.families import families
+from mowe.words.plans import step_plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class ModelCosts:
   before any token is dropped; every token uses the routers and shared experts.
   If a layer reads only a share of its parameters (`share_read`, as product-key
   memories do), that share is counted, and these parameters count as experts.
-  Dense units that are zero are counted like all others.
+  Rows of memories count as parameters of experts, and their products with
+  tokens are counted. Dense units that are zero are counted like all others.
 
   Attributes:
     total_parameters: number of all parameters of the model.
@@ -73,15 +75,26 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
     jax.random.key(0),
   )
   ordinary, tables = parameters.split_tables(params)
-  row = sum(_size(x) // x.shape[0] for x in jax.tree.leaves(tables))
-  row //= max(1, len(tables))
+  experts = parameters.in_groups(tables).get(step_plans.EXPERTS, {})
+  row = sum(_size(x) // x.shape[0] for x in jax.tree.leaves(experts))
+  row //= max(1, len(experts))
   in_experts = sum(map(_size, jax.tree.leaves(tables)))
-  active = fractions.Fraction(row * len(tables))
+  active = fractions.Fraction(row * len(experts))
   read = dict.fromkeys(_STACKS, fractions.Fraction(0))
   layers, blocks = config.sparse_layers(), config.sparse_blocks()
   for stack, layer in layers.items():
     if not isinstance(layer, moe.MoeLayer):
       read[stack] += row * len(blocks[stack])
+  for memory in config.memories:
+    slots = memory.address.num_slots
+    payload = memory.make_payload(parent=None)
+    width = payload.row_dim(config.emb_dim, slots)
+    active += slots * width * len(memory.places())
+    for stack, _ in memory.places():
+      # `read` counts products, of two FLOPs each.
+      read[stack] += fractions.Fraction(
+        payload.row_flops(config.emb_dim, slots), 2
+      )
   for path, leaf in flax.traverse_util.flatten_dict(ordinary).items():
     share = _share_read(path, _layer_of(config, path))
     if not share:
