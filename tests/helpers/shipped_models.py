@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mowe.commands import gin_config
-from mowe.models import initialization
+from mowe.models import initialization, token_memories
 from mowe.models.families import families
 from mowe.words import byte_vocabulary, vocabulary_builder
 
@@ -69,14 +69,29 @@ def _shallow(config):
     assert (len(blocks) == depth) == (len(kept) == _DEPTH)
     field = f'num_{stream}_layers' if len(config.depths()) > 1 else 'num_layers'
     fields[field] = _DEPTH
-  return dataclasses.replace(config, **fields)
+  memories = tuple(map(_in_first_blocks, config.memories))
+  return dataclasses.replace(config, memories=memories, **fields)
+
+
+def _in_first_blocks(memory):
+  """The memory in those of its blocks that are left."""
+  place = memory.place
+  if isinstance(place, token_memories.Place):
+    kept = {
+      stream: tuple(i for i in blocks if i < _DEPTH)
+      for stream, blocks in place.blocks().items()
+    }
+    place = dataclasses.replace(place, **kept)
+  return dataclasses.replace(memory, place=place)
 
 
 def _draw(rng, path, leaf):
   """Draws a parameter; compiling the model's own initializers takes longer."""
   name = jax.tree_util.keystr(path, simple=True, separator='/')
   if name.endswith('scale'):
-    return jnp.ones(leaf.shape)
+    # A norm after a memory's projection makes rounding errors of all blocks as
+    # large as its own scale.
+    return jnp.full(leaf.shape, 0.3 if '/memories/' in name else 1.0)
   # Logits of routers are far apart, so that many tokens want the same expert.
   # The hidden units of routers stay small, as they would make each rounding
   # error 50 times as large.

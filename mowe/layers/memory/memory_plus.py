@@ -84,9 +84,18 @@ class MemoryPlus(feed_forward_base.FeedForward):
     return self.clone(values=shared.get('memory_values'), parent=None)
 
   def share_read(self, name: str) -> fractions.Fraction:
-    """Returns 1: each token is multiplied with all half-keys."""
-    del name
-    return fractions.Fraction(1)
+    """Returns the share of a parameter that each token is multiplied with.
+
+    It is 1 for the half-keys. Of the values it is what all heads choose, at
+    most.
+
+    Args:
+      name: the last part of the parameter's path.
+    """
+    if name != 'values':
+      return fractions.Fraction(1)
+    share = fractions.Fraction(self.knn * self.num_heads, self.num_half_keys**2)
+    return min(fractions.Fraction(1), share)
 
   @nn.compact
   def __call__(

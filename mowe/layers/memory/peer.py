@@ -2,14 +2,13 @@
 
 import fractions
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import feed_forward_base, linear, parameter
+from mowe.layers import feed_forward_base, layer_norm, linear, parameter
 from mowe.layers.memory import memory_plus, product_keys
 
 _ACTIVATIONS = {
@@ -37,8 +36,8 @@ class Peer(feed_forward_base.FeedForward):
     key_dim: width of a query, even.
     knn: number of experts that a head chooses.
     activation: 'gelu' or 'relu'.
-    query_norm: factory of the norm of the queries of all heads together; None
-      for none. Without one, few keys are ever used.
+    normalizes_queries: whether the queries of all heads together go through a
+      norm. Without one, few keys are ever used.
     dropout_rate: ignored, as the layer has no dropout.
     dtype: dtype in which experts are read; scores are float32.
 
@@ -53,7 +52,7 @@ class Peer(feed_forward_base.FeedForward):
   key_dim: int = 128
   knn: int = 16
   activation: str = 'gelu'
-  query_norm: Callable[..., nn.Module] | None = None
+  normalizes_queries: bool = True
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
@@ -120,8 +119,8 @@ class Peer(feed_forward_base.FeedForward):
       dtype=jnp.float32,
       name='query',
     )(tokens)
-    if self.query_norm is not None:
-      queries = self.query_norm(dtype=jnp.float32, name='query_norm')(queries)
+    if self.normalizes_queries:
+      queries = layer_norm.LayerNorm(name='query_norm')(queries)
     queries = queries.reshape(*tokens.shape[:2], self.num_heads, self.key_dim)
     keys = memory_plus.half_keys(
       self, self.num_heads, self.num_half_keys, self.key_dim

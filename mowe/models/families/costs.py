@@ -85,6 +85,14 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
   for stack, layer in layers.items():
     if not isinstance(layer, moe.MoeLayer):
       read[stack] += row * len(blocks[stack])
+  for stack, layer in layers.items():
+    contract = feed_forward_base.contract(layer)
+    for name in contract.make_shared(config.emb_dim):
+      for path, leaf in flax.traverse_util.flatten_dict(
+        {name: ordinary.get(name, {})}
+      ).items():
+        size = contract.share_read(path[-1]) * _size(leaf)
+        read[stack] += size * len(blocks[stack])
   for memory in config.memories:
     slots = memory.address.num_slots
     payload = memory.make_payload(parent=None)

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from mowe.words import base_vocabulary
-from mowe.words.addresses import address_base, ngram_hashes
+from mowe.words.addresses import (
+  address_base,
+  compressed_vocabulary,
+  ngram_hashes,
+)
 
 Array = address_base.Array
 
@@ -139,6 +143,33 @@ class HashedNGrams(address_base.Address):
       is_same_text = is_same_text & (ids != end)
       seen.append(xp.where(is_same_text, ids, np.int32(self._start)))
     return self.hash(seen)
+
+
+def engram(
+  vocabulary: base_vocabulary.Vocabulary,
+  rows_wanted: Sequence[int],
+  heads: int,
+  *,
+  layers: Sequence[int] = (0,),
+  layer: int = 0,
+  seed: int = 0,
+) -> HashedNGrams:
+  """Returns the address of an Engram memory in one layer.
+
+  Args:
+    vocabulary: the subword vocabulary, which is compressed.
+    rows_wanted: for each order, 2-grams first, the rows of each of its slots;
+      see `ngram_hashes.engram_hashes`.
+    heads: number of slots of each order.
+    layers: numbers of all layers that host such a memory.
+    layer: the one of them that is asked for.
+    seed: chooses the multipliers.
+  """
+  compressed = compressed_vocabulary.of_vocabulary(vocabulary)
+  hashes = ngram_hashes.engram_hashes(
+    max(compressed) + 1, rows_wanted, heads, layers, seed
+  )
+  return HashedNGrams(hashes[list(layers).index(layer)], compressed)
 
 
 def earlier(
