@@ -43,8 +43,11 @@ def show(
   cost = costs.model_costs(config)
   tables = jax.tree.leaves(state.tables) if freeze_experts else []
   frozen_tables = sum(int(np.prod(leaf.shape)) for leaf in tables)
+  rows = 'experts, memories' if config.memories else 'experts'
   console.print(
-    _parameter_table(state.params, cost, optimizer.num_frozen, frozen_tables)
+    _parameter_table(
+      state.params, cost, optimizer.num_frozen, frozen_tables, rows
+    )
   )
   shapes = ', '.join(
     f'{name} {tuple(array.shape)}'
@@ -96,7 +99,7 @@ def show_experts(
     )
 
 
-def _parameter_table(params, cost, num_frozen, frozen_tables):
+def _parameter_table(params, cost, num_frozen, frozen_tables, rows):
   table = rich.table.Table(title='Parameters', title_justify='left')
   table.add_column('part')
   for column in ('total', 'active per token', 'frozen'):
@@ -114,7 +117,7 @@ def _parameter_table(params, cost, num_frozen, frozen_tables):
     table.add_row(group, f'{count:,}', f'{count:,}', f'{frozen[group]:,}')
   if cost.expert_parameters:
     table.add_row(
-      'experts',
+      rows,
       f'{cost.expert_parameters:,}',
       f'{cost.active_expert_parameters:,}',
       f'{frozen["experts"]:,}',
