@@ -101,7 +101,7 @@ class RowAdafactor:
 
   def init(self, table: Table) -> RowAdafactorState:
     """See `RowOptimizer.init`."""
-    num_experts = _check_table(table)
+    num_experts = check_table(table)
 
     def zeros(axis):
       return {
@@ -120,7 +120,7 @@ class RowAdafactor:
     learning_rate_step: jax.Array,
   ) -> tuple[dict[str, jax.Array], RowAdafactorState]:
     """See `RowOptimizer.update`."""
-    rate = _rate(self.learning_rate, learning_rate_step)
+    rate = rate_of(self.learning_rate, learning_rate_step)
 
     def update_expert(gradient, state, param):
       count = state.counts + 1
@@ -213,7 +213,7 @@ class RowAdam:
 
   def init(self, table: Table) -> RowAdamState:
     """See `RowOptimizer.init`."""
-    num_experts = _check_table(table)
+    num_experts = check_table(table)
 
     def zeros():
       return {
@@ -234,7 +234,7 @@ class RowAdam:
     learning_rate_step: jax.Array,
   ) -> tuple[dict[str, jax.Array], RowAdamState]:
     """See `RowOptimizer.update`."""
-    rate = _rate(self.learning_rate, learning_rate_step)
+    rate = rate_of(self.learning_rate, learning_rate_step)
     global_step = jnp.asarray(learning_rate_step, jnp.int32)
     update_expert = functools.partial(self._update_expert, rate, global_step)
     return jax.vmap(update_expert)(
@@ -273,13 +273,13 @@ class RowAdam:
     return new, RowAdamState(count, last_visit, mu, nu)
 
 
-def _rate(learning_rate: LearningRate, step: jax.Array) -> jax.Array:
+def rate_of(learning_rate: LearningRate, step: jax.Array) -> jax.Array:
   """The learning rate of a global step, <float32>[]."""
   rate = learning_rate(step) if callable(learning_rate) else learning_rate
   return jnp.asarray(rate, jnp.float32)
 
 
-def _check_table(table: Table) -> int:
+def check_table(table: Table) -> int:
   """Returns num_experts, after a check of all shapes."""
   shapes = {name: tuple(param.shape) for name, param in table.items()}
   num_experts = {shape[:1] for shape in shapes.values()}
