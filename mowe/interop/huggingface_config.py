@@ -359,9 +359,12 @@ def _check_same(config, described):
   again = saved_config.to_json(make_config(described))
   different = [
     f'{name}: {given[name]} here, {again[name]} there'
-    for name in given
+    for name in again
     if name not in ('dtype', 'remat') and given[name] != again[name]
   ]
+  if config.memories:
+    names = [memory.name for memory in config.memories]
+    different.append(f'memories: {names} here, none there')
   if config.routing is not None:
     different.append('routing: a vocabulary here, none there')
   if different:

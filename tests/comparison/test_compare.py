@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,11 +177,22 @@ def test_killed_and_continued(world, tmp_path, capfd):
   shown = capfd.readouterr().out
   assert 'mowe train' not in shown and '1 of 1 runs finished' in shown
   assert [len(one.answers) for one in compared.results] == [1, 1, 1]
+  first_answers = compared.results[0].answers[0]
   results = json.loads((folder / 'report' / 'results.json').read_text())
   again = results[2]
   assert again['score'] == dense['score'] and again['curve'] == []
   assert again['total_parameters'] == dense['total_parameters']
   assert again['tokens_per_second'] is None and again['recall'] == {}
+
+  # The report can be made from the measurements of finished runs alone.
+  for stage in ('pretrained', 'finetuned'):
+    for path in (folder / 'runs').glob(f'*/{stage}'):
+      shutil.rmtree(path)
+  compared = compare.compare(
+    experiments.load([str(file)], [f'OUTPUT = {str(folder)!r}'])
+  )
+  assert [one.name for one in compared.results] == ['T5', 'MoWE']
+  assert compared.results[0].answers[0] == first_answers
 
 
 @pytest.fixture(scope='module')

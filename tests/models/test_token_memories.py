@@ -9,6 +9,7 @@ import pytest
 import tiny_memories
 import tiny_training
 
+from mowe.interop import huggingface_config
 from mowe.layers.memory import word_experts
 from mowe.layers.memory.payloads import (
   bank,
@@ -365,3 +366,9 @@ def test_tables_are_told_from_parameters():
   assert not parameters.is_memory(tables['experts'])
   assert 'engram' not in ordinary
   assert isinstance(config.sparse_layers()['decoder'], word_experts.MoweLayer)
+
+
+def test_transformers_has_no_memories():
+  config = tiny_training.make_config(sparse=False, memories=(_memory(),))
+  with pytest.raises(ValueError, match=r"memories: \['memory'\] here, none"):
+    huggingface_config.describe(config, 'float32')
