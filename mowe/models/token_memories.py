@@ -26,7 +26,7 @@ _TAKEN = ('encoder', 'decoder', 'experts', 'token_embedder', 'memory_values')
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class MemoryPlace:
   """Base of the places where a memory enters blocks.
 
   Attributes:
@@ -42,19 +42,19 @@ class Place:
     return {'encoder': self.encoder, 'decoder': self.decoder}
 
 
-class BeforeAttention(Place):
+class BeforeAttention(MemoryPlace):
   """The payload reads the stream, and what it returns is added to it."""
 
 
-class BesideFeedForward(Place):
+class BesideFeedForward(MemoryPlace):
   """The payload reads what the feed-forward reads, and both are added up."""
 
 
-class InsteadOfFeedForward(Place):
+class InsteadOfFeedForward(MemoryPlace):
   """The payload takes the place of the feed-forward."""
 
 
-class AfterFeedForward(Place):
+class AfterFeedForward(MemoryPlace):
   """The payload reads the stream after the block, and is added to it."""
 
 
@@ -81,7 +81,7 @@ class AtInput:
     }
 
 
-AnyPlace = Place | AtInput
+AnyPlace = MemoryPlace | AtInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +372,7 @@ def next_rows(
   return rows, after
 
 
-def check(config: model_config.ModelConfig) -> None:
+def check_memories(config: model_config.ModelConfig) -> None:
   """Raises ValueError if memories do not fit the stacks of the model."""
   names = [memory.name for memory in config.memories]
   if len(set(names)) < len(names):

@@ -76,7 +76,7 @@ def _shallow(config):
 def _in_first_blocks(memory):
   """The memory in those of its blocks that are left."""
   place = memory.place
-  if isinstance(place, token_memories.Place):
+  if isinstance(place, token_memories.MemoryPlace):
     kept = {
       stream: tuple(i for i in blocks if i < _DEPTH)
       for stream, blocks in place.blocks().items()

@@ -207,7 +207,7 @@ def test_a_fresh_diagonal_has_the_variance_of_a_feed_forward():
     ).make_dense_feed_forward(),
     'diagonal': diagonal.Diagonal(512),
   }
-  rows = payload_base.Rows(
+  rows = payload_base.MemoryRows(
     jax.random.normal(jax.random.key(1), (64, 8, 1, 512)),
     jnp.ones((64, 8, 1), bool),
   )

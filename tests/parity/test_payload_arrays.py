@@ -75,7 +75,7 @@ def read(table, ids):
   """Rows [batch, length, slots, row] of a table, zeros for the id -1."""
   exist = ids >= 0
   values = jnp.where(exist[..., None], table[jnp.maximum(ids, 0)], 0)
-  return payload_base.Rows(values, exist)
+  return payload_base.MemoryRows(values, exist)
 
 
 def apply(layer, params, *args, look_at):

@@ -67,7 +67,7 @@ class MemoryPlus(feed_forward_base.FeedForward):
   values: 'ValueTable | None' = None
 
   def __post_init__(self):
-    check_sizes(self.num_half_keys, self.num_heads, self.key_dim, self.knn)
+    check_key_sizes(self.num_half_keys, self.num_heads, self.key_dim, self.knn)
     if not self.projects and (self.is_gated or self.has_scalar_gate):
       raise ValueError(
         'A gate of Memory+ needs the projection of the result, but projects is '
@@ -133,7 +133,7 @@ class MemoryPlus(feed_forward_base.FeedForward):
       tokens
     ).reshape(*tokens.shape[:2], self.num_heads, self.key_dim)
     keys = half_keys(self, self.num_heads, self.num_half_keys, self.key_dim)
-    index, scores = choose(queries, keys, self.knn)
+    index, scores = choose_keys(queries, keys, self.knn)
     return index, jax.nn.softmax(scores, axis=-1).astype(self.dtype)
 
   def _result(self, read, tokens):
@@ -203,7 +203,7 @@ def half_keys(
   ]
 
 
-def choose(
+def choose_keys(
   queries: jax.Array, keys: list[jax.Array], knn: int
 ) -> tuple[jax.Array, jax.Array]:
   """Chooses the keys with the largest scores of each head.
@@ -225,7 +225,7 @@ def choose(
   return index.reshape(shape), scores.reshape(shape)
 
 
-def check_sizes(
+def check_key_sizes(
   num_half_keys: int, num_heads: int, key_dim: int, knn: int
 ) -> None:
   """Raises ValueError unless the sizes of product keys are possible."""

@@ -57,7 +57,7 @@ class Peer(feed_forward_base.FeedForward):
   dtype: Any = jnp.float32
 
   def __post_init__(self):
-    memory_plus.check_sizes(
+    memory_plus.check_key_sizes(
       self.num_half_keys, self.num_heads, self.key_dim, self.knn
     )
     if self.activation not in _ACTIVATIONS:
@@ -125,7 +125,7 @@ class Peer(feed_forward_base.FeedForward):
     keys = memory_plus.half_keys(
       self, self.num_heads, self.num_half_keys, self.key_dim
     )
-    return memory_plus.choose(queries, keys, self.knn)
+    return memory_plus.choose_keys(queries, keys, self.knn)
 
   def _table(self, name, embed_dim):
     return parameter.declare(

@@ -51,7 +51,7 @@ class RowTable(nn.Module):
 
   def read(
     self, ids: jax.Array, part: int, segment_ids: jax.Array | None = None
-  ) -> payload_base.Rows:
+  ) -> payload_base.MemoryRows:
     """Reads one part of some rows.
 
     Args:
@@ -64,7 +64,7 @@ class RowTable(nn.Module):
       exist = (ids >= 0) & (ids < self.num_rows)
       values = self._on_host()(ids.reshape(-1))[ROWS][:, part]
       values = values.reshape(*ids.shape, self.row_dim)
-      return payload_base.Rows(values, exist, segment_ids)
+      return payload_base.MemoryRows(values, exist, segment_ids)
     rows = (
       self.get_variable(GATHERED, ROWS) if self._is_gathered() else self.table
     )
@@ -72,7 +72,7 @@ class RowTable(nn.Module):
     # One gather of row and part: no array of all rows' parts is made.
     place = jnp.where(exist, ids, 0)
     values = bfloat16_bits.to_float(rows[place, part])
-    return payload_base.Rows(
+    return payload_base.MemoryRows(
       jnp.where(exist[..., None], values, 0), exist, segment_ids
     )
 

@@ -117,7 +117,7 @@ class DecoderOnlyConfig:
       model_config.check_layers(self)
     model_config.check_attentions(self)
     self._check_memory()
-    token_memories.check(self)
+    token_memories.check_memories(self)
 
   def _check_memory(self):
     if self.memory_length < 0:

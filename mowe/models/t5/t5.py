@@ -91,10 +91,9 @@ class T5(nn.Module):
         if the layers use the routing ids.
       decoder_plan: the `batch_plans.StreamPlan` of the decoder's tokens; None
         if the layers use the routing ids.
-      encoder_memory_rows: name of a memory -> <int32>[batch, inputs, slots],
-        the rows that the encoder's tokens name; None if the model finds them.
-      decoder_memory_rows: name of a memory -> <int32>[batch, targets, slots],
-        the rows that the decoder's tokens name; None if the model finds them.
+      encoder_memory_rows: name of a memory -> the rows that tokens name,
+        <int32>[batch, inputs, slots]; None if the model finds them.
+      decoder_memory_rows: the same of the decoder's tokens.
       enable_dropout: whether dropout draws from the `dropout` random stream.
       decode: whether to prepare the cache for step-by-step decoding.
     """

@@ -103,7 +103,7 @@ class T5Config:
     if self.sparse_feed_forward is not None:
       model_config.check_layers(self)
     model_config.check_attentions(self)
-    token_memories.check(self)
+    token_memories.check_memories(self)
 
   # The inputs go through the encoder, the targets through the decoder.
   streams = ('encoder', 'decoder')

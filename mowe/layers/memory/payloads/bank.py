@@ -66,7 +66,7 @@ class Bank(payload_base.Payload):
   def __call__(
     self,
     tokens: jax.Array,
-    rows: payload_base.Rows,
+    rows: payload_base.MemoryRows,
     *,
     embedded: jax.Array | None = None,
     decode: bool = False,
@@ -77,7 +77,7 @@ class Bank(payload_base.Payload):
     return self.mixed(read, tokens, rows)
 
   def read(
-    self, tokens: jax.Array, rows: payload_base.Rows
+    self, tokens: jax.Array, rows: payload_base.MemoryRows
   ) -> tuple[jax.Array, jax.Array]:
     """Reads the banks.
 
@@ -104,7 +104,7 @@ class Bank(payload_base.Payload):
     return read, weights
 
   def mixed(
-    self, read: jax.Array, tokens: jax.Array, rows: payload_base.Rows
+    self, read: jax.Array, tokens: jax.Array, rows: payload_base.MemoryRows
   ) -> jax.Array:
     """Returns what is added to the stream, <dtype>[batch, length, embed]."""
     del rows
@@ -136,7 +136,7 @@ class MixedBank(Bank):
   up_dim: int | None = None
 
   def mixed(
-    self, read: jax.Array, tokens: jax.Array, rows: payload_base.Rows
+    self, read: jax.Array, tokens: jax.Array, rows: payload_base.MemoryRows
   ) -> jax.Array:
     """See `Bank.mixed`."""
     embed_dim = tokens.shape[-1]

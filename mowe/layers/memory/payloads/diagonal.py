@@ -53,7 +53,7 @@ class Diagonal(payload_base.Payload):
   def __call__(
     self,
     tokens: jax.Array,
-    rows: payload_base.Rows,
+    rows: payload_base.MemoryRows,
     *,
     embedded: jax.Array | None = None,
     decode: bool = False,

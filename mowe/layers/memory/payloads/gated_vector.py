@@ -70,7 +70,7 @@ class GatedVector(payload_base.Payload):
   def __call__(
     self,
     tokens: jax.Array,
-    rows: payload_base.Rows,
+    rows: payload_base.MemoryRows,
     *,
     embedded: jax.Array | None = None,
     decode: bool = False,

@@ -55,7 +55,7 @@ class NGramEmbedding(payload_base.Payload):
   def __call__(
     self,
     tokens: jax.Array,
-    rows: payload_base.Rows,
+    rows: payload_base.MemoryRows,
     *,
     embedded: jax.Array | None = None,
     decode: bool = False,

@@ -8,7 +8,7 @@ from flax import linen as nn
 from mowe.layers import parameter
 
 
-class Rows(NamedTuple):
+class MemoryRows(NamedTuple):
   """The rows of a memory that the tokens of a batch named.
 
   Attributes:
@@ -73,7 +73,7 @@ class Payload(nn.Module):
   def __call__(
     self,
     tokens: jax.Array,
-    rows: Rows,
+    rows: MemoryRows,
     *,
     embedded: jax.Array,
     decode: bool = False,
@@ -82,7 +82,7 @@ class Payload(nn.Module):
     raise NotImplementedError
 
 
-def joined(rows: Rows) -> jax.Array:
+def joined(rows: MemoryRows) -> jax.Array:
   """Returns the rows of each token one after another, [batch, length, all]."""
   batch, length, slots, row = rows.values.shape
   return rows.values.reshape(batch, length, slots * row)

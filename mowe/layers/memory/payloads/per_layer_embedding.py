@@ -55,7 +55,7 @@ class PerLayerEmbedding(payload_base.Payload):
   def __call__(
     self,
     tokens: jax.Array,
-    rows: payload_base.Rows,
+    rows: payload_base.MemoryRows,
     *,
     embedded: jax.Array,
     decode: bool = False,
@@ -65,7 +65,9 @@ class PerLayerEmbedding(payload_base.Payload):
     return self.gated(tokens, self.mixed(rows, embedded))
 
   @nn.compact
-  def mixed(self, rows: payload_base.Rows, embedded: jax.Array) -> jax.Array:
+  def mixed(
+    self, rows: payload_base.MemoryRows, embedded: jax.Array
+  ) -> jax.Array:
     """Returns the rows with what the tokens say themselves.
 
     Args:
