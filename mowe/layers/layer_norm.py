@@ -18,12 +18,15 @@ class LayerNorm(nn.Module):
 
   Attributes:
     epsilon: added to the mean square, so that it is never zero.
+    starts_at_zero: whether fresh scales are 0 instead of 1, as after a layer
+      that is to add nothing at first.
     dtype: dtype of the result.
 
   Call: tokens <float>[..., embed] to <dtype>[..., embed].
   """
 
   epsilon: float = 1e-6
+  starts_at_zero: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -31,7 +34,7 @@ class LayerNorm(nn.Module):
     scale = parameter.declare(
       self,
       'scale',
-      nn.initializers.ones,
+      nn.initializers.zeros if self.starts_at_zero else nn.initializers.ones,
       (tokens.shape[-1],),
       axes=('embed',),
     )

@@ -112,6 +112,7 @@ def check_same_vocabularies(
         f'{_identity(new[name])}. Give the {kind} vocabulary in '
         f'{file.parent}, or other weights.'
       )
+  _check_same_memories(path, old['config'], new['config'])
   for name, fingerprint in new['addresses'].items():
     if old['addresses'].get(name, fingerprint) != fingerprint:
       raise ValueError(
@@ -120,6 +121,27 @@ def check_same_vocabularies(
         f'{old["addresses"][name][:12]} and the model {fingerprint[:12]}. Give '
         'it the same address: tokens, hash, sizes and seed.'
       )
+
+
+def _check_same_memories(path: str, old: Any, new: Any) -> None:
+  """Raises ValueError unless two configs have the same memories."""
+  there, here = (
+    {
+      memory['name']: (memory['place'], memory['payload']['class'])
+      for memory in config.get('memories', ())
+    }
+    for config in (old, new)
+  )
+  different = sorted(
+    name for name in there | here if there.get(name) != here.get(name)
+  )
+  if different:
+    raise ValueError(
+      'A model must have the memories of the weights that it starts from, in '
+      f'the same places, but {path} has {sorted(there)} and the model '
+      f'{sorted(here)}: {different} differ. Change the model, or train it from '
+      'the start.'
+    )
 
 
 def _identity(described: dict[str, Any]) -> str:

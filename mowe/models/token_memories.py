@@ -21,8 +21,26 @@ from mowe.words.addresses import address_base
 _ROW_MULTIPLE = 128
 _TABLE_DTYPES = ('float32', 'bfloat16')
 _NAME = re.compile(r'[a-z][a-z0-9_]*')
-# Names that other parts of a model have.
-_TAKEN = ('encoder', 'decoder', 'experts', 'token_embedder', 'memory_values')
+# Names that other parts of a model have, and those of Linen.
+_TAKEN = frozenset(
+  {
+    'config',
+    'decoder',
+    'encoder',
+    'experts',
+    'memory_values',
+    'of_batch',
+    'decode',
+    'encode',
+    'remember',
+    'start_generation',
+    'token_embedder',
+    *dir(nn.Module),
+    'name',
+    'parent',
+    'scope',
+  }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +139,23 @@ class Memory:
     if not _NAME.fullmatch(self.name) or self.name in _TAKEN:
       raise ValueError(
         'The name of a memory must be of small letters, digits and underscores '
-        f'and not one of {_TAKEN}, but is {self.name!r}. Take another, such as '
-        "'engram'."
+        f'and no name of another part of a model, but is {self.name!r}. Take '
+        "another, such as 'engram'."
       )
     if self.table_dtype not in _TABLE_DTYPES:
       raise ValueError(
         f'table_dtype must be one of {_TABLE_DTYPES}, but is '
         f"{self.table_dtype!r}. Take 'bfloat16' for half the memory."
+      )
+    repeated = [
+      numbers
+      for numbers in self.place.blocks().values()
+      if len(set(numbers)) < len(numbers)
+    ]
+    if repeated:
+      raise ValueError(
+        f'The blocks of the memory {self.name!r} must be different, but are '
+        f'{repeated[0]}. Name each block once.'
       )
     if not any(self.place.blocks().values()):
       raise ValueError(
@@ -405,6 +433,8 @@ def check_memories(config: model_config.ModelConfig) -> None:
           f'has a sparse one and the memory {instead[0].name!r} instead of it. '
           'Take the block out of one of them.'
         )
+    _check_routing(config, memory)
+    _check_segment_memory(config, memory)
     if not (memory.adds or isinstance(memory.place, AtInput)):
       raise ValueError(
         f'The payload of {memory.name!r} takes the place of the embedding, so '
@@ -413,3 +443,38 @@ def check_memories(config: model_config.ModelConfig) -> None:
       )
     # The sizes of rows are checked here, before anything is compiled.
     memory.make_table(config.emb_dim)
+
+
+def _check_routing(config: model_config.ModelConfig, memory: Memory) -> None:
+  """Raises ValueError unless the address reads the model's routing vocabulary.
+
+  A model folder has one routing vocabulary, that of the config.
+  """
+  own = memory.address.routing_vocabulary()
+  if own is None:
+    return
+  if config.routing is None or config.routing.sha256 != own.sha256:
+    there = 'none' if config.routing is None else config.routing.sha256[:12]
+    raise ValueError(
+      f'The memory {memory.name!r} must read the routing vocabulary of the '
+      f'model, but its address has sha256 {own.sha256[:12]} and the model '
+      f'{there}. Set `routing` of the config to that of the address.'
+    )
+
+
+def _check_segment_memory(
+  config: model_config.ModelConfig, memory: Memory
+) -> None:
+  """Raises ValueError if a memory looks back where batches cut a text.
+
+  With a memory of earlier batches a text goes on in the next one, but n-grams
+  and convolutions begin anew there.
+  """
+  has_state = memory.address.initial_state(1).shape[1] > 0
+  looks_back = memory.make_payload(parent=None).looks_back
+  if config.memory_length and (has_state or looks_back):
+    raise ValueError(
+      f'With memory_length, {config.memory_length}, the rows of a token must '
+      f'not depend on tokens before it, but those of {memory.name!r} do. Set '
+      'memory_length to 0, or take Pieces and no convolution.'
+    )

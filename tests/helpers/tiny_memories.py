@@ -57,10 +57,9 @@ def make_memories():
     ),
     token_memories.Memory(
       'ngrams',
-      hashed_ngrams.HashedNGrams(longcat),
+      hashed_ngrams.HashedNGrams(longcat, start_id=2),
       make(ngram_embedding.NGramEmbedding, 8, is_mean=True),
       token_memories.AtInput(encoder=True, decoder=True),
-      table_dtype='float32',
     ),
   )
 

@@ -10,7 +10,8 @@ import tiny_memories
 import tiny_training
 
 from mowe.interop import huggingface_config
-from mowe.layers.memory import word_experts
+from mowe.layers.attention import relative_attention
+from mowe.layers.memory import memory_plus, word_experts
 from mowe.layers.memory.payloads import (
   bank,
   diagonal,
@@ -21,9 +22,12 @@ from mowe.layers.memory.payloads import (
 )
 from mowe.models import initialization, parameters, token_memories
 from mowe.models.decoder_only import decoder_only, decoder_only_config
-from mowe.models.families import costs, saved_config
+from mowe.models.families import costs, families, saved_config
 from mowe.models.t5 import t5
-from mowe.words.addresses import piece_address
+from mowe.training import partitioning
+from mowe.training.optimization import factoring_rules
+from mowe.words import byte_vocabulary, vocabulary_builder
+from mowe.words.addresses import piece_address, word_address
 
 _BATCH, _LENGTH, _VOCAB = 3, 7, tiny_training.VOCAB
 _PIECES = piece_address.Pieces(_VOCAB)
@@ -130,6 +134,27 @@ def test_a_language_model_generates_as_with_teacher_forcing():
     tiny_training.assert_close(
       found[row], logits[row, number : number + targets.shape[1]], 1e-5
     )
+
+
+@pytest.mark.slow
+def test_the_convolution_does_not_see_padding_before_a_prompt():
+  (engram, *_) = map(tiny_memories.in_decoder, tiny_memories.make_memories())
+  payload = functools.partial(
+    gated_vector.GatedVector,
+    16,
+    convolution_size=3,
+    use_bias=True,
+    starts_as_identity=False,
+  )
+  address = dataclasses.replace(engram.address, start_id=5)
+  memory = dataclasses.replace(engram, payload=payload, address=address)
+  model = decoder_only.DecoderOnly(_decoder_only_config(memories=(memory,)))
+  params = _drawn(model)
+  inputs, targets = _tokens(0), _tokens(1, 4)
+  alone = _step_by_step(model, params, inputs[:, :3], targets)
+  inputs[:, 3:] = 0
+  found = _step_by_step(model, params, inputs, targets)
+  tiny_training.assert_close(found, alone, 1e-5)
 
 
 @pytest.mark.slow
@@ -279,7 +304,26 @@ def _sparse(**changes):
   ('make', 'message'),
   [
     (lambda: _memory('Engram'), 'small letters, digits and underscores'),
-    (lambda: _memory('experts'), 'small letters, digits and underscores'),
+    (lambda: _memory('experts'), 'no name of another part of a model'),
+    (lambda: _memory('apply'), 'no name of another part of a model'),
+    (lambda: _memory('parent'), 'no name of another part of a model'),
+    (
+      lambda: _memory(place=token_memories.BeforeAttention((0, 0))),
+      'Name each block once',
+    ),
+    (
+      lambda: _decoder_only_config(
+        memory_length=4,
+        attention=relative_attention.RelativeAttention,
+        memories=(tiny_memories.in_decoder(tiny_memories.make_memories()[0]),),
+      ),
+      'must not depend on tokens before it',
+    ),
+    (
+      lambda: gated_vector.GatedVector(8, convolution_size=10**9),
+      'convolution_size from 0 to 64',
+    ),
+    (lambda: piece_address.Pieces(2**40), r'from 1 to 2\^31 - 1'),
     (lambda: _memory(table_dtype='float16'), 'table_dtype must be one of'),
     (
       lambda: _memory(place=token_memories.BeforeAttention()),
@@ -352,6 +396,51 @@ def _sparse(**changes):
 def test_what_does_not_fit_is_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_adafactor_has_a_rule_for_each_axis():
+  for config in (tiny_memories.make_config(), _decoder_only_config()):
+    variables = initialization.abstract_variables(families.build(config))
+    axes = partitioning.parameter_axes(variables['params_axes'])
+    names = {name for of_one in axes.values() for name in of_one}
+    assert {'tap', 'memory_row'} <= names <= {*factoring_rules.FACTOR_RULES}
+
+
+def test_a_model_and_its_addresses_read_one_routing_vocabulary():
+  routing, _ = vocabulary_builder.build_routing_vocabulary(
+    ['a few words and a few more'],
+    byte_vocabulary.ByteVocabulary(),
+    num_words=5,
+    num_experts=7,
+    num_skipped=1,
+  )
+  memory = _memory(address=word_address.Words(routing))
+  make = functools.partial(
+    tiny_training.make_config, sparse=False, memories=(memory,)
+  )
+  assert make(routing=routing).memories == (memory,)
+  with pytest.raises(ValueError, match='and the model none. Set `routing`'):
+    make()
+  with pytest.raises(ValueError, match='must read the routing vocabulary'):
+    make(routing=routing.with_experts(5))
+
+
+def test_values_of_memory_plus_are_counted():
+  def cost(**changes):
+    layer = functools.partial(memory_plus.MemoryPlus, 8, 2, 6, 3, **changes)
+    return costs.model_costs(
+      tiny_training.make_config(
+        routing=None,
+        sparse_feed_forward=layer,
+      )
+    )
+
+  shared, own = cost(), cost(share_values=False)
+  assert shared.expert_parameters == 64 * 24
+  assert own.expert_parameters == 2 * 64 * 24
+  # Each of two heads reads three of the values.
+  assert shared.active_expert_parameters == 6 * 24
+  assert own.flops_per_input_token == shared.flops_per_input_token
 
 
 def test_tables_are_told_from_parameters():

@@ -324,6 +324,12 @@ def _average(mean) -> clu_metrics.Average:
 
 def _check_layers(config: t5_config.T5Config) -> None:
   """Raises ValueError if a layer has a part that T5X cannot train."""
+  if config.memories:
+    names = [memory.name for memory in config.memories]
+    raise ValueError(
+      'In T5X a model must have no memories, as their rows need an optimizer '
+      f'of their own, but this one has {names}. Train it with `mowe train`.'
+    )
   for layer in config.sparse_layers().values():
     reads_tokens = feed_forward_base.contract(layer).reads_token_ids
     if not reads_tokens and config.routing is None:

@@ -112,7 +112,7 @@ class MemoryPlus(feed_forward_base.FeedForward):
     values = table()
     index, weights = self.choose(tokens)
     read = product_keys.weighted_rows(
-      values.astype(self.dtype), _by_token(index), _by_token(weights)
+      values, _by_token(index), _by_token(weights)
     ).reshape(*tokens.shape[:2], -1)
     return self._result(read, tokens)
 

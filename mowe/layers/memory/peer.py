@@ -134,7 +134,7 @@ class Peer(feed_forward_base.FeedForward):
       parameter.normal(1 / math.sqrt(embed_dim)),
       (self.num_half_keys**2, embed_dim),
       ('unmodeled', 'embed'),
-    ).astype(self.dtype)
+    )
 
 
 @jax.custom_vjp
@@ -144,19 +144,20 @@ def row_products(
   """Products of each token with rows of a table.
 
   As in `product_keys.weighted_rows`, a loop goes over the rows of a token, so
-  that the rows of all tokens are never gathered at once.
+  that the rows of all tokens are never gathered at once, and the gradient of
+  the table is added up in the table's dtype.
 
   Args:
-    rows: <float>[rows, embed], the table.
+    rows: <float32>[rows, embed], the table.
     index: <int32>[tokens, slots], the rows of each token.
     tokens: <float>[tokens, embed].
 
   Returns:
-    <float>[tokens, slots].
+    [tokens, slots] in the dtype of the tokens.
   """
 
   def one(_, own):
-    return None, jnp.sum(rows[own] * tokens, axis=-1)
+    return None, jnp.sum(rows[own].astype(tokens.dtype) * tokens, axis=-1)
 
   return jax.lax.scan(one, None, index.T)[1].T
 
@@ -167,8 +168,9 @@ def _row_products_backward(residuals, cotangent):
   def add(totals, slot):
     d_rows, d_tokens = totals
     own, weight = slot
-    d_rows = d_rows.at[own].add(weight[:, None] * tokens)
-    return (d_rows, d_tokens + weight[:, None] * rows[own]), None
+    d_rows = d_rows.at[own].add((weight[:, None] * tokens).astype(rows.dtype))
+    own_rows = rows[own].astype(tokens.dtype)
+    return (d_rows, d_tokens + weight[:, None] * own_rows), None
 
   zeros = jnp.zeros_like(rows), jnp.zeros_like(tokens)
   (d_rows, d_tokens), _ = jax.lax.scan(add, zeros, (index.T, cotangent.T))

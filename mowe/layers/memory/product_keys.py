@@ -124,7 +124,7 @@ class DenseProductKeyMemory(feed_forward_base.FeedForward):
       (self.num_values, embed_dim),
       ('unmodeled', 'embed'),
     )
-    outputs = self.read(queries, keys, values.astype(self.dtype))
+    outputs = self.read(queries, keys, values)
     return outputs.reshape(tokens.shape)
 
   def read(
@@ -139,7 +139,7 @@ class DenseProductKeyMemory(feed_forward_base.FeedForward):
       queries: <float32>[tokens, heads, embed], or [tokens, 1, embed] for one
         query of all heads.
       keys: <float32>[heads, keys, embed / 2] of the first and the second half.
-      values: <dtype>[values, embed].
+      values: <float32>[values, embed].
 
     Returns:
       <dtype>[tokens, embed].
@@ -150,7 +150,7 @@ class DenseProductKeyMemory(feed_forward_base.FeedForward):
     # [tokens, first keys, second keys] -> [tokens, values]
     scores = first[:, :, None] + second[:, None, :]
     weights = _ACTIVATIONS[self.activation](scores.reshape(len(queries), -1))
-    return linear.project(weights.astype(self.dtype), values)
+    return linear.project(weights.astype(self.dtype), values.astype(self.dtype))
 
   def _queries(self, tokens):
     if not self.use_query_projection:
@@ -316,21 +316,23 @@ def weighted_rows(
   every token. To gather all rows at once would take an array [tokens, rows,
   embed], which is `rows` times larger than the tokens. The gradient is defined
   here, so that its loop also gathers the rows again instead of keeping them.
+  The gradient of the table is added up in the table's dtype: thousands of
+  tokens may read one row, and a sum in bfloat16 would stop at 256 of them.
 
   Args:
-    values: <float>[values, embed], the table.
+    values: <float32>[values, embed], the table.
     index: <int32>[tokens, rows], the rows that each token reads.
     weights: <float>[tokens, rows], the weights of these rows.
 
   Returns:
-    <float>[tokens, embed].
+    [tokens, embed] in the dtype of the weights.
   """
 
   def add(total, slot):
     own, weight = slot
-    return total + weight[:, None] * values[own], None
+    return total + weight[:, None] * values[own].astype(weight.dtype), None
 
-  zeros = jnp.zeros((index.shape[0], values.shape[1]), values.dtype)
+  zeros = jnp.zeros((index.shape[0], values.shape[1]), weights.dtype)
   return jax.lax.scan(add, zeros, (index.T, weights.T))[0]
 
 
@@ -339,8 +341,10 @@ def _weighted_rows_backward(residuals, cotangent):
 
   def add(d_values, slot):
     own, weight = slot
-    d_weight = jnp.sum(values[own] * cotangent, axis=-1)
-    return d_values.at[own].add(weight[:, None] * cotangent), d_weight
+    rows = values[own].astype(weight.dtype)
+    d_weight = jnp.sum(rows * cotangent, axis=-1)
+    added = (weight[:, None] * cotangent).astype(values.dtype)
+    return d_values.at[own].add(added), d_weight
 
   d_values, d_weights = jax.lax.scan(
     add, jnp.zeros_like(values), (index.T, weights.T)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from mowe.layers import parameter
@@ -62,9 +63,9 @@ class RowTable(nn.Module):
     """
     if self.rows_from is not None and not self._is_gathered():
       exist = (ids >= 0) & (ids < self.num_rows)
-      values = self._on_host()(ids.reshape(-1))[ROWS][:, part]
-      values = values.reshape(*ids.shape, self.row_dim)
-      return payload_base.MemoryRows(values, exist, segment_ids)
+      return payload_base.MemoryRows(
+        self._from_host(ids, part), exist, segment_ids
+      )
     rows = (
       self.get_variable(GATHERED, ROWS) if self._is_gathered() else self.table
     )
@@ -79,13 +80,23 @@ class RowTable(nn.Module):
   def _is_gathered(self) -> bool:
     return self.has_variable(GATHERED, ROWS)
 
-  def _on_host(self):
-    return host_rows.HostRows(
-      self.rows_from,
-      '/'.join(self.path),
-      ((ROWS, (self.num_parts, self.row_dim)),),
-      bfloat16_bits.DTYPE if self.dtype == 'bfloat16' else jnp.float32,
-    )
+  def _from_host(self, ids, part):
+    """One part of some rows, [*ids, row_dim]; zeros out of range."""
+    table = '/'.join(self.path)
+
+    def fetch(ids):
+      # A batch names many rows more than once.
+      rows, places = np.unique(np.asarray(ids), return_inverse=True)
+      read = self.rows_from(table, rows)[ROWS][:, int(part)]
+      return read[places.reshape(ids.shape)]
+
+    shape = jax.ShapeDtypeStruct((*ids.shape, self.row_dim), self._stored_dtype)
+    return bfloat16_bits.to_float(jax.pure_callback(fetch, shape, ids))
+
+  @property
+  def _stored_dtype(self) -> Any:
+    is_bits = self.dtype == 'bfloat16'
+    return bfloat16_bits.DTYPE if is_bits else jnp.float32
 
   def _declare(self):
     shape = (self.num_rows, self.num_parts, self.row_dim)
@@ -96,7 +107,7 @@ class RowTable(nn.Module):
       _in_bits(self.row_init) if is_bits else self.row_init,
       shape,
       axes=('expert', 'memory_part', 'memory_row'),
-      dtype=bfloat16_bits.DTYPE if is_bits else jnp.float32,
+      dtype=self._stored_dtype,
     )
 
 

@@ -388,11 +388,16 @@ class _GenerationRouter:
     if not jax.tree.leaves(words):
       return _Addressed(self._of_tokens(tokens, real), {}), words
 
-    def step(words, token):
-      addressed, words = self.of_token(token[:, None], words)
+    def step(words, inputs):
+      token, is_real = inputs
+      addressed, after = self.of_token(token[:, None], words)
+      # Padding before the inputs leaves the states as they are.
+      words = jax.tree.map(
+        lambda new, old: jnp.where(is_real[:, None], new, old), after, words
+      )
       return words, jax.tree.map(lambda x: x[:, 0], addressed)
 
-    words, addressed = jax.lax.scan(step, words, tokens.T)
+    words, addressed = jax.lax.scan(step, words, (tokens.T, real.T))
     # [length, batch, ...] -> [batch, length, ...]
     ids, rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), addressed)
     if not self._has_words:

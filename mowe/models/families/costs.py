@@ -93,6 +93,9 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
       ).items():
         size = contract.share_read(path[-1]) * _size(leaf)
         read[stack] += size * len(blocks[stack])
+        if stack == min(layers):
+          in_experts += _size(leaf)
+          active += size
   for memory in config.memories:
     slots = memory.address.num_slots
     payload = memory.make_payload(parent=None)
@@ -150,7 +153,7 @@ def _share_read(path, layer):
     return is_kernel * experts_per_token(layer) / layer.num_experts
   if path[-1] == 'kernel':
     return fractions.Fraction(1)
-  if path[-2] == 'mlp' and layer is not None:
+  if 'mlp' in path and layer is not None:
     return feed_forward_base.contract(layer).share_read(path[-1])
   return fractions.Fraction(0)
 

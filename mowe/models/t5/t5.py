@@ -434,9 +434,9 @@ def initial_cache(
   encoder_input_tokens: jax.Array,
   max_length: int,
 ) -> decoding.Cache:
-  """Returns the decoder's cache before the first token, all zeros.
+  """Returns the decoder's cache before the first token.
 
-  The shapes come from tracing a first pass, which is never run.
+  All of it but the states of memories is zeros. The shapes come from tracing a first pass, which is never run.
 
   Args:
     model: a module with the methods of `mowe.models.t5.t5.T5`.
@@ -462,4 +462,9 @@ def initial_cache(
     return changed['cache']
 
   shapes = jax.eval_shape(first_pass, variables, encoded, encoder_input_tokens)
-  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  if 'memory_states' in cache:
+    # What stands for the tokens before a text need not be 0.
+    states = token_memories.initial_states(model.config, encoded.shape[0])
+    cache = {**cache, 'memory_states': jax.tree.map(jnp.asarray, states)}
+  return cache

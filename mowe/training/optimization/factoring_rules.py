@@ -50,6 +50,11 @@ FACTOR_RULES: Mapping[str, str] = types.MappingProxyType(
     'expert_mlp': FactorDim.COLUMN,
     'mlp_embed': FactorDim.ROW,
     'unmodeled': FactorDim.NONE,
+    # These are the axes of memories.
+    'memory_part': FactorDim.BATCH,
+    'memory_row': FactorDim.ROW,
+    'branch': FactorDim.NONE,
+    'tap': FactorDim.NONE,
   }
 )
 

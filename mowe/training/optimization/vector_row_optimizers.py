@@ -85,12 +85,12 @@ class RowMomentumState(NamedTuple):
   """State of `RowNormalizedMomentum`.
 
   Attributes:
-    last_visits: <int32>[num_rows], the global step of the last visit; its value
-      has no meaning before the first.
+    last_visits: parameter name -> <int32>[num_rows, a], the global step of the
+      last visit of each part; its value has no meaning before the first.
     momentum: parameter name -> <float32>[num_rows, a, b].
   """
 
-  last_visits: jax.Array
+  last_visits: dict[str, jax.Array]
   momentum: dict[str, jax.Array]
 
 
@@ -107,7 +107,8 @@ class RowNormalizedMomentum:
   A row that is absent for some steps has gradients of zero there, so its
   momentum decays by beta for each of them, at the next visit. The dense
   algorithm would also move the row in these steps; here it stays. Each part of
-  a row (the last axis) is normalized by itself.
+  a row (the last axis) is normalized by itself, and stays where its gradient is
+  zero: then no token of its blocks named the row.
 
   Source: DeepSeek-V4.1, arXiv 2609.19969, algorithm 1 with one iteration (K =
   1) and without its threshold, which needs the norms of all rows.
@@ -126,9 +127,9 @@ class RowNormalizedMomentum:
 
   def init(self, table: row_optimizers.Table) -> RowMomentumState:
     """See `RowOptimizer.init`."""
-    num_rows = row_optimizers.check_table(table)
+    row_optimizers.check_table(table)
     return RowMomentumState(
-      jnp.zeros((num_rows,), jnp.int32),
+      {name: jnp.zeros(x.shape[:2], jnp.int32) for name, x in table.items()},
       {name: jnp.zeros(x.shape, jnp.float32) for name, x in table.items()},
     )
 
@@ -142,20 +143,27 @@ class RowNormalizedMomentum:
     """See `RowOptimizer.update`."""
     rate = row_optimizers.rate_of(self.learning_rate, learning_rate_step)
     global_step = jnp.asarray(learning_rate_step, jnp.int32)
-    # Before its first visit the momentum of a row is zero, whatever its decay.
-    missed = jnp.maximum(global_step - state_rows.last_visits - 1, 0)
-    faded = jnp.float32(self.beta) ** missed
-    new, momentum = {}, {}
+    new, momentum, last_visits = {}, {}, {}
     for name, gradient in row_gradients.matrices(gradients).items():
+      is_here = jnp.any(gradient != 0, axis=-1)
+      visits = state_rows.last_visits[name]
+      # Before its first visit the momentum of a part is zero, whatever its
+      # decay.
+      missed = jnp.maximum(global_step - visits - 1, 0)
+      faded = jnp.float32(self.beta) ** missed
       added = (1 - self.beta) * gradient
-      decayed = faded[:, None, None] * state_rows.momentum[name]
-      momentum[name] = self.beta * decayed + added
-      ahead = self.beta * momentum[name] + added
+      decayed = faded[..., None] * state_rows.momentum[name]
+      moved = self.beta * decayed + added
+      ahead = self.beta * moved + added
       norm = jnp.sqrt(jnp.sum(ahead**2, axis=-1, keepdims=True))
       size = self.scale * rate * jnp.sqrt(jnp.float32(ahead.shape[-1]))
       old = rows[name].astype(jnp.float32)
-      step = size * ahead / (norm + self.eps)
+      step = jnp.where(is_here[..., None], size * ahead / (norm + self.eps), 0)
       new[name] = (old - step).astype(rows[name].dtype)
-    # See RowAdam for the maximum.
-    last_visits = jnp.maximum(global_step, state_rows.last_visits)
+      momentum[name] = jnp.where(
+        is_here[..., None], moved, state_rows.momentum[name]
+      )
+      # See RowAdam for the maximum.
+      latest = jnp.maximum(global_step, visits)
+      last_visits[name] = jnp.where(is_here, latest, visits)
     return new, RowMomentumState(last_visits, momentum)

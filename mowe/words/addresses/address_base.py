@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import base_vocabulary
+from mowe.words import base_vocabulary, routing_vocabulary
 
 Array = Any  # numpy.ndarray or jax.Array.
 
@@ -73,6 +73,13 @@ class Address(abc.ABC):
     Returns:
       Rows <int32>[batch, 1, slots], and the state for the next step.
     """
+
+  def routing_vocabulary(self) -> routing_vocabulary.RoutingVocabulary | None:
+    """Returns the routing vocabulary that the address reads, or None.
+
+    It must be that of the model.
+    """
+    return None
 
   @abc.abstractmethod
   def constants(self) -> dict[str, Any]:

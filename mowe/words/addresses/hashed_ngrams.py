@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +15,12 @@ from mowe.words.addresses import (
   address_base,
   compressed_vocabulary,
   ngram_hashes,
+  primes,
 )
 
 Array = address_base.Array
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,18 @@ class HashedNGrams(address_base.Address):
         f'{len(self.compressed)}. Make it with '
         'compressed_vocabulary.of_vocabulary.'
       )
+    size = vocabulary.size
+    for modulus in itertools.chain(*self.hash.moduli):
+      # A 2-gram of a size near a multiple depends on its last id alone.
+      distance = abs(modulus - round(modulus / size) * size)
+      if modulus > size and distance <= 1:
+        _logger.warning(
+          'A part of %s rows is next to a multiple of the %s ids of the '
+          'vocabulary, where n-grams collide far more often. Take %s rows.',
+          f'{modulus:,}',
+          f'{size:,}',
+          f'{primes.next_prime(modulus + size // 3):,}',
+        )
 
   @functools.cached_property
   def _compressed_array(self) -> np.ndarray:
@@ -165,6 +182,11 @@ def engram(
     layer: the one of them that is asked for.
     seed: chooses the multipliers.
   """
+  if layer not in layers:
+    raise ValueError(
+      f'layer must be one of the layers with such a memory, {tuple(layers)}, '
+      f'but is {layer}. Add it to layers.'
+    )
   compressed = compressed_vocabulary.of_vocabulary(vocabulary)
   hashes = ngram_hashes.engram_hashes(
     max(compressed) + 1, rows_wanted, heads, layers, seed

@@ -67,6 +67,11 @@ class MultiplyXor:
         f'{max_ngram(self.moduli)}, but has {len(self.multipliers)}. Make both '
         'with engram_hashes.'
       )
+    if not all(0 < factor < 2**63 for factor in self.multipliers):
+      raise ValueError(
+        'Multipliers must be from 1 to 2^63 - 1, but are '
+        f'{self.multipliers}. Make them with engram_hashes.'
+      )
     check_moduli(self.moduli)
 
   def __call__(self, history: Sequence[Array]) -> Array:

@@ -24,6 +24,13 @@ class Pieces(address_base.Address):
 
   vocab_size: int
 
+  def __post_init__(self):
+    if not 1 <= self.vocab_size < 2**31:
+      raise ValueError(
+        'vocab_size must be from 1 to 2^31 - 1, but is '
+        f"{self.vocab_size}. Set it to the subword vocabulary's size."
+      )
+
   @property
   def num_slots(self) -> int:
     return 1

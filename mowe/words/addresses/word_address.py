@@ -54,6 +54,10 @@ class Words(address_base.Address):
     ids, state = self.routing.decoder_step(tokens, state)
     return ids[..., None], state
 
+  def routing_vocabulary(self) -> routing_vocabulary.RoutingVocabulary:
+    """See `Address.routing_vocabulary`."""
+    return self.routing
+
   def constants(self) -> dict[str, Any]:
     """See `Address.constants`."""
     return {'routing': self.routing.sha256}

@@ -78,6 +78,10 @@ class WordNGrams(address_base.Address):
     rows = address_base.without_padding(self.hash(history), tokens)
     return rows, xp.concatenate([word_state, words], axis=1)
 
+  def routing_vocabulary(self) -> routing_vocabulary.RoutingVocabulary:
+    """See `Address.routing_vocabulary`."""
+    return self.routing
+
   def constants(self) -> dict[str, Any]:
     """See `Address.constants`."""
     return {

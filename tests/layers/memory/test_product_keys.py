@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.layers.memory import product_keys
+from mowe.layers.memory import peer, product_keys
 
 BATCH, LENGTH, EMBED, HEADS, FIRST, SECOND, KNN = 2, 3, 6, 4, 5, 7, 9
 
@@ -194,3 +194,23 @@ def test_sizes_that_do_not_factor_name_the_nearest():
     memory(9, activation='gelu')
   with pytest.raises(ValueError, match='but is 5. Make emb_dim 6'):
     memory(9).init(jax.random.key(0), jnp.zeros((1, 2, 5)))
+
+
+def test_a_row_that_thousands_read_gets_its_whole_gradient():
+  """Sums of gradients are in float32, whatever the dtype of the model is."""
+  values = jnp.ones((3, 2), jnp.float32)
+  index = jnp.zeros((4096, 1), jnp.int32)
+  weights = jnp.ones((4096, 1), jnp.bfloat16)
+
+  def total(values):
+    return product_keys.weighted_rows(values, index, weights).sum()
+
+  gradient = jax.grad(total)(values)
+  np.testing.assert_array_equal(gradient, [[4096, 4096], [0, 0], [0, 0]])
+
+  def products(rows):
+    tokens = jnp.ones((4096, 2), jnp.bfloat16)
+    return peer.row_products(rows, index, tokens).sum()
+
+  gradient = jax.grad(products)(values)
+  np.testing.assert_array_equal(gradient, [[4096, 4096], [0, 0], [0, 0]])

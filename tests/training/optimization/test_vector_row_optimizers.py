@@ -92,6 +92,24 @@ def test_a_normalized_step_has_the_same_size_for_each_row():
   np.testing.assert_allclose(size, 0.18 * 0.5, rtol=1e-4)
 
 
+def test_a_part_without_a_gradient_stays():
+  optimizer = vector_row_optimizers.RowNormalizedMomentum(0.5)
+  table = {'rows': jnp.asarray(_draw(0))}
+  state = optimizer.init(table)
+  update = jax.jit(optimizer.update)
+  # The second part has a gradient in the first step alone.
+  first = jnp.asarray(_draw(1))
+  later = first.at[:, 1].set(0.0)
+  table, state = update(
+    {'rows': row_gradients.Matrix(first)}, state, table, jnp.int32(0)
+  )
+  after, _ = update(
+    {'rows': row_gradients.Matrix(later)}, state, table, jnp.int32(1)
+  )
+  np.testing.assert_array_equal(after['rows'][:, 1], table['rows'][:, 1])
+  assert (after['rows'][:, 0] != table['rows'][:, 0]).all()
+
+
 def test_the_state_of_a_scalar_optimizer_is_two_numbers_per_row():
   state = _SCALAR.init({'rows': jnp.zeros((_ROWS, _PARTS, _WIDTH))})
   assert sum(x.size for x in jax.tree.leaves(state)) == 2 * _ROWS

@@ -13,6 +13,10 @@ from mowe.layers.memory.payloads import causal_convolution, payload_base
 # Added to the mean squares of the convolution's inputs, as in Engram's demo.
 _CONVOLUTION_EPSILON = 1e-5
 
+# Sizes from here on are refused, as a config may come from a stranger.
+_LARGEST = 2**20
+_LONGEST = 64
+
 
 class GatedVector(payload_base.Payload):
   """Adds what a token remembers, weighted by how well it fits the token.
@@ -56,6 +60,24 @@ class GatedVector(payload_base.Payload):
   dropout_rate: float = 0.0
   dtype: Any = jnp.float32
 
+  def __post_init__(self):
+    sizes = self.memory_dim, self.num_branches, self.convolution_dilation
+    if not (
+      all(1 <= size < _LARGEST for size in sizes)
+      and 0 <= self.convolution_size <= _LONGEST
+    ):
+      raise ValueError(
+        'memory_dim, num_branches and convolution_dilation must be from 1 to '
+        f'{_LARGEST - 1} and convolution_size from 0 to {_LONGEST}, but they '
+        f'are {sizes} and {self.convolution_size}. Engram has 1280, 1, 3 and 4.'
+      )
+    super().__post_init__()
+
+  @property
+  def looks_back(self) -> bool:
+    """See `Payload`."""
+    return self.convolution_size > 1
+
   @property
   def row_init(self) -> parameter.Initializer:
     """See `Payload`."""
@@ -78,11 +100,20 @@ class GatedVector(payload_base.Payload):
   ) -> jax.Array:
     del embedded, deterministic
     embed_dim = tokens.shape[-1]
+    if tokens.ndim == 3 and self.num_branches > 1:
+      raise ValueError(
+        'Tokens must be [batch, length, branches, embed] for num_branches = '
+        f'{self.num_branches}, but have the shape {tokens.shape}. The models of '
+        'this package have one stream: leave num_branches at 1.'
+      )
     streams = tokens.reshape(*tokens.shape[:2], self.num_branches, embed_dim)
     remembered = payload_base.joined(rows).astype(self.dtype)
     gate = self._gate(streams, remembered)
     value = self._dense(embed_dim, 'value', self.starts_as_identity)
     outputs = gate[..., None] * value(remembered)[:, :, None, :]
+    # Padding has no row, and must not reach the convolution of later tokens.
+    exist = rows.exist.any(axis=-1)[:, :, None, None]
+    outputs = jnp.where(exist, outputs, 0)
     if self.convolution_size:
       normed = self._normed(outputs, 'convolution_norm', _CONVOLUTION_EPSILON)
       outputs += nn.silu(

@@ -31,6 +31,7 @@ class Payload(nn.Module):
   `dropout_rate`, `dtype` and `parent`.
 
   Attributes:
+    looks_back: whether the result for a token depends on tokens before it.
     adds: whether what the payload returns is added to the stream of tokens.
       Otherwise it takes its place.
     row_init: draws fresh rows.
@@ -42,8 +43,10 @@ class Payload(nn.Module):
     <dtype>[batch, length, embed].
   """
 
-  # It is not a dataclass field: a payload overrides it with a value.
+  # These are not dataclass fields: a payload overrides them with a value or a
+  # property.
   adds = True
+  looks_back = False
 
   @property
   def row_init(self) -> parameter.Initializer:

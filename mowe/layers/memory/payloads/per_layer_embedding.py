@@ -19,8 +19,9 @@ class PerLayerEmbedding(payload_base.Payload):
     c = (sqrt(row) e + norm((x W) / sqrt(embed))) / sqrt(2)
     result = norm((act(h W_gate) * c) W_up)
 
-  It stands after the feed-forward. At the start W_up is zero, so that the layer
-  adds nothing.
+  It stands after the feed-forward. At the start the scale of the last norm is
+  zero, so that the layer adds nothing. (With a W_up of zero the norm would make
+  its first gradients a thousand times larger.)
 
   Source: the Gemma3nTextModel and Gemma4TextModel of Hugging Face's
   transformers. Gemma's blocks share the scale of the norm of x W; here each
@@ -29,7 +30,7 @@ class PerLayerEmbedding(payload_base.Payload):
   Attributes:
     memory_dim: how many numbers the rows of a token have together.
     activation: name of the activation of the gate.
-    starts_as_identity: whether W_up is zero at the start.
+    starts_as_identity: whether the scale of the last norm is zero at the start.
     norm_epsilon: added to mean squares.
     dropout_rate: ignored, as the layer has no dropout.
     dtype: dtype of the computation.
@@ -80,9 +81,9 @@ class PerLayerEmbedding(payload_base.Payload):
     """
     row = math.sqrt(self.memory_dim) * payload_base.joined(rows)
     own = self._dense(self.memory_dim, ('embed', 'mlp'), 'own')(embedded)
-    own = layer_norm.LayerNorm(self.norm_epsilon, self.dtype, name='own_norm')(
-      own / math.sqrt(embedded.shape[-1])
-    )
+    own = layer_norm.LayerNorm(
+      self.norm_epsilon, dtype=self.dtype, name='own_norm'
+    )(own / math.sqrt(embedded.shape[-1]))
     return (row.astype(self.dtype) + own) / math.sqrt(2)
 
   @nn.compact
@@ -95,11 +96,10 @@ class PerLayerEmbedding(payload_base.Payload):
     """
     gate = self._dense(self.memory_dim, ('embed', 'mlp'), 'gate')(tokens)
     hidden = feed_forward.activate([gate, mixed], (self.activation, 'linear'))
-    init = nn.initializers.zeros if self.starts_as_identity else None
-    up = self._dense(tokens.shape[-1], ('mlp', 'embed'), 'up', init)(hidden)
-    return layer_norm.LayerNorm(self.norm_epsilon, self.dtype, name='norm')(up)
+    up = self._dense(tokens.shape[-1], ('mlp', 'embed'), 'up')(hidden)
+    return layer_norm.LayerNorm(
+      self.norm_epsilon, self.starts_as_identity, self.dtype, name='norm'
+    )(up)
 
-  def _dense(self, features, axes, name, init=None):
-    return linear.Dense(
-      features, axes, init or linear.dense_init, self.dtype, name=name
-    )
+  def _dense(self, features, axes, name):
+    return linear.Dense(features, axes, dtype=self.dtype, name=name)
