@@ -216,7 +216,7 @@ def test_block(case, golden):
   def run(params):
     seen = cases.Seen()
     block = decoder_only_stack.Block(
-      block_config(options, num_tokens, seen), 0, {}, {}
+      block_config(options, num_tokens, seen), 0, {}, {}, {}
     )
     norm = lambda name: {
       part: params[f'{name}_{part}'] for part in ('scale', 'bias')

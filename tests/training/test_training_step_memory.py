@@ -10,7 +10,7 @@ from mowe.layers.memory import word_experts
 from mowe.models.t5 import t5, t5_config
 from mowe.training import train_state, training_step
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words.plans import batch_plans
+from mowe.words.plans import batch_plans, step_plans
 
 _FEW, _MANY = 4096, 262_144
 _BATCH, _INPUTS, _TARGETS = 2, 6, 4
@@ -62,7 +62,9 @@ def _compile(num_experts, table_dtype):
     'decoder': rng.integers(0, _FEW, (_BATCH, _TARGETS), np.int32),
   }
   ladder = batch_plans.profile_ladder([ids], num_experts)
-  plan = batch_plans.make_plan(ids, ladder[0], num_experts)
+  plan = step_plans.StepPlan(
+    batch_plans.make_plan(ids, ladder[0], num_experts), {}
+  )
   targets = np.ones((_BATCH, _TARGETS), np.int32)
   batch = {
     'encoder_input_tokens': np.ones((_BATCH, _INPUTS), np.int32),

@@ -326,6 +326,7 @@ def _check_routing(tokens, routing_ids, plan):
   if ids.shape != tokens.shape[:2]:
     raise ValueError(
       f'{given} must have the [batch, length] shape of tokens, '
-      f'{tokens.shape[:2]}, but have {ids.shape}. Encode or plan the same '
-      'batch.'
+      f'{tokens.shape[:2]}, but have {ids.shape}. Give the ids that '
+      'RoutingVocabulary.encoder_ids or decoder_ids makes of the same tokens, '
+      'or the plan of these ids.'
     )

@@ -35,6 +35,9 @@ def _parameters(path):
 
 @pytest.mark.parametrize('path', _MODELS, ids=lambda path: path.stem)
 def test_every_axis_of_every_model_has_its_rules(path):
+  if any(name[-1] == 'memory_rows' for name, _ in _parameters(path)):
+    # T5X refuses models with memories; see test_t5x_models.py.
+    return
   factors = t5x_rules.factor_rules()
   on_mesh = {*_T5X, *(axis for axis, _ in t5x_rules.axis_rules())}
   for _, axes in _parameters(path):

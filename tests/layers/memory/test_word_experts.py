@@ -297,5 +297,7 @@ def test_bad_routing_ids_are_named():
   )
   with pytest.raises(ValueError, match='T5Config.routing'):
     init(None)
-  with pytest.raises(ValueError, match='RoutingVocabulary.encoder_ids'):
+  with pytest.raises(
+    ValueError, match='Give the ids that RoutingVocabulary.encoder_ids'
+  ):
     init(jnp.zeros((4, 2), jnp.int32))
