@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_memories
 
 from mowe.layers.dispatch import capacity_dispatch, token_groups
 from mowe.layers.memory import word_experts
@@ -477,6 +478,11 @@ def test_what_t5x_cannot_train_is_refused(world):
       'moe',
       {'sparse_feed_forward': biased},
       'bias_rate must be 0, but is 0.1.* Set it to 0',
+    ),
+    (
+      'moe',
+      {'memories': (tiny_memories.make_memories()[0],)},
+      r"must have no memories.*\['engram'\]. Train it with `mowe train`",
     ),
   ):
     with pytest.raises(ValueError, match=message):
