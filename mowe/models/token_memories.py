@@ -8,11 +8,12 @@ tokens alone (`words/addresses`), and in each block that reads it a payload
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 from flax import linen as nn
 
+from mowe.layers import feed_forward_base
 from mowe.layers.memory import host_rows, row_table
 from mowe.layers.memory.payloads import payload_base
 from mowe.models import model_config
@@ -216,8 +217,9 @@ class BlockMemories(nn.Module):
     tables: the tables of all memories, by name.
 
   Call: a class of places, tokens <dtype>[batch, length, embed],
-    `model_config.MemoryInputs`, and by name `decode` and `deterministic`, to a list with what each payload
-    at such a place returns, <dtype>[batch, length, embed] each.
+    `model_config.MemoryInputs`, and by name `decode` and `deterministic`, to a
+    list with what each payload at such a place returns, <dtype>[batch, length,
+    embed] each.
   """
 
   config: model_config.ModelConfig
@@ -274,6 +276,95 @@ def at_input(
   )
   for memory, output in zip(memories, outputs, strict=True):
     tokens = tokens + output if memory.adds else output
+  return tokens
+
+
+class Block(Protocol):
+  """What a block has whose feed-forward stands among memories.
+
+  Attributes:
+    memories: the memories of the block.
+    has_feed_forward: whether it has a feed-forward beside them, `mlp`.
+    mlp: the feed-forward.
+    pre_mlp_layer_norm: the norm before the feed-forward.
+    dropout: the dropout of what is added to the stream of tokens.
+  """
+
+  memories: BlockMemories
+  has_feed_forward: bool
+  mlp: nn.Module
+  pre_mlp_layer_norm: nn.Module
+  dropout: nn.Module
+
+
+def before_attention(
+  block: Block,
+  tokens: jax.Array,
+  routing: model_config.StreamRouting,
+  *,
+  decode: bool,
+  deterministic: bool,
+) -> jax.Array:
+  """Returns tokens <dtype>[batch, length, embed] for a block's attention."""
+  return _added(
+    block,
+    BeforeAttention,
+    tokens,
+    routing,
+    decode=decode,
+    deterministic=deterministic,
+  )
+
+
+def feed_forward(
+  block: Block,
+  tokens: jax.Array,
+  routing: model_config.StreamRouting,
+  *,
+  decode: bool,
+  deterministic: bool,
+) -> jax.Array:
+  """Adds a block's feed-forward, and memories beside, instead of and after it.
+
+  Args:
+    block: the block.
+    tokens: <dtype>[batch, length, embed], after the attention.
+    routing: the inputs of sparse layers and memories.
+    decode: whether to go on from a cache, one token at a time.
+    deterministic: turns dropout off.
+
+  Returns:
+    <dtype>[batch, length, embed].
+  """
+  settings = {'decode': decode, 'deterministic': deterministic}
+  normed = block.pre_mlp_layer_norm(tokens)
+  outputs = []
+  for kind in (BesideFeedForward, InsteadOfFeedForward):
+    outputs += block.memories(kind, normed, routing.memories, **settings)
+  if block.has_feed_forward:
+    outputs.append(
+      feed_forward_base.call(
+        block.mlp,
+        normed,
+        routing_ids=routing.ids,
+        plan=routing.plan,
+        deterministic=deterministic,
+      )
+    )
+  tokens = tokens + block.dropout(sum(outputs), deterministic=deterministic)
+  return _added(block, AfterFeedForward, tokens, routing, **settings)
+
+
+def _added(block, kind, tokens, routing, *, decode, deterministic):
+  """The tokens with what the memories at one kind of place return."""
+  for output in block.memories(
+    kind,
+    tokens,
+    routing.memories,
+    decode=decode,
+    deterministic=deterministic,
+  ):
+    tokens = tokens + block.dropout(output, deterministic=deterministic)
   return tokens
 
 

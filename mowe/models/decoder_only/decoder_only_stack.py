@@ -1,12 +1,10 @@
 """Blocks of a decoder-only model, from embedded to normed tokens."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import feed_forward_base, linear, parameter
+from mowe.layers import linear, parameter
 from mowe.models import model_config, token_memories
 from mowe.models.decoder_only import decoder_only_config
 
@@ -49,11 +47,8 @@ class Block(nn.Module):
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
   def __call__(self, tokens, positions, mask, routing, decode, deterministic):
-    remembered = functools.partial(
-      self._remembered, routing, decode, deterministic
-    )
-    for added in remembered(token_memories.BeforeAttention, tokens):
-      tokens = tokens + self.dropout(added, deterministic=deterministic)
+    settings = {'decode': decode, 'deterministic': deterministic}
+    tokens = token_memories.before_attention(self, tokens, routing, **settings)
     normed = self.pre_self_attention_layer_norm(tokens)
     attended = self.self_attention(
       normed,
@@ -64,33 +59,7 @@ class Block(nn.Module):
       deterministic=deterministic,
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    normed = self.pre_mlp_layer_norm(tokens)
-    outputs = remembered(token_memories.BesideFeedForward, normed)
-    outputs += remembered(token_memories.InsteadOfFeedForward, normed)
-    if self.has_feed_forward:
-      outputs.append(
-        feed_forward_base.call(
-          self.mlp,
-          normed,
-          routing_ids=routing.ids,
-          plan=routing.plan,
-          deterministic=deterministic,
-        )
-      )
-    tokens = tokens + self.dropout(sum(outputs), deterministic=deterministic)
-    for added in remembered(token_memories.AfterFeedForward, tokens):
-      tokens = tokens + self.dropout(added, deterministic=deterministic)
-    return tokens
-
-  def _remembered(self, routing, decode, deterministic, kind, tokens):
-    """What the memories at one kind of place return."""
-    return self.memories(
-      kind,
-      tokens,
-      routing.memories,
-      decode=decode,
-      deterministic=deterministic,
-    )
+    return token_memories.feed_forward(self, tokens, routing, **settings)
 
   def _with_memory(self, tokens, normed):
     """Prepends the memory to normed tokens, and stores the tokens in it.

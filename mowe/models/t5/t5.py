@@ -436,7 +436,8 @@ def initial_cache(
 ) -> decoding.Cache:
   """Returns the decoder's cache before the first token.
 
-  All of it but the states of memories is zeros. The shapes come from tracing a first pass, which is never run.
+  All of it but the states of memories is zeros. The shapes come from tracing a
+  first pass, which is never run.
 
   Args:
     model: a module with the methods of `mowe.models.t5.t5.T5`.

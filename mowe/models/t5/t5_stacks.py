@@ -1,18 +1,16 @@
 """Encoder and decoder of a T5, from embedded tokens to normed outputs."""
 
-import functools
-
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mowe.layers import feed_forward_base, layer_norm, linear
+from mowe.layers import layer_norm, linear
 from mowe.layers.attention import multi_head, relative_position
 from mowe.models import token_memories
 from mowe.models.t5 import t5_config
 
 
 class _Block(nn.Module):
-  """Base of encoder and decoder blocks: norm, feed-forward and residual.
+  """Base of encoder and decoder blocks: feed-forward, memories and norms.
 
   Attributes:
     config: the config whose layers are those of this block.
@@ -40,46 +38,6 @@ class _Block(nn.Module):
       self.mlp = config.make_feed_forward(*place, self.shared)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
-  def _feed_forward(self, tokens, routing, decode, deterministic):
-    """Adds the feed-forward, and memories beside, instead of and after it."""
-    remembered = functools.partial(
-      self._remembered, routing, decode, deterministic
-    )
-    normed = self.pre_mlp_layer_norm(tokens)
-    outputs = remembered(token_memories.BesideFeedForward, normed)
-    outputs += remembered(token_memories.InsteadOfFeedForward, normed)
-    if self.has_feed_forward:
-      outputs.append(
-        feed_forward_base.call(
-          self.mlp,
-          normed,
-          routing_ids=routing.ids,
-          plan=routing.plan,
-          deterministic=deterministic,
-        )
-      )
-    tokens = tokens + self.dropout(sum(outputs), deterministic=deterministic)
-    for added in remembered(token_memories.AfterFeedForward, tokens):
-      tokens = tokens + self.dropout(added, deterministic=deterministic)
-    return tokens
-
-  def _before_attention(self, tokens, routing, decode, deterministic):
-    """Adds what memories before the attention return."""
-    for added in self._remembered(
-      routing, decode, deterministic, token_memories.BeforeAttention, tokens
-    ):
-      tokens = tokens + self.dropout(added, deterministic=deterministic)
-    return tokens
-
-  def _remembered(self, routing, decode, deterministic, kind, tokens):
-    return self.memories(
-      kind,
-      tokens,
-      routing.memories,
-      decode=decode,
-      deterministic=deterministic,
-    )
-
 
 class EncoderBlock(_Block):
   """Self-attention and feed-forward, each with a norm and a residual.
@@ -96,13 +54,14 @@ class EncoderBlock(_Block):
     self._setup_feed_forward()
 
   def __call__(self, tokens, bias, mask, routing, deterministic):
-    tokens = self._before_attention(tokens, routing, False, deterministic)
+    settings = {'decode': False, 'deterministic': deterministic}
+    tokens = token_memories.before_attention(self, tokens, routing, **settings)
     normed = self.pre_attention_layer_norm(tokens)
     attended = self.attention(
       normed, normed, bias=bias, mask=mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    return self._feed_forward(tokens, routing, False, deterministic)
+    return token_memories.feed_forward(self, tokens, routing, **settings)
 
 
 class DecoderBlock(_Block):
@@ -136,7 +95,8 @@ class DecoderBlock(_Block):
     decode,
     deterministic,
   ):
-    tokens = self._before_attention(tokens, routing, decode, deterministic)
+    settings = {'decode': decode, 'deterministic': deterministic}
+    tokens = token_memories.before_attention(self, tokens, routing, **settings)
     normed = self.pre_self_attention_layer_norm(tokens)
     attended = self.self_attention(
       normed,
@@ -161,7 +121,7 @@ class DecoderBlock(_Block):
       normed, keys, values, mask=cross_mask, deterministic=deterministic
     )
     tokens = tokens + self.dropout(attended, deterministic=deterministic)
-    return self._feed_forward(tokens, routing, decode, deterministic)
+    return token_memories.feed_forward(self, tokens, routing, **settings)
 
   def remember(self, encoded):
     """Stores keys and values of the encoder's outputs in `encoder_memory`."""
