@@ -172,7 +172,7 @@ def _bad_binding(binding, error) -> str:
 
 
 def _near_field(name: str) -> str:
-  """A hint if the name is nearly that of a field, such as `T5Config.emb_dimm`."""
+  """A hint if the name is nearly that of a field: `T5Config.emb_dimm`."""
   selector, _, field = name.rpartition('.')
   try:
     configurable = gin.get_configurable(selector)

@@ -5,9 +5,9 @@ a run of several processes there is one file for each. A checkpoint has an
 index, `experts.0.npz`: for every expert the place of its record in such a file,
 and checksums. Every read compares the checksums of what it reads.
 
-Tables whose rows are named alike are a *group* (see `words.plans.step_plans`), and
-their files begin with its name: `experts` for the tables of word experts, and
-the name of a memory for its table, whose rows take the place of experts.
+Tables whose rows are named alike are a *group* (see `words.plans.step_plans`),
+and their files begin with its name: `experts` for the tables of word experts,
+and the name of a memory for its table, whose rows take the place of experts.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Products of every token with the kernel of its own expert.
 
-A plan puts the experts into size classes (`words/plans/batch_plans.py`). Each class
-is one batched product [experts, room, in] x [experts, in, out]: the kernels of
-its experts and the tokens in its slots are gathered and multiplied.
+A plan puts the experts into size classes (`words/plans/batch_plans.py`). Each
+class is one batched product [experts, room, in] x [experts, in, out]: the
+kernels of its experts and the tokens in its slots are gathered and multiplied.
 
 - It is computed a few experts at a time. What was gathered is then still in the
   cache when it is multiplied, and the kernels of all present experts are never

@@ -16,9 +16,9 @@ from mowe.layers.memory import product_keys
 class MemoryPlus(feed_forward_base.FeedForward):
   """A memory whose address is learned: each token reads the values it asks for.
 
-  Each head of a token forms a query, and chooses the `knn` keys with the largest
-  scores. A softmax over a head's scores weighs their values, and heads are added
-  up. With o, what was read:
+  Each head of a token forms a query, and chooses the `knn` keys with the
+  largest scores. A softmax over a head's scores weighs their values, and heads
+  are added up. With o, what was read:
 
     result = (o * silu(x W_g)) W_o
 

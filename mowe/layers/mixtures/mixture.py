@@ -130,7 +130,7 @@ class Mixture:
       kernels: arrays <float>[expert, ...] by name, for all experts or for this
         device's part of them.
       decision: the decision that `decide` returned.
-      expert: the computation of one expert, such as `experts.ExpertFeedForward`.
+      expert: the computation of one expert, as `experts.ExpertFeedForward`.
       dropout: dropout of the experts' hidden units; None without dropout.
 
     Returns:

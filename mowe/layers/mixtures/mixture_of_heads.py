@@ -344,7 +344,7 @@ class MixtureOfAttentionHeads(multi_head.MultiHeadAttention):
       **asked: the fields of `router_base.RouterInputs`.
 
     Returns:
-      StageResults with the queries as its units, the decision for the second stage
+      StageResults with the queries as units, the decision for the second stage
       as its own, and the RouterStats of these groups as its sums.
     """
     parts = self._parts(training)

@@ -1,4 +1,4 @@
-"""The contract of addresses: which rows of a table the tokens of a text name."""
+"""The contract of addresses: which rows of a table tokens name."""
 
 import abc
 import functools

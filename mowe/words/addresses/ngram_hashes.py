@@ -48,8 +48,8 @@ def offsets(moduli: Moduli) -> list[int]:
 class MultiplyXor:
   """Ids times odd constants, joined by exclusive or, modulo primes.
 
-  Source: Engram, arXiv 2601.07372, and its demo. All slots of an order share one
-  hash and differ in the prime alone. Distinct primes keep two n-grams that
+  Source: Engram, arXiv 2601.07372, and its demo. All slots of an order share
+  one hash and differ in the prime alone. Distinct primes keep two n-grams that
   collide in one slot apart in the others.
 
   Attributes:

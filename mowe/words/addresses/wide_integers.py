@@ -1,8 +1,8 @@
 """Products of 64 bits and their remainders, in NumPy and in JAX.
 
 Hashes of n-grams multiply token ids by constants of 63 bits. NumPy has integers
-of 64 bits. JAX has none unless a program turns them on for everything, and a TPU
-computes with 32 bits. So a `Wide` is an <int64> array in NumPy, and in JAX a
+of 64 bits. JAX has none unless a program turns them on for everything, and a
+TPU computes with 32 bits. So a `Wide` is an <int64> array in NumPy, and in JAX a
 pair of <uint32> arrays. The functions below take and return either.
 """
 

@@ -138,7 +138,7 @@ class RowPlanner:
     return np.where(rows >= 0, places, np.int32(-1))
 
   def _named(self, batch) -> dict[str, np.ndarray]:
-    """Stream -> the rows that its tokens name, <int32>[batch, length, slots]."""
+    """Stream -> the rows its tokens name, <int32>[batch, length, slots]."""
     rows_of = {
       'encoder': self._address.encoder_rows,
       'decoder': self._address.decoder_rows,
