@@ -38,9 +38,10 @@ def make_router(
     num_microbatches: number of parts into which a batch is cut.
   """
   streams = model_config.word_streams(config)
+  names = model_config.names_experts(config)
   if _reads_from_host(config):
     if streams:
-      return batch_router.IdsRouter(config.routing)
+      return batch_router.IdsRouter(names)
     return batch_router.NoRouter()
   if not (streams or config.memories):
     return batch_router.NoRouter()
@@ -48,7 +49,7 @@ def make_router(
   experts = None
   if streams:
     experts = batch_router.BatchRouter(
-      config.routing,
+      names,
       streams=streams,
       trial_batches=trial_batches,
       num_microbatches=num_microbatches,

@@ -12,7 +12,7 @@ import jax
 from mowe.commands import data_config, evaluations, periodic_evaluation, summary
 from mowe.data import batch_source, prefetch
 from mowe.model_folders import initial_state, model_folder
-from mowe.models import initialization, model_config
+from mowe.models import initialization, model_config, token_memories
 from mowe.models.families import costs, families, model_description
 from mowe.stores import expert_stores
 from mowe.training import (
@@ -123,8 +123,8 @@ class Training:
       )
     if model.routing is not None:
       model.routing.check_subwords(vocabulary)
-    for memory in model.memories:
-      memory.address.check_subwords(vocabulary)
+    for address in token_memories.addresses(model).values():
+      address.check_subwords(vocabulary)
     batch_size = self.data.batch_size
     partitioning.check_batch_size(batch_size, mesh, self.num_microbatches)
     model.check_mesh(
@@ -222,7 +222,7 @@ def train(
     training.freeze_experts,
     optimizer,
   )
-  if model_config.word_streams(model):
+  if model_config.word_streams(model) and model.expert_names is None:
     summary.show_experts(model.routing, router.seen_loads, mesh)
   if dry_run:
     return None

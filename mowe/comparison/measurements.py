@@ -254,13 +254,13 @@ def _is_date(text: str) -> bool:
 
 def _word_loads(config, batches) -> Iterator[dict[str, Any]]:
   """Yields the load of word experts; all blocks of a stack have the same."""
-  routing = config.routing
+  names = model_config.names_experts(config)
   for stream in model_config.word_streams(config):
     feature, routing_ids = {
-      'encoder': ('encoder_input_tokens', routing.encoder_ids),
-      'decoder': ('decoder_input_tokens', routing.decoder_ids),
+      'encoder': ('encoder_input_tokens', names.encoder_ids),
+      'decoder': ('decoder_input_tokens', names.decoder_ids),
     }[stream]
-    number = routing.num_experts
+    number = names.num_experts
     counts = np.zeros(number + 1, np.int64)
     for batch in batches:
       ids = np.asarray(routing_ids(batch[feature]))

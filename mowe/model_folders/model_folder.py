@@ -23,6 +23,7 @@ from mowe.models.families import families, model_description
 from mowe.stores import expert_stores, store_groups
 from mowe.training import checkpointing
 from mowe.words import atomic_files, base_vocabulary
+from mowe.words.plans import step_plans
 
 _MODEL = 'model.json'
 
@@ -112,6 +113,14 @@ def check_same_vocabularies(
         f'{_identity(new[name])}. Give the {kind} vocabulary in '
         f'{file.parent}, or other weights.'
       )
+  named = [_names_of_experts(described) for described in (old, new)]
+  if None not in named and named[0] != named[1]:
+    raise ValueError(
+      'What names the experts of tokens must be as in the weights that a model '
+      f'starts from, but {path} has the fingerprint {named[0][:12]} and the '
+      f'model {named[1][:12]}. Give it the same routing vocabulary and the '
+      'same expert_names.'
+    )
   _check_same_memories(path, old['config'], new['config'])
   for name, fingerprint in new['addresses'].items():
     if old['addresses'].get(name, fingerprint) != fingerprint:
@@ -121,6 +130,14 @@ def check_same_vocabularies(
         f'{old["addresses"][name][:12]} and the model {fingerprint[:12]}. Give '
         'it the same address: tokens, hash, sizes and seed.'
       )
+
+
+def _names_of_experts(described: Any) -> str | None:
+  """A fingerprint of what names experts; None if the tokens name none."""
+  if described['config'].get('sparse_feed_forward') is None:
+    return None
+  routing = described['routing'] or {}
+  return described['addresses'].get(step_plans.EXPERTS, routing.get('sha256'))
 
 
 def _check_same_memories(path: str, old: Any, new: Any) -> None:

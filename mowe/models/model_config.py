@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from mowe.layers import feed_forward_base, platforms
 from mowe.layers.attention import attention_base
+from mowe.words.addresses import expert_address
 
 # Linen collection that a batch leaves to the next one; see `memory_length`.
 MEMORY = 'segment_memory'
@@ -29,10 +30,12 @@ Factory = Callable[..., nn.Module]
 
 
 class Routing(Protocol):
-  """The part of a routing vocabulary that a model uses; it takes JAX arrays.
+  """What names the word experts of tokens; it takes JAX arrays.
+
+  A routing vocabulary is one, and so is `expert_address.ExpertAddress`.
 
   Attributes:
-    num_experts: the number of word experts that the vocabulary tells apart.
+    num_experts: the number of word experts that it tells apart.
   """
 
   num_experts: int
@@ -47,7 +50,7 @@ class Routing(Protocol):
     """Routing ids of one token [batch, 1], and the next state."""
 
   def initial_state(self, batch):
-    """State before the first token, <uint32>[batch, 2]."""
+    """State before the first token, <int32 or uint32>[batch, any]."""
 
 
 class ModelConfig(Protocol):
@@ -68,8 +71,10 @@ class ModelConfig(Protocol):
     dtype: dtype of activations; parameters are float32.
     logits_via_embedding: whether the logits are products with the embedding;
       otherwise they have a kernel of their own.
-    routing: makes routing ids where the batch has none; None if the model has
-      no word experts.
+    routing: the routing vocabulary; None if the model reads no words. It makes
+      routing ids where the batch has none.
+    expert_names: makes routing ids in its place, by an address; None for the
+      experts of words. See `names_experts`.
     sparse_feed_forward: factory of the sparse feed-forwards; None if all
       feed-forwards are dense.
     streams: the streams of tokens in a batch: 'decoder', preceded by 'encoder'
@@ -93,6 +98,7 @@ class ModelConfig(Protocol):
   dtype: Any
   logits_via_embedding: bool
   routing: Routing | None
+  expert_names: expert_address.ExpertAddress | None
   sparse_feed_forward: Factory | None
   streams: tuple[str, ...]
   memory_length: int
@@ -212,6 +218,13 @@ def check_blocks(stream: str, blocks: tuple[int, ...], depth: int) -> None:
 
 def check_layers(config: ModelConfig) -> None:
   """Raises ValueError if sparse layers do not fit their stream or routing."""
+  if config.sparse_feed_forward is None:
+    if config.expert_names is not None:
+      raise ValueError(
+        'expert_names needs layers with word experts, but sparse_feed_forward '
+        'is None. Set both or neither.'
+      )
+    return
   layers, blocks = config.sparse_layers(), config.sparse_blocks()
   decoder = layers['decoder']
   if blocks['decoder'] and feed_forward_base.contract(decoder).looks_ahead:
@@ -223,17 +236,23 @@ def check_layers(config: ModelConfig) -> None:
       'first_choices_first and batch_prioritized are False '
       '(sparse_decoder_feed_forward of a T5Config).'
     )
-  if config.routing is None:
+  names = names_experts(config)
+  if names is None:
     return
   for layer in layers.values():
     experts = feed_forward_base.contract(layer).num_word_experts()
-    if experts not in (None, config.routing.num_experts):
+    if experts not in (None, names.num_experts):
+      what = 'routing vocabulary' if config.expert_names is None else 'address'
       raise ValueError(
-        'The layer and the routing vocabulary must have the same number '
-        f'of experts, but the layer has {experts} and the vocabulary '
-        f'{config.routing.num_experts}. Set num_experts of the layer, or '
-        'build the vocabulary with --num_experts.'
+        f'The layer and the {what} must have the same number of experts, but '
+        f'the layer has {experts} and the {what} {names.num_experts}. Set '
+        'num_experts of the layer, or build the vocabulary with --num_experts.'
       )
+
+
+def names_experts(config: ModelConfig) -> Routing | None:
+  """Returns what names the word experts of tokens; None if nothing does."""
+  return config.routing if config.expert_names is None else config.expert_names
 
 
 def check_mesh(
@@ -312,7 +331,7 @@ def routes_tokens(config: ModelConfig) -> bool:
 
 def word_streams(config: ModelConfig) -> tuple[str, ...]:
   """Returns the streams that have sparse layers which read word experts."""
-  if config.sparse_feed_forward is None or config.routing is None:
+  if config.sparse_feed_forward is None or names_experts(config) is None:
     return ()
   return tuple(
     name for name, blocks in config.sparse_blocks().items() if blocks
@@ -371,8 +390,8 @@ def routing_ids(
 
   Args:
     config: the config of the model.
-    method: name of the method of `config.routing` to call, 'encoder_ids' or
-      'decoder_ids'; it is not used if the config has no routing.
+    method: which ids, 'encoder_ids' or 'decoder_ids' of `Routing`; it is not
+      used if nothing names experts.
     ids: <int32>[batch, length], token ids of the inputs of the stream.
     real: <bool>[batch, length], False for padding.
     segment_ids: <int32>[batch, length], the number of the example to which each
@@ -381,8 +400,9 @@ def routing_ids(
   Returns:
     The routing ids, -1 for padding; None if no layer reads token ids.
   """
-  if config.routing is not None:
-    return getattr(config.routing, method)(ids, segment_ids)
+  names = names_experts(config)
+  if names is not None:
+    return getattr(names, method)(ids, segment_ids)
   # Word experts cannot use ids of tokens in place of those of words: they get
   # None, and raise an error that says so.
   return jnp.where(real, ids, -1) if routes_tokens(config) else None

@@ -18,6 +18,7 @@ from mowe.layers.memory import host_rows, row_table
 from mowe.layers.memory.payloads import payload_base
 from mowe.models import model_config
 from mowe.words.addresses import address_base
+from mowe.words.plans import step_plans
 
 _ROW_MULTIPLE = 128
 _TABLE_DTYPES = ('float32', 'bfloat16')
@@ -491,6 +492,16 @@ def next_rows(
   return rows, after
 
 
+def addresses(
+  config: model_config.ModelConfig,
+) -> dict[str, address_base.Address]:
+  """Returns the addresses of all memories, by name, and that of experts."""
+  named = {memory.name: memory.address for memory in config.memories}
+  if config.expert_names is not None:
+    named[step_plans.EXPERTS] = config.expert_names.address
+  return named
+
+
 def check_memories(config: model_config.ModelConfig) -> None:
   """Raises ValueError if memories do not fit the stacks of the model."""
   names = [memory.name for memory in config.memories]
@@ -499,6 +510,8 @@ def check_memories(config: model_config.ModelConfig) -> None:
       f'Each memory must have a name of its own, but the names are {names}. '
       'Rename one of them.'
     )
+  for name, address in addresses(config).items():
+    _check_routing(config, name, address)
   depths = config.depths()
   for memory in config.memories:
     for stream, number in memory.places():
@@ -524,7 +537,6 @@ def check_memories(config: model_config.ModelConfig) -> None:
           f'has a sparse one and the memory {instead[0].name!r} instead of it. '
           'Take the block out of one of them.'
         )
-    _check_routing(config, memory)
     _check_segment_memory(config, memory)
     if not (memory.adds or isinstance(memory.place, AtInput)):
       raise ValueError(
@@ -536,19 +548,21 @@ def check_memories(config: model_config.ModelConfig) -> None:
     memory.make_table(config.emb_dim)
 
 
-def _check_routing(config: model_config.ModelConfig, memory: Memory) -> None:
+def _check_routing(
+  config: model_config.ModelConfig, name: str, address: address_base.Address
+) -> None:
   """Raises ValueError unless the address reads the model's routing vocabulary.
 
   A model folder has one routing vocabulary, that of the config.
   """
-  own = memory.address.routing_vocabulary()
+  own = address.routing_vocabulary()
   if own is None:
     return
   if config.routing is None or config.routing.sha256 != own.sha256:
     there = 'none' if config.routing is None else config.routing.sha256[:12]
     raise ValueError(
-      f'The memory {memory.name!r} must read the routing vocabulary of the '
-      f'model, but its address has sha256 {own.sha256[:12]} and the model '
+      f'The address of {name!r} must read the routing vocabulary of the '
+      f'model, but has sha256 {own.sha256[:12]} and the model '
       f'{there}. Set `routing` of the config to that of the address.'
     )
 

@@ -272,11 +272,12 @@ def routing_metrics(model: nn.Module, batch: Batch) -> Metrics:
   the rest is padding: the three shares add up to one.
   """
   metrics = {}
+  names = model_config.names_experts(model.config)
   for stream in ('encoder', 'decoder'):
     ids = batch.get(f'{stream}_routing_ids')
-    if ids is None or model.config.routing is None:
+    if ids is None or names is None:
       continue
-    num_experts = model.config.routing.num_experts
+    num_experts = names.num_experts
     total = jnp.asarray(ids.size, jnp.float32)
     share = lambda which, total=total: Mean(
       jnp.sum(which.astype(jnp.float32)), total

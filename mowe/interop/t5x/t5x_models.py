@@ -330,6 +330,12 @@ def _check_layers(config: t5_config.T5Config) -> None:
       'In T5X a model must have no memories, as their rows need an optimizer '
       f'of their own, but this one has {names}. Train it with `mowe train`.'
     )
+  if config.expert_names is not None:
+    raise ValueError(
+      'In T5X the experts of a model must be those of words, but here '
+      f'{type(config.expert_names.address).__name__} names them. Train it with '
+      '`mowe train`.'
+    )
   for layer in config.sparse_layers().values():
     reads_tokens = feed_forward_base.contract(layer).reads_token_ids
     if not reads_tokens and config.routing is None:

@@ -360,8 +360,8 @@ class _GenerationRouter:
   """Finds what tokens name while they are generated.
 
   With a routing vocabulary, the id of a token depends on the word so far, and
-  the rows of a memory may depend on some tokens before it. The states of both
-  are carried from step to step.
+  with an address, as the rows of a memory, on some tokens before it. The states
+  of both are carried from step to step.
   """
 
   def __init__(
@@ -369,7 +369,8 @@ class _GenerationRouter:
   ):
     self._config = config
     self._is_needed = bool(config.sparse_decoder_layers)
-    self._has_words = self._is_needed and config.routing is not None
+    self._names = model_config.names_experts(config)
+    self._has_words = self._is_needed and self._names is not None
     self._batch_size = batch_size
 
   def of_inputs(self, tokens, real):
@@ -380,7 +381,7 @@ class _GenerationRouter:
     """
     words = {}
     if self._has_words:
-      words['word'] = self._config.routing.initial_state(self._batch_size)
+      words['word'] = self._names.initial_state(self._batch_size)
     words['memories'] = token_memories.initial_states(
       self._config, self._batch_size
     )
@@ -412,7 +413,7 @@ class _GenerationRouter:
     if not self._has_words:
       ids = self._of_tokens(tokens, jnp.ones(tokens.shape, bool))
       return _Addressed(ids, rows), {'memories': states}
-    ids, word = self._config.routing.decoder_step(tokens, words['word'])
+    ids, word = self._names.decoder_step(tokens, words['word'])
     return _Addressed(ids, rows), {'memories': states, 'word': word}
 
   def _of_tokens(self, tokens, real):

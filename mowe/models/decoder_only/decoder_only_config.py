@@ -11,6 +11,7 @@ from flax import linen as nn
 from mowe.layers import feed_forward, layer_norm
 from mowe.layers.attention import self_attention
 from mowe.models import model_config, token_memories
+from mowe.words.addresses import expert_address
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class DecoderOnlyConfig:
       sparse.
     routing: makes routing ids where the batch has none. If it is None, layers
       that can be routed by token get the token ids, -1 for padding.
+    expert_names: makes routing ids in its place, by an address; None for the
+      experts of words.
     block_layers: pairs of a place and a factory, for layers of single blocks
       that differ from the others; see `model_config.ModelConfig`.
     memories: memories that are addressed by the tokens.
@@ -78,6 +81,7 @@ class DecoderOnlyConfig:
   sparse_feed_forward: model_config.Factory | None = None
   sparse_decoder_layers: tuple[int, ...] = ()
   routing: model_config.Routing | None = None
+  expert_names: expert_address.ExpertAddress | None = None
   block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
   memories: tuple[token_memories.Memory, ...] = ()
 
@@ -113,8 +117,7 @@ class DecoderOnlyConfig:
         'logits_bias needs logits with a kernel of their own, but '
         'logits_via_embedding is True. Leave one of the two out.'
       )
-    if self.sparse_feed_forward is not None:
-      model_config.check_layers(self)
+    model_config.check_layers(self)
     model_config.check_attentions(self)
     self._check_memory()
     token_memories.check_memories(self)

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from mowe.models import model_config
+from mowe.models import model_config, token_memories
 from mowe.models.families import saved_config
 from mowe.words import (
   base_vocabulary,
@@ -58,7 +58,8 @@ def describe(
     if config.routing is None
     else {'file': _ROUTING, 'sha256': config.routing.sha256},
     'addresses': {
-      memory.name: memory.address.fingerprint for memory in config.memories
+      name: address.fingerprint
+      for name, address in token_memories.addresses(config).items()
     },
   }
 
@@ -152,11 +153,11 @@ def _check_sizes(file, config):
 
 def _check_addresses(file, saved, config):
   """Raises unless the memories name the same rows as when they were trained."""
-  for memory in config.memories:
-    found, expected = memory.address.fingerprint, saved.get(memory.name)
+  for name, address in token_memories.addresses(config).items():
+    found, expected = address.fingerprint, saved.get(name)
     if found != expected:
       raise ValueError(
-        f'The memory {memory.name!r} of {file} must be addressed as it was '
+        f'The memory {name!r} of {file} must be addressed as it was '
         f'trained, with the fingerprint {expected}, but its address has '
         f'{found}. Restore the file.'
       )

@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from mowe.models import model_config, token_memories
 from mowe.models.families import families
+from mowe.words.addresses import expert_address
 
 # Fields of a layer that the stack, the run or Linen sets. They are not part of
 # the saved config.
@@ -45,6 +46,7 @@ _FAMILY = 'family'
 
 _BLOCK_LAYERS = 'block_layers'
 _MEMORIES = 'memories'
+_EXPERT_NAMES = 'expert_names'
 _ROUTING = 'routing'
 
 # The key of a factory of layers that is a field of another layer.
@@ -95,6 +97,10 @@ def to_json(config: model_config.ModelConfig) -> dict[str, Any]:
       if value:
         tree[field.name] = list(map(_memory_to_json, value))
       continue
+    if field.name == _EXPERT_NAMES:
+      if value is not None:
+        tree[field.name] = _expert_names_to_json(value)
+      continue
     if field.name == 'dtype':
       value = jnp.dtype(value).name
     if field.name in parts:
@@ -130,6 +136,8 @@ def from_json(
       )
     elif name == _MEMORIES:
       values[name] = tuple(_memory_from_json(one, routing) for one in value)
+    elif name == _EXPERT_NAMES:
+      values[name] = _expert_names_from_json(value, routing)
     elif isinstance(value, dict):
       values[name] = _factory_from_json(value)
     else:
@@ -156,7 +164,7 @@ def _memory_to_json(memory):
   }
   payload = memory.make_payload(parent=None)
   return tree | {
-    'address': _part_to_json(memory.address, leave_out={_ROUTING}),
+    'address': _address_to_json(memory.address),
     'payload': _part_to_json(payload, leave_out=_GIVEN),
     'place': _part_to_json(memory.place),
   }
@@ -165,17 +173,42 @@ def _memory_to_json(memory):
 def _memory_from_json(tree, routing):
   known = {field.name for field in dataclasses.fields(token_memories.Memory)}
   _check_names('A saved memory', tree, known)
-  address, fields = _part_from_json(tree['address'], 'A saved address')
-  if any(field.name == _ROUTING for field in dataclasses.fields(address)):
-    fields[_ROUTING] = routing
   return token_memories.Memory(
     **tree
     | {
-      'address': address(**fields),
+      'address': _address_from_json(tree['address'], routing),
       'payload': _factory_from_json(tree['payload']),
       'place': _value_from_json(tree['place']),
     }
   )
+
+
+def _expert_names_to_json(names):
+  return {
+    'address': _address_to_json(names.address),
+    'num_experts': names.num_experts,
+  }
+
+
+def _expert_names_from_json(tree, routing):
+  known = {
+    field.name for field in dataclasses.fields(expert_address.ExpertAddress)
+  }
+  _check_names('A saved name of experts', tree, known)
+  address = _address_from_json(tree['address'], routing)
+  return expert_address.ExpertAddress(**tree | {'address': address})
+
+
+def _address_to_json(address):
+  # The routing vocabulary is a file of its own.
+  return _part_to_json(address, leave_out={_ROUTING})
+
+
+def _address_from_json(tree, routing):
+  address, fields = _part_from_json(tree, 'A saved address')
+  if any(field.name == _ROUTING for field in dataclasses.fields(address)):
+    fields[_ROUTING] = routing
+  return address(**fields)
 
 
 def _layer_to_json(field, layer):

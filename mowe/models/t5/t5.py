@@ -319,17 +319,18 @@ class T5(nn.Module):
     return model_config.routing_ids(self.config, method, ids, real, segment_ids)
 
   def _decoder_routing_ids(self, inputs, real, segment_ids, decode):
-    if not decode or self.config.routing is None:
+    names = model_config.names_experts(self.config)
+    if not decode or names is None:
       return self._routing_ids('decoder_ids', inputs, real, segment_ids)
     if not self.has_variable('cache', 'word_so_far'):
       ids = self._routing_ids('decoder_ids', inputs, real, segment_ids)
       # The state has rank 2, because T5X's beam search does not reorder leaves
       # of rank 1.
-      state = self.config.routing.initial_state(inputs.shape[0])
+      state = names.initial_state(inputs.shape[0])
       self.put_variable('cache', 'word_so_far', jnp.asarray(state))
       return ids
     state = self.get_variable('cache', 'word_so_far')
-    ids, state = self.config.routing.decoder_step(inputs, state)
+    ids, state = names.decoder_step(inputs, state)
     self.put_variable('cache', 'word_so_far', state)
     return ids
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from mowe.layers import feed_forward
 from mowe.layers.attention import multi_head
 from mowe.models import model_config, token_memories
+from mowe.words.addresses import expert_address
 
 Routing = model_config.Routing
 default_dtype = model_config.default_dtype
@@ -53,6 +54,8 @@ class T5Config:
       feed-forward is sparse.
     routing: makes routing ids where the batch has none. If it is None, layers
       that can be routed by token get the token ids, -1 for padding.
+    expert_names: makes routing ids in its place, by an address; None for the
+      experts of words.
     block_layers: pairs of a place and a factory, for layers of single blocks
       that differ from the others; see `model_config.ModelConfig`.
     memories: memories that are addressed by the tokens.
@@ -81,6 +84,7 @@ class T5Config:
   sparse_encoder_layers: tuple[int, ...] = ()
   sparse_decoder_layers: tuple[int, ...] = ()
   routing: Routing | None = None
+  expert_names: expert_address.ExpertAddress | None = None
   block_layers: tuple[tuple[str, model_config.Factory], ...] = ()
   memories: tuple[token_memories.Memory, ...] = ()
 
@@ -100,8 +104,7 @@ class T5Config:
         f'sparse_decoder_layers is {self.sparse_decoder_layers}. Set both or '
         'neither.'
       )
-    if self.sparse_feed_forward is not None:
-      model_config.check_layers(self)
+    model_config.check_layers(self)
     model_config.check_attentions(self)
     token_memories.check_memories(self)
 
