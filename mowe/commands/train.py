@@ -103,7 +103,7 @@ class Training:
   @property
   def has_tables(self) -> bool:
     """Whether the model has tables of word experts or of memories."""
-    return bool(model_config.word_streams(self.model) or self.model.memories)
+    return token_memories.has_tables(self.model)
 
   @property
   def rows_trained_by(self) -> row_optimizers.RowOptimizer | None:

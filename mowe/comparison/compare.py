@@ -9,6 +9,9 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from mowe.comparison import (
   experiments,
@@ -181,14 +184,6 @@ def _result(
     for run in runs
   ]
   measured = of_seeds[0]
-  # Each seed masks other spans, and one may have met none of a rare kind.
-  recall = {
-    kind: tuple(
-      sum(one['recall'].get(kind, {}).get(name, 0) for one in of_seeds)
-      for name in ('right', 'spans')
-    )
-    for kind in dict.fromkeys(k for one in of_seeds for k in one['recall'])
-  }
   loads = [
     answer_comparison.Load(**(load | {'shares': tuple(load['shares'])}))
     for load in measured['loads']
@@ -211,10 +206,45 @@ def _result(
     seconds=mean('seconds'),
     curve=[tuple(point) for point in measured['curve']],
     held_out_curve=[tuple(point) for point in measured['held_out_curve']],
-    recall=recall,
+    recall=_recall([one['recall'] for one in of_seeds]),
     loads=loads,
     note=sized.note,
     tries=choice.tries,
+    cell=sized.model.cell,
+    silenced=_silenced(of_seeds, questions),
+    # Runs that were measured before these numbers existed lack them.
+    reads=measured.get('reads')
+    and answer_comparison.Reads(**measured['reads']),
+  )
+
+
+def _recall(of_seeds) -> dict[str, tuple[int, ...]]:
+  """Adds up what was recalled with each seed.
+
+  Each seed masks other spans, and one may have met none of a rare kind.
+  """
+  return {
+    kind: tuple(
+      sum(one.get(kind, {}).get(name, 0) for one in of_seeds)
+      for name in ('right', 'spans')
+    )
+    for kind in dict.fromkeys(k for one in of_seeds for k in one)
+  }
+
+
+def _silenced(
+  of_seeds: Sequence[Mapping[str, Any]],
+  questions: Sequence[answer_comparison.Question],
+) -> answer_comparison.Silenced | None:
+  found = [one.get('silenced') for one in of_seeds]
+  if None in found:
+    return None
+  # The mean over all questions, of which each task has some.
+  em = [[one['em'][question.task] for question in questions] for one in found]
+  return answer_comparison.Silenced(
+    em=float(np.mean(em)),
+    text_loss=_mean([one['text_loss'] for one in found]),
+    recall=_recall([one['recall'] for one in found]),
   )
 
 

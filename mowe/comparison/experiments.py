@@ -55,6 +55,8 @@ class Model:
       '{seed}' in it is replaced. None for a model that is trained here.
     pretrained_folder: the model of `folder` before it was finetuned; None if it
       is not at hand, and the report then has neither losses nor recall of it.
+    cell: where the model stands in a grid of memories: what names its rows and
+      what they hold, such as ('word', 'expert'); None for other models.
   """
 
   name: str
@@ -67,6 +69,7 @@ class Model:
   budget: budgets.Budget | None = None
   folder: str | None = None
   pretrained_folder: str | None = None
+  cell: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +77,15 @@ class Tuning:
   """Learning rates that are tried, equally many for every model.
 
   Try number i trains a model with the first seed, with `rates[i]` and, if it
-  has word experts, with `row_rates[i]`. Each model therefore has the same
+  has word experts or memories, with `row_rates[i]`. Each model therefore has the same
   number of tries, however many rates it has. The try with the best exact match
   on `questions` is trained with the other seeds, too, and is reported.
 
   Attributes:
     rates: for each try the learning rate of ordinary parameters, the macro
       LEARNING_RATE.
-    row_rates: for each try the learning rate of the rows of expert tables, the
-      macro ROW_LEARNING_RATE.
+    row_rates: for each try the learning rate of the rows of tables, the macro
+      ROW_LEARNING_RATE.
     stage: name of the stage of training that has these rates.
     questions: names of token caches with the questions that choose between the
       tries. The report does not show these questions.
@@ -139,6 +142,8 @@ class Experiment:
     num_recalled: number of pretraining examples whose masked spans are to be
       recalled.
     num_bins: number of groups of questions by the frequency of their entities.
+    knock_out: whether every model with memories or sparse layers is measured
+      without them, too.
     report: name of the report's folder within the output.
 
   Raises:
@@ -156,6 +161,7 @@ class Experiment:
   num_points: int = 10
   num_recalled: int = 1024
   num_bins: int = 4
+  knock_out: bool = False
   report: str = 'report'
 
   def __post_init__(self):

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 
 from mowe.commands import data_config, evaluations, gin_config
-from mowe.comparison import budgets, experiment_data, planned_runs
+from mowe.comparison import budgets, experiment_data, memory_reads, planned_runs
 from mowe.data import lm_batches
 from mowe.evaluation import task_evaluation, text_metrics
 from mowe.layers.routers import router_losses
 from mowe.model_folders import model_folder
 from mowe.models import decoding, initialization, model_config, parameters
 from mowe.models.families import costs, families
+from mowe.models.surgery import silenced as silenced_models
 from mowe.training import (
   checkpointing,
   router_training,
@@ -65,23 +66,34 @@ def measure(planned: planned_runs.Run) -> dict[str, Any]:
     'text_loss': None,
     'recall': {},
     'loads': [],
+    'silenced': None,
+    'reads': None,
   }
+  silenced: dict[str, Any] = {'recall': {}, 'text_loss': None}
   measured |= _curves(planned)
   if planned.pretrained is not None:
     loaded = model_folder.load(planned.pretrained)
     measured |= _on_text(planned, text_data, loaded)
+    if _is_knocked_out(planned, loaded):
+      silenced = _on_text_silenced(planned, text_data, _silent(loaded))
     del loaded
   config, vocabulary = _config(planned.finetuned)
-  measured |= _costs(
-    planned, config, _real_lengths(text_data, config, vocabulary)
-  )
+  batches = _counted(_text_batches(text_data, config, vocabulary))
+  measured |= _costs(planned, config, _real_lengths(text_data, batches))
+  reads = memory_reads.of_model(config, batches)
+  measured['reads'] = reads and dataclasses.asdict(reads)
   measured |= _compiled_flops(config, text_data, vocabulary)
   print(
     'FLOPs per token: {flops_formula:,.0f} by formula, '
     '{flops_compiled:,.0f} in the compiled program'.format(**measured)
   )
   dropped = _dropped_in_training(planned)
-  measured['num_questions'], in_generation = _ask(planned)
+  loaded = model_folder.load(planned.finetuned)
+  measured['num_questions'], in_generation = _ask(planned, loaded)
+  if _is_knocked_out(planned, loaded):
+    measured['silenced'] = silenced | {
+      'em': _ask_silenced(planned, _silent(loaded))
+    }
   for load in measured['loads']:
     load['dropped_in_training'] = dropped.get(load['layer'])
     load['dropped_in_generation'] = in_generation.get(load['layer'])
@@ -159,11 +171,12 @@ def _compiled_flops(config, data, vocabulary) -> dict[str, Any]:
 # Text.
 
 
-def _real_lengths(data, config, vocabulary) -> dict[str, float]:
+def _counted(batches) -> list[dict[str, Any]]:
+  return list(itertools.islice(batches, _COUNTED_BATCHES))
+
+
+def _real_lengths(data, batches) -> dict[str, float]:
   """Returns the mean tokens of an example of the text, without padding."""
-  batches = list(
-    itertools.islice(_text_batches(data, config, vocabulary), _COUNTED_BATCHES)
-  )
   if not batches:
     return data.task_feature_lengths
   features = {
@@ -204,16 +217,37 @@ def _on_text(planned, data, loaded) -> dict[str, Any]:
     ).prepare(loaded.model, loaded.vocabulary, training_step.LossConfig())
     values |= evaluation(params, tables)
   loss = lambda name: _finite(values.get(f'{name}/loss'))
-  batches = list(
-    itertools.islice(
-      _text_batches(data, config, loaded.vocabulary), _COUNTED_BATCHES
-    )
-  )
+  batches = _counted(_text_batches(data, config, loaded.vocabulary))
   return {
     'text_loss': loss('text'),
     'held_out_loss': loss(experiment_data.HELD_OUT),
     'recall': _recall(planned, data, loaded),
     'loads': [*_word_loads(config, batches), *_router_loads(values)],
+  }
+
+
+def _is_knocked_out(planned, loaded) -> bool:
+  return planned.knock_out and silenced_models.can_be_silenced(
+    loaded.model.config
+  )
+
+
+def _silent(loaded) -> model_folder.LoadedModel:
+  """Returns a loaded model without what its memories hold."""
+  config = silenced_models.silenced(loaded.model.config)
+  return dataclasses.replace(loaded, model=loaded.model.clone(config=config))
+
+
+def _on_text_silenced(planned, data, loaded) -> dict[str, Any]:
+  """Measures the loss and the recall of a silenced model."""
+  print('With its memories silenced:')
+  evaluation = evaluations.LossEvaluation(
+    data, _COUNTED_BATCHES, 'text'
+  ).prepare(loaded.model, loaded.vocabulary, training_step.LossConfig())
+  values = evaluation(*parameters.split_tables(loaded.params))
+  return {
+    'text_loss': _finite(values.get('text/loss')),
+    'recall': _recall(planned, data, loaded),
   }
 
 
@@ -390,31 +424,22 @@ def _tokens_per_step(stage) -> float:
 # Functions that ask questions.
 
 
-def _ask(planned) -> tuple[int, dict[str, float]]:
+def _ask(planned, loaded) -> tuple[int, dict[str, float]]:
   """Asks all questions, and writes a line for each of them.
 
   Returns:
     The number of questions, and for each layer of the decoder the fraction of
     choices that were dropped while it answered.
   """
-  loaded = model_folder.load(planned.finetuned)
   data = _data_of(planned.reading[-1])
   generator = data.make_generator(loaded.model, loaded.params)
-  metric = planned.metric and text_metrics.of_name(planned.metric)
   lines = []
   dropped: dict[str, float] = {}
   for task in planned.questions:
     cache = data.open_cache(task, loaded.vocabulary)
     dropped = dropped or _dropped_in_generation(generator, cache)
     folder = pathlib.Path(planned.folder) / 'answers' / task
-    result = task_evaluation.evaluate_questions(
-      generator, cache, loaded.vocabulary, metric=metric, output_dir=folder
-    )
-    print(
-      f'{task}: EM {result.em:.1f}  F1 {result.f1:.1f}  '
-      f'({result.num_questions:,} questions, step {loaded.step})',
-      flush=True,
-    )
+    _asked(planned, loaded, generator, cache, folder)
     # splitlines would also split at other line ends, which texts may hold.
     text = (folder / 'predictions.jsonl').read_text('utf-8')
     for record, line in zip(
@@ -429,6 +454,36 @@ def _ask(planned) -> tuple[int, dict[str, float]]:
     pathlib.Path(planned.folder) / QUESTIONS, content.encode('utf-8', 'replace')
   )
   return len(lines), dropped
+
+
+def _ask_silenced(planned, loaded) -> dict[str, Any]:
+  """Returns the exact match of a silenced model, 0 to 100, for each task."""
+  print('With its memories silenced:')
+  data = _data_of(planned.reading[-1])
+  generator = data.make_generator(loaded.model, loaded.params)
+  return {
+    task: _asked(
+      planned, loaded, generator, data.open_cache(task, loaded.vocabulary)
+    ).em
+    for task in planned.questions
+  }
+
+
+def _asked(planned, loaded, generator, cache, folder=None):
+  """Asks the questions of one cache, and prints the scores."""
+  result = task_evaluation.evaluate_questions(
+    generator,
+    cache,
+    loaded.vocabulary,
+    metric=planned.metric and text_metrics.of_name(planned.metric),
+    output_dir=folder,
+  )
+  print(
+    f'{cache.path.name}: EM {result.em:.1f}  F1 {result.f1:.1f}  '
+    f'({result.num_questions:,} questions, step {loaded.step})',
+    flush=True,
+  )
+  return result
 
 
 def read_answers(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from mowe.comparison import budgets, experiment_data, experiments
 from mowe.data.caches import token_cache
 from mowe.evaluation import task_evaluation
 from mowe.model_folders import model_folder
+from mowe.models import model_config, token_memories
 from mowe.models.families import costs
 from mowe.training import checkpointing, manifests
 from mowe.words import base_vocabulary, subword_vocabularies
@@ -68,6 +69,7 @@ class Run:
     num_points: how often the loss on held-out text is measured in a stage of
       pretraining.
     num_recalled: number of examples whose masked spans are to be recalled.
+    knock_out: whether the model is measured without its memories, too.
     fingerprints: fingerprints of the questions and of held-out text, and
       digests of the checkpoints of a model from elsewhere.
   """
@@ -85,6 +87,7 @@ class Run:
   has_held_out: bool
   num_points: int
   num_recalled: int
+  knock_out: bool
   fingerprints: tuple[str, ...]
 
   def to_json(self) -> str:
@@ -106,7 +109,9 @@ class Run:
     """Returns a digest of all that its measurements depend on, paths aside."""
     fields = dataclasses.asdict(self)
     settings = [stage.settings for stage in self.stages or self.reading]
-    names = ('seed', 'questions', 'metric', 'num_recalled', 'fingerprints')
+    names = ['seed', 'questions', 'metric', 'num_recalled', 'fingerprints']
+    # What a knock-out adds changes nothing else that was measured.
+    names += ['knock_out'] * self.knock_out
     text = json.dumps([settings, {name: fields[name] for name in names}])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -119,6 +124,7 @@ class SizedModel:
     model: the model as the experiment has it.
     bindings: gin bindings of the model, with its width.
     cost: costs of the model with this width.
+    has_tables: whether the model has tables with a learning rate of their own.
     note: which width was chosen, and how far the cost is from the target; '' if
       nothing was chosen.
   """
@@ -126,6 +132,7 @@ class SizedModel:
   model: Model
   bindings: tuple[str, ...]
   cost: costs.ModelCosts
+  has_tables: bool
   note: str
 
 
@@ -190,12 +197,14 @@ class Plan:
     tuning = self._experiment.tuning
     return len(tuning.rates) if tuning and model.folder is None else 1
 
-  def _rates(self, model: Model, number: int) -> tuple[tuple[str, float], ...]:
+  def _rates(
+    self, sized: SizedModel, number: int
+  ) -> tuple[tuple[str, float], ...]:
     tuning = self._experiment.tuning
-    if tuning is None or model.folder is not None:
+    if tuning is None or sized.model.folder is not None:
       return ()
     rates = (('LEARNING_RATE', tuning.rates[number]),)
-    if model.words is not None:
+    if sized.has_tables:
       rates += (('ROW_LEARNING_RATE', tuning.row_rates[number]),)
     return rates
 
@@ -211,11 +220,12 @@ class Plan:
 
   def _sized_anew(self, model, asked) -> SizedModel:
     if model.folder is not None:
-      return SizedModel(model, (), self._cost_of_folder(model), 'not made here')
+      cost = self._cost_of_folder(model)
+      return SizedModel(model, (), cost, False, 'not made here')
     bindings = self._bindings(model)
     budget = model.budget
     if budget is None or budget.base == model.name:
-      return SizedModel(model, bindings, self._cost(model, bindings), '')
+      return self._sized_as(model, bindings, '')
     others = {other.name: other for other in self._experiment.models}
     base = self._size(others[budget.base], asked)
     lengths = self._lengths(model, bindings)
@@ -228,13 +238,18 @@ class Plan:
       name=model.name,
       unit=budget.unit,
     )
-    return SizedModel(
+    return self._sized_as(
       model,
       with_width(found.width),
-      self._cost(model, with_width(found.width)),
       f'{model.width.rpartition(".")[2]} = {found.width} for the '
       f'{budget.unit} of {budget.base} ({found.error:+.2%})',
     )
+
+  def _sized_as(self, model, bindings, note) -> SizedModel:
+    config = self._config(model, bindings)
+    has_tables = token_memories.has_tables(config)
+    cost = costs.model_costs(config)
+    return SizedModel(model, bindings, cost, has_tables, note)
 
   def _bindings(self, model: Model) -> tuple[str, ...]:
     prepared = self._prepared
@@ -257,9 +272,12 @@ class Plan:
       (*bindings, *stage.bindings, "MODEL_DIR = ''"),
     )
 
-  def _cost(self, model, bindings) -> costs.ModelCosts:
+  def _config(self, model, bindings) -> model_config.ModelConfig:
     self._parse(model, bindings)
-    return costs.model_costs(gin_config.made('MODEL'))
+    return gin_config.made('MODEL')
+
+  def _cost(self, model, bindings) -> costs.ModelCosts:
+    return costs.model_costs(self._config(model, bindings))
 
   def _lengths(self, model, bindings) -> dict[str, int]:
     self._parse(model, bindings)
@@ -296,7 +314,7 @@ class Plan:
 
   def _run(self, sized: SizedModel, seed: int, number: int) -> Run:
     model, experiment = sized.model, self._experiment
-    rates = self._rates(model, number)
+    rates = self._rates(sized, number)
     name = '_'.join(
       (
         experiments.folder_name(model.name),
@@ -326,6 +344,7 @@ class Plan:
       has_held_out=self._prepared.has_held_out,
       num_points=experiment.num_points,
       num_recalled=experiment.num_recalled,
+      knock_out=experiment.knock_out,
       fingerprints=(
         *self._fingerprints(stages[-1]),
         *(() if model.folder is None else _manifests(pretrained, finetuned)),

@@ -398,6 +398,11 @@ def streams_of(memory: Memory) -> tuple[str, ...]:
   )
 
 
+def has_tables(config: model_config.ModelConfig) -> bool:
+  """Returns whether a model has tables of word experts or of memories."""
+  return bool(model_config.word_streams(config) or config.memories)
+
+
 def with_changes(
   memories: tuple[Memory, ...], changes: Mapping[str, Any]
 ) -> tuple[Memory, ...]:

@@ -73,6 +73,7 @@ experiments.Experiment:
   questions = ('questions',)
   num_recalled = 8
   num_points = 4
+  knock_out = True
 """
 _STEPS = 40
 
@@ -165,6 +166,17 @@ def test_killed_and_continued(world, tmp_path, capfd):
   ]  # fmt: skip
   for load in sparse['loads']:
     assert sum(load['shares']) == pytest.approx(1)
+
+  assert dense['silenced'] is None and dense['reads'] is None
+  without = sparse['silenced']
+  assert without['text_loss'] != sparse['text_loss']
+  assert without['recall']['all spans'][1] == sparse['recall']['all spans'][1]
+  # A token has one expert at most, of three kernels of 12 x 14 numbers; two
+  # words have none. A batch names each expert once.
+  reads = sparse['reads']
+  assert 0 < reads['rows'] < 1
+  assert reads['bytes'] == pytest.approx(reads['rows'] * 3 * 12 * 14 * 4)
+  assert 0 < reads['moved'] < reads['bytes']
 
   # What is done is not repeated. A model from another folder is only measured.
   other = folder / 'runs' / 't5_seed0' / 'finetuned'

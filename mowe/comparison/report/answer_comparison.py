@@ -111,6 +111,37 @@ class Try:
     return ', '.join(f'{name} {value:g}' for name, value in self.rates)
 
 
+@dataclasses.dataclass(frozen=True)
+class Silenced:
+  """What is left of a model without what its memories hold.
+
+  Attributes:
+    em: exact match on the reported questions, 0 to 100, a mean over seeds.
+    text_loss: see ModelResult.
+    recall: see ModelResult.
+  """
+
+  em: float
+  text_loss: float | None
+  recall: Mapping[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+  """What the tables of a model are read for, per token of both stacks.
+
+  Attributes:
+    rows: rows that a token names.
+    bytes: size of these rows.
+    moved: size of the distinct rows of a batch, divided by its tokens; None if
+      the rows are not known before a step.
+  """
+
+  rows: float
+  bytes: float
+  moved: float | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelResult:
   """Everything that is reported about one model. None means 'not known'.
@@ -144,6 +175,11 @@ class ModelResult:
     loads: the load of each sparse layer, with the first seed.
     note: how the model was sized; '' if it was not.
     tries: the tries of its learning rates; () if none were tried.
+    cell: what names the rows of its memory and what they hold; None if it is in
+      no grid of memories.
+    silenced: what is left without its memories; None if it was not measured.
+    reads: what its tables are read for; None if it has none, or if it was not
+      measured.
 
   Raises:
     ValueError: there are no answers.
@@ -171,6 +207,9 @@ class ModelResult:
   loads: Sequence[Load] = ()
   note: str = ''
   tries: Sequence[Try] = ()
+  cell: tuple[str, str] | None = None
+  silenced: Silenced | None = None
+  reads: Reads | None = None
 
   def __post_init__(self):
     if not self.answers:
@@ -405,6 +444,31 @@ def _by_name(title, heading, names, why_empty) -> Breakdown:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """The exact match of models by what names their rows and what they hold.
+
+  Attributes:
+    addresses: the rows of the grid.
+    payloads: the columns of the grid.
+    em: exact match, 0 to 100, by address and payload; combinations that no
+      model has are left out.
+  """
+
+  addresses: tuple[str, ...]
+  payloads: tuple[str, ...]
+  em: Mapping[tuple[str, str], float]
+
+
+def grid(results: Sequence[ModelResult]) -> Grid:
+  """Returns the grid of the models that have a cell, in their order."""
+  em = {result.cell: result.score().em for result in results if result.cell}
+  addresses, payloads = (
+    tuple(dict.fromkeys(cell[axis] for cell in em)) for axis in (0, 1)
+  )
+  return Grid(addresses, payloads, em)
+
+
 def check_same_questions(
   results: Sequence[ModelResult], questions: Sequence[Question]
 ) -> None:
@@ -475,7 +539,7 @@ def as_json(
     record = {
       name: value
       for name, value in vars(result).items()
-      if name not in ('answers', 'loads', 'tries')
+      if name not in ('answers', 'loads', 'tries', 'silenced', 'reads')
     }
     record |= {
       'seeds': result.seeds,
@@ -483,6 +547,8 @@ def as_json(
       'score': dataclasses.asdict(result.score()),
       'loads': [dataclasses.asdict(load) for load in result.loads],
       'tries': [dataclasses.asdict(one) for one in result.tries],
+      'silenced': result.silenced and dataclasses.asdict(result.silenced),
+      'reads': result.reads and dataclasses.asdict(result.reads),
       'breakdowns': {
         breakdown.title: {
           group.name: score and dataclasses.asdict(score)

@@ -14,6 +14,9 @@ from matplotlib import ticker
 
 from mowe.comparison.report import answer_comparison, report_contents
 
+# With more models, the bars of a group would be too thin. The table of the same
+# numbers has them all.
+_MOST_IN_GROUPS = 10
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 
 
@@ -113,7 +116,7 @@ def write_png(
     handles,
     labels,
     loc='outside lower center',
-    ncols=min(len(labels), 6),
+    ncols=min(len(labels), 5),
     frameon=False,
     labelcolor=LIGHT.text,
     fontsize=11,
@@ -131,8 +134,10 @@ def _panels(report) -> list[tuple[str, Panel]]:
     panels.append(('Training loss', _curves))
   if any(result.held_out_curve for result in report.results):
     panels.append(('Loss on held-out text', _held_out_curves))
+  if len(answer_comparison.grid(report.results).em) > 1:
+    panels.append(('EM by address and payload', _grid))
   frequency = answer_comparison.by_frequency(report.questions, report.num_bins)
-  if len(frequency.groups) > 1:
+  if len(frequency.groups) > 1 and len(report.results) <= _MOST_IN_GROUPS:
     panels.append(('EM by frequency of the entity', _by_frequency))
   return panels
 
@@ -225,8 +230,9 @@ def _points(axes, report, theme, values):
   if are_equal:
     # Values that are equal on purpose would hide each other. They are drawn
     # side by side at one tick.
+    step = min(0.05, 0.36 / len(values))
     for index, container in enumerate(axes.containers):
-      _shift(container, (index - (len(values) - 1) / 2) * 0.05 * low)
+      _shift(container, (index - (len(values) - 1) / 2) * step * low)
     axes.set_xlim(0.8 * low, 1.2 * high)
     axes.set_xticks([float(f'{(low + high) / 2:.3g}')])
   else:
@@ -291,6 +297,37 @@ def _leave_out_start(axes, curves) -> None:
   if losses:
     margin = 0.05 * (max(losses) - min(losses)) or 0.1
     axes.set_ylim(min(losses) - margin, max(losses) + margin)
+
+
+def _grid(axes, report, theme):
+  """Draws a heat map with the number in each cell."""
+  grid = answer_comparison.grid(report.results)
+  em = np.array(
+    [
+      [grid.em.get((address, payload), np.nan) for payload in grid.payloads]
+      for address in grid.addresses
+    ]
+  )
+  top = max(1.0, float(np.nanmax(em)))
+  colors = matplotlib.colormaps['cividis']
+  axes.imshow(em, cmap=colors, vmin=0, vmax=top, aspect='auto')
+  for (row, column), value in np.ndenumerate(em):
+    if np.isnan(value):
+      continue
+    axes.annotate(
+      f'{value:.1f}',
+      (column, row),
+      ha='center',
+      va='center',
+      fontsize=10.5,
+      color='#ffffff' if value < 0.55 * top else '#000000',
+    )
+  _finish(axes, theme, 'what a row holds', 'what names a row')
+  axes.set_xticks(range(len(grid.payloads)), map(_label, grid.payloads))
+  axes.set_yticks(range(len(grid.addresses)), map(_label, grid.addresses))
+  axes.tick_params(length=0)
+  axes.grid(False)
+  axes.spines[:].set_visible(False)
 
 
 def _by_frequency(axes, report, theme):

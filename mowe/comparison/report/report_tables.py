@@ -20,6 +20,9 @@ _BLOCKS = '▁▂▃▄▅▆▇█'
 # The most bars in a picture of loads. With more experts, a bar is the mean of
 # several.
 _MOST_BARS = 48
+# With more models, a table of all pairs would be too large to read. Its numbers
+# are in results.json.
+_MOST_IN_PAIRS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +77,12 @@ def tables(report: report_contents.Report) -> list[Table]:
     found.append(_tries(report.results))
   if len(report.results) > 1:
     found.append(_paired(report.results))
-  if len(report.results) > 2:
+  if 2 < len(report.results) <= _MOST_IN_PAIRS:
     found.append(_pairs(report.results))
+  if len(answer_comparison.grid(report.results).em) > 1:
+    found.append(_grid(report.results))
+  if any(result.silenced or result.reads for result in report.results):
+    found.append(_memories(report.results))
   found += [
     _breakdown(report, breakdown)
     for breakdown in answer_comparison.breakdowns(
@@ -194,7 +201,7 @@ def _costs(results) -> Table:
   notes += [
     'Active: parameters that one token meets. Frozen: in finetuning. Learning '
     'rate: of pretraining, and of how many that were tried it is the best; '
-    'with word experts, that of their rows after it. FLOPs of a forward pass: '
+    'with tables of rows, that of the rows after it. FLOPs of a forward pass: '
     'by formula, the products with kernels for real tokens; compiled, all that '
     'XLA counts in the program, attention scores and element-wise operations '
     'too (≥: products in loops of that program are counted once).',
@@ -230,7 +237,7 @@ def _tries(results) -> Table:
       row.append(f'{rates}: EM {one.em:.1f}, F1 {one.f1:.1f}{mark}')
     rows.append(row + [NONE] * (number + 1 - len(row)))
   notes = [
-    'Learning rate of pretraining, with word experts also that of their rows; '
+    'Learning rate of pretraining, with tables of rows also that of the rows; '
     'EM and F1 in % on questions for choosing, which no other table shows. '
     'The best EM is chosen; of equal ones, the best F1.'
   ]
@@ -291,6 +298,77 @@ def _pairs(results) -> Table:
     rows,
     ['The same test; the p-values are not corrected for the number of pairs.'],
   )
+
+
+def _grid(results) -> Table:
+  grid = answer_comparison.grid(results)
+  rows: list[list[Cell]] = [['Address', *grid.payloads]]
+  for address in grid.addresses:
+    cells = [grid.em.get((address, payload)) for payload in grid.payloads]
+    rows.append([address, *(_number(em, '.1f') for em in cells)])
+  return Table(
+    'EM by address and payload',
+    rows,
+    [
+      'What names the rows of the memory, and what they hold; EM in %, a mean '
+      'over the seeds of each model.'
+    ],
+  )
+
+
+def _memories(results) -> Table:
+  kinds = list(
+    dict.fromkeys(
+      kind
+      for result in results
+      if result.silenced
+      for kind in result.silenced.recall
+    )
+  )
+  heading = ['Model', 'EM', 'silenced']
+  for kind in kinds:
+    heading += [f'Recall, {kind}', 'silenced']
+  heading += ['Text loss', 'silenced', 'Rows / token', 'Bytes / token', 'moved']
+  rows = [heading]
+  for result in results:
+    silenced, reads = result.silenced, result.reads
+    if not (silenced or reads):
+      continue
+    row = [
+      result.name,
+      f'{result.score().em:.1f}',
+      _number(silenced and silenced.em, '.1f'),
+    ]
+    for kind in kinds:
+      row += [
+        _share(result.recall.get(kind)),
+        _share(silenced and silenced.recall.get(kind)),
+      ]
+    row += [
+      _number(result.text_loss, '.3f'),
+      _number(silenced and silenced.text_loss, '.3f'),
+      _number(reads and reads.rows, '.2f'),
+      _count(reads and reads.bytes),
+      _count(reads and reads.moved),
+    ]
+    rows.append(row)
+  return Table(
+    'Memories',
+    rows,
+    [
+      'Silenced: the same model with no row of its memories, and without its '
+      'sparse feed-forwards. Rows: those of tables that a token names, a mean '
+      'over the tokens of both stacks; bytes: their size; moved: the size of '
+      'the distinct rows of a batch by its tokens, which is what a step reads '
+      'from tables on the host (n/a where the rows are learned).'
+    ],
+  )
+
+
+def _share(counts: tuple[int, int] | None) -> str:
+  if not counts or not counts[1]:
+    return NONE
+  return f'{100 * counts[0] / counts[1]:.1f}'
 
 
 def _p_value(test: statistics.PairedTest) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import fractions
 import re
+from typing import NamedTuple
 
 import flax
 import jax
@@ -85,17 +86,6 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
   for stack, layer in layers.items():
     if not isinstance(layer, moe.MoeLayer):
       read[stack] += row * len(blocks[stack])
-  for stack, layer in layers.items():
-    contract = feed_forward_base.contract(layer)
-    for name in contract.make_shared(config.emb_dim):
-      for path, leaf in flax.traverse_util.flatten_dict(
-        {name: ordinary.get(name, {})}
-      ).items():
-        size = contract.share_read(path[-1]) * _size(leaf)
-        read[stack] += size * len(blocks[stack])
-        if stack == min(layers):
-          in_experts += _size(leaf)
-          active += size
   for memory in config.memories:
     slots = memory.address.num_slots
     payload = memory.make_payload(parent=None)
@@ -107,16 +97,12 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
         payload.row_flops(config.emb_dim, slots), 2
       )
   for path, leaf in flax.traverse_util.flatten_dict(ordinary).items():
-    share = _share_read(path, _layer_of(config, path))
-    if not share:
-      continue
-    size = share * _size(leaf)
-    if is_expert(path) or share < 1:
+    readers = shares_read(config, path)
+    for one in readers:
+      read[one.stream] += one.share * _size(leaf) * one.num_blocks
+    if readers and (is_expert(path) or readers[0].share < 1):
       in_experts += _size(leaf)
-      active += size
-    # The decoder projects each encoder token once to a key and a value.
-    of_input = path[0] == 'encoder' or (path[-3:-1] in _MEMORY_PROJECTIONS)
-    read['encoder' if of_input else 'decoder'] += size
+      active += readers[0].share * _size(leaf)
   if config.logits_via_embedding:
     read['decoder'] += config.vocab_size * config.emb_dim
   return ModelCosts(
@@ -126,6 +112,46 @@ def model_costs(config: model_config.ModelConfig) -> ModelCosts:
     flops_per_input_token=round(2 * read['encoder']),
     flops_per_target_token=round(2 * read['decoder']),
   )
+
+
+class Reader(NamedTuple):
+  """Layers of one stream that read a parameter.
+
+  Attributes:
+    stream: 'encoder' or 'decoder', to whose tokens the products are counted.
+    share: the share of the parameter that one token is multiplied with in one
+      block.
+    num_blocks: number of blocks that read it.
+  """
+
+  stream: str
+  share: fractions.Fraction
+  num_blocks: int
+
+
+def shares_read(
+  config: model_config.ModelConfig, path: tuple[str, ...]
+) -> list[Reader]:
+  """Returns who reads an ordinary parameter; [] for those of norms.
+
+  Args:
+    config: the config of the model.
+    path: the path of the parameter.
+  """
+  blocks = config.sparse_blocks()
+  shared = []
+  for stream, layer in config.sparse_layers().items():
+    contract = feed_forward_base.contract(layer)
+    if path[0] in contract.make_shared(config.emb_dim):
+      share = contract.share_read(path[-1])
+      shared.append(Reader(stream, share, len(blocks[stream])))
+  if shared:
+    return shared
+  share = _share_read(path, _layer_of(config, path))
+  # The decoder projects each encoder token once to a key and a value.
+  of_input = path[0] == 'encoder' or (path[-3:-1] in _MEMORY_PROJECTIONS)
+  stream = 'encoder' if of_input else 'decoder'
+  return [Reader(stream, share, 1)] if share else []
 
 
 def _layer_of(config, path):

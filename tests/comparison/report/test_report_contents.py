@@ -123,6 +123,25 @@ def test_each_model_is_compared_with_each():
   assert table.rows[3][1:] == ['+0.0 (p 1)', '-50.0 (p 0.0023)', '']
 
 
+def test_memories_stand_in_a_grid(markdown):
+  memories = markdown[markdown.index('## Memories') :].splitlines()
+  row = '66.7 | 3.2 | 75.0 | 12.5 | 1.875 | 4.125 | 1.75 | 21.5K | 640 |'
+  assert memories[4].endswith(row), memories[4]
+  dense, sparse = made_up_answers.results()
+  other = dataclasses.replace(dense, name='other', cell=('piece', 'diagonal'))
+  made = made_up_answers.whole_report(results=[dense, sparse, other])
+  (table,) = [
+    table
+    for table in report_tables.tables(made)
+    if table.title == 'EM by address and payload'
+  ]
+  assert table.rows == [
+    ['Address', 'expert', 'diagonal'],
+    ['word', '66.7', 'n/a'],
+    ['piece', 'n/a', '16.7'],
+  ]
+
+
 def test_tables_keep_their_columns(markdown):
   widths = None
   for line in markdown.splitlines():
