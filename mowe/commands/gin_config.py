@@ -204,8 +204,14 @@ def _check_macros(bindings):
 def _known_macros() -> set[str]:
   text = gin.config_str(max_line_length=10_000)
   return set(re.findall(r'^([A-Z][A-Z0-9_]*) =', text, re.MULTILINE)) | set(
-    re.findall(r'%([A-Z][A-Z0-9_]*)', text)
+    _read_macros(text)
   )
+
+
+def _read_macros(text: str) -> list[str]:
+  """Names of macros that values refer to; what stands in quotes is a text."""
+  without = re.sub(r"""'[^'\n]*'|"[^"\n]*\"""", "''", text)
+  return re.findall(r'%([A-Z][A-Z0-9_]*)', without)
 
 
 def _check_all_given():
@@ -222,7 +228,7 @@ def _check_all_given():
       f'each to the command, as --gin.{required[0]}=VALUE; a text stands in '
       'quotes of its own: "\'runs/a\'".'
     )
-  missing = set(re.findall(r'%([A-Z][A-Z0-9_]*)', text)) - set(given)
+  missing = set(_read_macros(text)) - set(given)
   if missing:
     raise GinError(
       f'A gin file must provide {", ".join(sorted(missing))}, but none of '

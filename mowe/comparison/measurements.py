@@ -74,7 +74,7 @@ def measure(planned: planned_runs.Run) -> dict[str, Any]:
   if planned.pretrained is not None:
     loaded = model_folder.load(planned.pretrained)
     measured |= _on_text(planned, text_data, loaded)
-    if _is_knocked_out(planned, loaded):
+    if planned.knock_out:
       silenced = _on_text_silenced(planned, text_data, _silent(loaded))
     del loaded
   config, vocabulary = _config(planned.finetuned)
@@ -90,7 +90,7 @@ def measure(planned: planned_runs.Run) -> dict[str, Any]:
   dropped = _dropped_in_training(planned)
   loaded = model_folder.load(planned.finetuned)
   measured['num_questions'], in_generation = _ask(planned, loaded)
-  if _is_knocked_out(planned, loaded):
+  if planned.knock_out:
     measured['silenced'] = silenced | {
       'em': _ask_silenced(planned, _silent(loaded))
     }
@@ -224,12 +224,6 @@ def _on_text(planned, data, loaded) -> dict[str, Any]:
     'recall': _recall(planned, data, loaded),
     'loads': [*_word_loads(config, batches), *_router_loads(values)],
   }
-
-
-def _is_knocked_out(planned, loaded) -> bool:
-  return planned.knock_out and silenced_models.can_be_silenced(
-    loaded.model.config
-  )
 
 
 def _silent(loaded) -> model_folder.LoadedModel:

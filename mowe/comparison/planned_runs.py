@@ -18,6 +18,7 @@ from mowe.evaluation import task_evaluation
 from mowe.model_folders import model_folder
 from mowe.models import model_config, token_memories
 from mowe.models.families import costs
+from mowe.models.surgery import silenced
 from mowe.training import checkpointing, manifests
 from mowe.words import base_vocabulary, subword_vocabularies
 
@@ -123,16 +124,16 @@ class SizedModel:
   Attributes:
     model: the model as the experiment has it.
     bindings: gin bindings of the model, with its width.
-    cost: costs of the model with this width.
-    has_tables: whether the model has tables with a learning rate of their own.
+    config: the config of the model with this width.
+    cost: costs of the model.
     note: which width was chosen, and how far the cost is from the target; '' if
       nothing was chosen.
   """
 
   model: Model
   bindings: tuple[str, ...]
+  config: model_config.ModelConfig
   cost: costs.ModelCosts
-  has_tables: bool
   note: str
 
 
@@ -204,7 +205,7 @@ class Plan:
     if tuning is None or sized.model.folder is not None:
       return ()
     rates = (('LEARNING_RATE', tuning.rates[number]),)
-    if sized.has_tables:
+    if token_memories.has_tables(sized.config):
       rates += (('ROW_LEARNING_RATE', tuning.row_rates[number]),)
     return rates
 
@@ -220,8 +221,10 @@ class Plan:
 
   def _sized_anew(self, model, asked) -> SizedModel:
     if model.folder is not None:
-      cost = self._cost_of_folder(model)
-      return SizedModel(model, (), cost, False, 'not made here')
+      config = self._config_of_folder(model)
+      return SizedModel(
+        model, (), config, costs.model_costs(config), 'not made here'
+      )
     bindings = self._bindings(model)
     budget = model.budget
     if budget is None or budget.base == model.name:
@@ -247,9 +250,8 @@ class Plan:
 
   def _sized_as(self, model, bindings, note) -> SizedModel:
     config = self._config(model, bindings)
-    has_tables = token_memories.has_tables(config)
     cost = costs.model_costs(config)
-    return SizedModel(model, bindings, cost, has_tables, note)
+    return SizedModel(model, bindings, config, cost, note)
 
   def _bindings(self, model: Model) -> tuple[str, ...]:
     prepared = self._prepared
@@ -260,7 +262,10 @@ class Plan:
     }
     if model.words is not None:
       macros['ROUTING_VOCABULARY'] = prepared.routing_vocabulary(model.words)
-      macros['NUM_EXPERTS'] = model.words.num_experts
+      # A memory of words has rows in place of experts.
+      gin_config.parse(model.gin_files)
+      if gin_config.has_macro('NUM_EXPERTS'):
+        macros['NUM_EXPERTS'] = model.words.num_experts
     written = (f'{name} = {value!r}' for name, value in macros.items())
     return (*written, *model.bindings)
 
@@ -283,7 +288,7 @@ class Plan:
     self._parse(model, bindings)
     return gin_config.made('TASK_FEATURE_LENGTHS')
 
-  def _cost_of_folder(self, model: Model) -> costs.ModelCosts:
+  def _config_of_folder(self, model: Model) -> model_config.ModelConfig:
     wanted, found = self._vocabulary, None
     for seed in self._seeds_of(model):
       for place in (model.folder, model.pretrained_folder):
@@ -303,7 +308,7 @@ class Plan:
         with checkpointing.Checkpoints(folder) as checkpoints:
           checkpoints.finished(step)
         found = found or config
-    return costs.model_costs(found)
+    return found
 
   def _seeds_of(self, model: Model) -> tuple[int, ...]:
     """Returns the seeds of a model: one for a single folder from elsewhere."""
@@ -344,7 +349,7 @@ class Plan:
       has_held_out=self._prepared.has_held_out,
       num_points=experiment.num_points,
       num_recalled=experiment.num_recalled,
-      knock_out=experiment.knock_out,
+      knock_out=experiment.knock_out and silenced.can_be_silenced(sized.config),
       fingerprints=(
         *self._fingerprints(stages[-1]),
         *(() if model.folder is None else _manifests(pretrained, finetuned)),

@@ -1,4 +1,4 @@
-"""Tests the ids of engram.json and over_encoding.json.
+"""Tests the ids of engram.json and over_encoding.json, and the banks of l3.json.
 
 The tests run on any folder in that format: `pytest tests/parity
 --golden_dir=DIR`. All options of a case come from the JSON file.
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mowe.words.addresses import (
+  bank_widths,
   compressed_vocabulary,
   hashed_ngrams,
   ngram_hashes,
@@ -17,6 +18,7 @@ from mowe.words.addresses import (
 
 _FILES = {
   'test_engram': ('engram', {'engram_ids'}),
+  'test_bank_widths': ('l3', {'l3_allocation'}),
   'test_over_encoding': ('over_encoding', {'oe_ids', 'over_encoding'}),
 }
 
@@ -92,3 +94,21 @@ def test_over_encoding(case, golden):
   np.testing.assert_array_equal(
     both_ways(address, tokens), arrays[roles['outputs']['ids']]
   )
+
+
+def test_bank_widths(case, golden):
+  document, arrays = golden
+  options = document['cases'][case]
+  outputs = options['arrays']['outputs']
+  counts = bank_widths.count_codewords(
+    options['corpus'],
+    options['num_tokens'],
+    as_listed=options['line_end'] == 'paper',
+  )
+  expected = [(tuple(ids), count) for ids, count in options['codewords']]
+  assert list(counts.items()) == expected
+  np.testing.assert_array_equal([*counts.values()], arrays[outputs['counts']])
+  widths = bank_widths.share_rows(
+    counts, options['num_tokens'], options['target_rows'], options['max_rows']
+  )
+  np.testing.assert_array_equal(widths, arrays[outputs['rows']])

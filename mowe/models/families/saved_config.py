@@ -48,6 +48,7 @@ _BLOCK_LAYERS = 'block_layers'
 _MEMORIES = 'memories'
 _EXPERT_NAMES = 'expert_names'
 _ROUTING = 'routing'
+_ADDRESS = 'address'
 
 # The key of a factory of layers that is a field of another layer.
 _FACTORY = 'factory'
@@ -200,15 +201,29 @@ def _expert_names_from_json(tree, routing):
 
 
 def _address_to_json(address):
-  # The routing vocabulary is a file of its own.
-  return _part_to_json(address, leave_out={_ROUTING})
+  # The routing vocabulary is a file of its own, and an address may hold another
+  # one that reads it.
+  tree = _part_to_json(address, leave_out={_ROUTING, _ADDRESS})
+  if _has_field(address, _ADDRESS):
+    tree['fields'][_ADDRESS] = _address_to_json(address.address)
+  return tree
 
 
 def _address_from_json(tree, routing):
-  address, fields = _part_from_json(tree, 'A saved address')
-  if any(field.name == _ROUTING for field in dataclasses.fields(address)):
+  inner = tree['fields'].get(_ADDRESS)
+  tree = tree | {
+    'fields': {k: v for k, v in tree['fields'].items() if k != _ADDRESS}
+  }
+  cls, fields = _part_from_json(tree, 'A saved address')
+  if inner is not None:
+    fields[_ADDRESS] = _address_from_json(inner, routing)
+  if _has_field(cls, _ROUTING):
     fields[_ROUTING] = routing
-  return address(**fields)
+  return cls(**fields)
+
+
+def _has_field(part, name):
+  return any(field.name == name for field in dataclasses.fields(part))
 
 
 def _layer_to_json(field, layer):

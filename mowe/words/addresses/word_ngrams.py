@@ -136,6 +136,28 @@ class WordNGrams(address_base.Address):
     return history
 
 
+def engram(
+  routing: routing_vocabulary.RoutingVocabulary,
+  rows_wanted: Sequence[int],
+  heads: int,
+  *,
+  seed: int = 0,
+) -> WordNGrams:
+  """Returns an address of n-grams of words, hashed as Engram hashes pieces.
+
+  Args:
+    routing: the routing vocabulary.
+    rows_wanted: for each order, 2-grams first, the rows of each of its slots;
+      see `ngram_hashes.engram_hashes`.
+    heads: number of slots of each order.
+    seed: chooses the multipliers.
+  """
+  (hashed,) = ngram_hashes.engram_hashes(
+    num_ids(routing), rows_wanted, heads, seed=seed
+  )
+  return WordNGrams(routing, hashed)
+
+
 def num_ids(routing: routing_vocabulary.RoutingVocabulary) -> int:
   """Returns how many different ids the hash of `WordNGrams` is given.
 

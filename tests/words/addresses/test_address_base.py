@@ -9,6 +9,7 @@ import pytest
 
 from mowe.words import base_vocabulary, lookup
 from mowe.words.addresses import (
+  bank_address,
   compressed_vocabulary,
   hashed_ngrams,
   ngram_hashes,
@@ -18,7 +19,9 @@ from mowe.words.addresses import (
 )
 
 BATCH, LENGTH = 3, 17
-NAMES = ['pieces', 'words', 'word_ngrams', 'engram', 'longcat', 'eos']
+NAMES = [
+  'pieces', 'words', 'word_ngrams', 'engram', 'longcat', 'eos', 'banks',
+]  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -35,6 +38,7 @@ def addresses(tiny, routing):
     'word_ngrams': word_ngrams.WordNGrams(routing, of_words),
     'engram': hashed_ngrams.HashedNGrams(engram, compressed),
     'longcat': hashed_ngrams.HashedNGrams(longcat),
+    'banks': bank_address.Banks(word_ngrams.WordNGrams(routing, of_words), 3),
     'eos': hashed_ngrams.HashedNGrams(
       longcat, compressed, eos_id=base_vocabulary.EOS_ID
     ),
