@@ -235,7 +235,10 @@ class Setup:
     sources = {}
     for group in parameters.in_groups(self.abstract.tables):
       sources[group] = expert_sources.SavedExperts(
-        checkpoints.finished(step), group, kernels_only=kernels_only
+        checkpoints.finished(step),
+        group,
+        model=self.model,
+        kernels_only=kernels_only,
       )
       sources[group].check(self._tables(group))
     return sources
@@ -246,13 +249,18 @@ class Setup:
     if is_resumed:
       index = sources[group].index
     else:
-      index = row_index.RowIndex.empty(
+      index = row_index.RowIndex(
         expert_records.record_dtype(*tables),
         jax.tree.leaves(tables)[0].shape[0],
         group,
+        sources[group].fresh_key,
       )
     return row_file.RowFile(
-      file, index, jax.process_index(), jax.process_count()
+      file,
+      index,
+      sources[group].fresh,
+      jax.process_index(),
+      jax.process_count(),
     )
 
   def _is_dense_twin(self, folder: pathlib.Path) -> bool:

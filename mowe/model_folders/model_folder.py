@@ -218,7 +218,7 @@ def load(
       checkpoint = checkpoints.finished(step)
       store = store or expert_stores.for_reading(tables)
       tables, rows_from = store_groups.open_for_reading(
-        checkpoint, tables, store
+        checkpoint, model, tables, store
       )
       if rows_from is not None:
         model = families.build(config.with_layer_changes(rows_from=rows_from))

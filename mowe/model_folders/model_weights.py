@@ -49,8 +49,11 @@ def opened(path: str | os.PathLike) -> Iterator[weights.Weights]:
   moments = _find_moments(arrays, params)
   has_state = any(name[0] == 'opt_state' for name in arrays)
   with contextlib.ExitStack() as closing:
-    for group in _groups(config):
-      source = expert_sources.SavedExperts(checkpoint, group, kernels_only=True)
+    model = families.build(config)
+    for group in _groups(model):
+      source = expert_sources.SavedExperts(
+        checkpoint, group, model=model, kernels_only=True
+      )
       closing.callback(source.close)
       params |= _tables(source)
       # Tables have a row optimizer, so the state is not of all parameters.
@@ -112,8 +115,8 @@ class SavedTable:
   def __init__(self, source: expert_sources.SavedExperts, field: str):
     self._source = source
     self._field = field
-    self._stored = source.read.dtype[field]
-    self.shape = (len(source.index.places), *self._stored.shape)
+    self._stored = source.dtype[field]
+    self.shape = (source.index.num_rows, *self._stored.shape)
     is_bits = self._stored.base == _BITS
     self.dtype = weights.BFLOAT16 if is_bits else self._stored.base
 
@@ -123,17 +126,17 @@ class SavedTable:
       rows = slice(None)
     first, end, _ = rows.indices(self.shape[0])
     found = np.empty((end - first, *self.shape[1:]), self._stored.base)
-    dtype = self._source.read.dtype
-    for start, number in expert_sources.chunks(first, end, dtype):
-      records = self._source.records(start, number, dtype)
+    chunks = expert_sources.chunks(first, end, self._source.dtype)
+    for start, number in chunks:
+      records = self._source.read(np.arange(start, start + number))
       at = start - first
       found[at : at + number] = records[self._field]
     return found.view(self.dtype)
 
 
-def _groups(config) -> list[str]:
+def _groups(model) -> list[str]:
   """The groups of tables of a model."""
-  variables = initialization.abstract_variables(families.build(config))
+  variables = initialization.abstract_variables(model)
   return list(
     parameters.in_groups(parameters.split_tables(variables['params'])[1])
   )
@@ -142,7 +145,7 @@ def _groups(config) -> list[str]:
 def _tables(source) -> dict[Path, SavedTable]:
   return {
     tuple(field.split('/')[1:]): SavedTable(source, field)
-    for field in source.read.dtype.names
+    for field in source.dtype.names
   }
 
 
@@ -157,10 +160,10 @@ def _write_group(checkpoint, group, tables, params):
   num_experts = jax.tree.leaves(tables)[0].shape[0]
   rows = row_file.RowFile(
     row_file.LockedFile(checkpoint.parent, group=group),
-    row_index.RowIndex.empty(dtype, num_experts, group),
+    row_index.RowIndex(dtype, num_experts, group),
   )
   with contextlib.closing(rows):
-    rows.check_room()
+    rows.check_room(num_experts)
     for first, number in expert_sources.chunks(0, num_experts, dtype):
       where = slice(first, first + number)
       kernels = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
@@ -86,7 +87,7 @@ def initial_parameters(
 
 def initial_rows(
   model: nn.Module, key: jax.Array, tables: parameters.Tables
-) -> Callable[[int, int], parameters.Tables]:
+) -> Callable[[np.ndarray], parameters.Tables]:
   """Draws some rows of expert tables as `initial_parameters` draws them all.
 
   Args:
@@ -96,8 +97,8 @@ def initial_rows(
       read, so abstract arrays will do.
 
   Returns:
-    A function from the first expert and the number of experts to their rows.
-    One program is compiled for each number and each kind of kernel.
+    A function from the numbers of experts <int>[n] to their rows. One program
+    is compiled for each power of two of them and each kind of kernel.
   """
   recipes = _recipes(abstract_variables(model))
   paths = {
@@ -105,11 +106,13 @@ def initial_rows(
     for table, kernels in tables.items()
   }
 
-  def draw(first, number):
+  def draw(rows):
+    room = 1 << max(0, len(rows) - 1).bit_length()
+    padded = np.resize(np.asarray(rows, np.uint32), room)
     return jax.tree.map(
-      lambda path: _program_of_rows(recipes[path], number)(
-        _key_of(path, key), first
-      ),
+      lambda path: _program_of_rows(recipes[path])(_key_of(path, key), padded)[
+        : len(rows)
+      ],
       paths,
       is_leaf=lambda node: isinstance(node, tuple),
     )
@@ -139,14 +142,14 @@ def _program(
 
 @functools.cache
 def _program_of_rows(
-  recipe: parameter.Recipe, number: int
-) -> Callable[[jax.Array, int], jax.Array]:
-  some = dataclasses.replace(recipe, shape=(number, *recipe.shape[1:]))
+  recipe: parameter.Recipe,
+) -> Callable[[jax.Array, np.ndarray], jax.Array]:
+  one = dataclasses.replace(recipe, shape=(1, *recipe.shape[1:]))
 
-  def draw(key, first):
-    return some(threefry.key_of_rows(key, first, recipe.shape))
+  def draw_one(key, row):
+    return one(threefry.key_of_rows(key, row, recipe.shape))[0]
 
-  return jax.jit(draw)
+  return jax.jit(jax.vmap(draw_one, in_axes=(None, 0)))
 
 
 def _key_of(path: _Path, key: jax.Array) -> jax.Array:

@@ -28,6 +28,11 @@ def key(seed: int) -> jax.Array:
   return jax.random.key(seed, impl=_WRITTEN_OUT)
 
 
+def key_of_words(words: np.ndarray) -> jax.Array:
+  """Returns the key whose `jax.random.key_data` are these words <uint32>[2]."""
+  return jax.random.wrap_key_data(jnp.asarray(words), impl=_WRITTEN_OUT)
+
+
 def key_of_rows(
   key: jax.Array, first: jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:

@@ -3,10 +3,14 @@
 import collections
 import concurrent.futures
 import pathlib
+import threading
 
 import numpy as np
 
-from mowe.stores import expert_sources, row_file
+from mowe.stores import expert_sources, row_file, row_index, row_numbers
+
+# Host memory is taken for so many bytes of records at a time.
+_BLOCK_BYTES = 2**24
 
 
 class DiskBacking:
@@ -23,7 +27,7 @@ class DiskBacking:
     self._is_resumed = is_resumed
     self.dtype = file.dtype
     self.num_experts = file.num_experts
-    self.seen = file.seen
+    self.index = file.index
     self.read = file.read
     self.write = file.write
     self.save = file.save
@@ -33,8 +37,8 @@ class DiskBacking:
     """See `Backing.start`."""
     if self._is_resumed:
       return
-    self._file.check_room()
-    for experts, records in _all(source, self.dtype, self.num_experts):
+    self._file.check_room(len(source.written_rows()))
+    for experts, records in _written(source, self.dtype):
       self._file.write(experts, records)
 
 
@@ -49,59 +53,111 @@ class HostBacking:
 
   def __init__(self, file: row_file.RowFile, is_resumed: bool):
     self._file = file
+    self._is_resumed = is_resumed
     self.dtype = file.dtype
     self.num_experts = file.num_experts
-    self.seen = file.seen
+    self.index = file.index
     self.close = file.close
-    self._records = np.zeros(0, file.dtype)
+    self._records = HostRecords(file.dtype)
     # Experts of which the file lacks the present version.
-    self._is_changed = np.full(file.num_experts, not is_resumed)
+    self._changed = row_numbers.RowNumbers()
 
   def start(self, source: expert_sources.ExpertSource) -> None:
     """See `Backing.start`."""
-    self._records = all_records(source, self.dtype, self.num_experts)
+    self._records.start(source)
+    if not self._is_resumed:
+      self._changed.add(source.written_rows())
 
   def read(self, experts: np.ndarray) -> np.ndarray:
     """See `Backing.read`."""
-    return self._records[experts]
+    return self._records.read(experts)
 
   def write(self, experts: np.ndarray, records: np.ndarray) -> None:
     """See `Backing.write`."""
-    self._records[experts] = records
-    self._is_changed[experts] = True
+    self._records.write(experts, records)
+    self._changed.add(experts)
 
   def save(self, checkpoint: pathlib.Path) -> None:
     """See `Backing.save`."""
-    changed = np.flatnonzero(self._is_changed)
+    changed = np.sort(self._changed.rows)
     for first in range(0, len(changed), expert_sources.at_once(self.dtype)):
       some = changed[first : first + expert_sources.at_once(self.dtype)]
-      self._file.write(some, self._records[some])
+      self._file.write(some, self._records.read(some))
     self._file.save(checkpoint)
-    self._is_changed[:] = False
+    self._changed = row_numbers.RowNumbers()
 
 
-def all_records(
-  source: expert_sources.ExpertSource, dtype: np.dtype, num_experts: int
-) -> np.ndarray:
-  """The records of all experts, [num_experts], in host memory."""
-  records = np.empty(num_experts, dtype)
-  for experts, some in _all(source, dtype, num_experts):
-    records[experts] = some
-  return records
+class HostRecords:
+  """Records of experts in host memory, which grows with those that are there.
 
+  An expert that is not there is drawn at random when it is read. Several
+  threads may call it at once, though not for the same expert.
 
-def _all(source, dtype, num_experts):
-  """Yields experts <int>[n] with their records [n], a chunk at a time.
-
-  The next chunk is drawn or read while the caller works on the one before.
+  Args:
+    dtype: the dtype of a record.
   """
+
+  def __init__(self, dtype: np.dtype):
+    self._dtype = dtype
+    self._numbers = row_numbers.RowNumbers()
+    # Records by the numbers of their experts, in blocks of equal size: a larger
+    # array would have to be copied.
+    self._in_block = max(1, _BLOCK_BYTES // dtype.itemsize)
+    self._blocks: list[np.ndarray] = []
+    self._lock = threading.Lock()
+    self._fresh: row_index.Fresh | None = None
+
+  def start(self, source: expert_sources.ExpertSource) -> None:
+    """Takes the experts of a source that are written there."""
+    for experts, records in _written(source, self._dtype):
+      self.write(experts, records)
+    self._fresh = source.fresh
+
+  def read(self, experts: np.ndarray) -> np.ndarray:
+    """The records [n] of experts <int>[n]."""
+    with self._lock:
+      numbers = self._numbers.find(experts)
+    records = np.empty(len(experts), self._dtype)
+    is_there = numbers >= 0
+    if not is_there.all():
+      if self._fresh is None:
+        raise KeyError(f'Expert {experts[~is_there][0]} was never written.')
+      records[~is_there] = self._fresh(experts[~is_there], self._dtype)
+    for block, to, places in self._in_blocks(numbers):
+      records[to] = block[places]
+    return records
+
+  def write(self, experts: np.ndarray, records: np.ndarray) -> None:
+    """Keeps the records [n] of distinct experts <int>[n]."""
+    with self._lock:
+      numbers = self._numbers.add(experts)
+      while len(self._blocks) * self._in_block < len(self._numbers):
+        self._blocks.append(np.empty(self._in_block, self._dtype))
+    for block, to, places in self._in_blocks(numbers):
+      block[places] = records[to]
+
+  def _in_blocks(self, numbers):
+    """Yields each block, which numbers <int64>[n] are in it, and where."""
+    of_each = numbers // self._in_block
+    for i in np.unique(of_each[numbers >= 0]).tolist():
+      to = np.flatnonzero(of_each == i)
+      yield self._blocks[i], to, numbers[to] - i * self._in_block
+
+
+def _written(source, dtype):
+  """Yields experts <int>[n] of a source with their records [n], in chunks.
+
+  These are the experts that are written there. The next chunk is read while
+  the caller works on the one before.
+  """
+  experts = source.written_rows()
   with concurrent.futures.ThreadPoolExecutor(1, 'experts') as thread:
     waiting = collections.deque()
-    for first, number in expert_sources.chunks(0, num_experts, dtype):
-      coming = thread.submit(source.records, first, number, dtype)
-      waiting.append((np.arange(first, first + number), coming))
+    for first, number in expert_sources.chunks(0, len(experts), dtype):
+      some = experts[first : first + number]
+      waiting.append((some, thread.submit(source.read, some, dtype)))
       if len(waiting) > 1:
-        experts, records = waiting.popleft()
-        yield experts, records.result()
-    for experts, records in waiting:
-      yield experts, records.result()
+        some, records = waiting.popleft()
+        yield some, records.result()
+    for some, records in waiting:
+      yield some, records.result()

@@ -32,6 +32,7 @@ from mowe.stores import (
   expert_records,
   expert_sources,
   kernel_cache,
+  row_index,
   slot_rows,
   slot_schedule,
 )
@@ -45,15 +46,19 @@ class Backing(Protocol):
   Attributes:
     dtype: the dtype of a record.
     num_experts: how many experts there are.
-    seen: <bool>[num_experts], whether training has met the expert.
+    index: in which is marked what experts training has met.
   """
 
   dtype: np.dtype
   num_experts: int
-  seen: np.ndarray
+  index: row_index.RowIndex
 
   def start(self, source: expert_sources.ExpertSource) -> None:
-    """Takes all experts from their source; called once, before all else."""
+    """Takes the experts of a source; called once, before all else.
+
+    Those that are not written there are drawn when they are read, so that an
+    expert that is never met costs nothing.
+    """
 
   def read(self, experts: np.ndarray) -> np.ndarray:
     """The records [n] of experts <int>[n]; several threads call it at once."""
@@ -125,16 +130,15 @@ class CachedExperts:
     # steps.
     self._expert_in = np.full(num_slots, -1, np.int64)
     self._is_changed = np.zeros(num_slots, bool)
-    # Each expert has the number of the move in which it left last, or -1 if it
-    # never did. A move has a future, which is done when all that left in it is
-    # in the backing; futures of moves that are known to be done are forgotten.
-    self._went_in = np.full(backing.num_experts, -1, np.int64)
-    self._gone: dict[int, concurrent.futures.Future] = {}
+    # By the number of a move the experts that left in it, and a future that is
+    # done when all of them are in the backing; moves that are known to be done
+    # are forgotten.
+    self._gone: dict[int, tuple[np.ndarray, concurrent.futures.Future]] = {}
     self._num_moves = 0
     self._reading = background.threads(1, 'experts_in')
     self._writing = background.threads(1, 'experts_out')
     self._frozen: parameters.Tables = {}
-    self._counts = expert_metrics.ExpertCounts(backing.seen, is_trained)
+    self._counts = expert_metrics.ExpertCounts(backing.index, is_trained)
     self._moved: dict[str, train_metrics.Mean] = {}
 
   def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
@@ -218,7 +222,7 @@ class CachedExperts:
     self._writing.shutdown()
     # Batches that were fed but never made ready: nobody writes what they would
     # have moved out, and a read that waits for it must not wait for ever.
-    for gone in self._gone.values():
+    for _, gone in self._gone.values():
       gone.cancel()
     self._reading.shutdown(cancel_futures=True)
     self._backing.close()
@@ -246,10 +250,13 @@ class CachedExperts:
     move = self._schedule.take(present)
     # Moves in which some of these experts left, and which may not be written
     # yet.
-    earlier = np.unique(self._went_in[move.entering]).tolist()
-    needed = [self._gone[i] for i in earlier if i in self._gone]
-    self._went_in[move.leaving[move.leaving >= 0]] = self._num_moves
-    gone = self._gone[self._num_moves] = concurrent.futures.Future()
+    needed = [
+      gone
+      for leaving, gone in list(self._gone.values())
+      if np.isin(move.entering, leaving).any()
+    ]
+    gone = concurrent.futures.Future()
+    self._gone[self._num_moves] = move.leaving[move.leaving >= 0], gone
     self._num_moves += 1
     coming = self._reading.submit(self._read, move, needed)
     in_slots = self._schedule.in_slots(plan)
@@ -311,7 +318,7 @@ class CachedExperts:
 
   def _raise_errors(self) -> None:
     """Raises errors of moves that are done, and forgets these moves."""
-    for number, gone in list(self._gone.items()):
+    for number, (_, gone) in list(self._gone.items()):
       if gone.done():
         gone.result()
         del self._gone[number]

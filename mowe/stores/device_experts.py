@@ -53,7 +53,7 @@ class DeviceExperts:
     self._everywhere = None
     if sharding.num_devices > 1:
       self._everywhere = partitioning.replicated(sharding.mesh)
-    self._counts = expert_metrics.ExpertCounts(file.seen, is_trained)
+    self._counts = expert_metrics.ExpertCounts(file.index, is_trained)
 
   def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
     """See `Experts.start`."""

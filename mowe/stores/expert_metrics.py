@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mowe.stores import row_index
 from mowe.training.train_metrics import Mean
 from mowe.words.plans import batch_plans, sharded_plan
 
@@ -10,25 +11,22 @@ class ExpertCounts:
   """Counts the experts of each step, on the host.
 
   Args:
-    seen: <bool>[num_experts], whether training has met the expert; this object
-      keeps the array up to date.
+    index: this object marks in it which experts training has met.
     is_trained: whether experts are trained; frozen ones are never seen.
   """
 
-  def __init__(self, seen: np.ndarray, is_trained: bool):
-    self._seen = seen
+  def __init__(self, index: row_index.RowIndex, is_trained: bool):
+    self._index = index
     self._is_trained = is_trained
-    self._num_unseen = int(np.count_nonzero(~seen))
     self._latest: dict[str, Mean] = {}
 
   def count(
     self, plan: batch_plans.ExpertPlan | sharded_plan.ShardedPlan
   ) -> np.ndarray:
     """Counts a step; returns the experts of its batch, <int>[n], ascending."""
-    present = plan.present_experts(len(self._seen))
+    present = plan.present_experts(self._index.num_rows)
     if self._is_trained:
-      self._num_unseen -= int(np.count_nonzero(~self._seen[present]))
-      self._seen[present] = True
+      self._index.mark_seen(present)
     one = np.float32(1)
     self._latest = {
       'experts/distinct': Mean(np.float32(len(present)), one),
@@ -38,7 +36,7 @@ class ExpertCounts:
     }
     if self._is_trained:
       self._latest['experts/never_seen'] = Mean(
-        np.float32(self._num_unseen), one
+        np.float32(self._index.num_rows - self._index.num_seen), one
       )
     return present
 

@@ -44,6 +44,17 @@ def record_dtype(
   )
 
 
+def abstract_tables(dtype: np.dtype) -> parameters.Tables:
+  """The tables of one row each whose records have this dtype, abstract."""
+  tables: parameters.Tables = {}
+  for name in kernels_only(dtype).names:
+    table, _, kernel = name.removeprefix(_KERNELS).rpartition('/')
+    tables.setdefault(table, {})[kernel] = jax.ShapeDtypeStruct(
+      (1, *dtype[name].shape), dtype[name].base
+    )
+  return tables
+
+
 def kernels_only(dtype: np.dtype) -> np.dtype:
   """The dtype of a record without row state: its first bytes, up to there."""
   return np.dtype([one for one in dtype.descr if one[0].startswith(_KERNELS)])

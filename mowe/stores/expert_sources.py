@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mowe.models import initialization, parameters
+from mowe.models import initialization, parameters, threefry
 from mowe.stores import expert_records, row_index
 from mowe.words.plans import step_plans
 
@@ -28,12 +28,22 @@ Arrays = tuple[parameters.Tables, dict[str, Any]]
 class ExpertSource(Protocol):
   """Gives the experts that a run begins with."""
 
-  def records(self, first: int, number: int, dtype: np.dtype) -> np.ndarray:
-    """The records of neighbouring experts.
+  def written_rows(self) -> np.ndarray:
+    """The experts <int64>[n] that are written; `fresh` draws all others."""
+
+  @property
+  def fresh(self) -> row_index.Fresh | None:
+    """Draws experts that are not written; None if all are."""
+
+  @property
+  def fresh_key(self) -> np.ndarray | None:
+    """The words <uint32>[2] of the random key of `fresh`, or None."""
+
+  def read(self, experts: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The records [n] of experts <int>[n], written or not.
 
     Args:
-      first: the first expert.
-      number: how many experts.
+      experts: their numbers.
       dtype: the dtype of a record; a fresh row state is zeros.
     """
 
@@ -56,7 +66,7 @@ class FreshExperts:
   Args:
     model: the model.
     key: the random key of its parameters, one of `threefry.key`.
-    tables: abstract tables of all experts.
+    tables: abstract tables of all experts; their number does not matter.
   """
 
   def __init__(
@@ -64,15 +74,39 @@ class FreshExperts:
   ):
     self._model = model
     self._key = key
-    self._draw_rows = initialization.initial_rows(model, key, tables)
+    self._tables = tables
+    self._dtype = expert_records.record_dtype(tables, {})
 
-  def records(self, first: int, number: int, dtype: np.dtype) -> np.ndarray:
-    """See `ExpertSource.records`."""
-    tables = jax.device_get(self._draw_rows(first, number))
-    kernels = expert_records.from_arrays(
-      expert_records.kernels_only(dtype), tables, {}
-    )
-    return expert_records.converted(kernels, dtype)
+  @functools.cached_property
+  def _draw_rows(self):
+    # Made at first use, as many runs draw nothing.
+    return initialization.initial_rows(self._model, self._key, self._tables)
+
+  def written_rows(self) -> np.ndarray:
+    """See `ExpertSource.written_rows`; there are none."""
+    return np.zeros(0, np.int64)
+
+  @property
+  def fresh(self) -> row_index.Fresh:
+    """See `ExpertSource.fresh`."""
+    return self.read
+
+  @property
+  def fresh_key(self) -> np.ndarray:
+    """See `ExpertSource.fresh_key`."""
+    return np.asarray(jax.random.key_data(self._key))
+
+  def read(self, experts: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """See `ExpertSource.read`."""
+    records = np.empty(len(experts), dtype)
+    for first in range(0, len(experts), at_once(dtype)):
+      some = experts[first : first + at_once(dtype)]
+      drawn = jax.device_get(self._draw_rows(some))
+      kernels = expert_records.from_arrays(self._dtype, drawn, {})
+      records[first : first + len(some)] = expert_records.converted(
+        kernels, dtype
+      )
+    return records
 
   def arrays(self, abstract: Arrays) -> Arrays:
     """See `ExpertSource.arrays`."""
@@ -96,6 +130,8 @@ class SavedExperts:
   Args:
     checkpoint: the folder of the checkpoint.
     group: the name of the group of tables; see `row_index`.
+    model: the model, by which experts are drawn that were never written; None
+      if all are, as in a checkpoint of tables on the device.
     kernels_only: whether row state is left out; a run then begins with a fresh
       one.
 
@@ -110,6 +146,7 @@ class SavedExperts:
     checkpoint: pathlib.Path,
     group: str = step_plans.EXPERTS,
     *,
+    model: nn.Module | None = None,
     kernels_only: bool = False,
   ):
     self.checkpoint = checkpoint
@@ -124,19 +161,42 @@ class SavedExperts:
         f'without. Give a checkpoint of a model with {what}.'
       )
     self.index = row_index.RowIndex.load(checkpoint, group)
-    self.read = row_index.RowReader(checkpoint.parent, self.index, kernels_only)
+    self.fresh: row_index.Fresh | None = None
+    if model is not None and self.index.fresh_key is not None:
+      self.fresh = FreshExperts(
+        model,
+        threefry.key_of_words(self.index.fresh_key),
+        expert_records.abstract_tables(self.index.dtype),
+      ).read
+    self._reader = row_index.RowReader(
+      checkpoint.parent, self.index, self.fresh, kernels_only
+    )
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype of a record as it is read."""
+    return self._reader.dtype
+
+  @property
+  def fresh_key(self) -> np.ndarray | None:
+    """See `ExpertSource.fresh_key`."""
+    return self.index.fresh_key
+
+  def written_rows(self) -> np.ndarray:
+    """See `ExpertSource.written_rows`."""
+    return self.index.written_rows()
 
   def close(self) -> None:
     """Closes the file; nothing can be read after that."""
-    self.read.close()
+    self._reader.close()
 
   def check(self, abstract: Arrays) -> None:
     """Raises ValueError unless the experts can become these arrays."""
     num_experts = jax.tree.leaves(abstract)[0].shape[0]
     problem = expert_records.check_convertible(
-      self.read.dtype, expert_records.record_dtype(*abstract)
+      self.dtype, expert_records.record_dtype(*abstract)
     )
-    there = len(self.index.places)
+    there = self.index.num_rows
     if there != num_experts:
       problem = f'experts: {there:,} there, {num_experts:,} here'
     if problem:
@@ -146,10 +206,14 @@ class SavedExperts:
         'beside it in model.json.'
       )
 
-  def records(self, first: int, number: int, dtype: np.dtype) -> np.ndarray:
-    """See `ExpertSource.records`."""
-    records = self.read(np.arange(first, first + number))
-    return expert_records.converted(records, dtype)
+  def read(
+    self, experts: np.ndarray, dtype: np.dtype | None = None
+  ) -> np.ndarray:
+    """See `ExpertSource.read`; without a dtype the records are as they are."""
+    records = self._reader(experts)
+    return (
+      records if dtype is None else expert_records.converted(records, dtype)
+    )
 
   def arrays(self, abstract: Arrays) -> Arrays:
     """See `ExpertSource.arrays`; host memory holds one chunk at a time."""
@@ -174,7 +238,7 @@ class SavedExperts:
       leaf.sharding.addressable_devices_indices_map(leaf.shape)[device]
       for leaf in jax.tree.leaves(abstract)
     ]
-    num_experts = len(self.index.places)
+    num_experts = self.index.num_rows
     start, stop, _ = indices[0][0].indices(num_experts)
     parts = [
       jnp.zeros(
@@ -183,7 +247,7 @@ class SavedExperts:
       for leaf in jax.tree.leaves(abstract)
     ]
     for first, number in chunks(start, stop, dtype):
-      records = self.records(first, number, dtype)
+      records = self.read(np.arange(first, first + number), dtype)
       arrays = jax.tree.leaves(expert_records.to_arrays(records, *abstract))
       rows = [
         jax.device_put(array[:, *index[1:]], device)

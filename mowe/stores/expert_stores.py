@@ -213,11 +213,12 @@ class HostStore(_SlotStore):
     source.check((abstract, {}))
     dtype = expert_records.record_dtype(abstract, {})
     num_experts = jax.tree.leaves(abstract)[0].shape[0]
+    records = backings.HostRecords(dtype)
     with contextlib.closing(source):
-      records = backings.all_records(source, dtype, num_experts)
+      records.start(source)
     # The cache keeps next to nothing, as all records are in memory already.
     return {}, kernel_cache.KernelCache(
-      records.__getitem__, dtype, num_experts, most_bytes=0
+      records.read, dtype, num_experts, most_bytes=0
     )
 
 

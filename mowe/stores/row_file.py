@@ -107,14 +107,16 @@ class RowFile:
     file: the file that this process writes; it is closed with this object.
     index: where the experts lie at the beginning, as in the checkpoint that is
       resumed. This object keeps it up to date from then on.
+    fresh: gives the records of experts that were never written; see
+      `row_index.RowReader`.
     process: the number of this process in its run.
     num_processes: how many processes share the experts.
 
   Attributes:
     dtype: the dtype of a record.
     num_experts: how many experts there are.
-    seen: <bool>[num_experts], whether training has met the expert; the caller
-      keeps it up to date, and it is saved with each checkpoint.
+    index: where the experts lie. The caller marks in it which of them training
+      has met, and it is saved with each checkpoint.
 
   Raises:
     DamagedCheckpointError: the file lacks records of the index.
@@ -124,23 +126,23 @@ class RowFile:
     self,
     file: LockedFile,
     index: row_index.RowIndex,
+    fresh: row_index.Fresh | None = None,
     process: int = 0,
     num_processes: int = 1,
   ):
     self._locked = file
     self._path, self._file = file.path, file.descriptor
     self._folder = file.path.parent
-    self._index = index
+    self.index = index
     self._process = process
     self.dtype = index.dtype
-    self.num_experts = len(index.places)
-    self.seen = index.seen
+    self.num_experts = index.num_rows
     # Each process owns a block of neighbouring experts.
     ends = [
       self.num_experts * i // num_processes for i in range(num_processes + 1)
     ]
     self._own = slice(ends[process], ends[process + 1])
-    self._reader = row_index.RowReader(self._folder, index)
+    self._reader = row_index.RowReader(self._folder, index, fresh)
     self._lock = threading.Lock()
     # For each place in the file of this process: how many checkpoints refer to
     # it (it is held), and whether it has the present version of an expert (it
@@ -154,7 +156,7 @@ class RowFile:
       checkpoint, group = manifest.parent, index.group
       if row_index.exists(checkpoint, group):
         self._hold(checkpoint, row_index.RowIndex.load(checkpoint, group))
-    own = self._own_places(index)
+    own = index.places_in(process)
     self._grow(own.max(initial=-1) + 1)
     self._is_current[own] = True
     self._cut_off_the_rest()
@@ -202,17 +204,22 @@ class RowFile:
         f'writing failed: {error.strerror}. Finished checkpoints are unharmed: '
         'make room, then run the same command to continue.'
       ) from error
-    self._index.files[experts] = self._process
-    self._index.places[experts] = places
-    self._index.checksums[experts] = np.concatenate(checksums)
+    self.index.place(
+      experts,
+      row_index.Located(
+        np.full(len(experts), self._process, np.uint16),
+        places,
+        np.concatenate(checksums),
+      ),
+    )
     # Only now: until the index says where the new version is, it is the old one
     # that is read.
     with self._lock:
       self._is_current[left] = False
 
-  def check_room(self) -> None:
-    """Raises DiskFullError unless the disk has room for all experts once."""
-    size = self.num_experts * self.dtype.itemsize
+  def check_room(self, number: int) -> None:
+    """Raises DiskFullError unless the disk has room for so many experts."""
+    size = number * self.dtype.itemsize
     free = shutil.disk_usage(self._folder).free
     if free < size:
       raise DiskFullError(
@@ -228,8 +235,8 @@ class RowFile:
     gone. All of them are on disk before the index is.
     """
     os.fsync(self._file)
-    self._index.save(checkpoint, self._process, self._own)
-    self._hold(checkpoint, self._index)
+    self.index.save(checkpoint, self._process, self._own)
+    self._hold(checkpoint, self.index)
 
   def close(self) -> None:
     """Closes the file, so that another process may open it."""
@@ -255,9 +262,10 @@ class RowFile:
       The place of each expert, <int64>[n]; and the places of old versions that
       are not overwritten, which stay current until the new ones are written.
     """
+    located = self.index.locate(experts)
     with self._lock:
-      is_here = self._index.files[experts] == self._process
-      places = np.where(is_here, self._index.places[experts], -1)
+      is_here = located.files == self._process
+      places = np.where(is_here, located.places, -1)
       known = np.flatnonzero(places >= 0)
       # An old version that no checkpoint refers to is overwritten in place. One
       # that a checkpoint refers to stays, and the next version goes elsewhere.
@@ -288,7 +296,7 @@ class RowFile:
 
   def _hold(self, checkpoint, index):
     """Keeps what the index of a checkpoint refers to in the own file."""
-    places = self._own_places(index)
+    places = index.places_in(self._process)
     with self._lock:
       self._release_removed()
       self._grow(places.max(initial=-1) + 1)
@@ -298,11 +306,6 @@ class RowFile:
         if np.array_equal(places, same):
           places = same
       self._checkpoints[checkpoint] = places
-
-  def _own_places(self, index):
-    """The places in the file of this process that an index refers to."""
-    is_here = (index.files == self._process) & (index.places >= 0)
-    return index.places[is_here].copy()
 
   def _grow(self, num_places):
     """Lets the file have at least so many places; new ones are free."""

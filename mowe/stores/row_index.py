@@ -2,15 +2,15 @@
 
 All checkpoints of a model folder share a file of records, `experts.0.rows`; in
 a run of several processes there is one file for each. A checkpoint has an
-index, `experts.0.npz`: for every expert the place of its record in such a file,
-and checksums. Every read compares the checksums of what it reads.
+index, `experts.0.npz`: the place of each record in such a file, and checksums.
+Every read compares the checksums of what it reads. An expert that was never
+written is drawn at random when it is read, always with the same bits.
 
 Tables whose rows are named alike are a *group* (see `words.plans.step_plans`),
 and their files begin with its name: `experts` for the tables of word experts,
 and the name of a memory for its table, whose rows take the place of experts.
 """
 
-import dataclasses
 import itertools
 import json
 import os
@@ -18,11 +18,11 @@ import pathlib
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mowe.stores import background, expert_records
+from mowe.stores import background, expert_records, row_numbers
 from mowe.training import manifests
 from mowe.words.plans import step_plans
 
@@ -31,43 +31,113 @@ _RUN_BYTES = 2**22
 _INDEX = '{}.{}.npz'
 _DATA = '{}.{}.rows'
 
+# Gives records [n] of a dtype for rows <int>[n] that were never written.
+Fresh = Callable[[np.ndarray, np.dtype], np.ndarray]
 
-@dataclasses.dataclass
-class RowIndex:
-  """Where the records of all experts lie.
+
+class Located(NamedTuple):
+  """Where some rows lie.
 
   Attributes:
-    dtype: the dtype of a record; see `expert_records`.
-    files: <uint16>[num_experts], the number of the file, which is that of the
-      process that wrote it.
-    places: <int64>[num_experts], the number of the record in that file; -1 if
-      the expert was never written.
-    checksums: <uint32>[num_experts, 2], crc32 of the kernels and of the row
-      state. There are two, so that kernels can be read and checked alone.
-    seen: <bool>[num_experts], whether training has met the expert.
-    group: the name of the group of tables.
+    files: <uint16>[n], the number of the file, which is that of the process
+      that wrote it.
+    places: <int64>[n], the number of the record in that file; -1 if the row was
+      never written.
+    checksums: <uint32>[n, 2], crc32 of the kernels and of the row state. There
+      are two, so that kernels can be read and checked alone.
   """
 
-  dtype: np.dtype
   files: np.ndarray
   places: np.ndarray
   checksums: np.ndarray
-  seen: np.ndarray
-  group: str = step_plans.EXPERTS
 
-  @classmethod
-  def empty(
-    cls, dtype: np.dtype, num_experts: int, group: str = step_plans.EXPERTS
-  ) -> 'RowIndex':
-    """Returns the index of experts that are not written yet."""
-    return cls(
-      dtype,
-      np.zeros(num_experts, np.uint16),
-      np.full(num_experts, -1, np.int64),
-      np.zeros((num_experts, 2), np.uint32),
-      np.zeros(num_experts, bool),
-      group,
-    )
+
+class RowIndex:
+  """Where the records of rows lie, and which rows training has met.
+
+  It needs memory for the rows that were written or met, not for all that there
+  are. Several threads may call it at once.
+
+  Args:
+    dtype: the dtype of a record; see `expert_records`.
+    num_rows: how many rows there are.
+    group: the name of the group of tables.
+    fresh_key: <uint32>[2], the words of the random key by which a row that was
+      never written is drawn; None if all rows are written.
+
+  Attributes: those of the arguments.
+  """
+
+  def __init__(
+    self,
+    dtype: np.dtype,
+    num_rows: int,
+    group: str = step_plans.EXPERTS,
+    fresh_key: np.ndarray | None = None,
+  ):
+    self.dtype = dtype
+    self.num_rows = num_rows
+    self.group = group
+    self.fresh_key = fresh_key
+    self._numbers = row_numbers.RowNumbers()
+    # By the number of a row; more than are numbered have room.
+    self._files = np.zeros(0, np.uint16)
+    self._places = np.zeros(0, np.int64)
+    self._checksums = np.zeros((0, 2), np.uint32)
+    self._seen = np.zeros(0, bool)
+    self._num_seen = 0
+    self._lock = threading.Lock()
+
+  @property
+  def num_seen(self) -> int:
+    """How many rows training has met."""
+    return self._num_seen
+
+  def locate(self, rows: np.ndarray) -> Located:
+    """Returns where rows <int>[n] lie."""
+    with self._lock:
+      numbers = self._numbers.find(rows)
+      known = np.flatnonzero(numbers >= 0)
+      found = Located(
+        np.zeros(len(numbers), np.uint16),
+        np.full(len(numbers), -1, np.int64),
+        np.zeros((len(numbers), 2), np.uint32),
+      )
+      for to, of_all in zip(found, self._arrays()[:3], strict=True):
+        to[known] = of_all[numbers[known]]
+    return found
+
+  def place(self, rows: np.ndarray, located: Located) -> None:
+    """Keeps where distinct rows <int>[n] lie from now on."""
+    with self._lock:
+      numbers = self._add(rows)
+      for of_all, some in zip(self._arrays()[:3], located, strict=True):
+        of_all[numbers] = some
+
+  def mark_seen(self, rows: np.ndarray) -> None:
+    """Keeps that training has met distinct rows <int>[n]."""
+    with self._lock:
+      numbers = self._add(rows)
+      self._num_seen += int(np.count_nonzero(~self._seen[numbers]))
+      self._seen[numbers] = True
+
+  def seen_rows(self) -> np.ndarray:
+    """Returns the rows that training has met, <int64>[n], ascending."""
+    with self._lock:
+      return np.sort(self._numbers.rows[self._seen[: len(self._numbers)]])
+
+  def written_rows(self) -> np.ndarray:
+    """Returns the rows that are written, <int64>[n], ascending."""
+    with self._lock:
+      is_written = self._places[: len(self._numbers)] >= 0
+      return np.sort(self._numbers.rows[is_written])
+
+  def places_in(self, file: int) -> np.ndarray:
+    """Returns the places <int64>[n] of a file that rows lie in."""
+    with self._lock:
+      count = len(self._numbers)
+      is_here = (self._files[:count] == file) & (self._places[:count] >= 0)
+      return self._places[:count][is_here].copy()
 
   @classmethod
   def load(
@@ -80,11 +150,19 @@ class RowIndex:
         parts.append({name: arrays[name] for name in arrays.files})
     whole = {
       name: np.concatenate([part[name] for part in parts])
-      for name in ('experts', 'files', 'places', 'checksums', 'seen')
+      for name in ('rows', *Located._fields, 'seen')
     }
-    dtype = expert_records.from_json(json.loads(str(parts[0]['fields'])))
-    order = np.argsort(whole.pop('experts'), kind='stable')
-    return cls(dtype, *(array[order] for array in whole.values()), group)
+    first = parts[0]
+    index = cls(
+      expert_records.from_json(json.loads(str(first['fields']))),
+      int(first['num_rows']),
+      group,
+      first['fresh_key'] if len(first['fresh_key']) else None,
+    )
+    rows = whole['rows']
+    index.place(rows, Located(*(whole[name] for name in Located._fields)))
+    index.mark_seen(rows[whole['seen']])
+    return index
 
   def save(self, checkpoint: pathlib.Path, process: int, own: slice) -> None:
     """Writes the part of the index of one process.
@@ -92,21 +170,51 @@ class RowIndex:
     Args:
       checkpoint: the folder of the checkpoint.
       process: the number of the process.
-      own: the experts that the process owns.
+      own: the rows that the process owns.
     """
     fields = json.dumps(expert_records.to_json(self.dtype))
+    with self._lock:
+      rows = self._numbers.rows
+      is_own = (rows >= own.start) & (rows < own.stop)
+      numbers = np.flatnonzero(is_own)
+      numbers = numbers[np.argsort(rows[numbers])]
+      arrays = dict(
+        zip(
+          ('rows', *Located._fields, 'seen'),
+          (array[numbers] for array in (rows, *self._arrays())),
+          strict=True,
+        )
+      )
+    fresh_key = np.zeros(0, np.uint32)
+    if self.fresh_key is not None:
+      fresh_key = self.fresh_key
     with (checkpoint / _INDEX.format(self.group, process)).open('wb') as file:
       np.savez(
         file,
         fields=np.array(fields),
-        experts=np.arange(len(self.places))[own],
-        files=self.files[own],
-        places=self.places[own],
-        checksums=self.checksums[own],
-        seen=self.seen[own],
+        num_rows=np.array(self.num_rows),
+        fresh_key=fresh_key,
+        **arrays,
       )
       file.flush()
       os.fsync(file.fileno())
+
+  def _arrays(self):
+    """Files, places, checksums and marks of all numbers, and of spare room."""
+    return self._files, self._places, self._checksums, self._seen
+
+  def _add(self, rows):
+    """The numbers of rows; new ones lie nowhere and were not met."""
+    numbers = self._numbers.add(rows)
+    missing = len(self._numbers) - len(self._places)
+    if missing > 0:
+      # At least as much again, so that growing costs little in all.
+      more = max(missing, len(self._places))
+      self._files = np.pad(self._files, (0, more))
+      self._places = np.pad(self._places, (0, more), constant_values=-1)
+      self._checksums = np.pad(self._checksums, ((0, more), (0, 0)))
+      self._seen = np.pad(self._seen, (0, more))
+    return numbers
 
 
 def exists(checkpoint: pathlib.Path, group: str = step_plans.EXPERTS) -> bool:
@@ -125,6 +233,8 @@ class RowReader:
   Args:
     folder: the folder of the model.
     index: where the experts lie.
+    fresh: returns the records [n], of a dtype, of experts <int>[n] that were
+      never written; None if all are.
     kernels_only: whether records are read without their row state.
     num_threads: how many threads read at a time.
 
@@ -136,17 +246,20 @@ class RowReader:
 
   Raises (when called):
     DamagedCheckpointError: a record is not as it was written.
+    KeyError: an expert was never written, and `fresh` is None.
   """
 
   def __init__(
     self,
     folder: pathlib.Path,
     index: RowIndex,
+    fresh: Fresh | None = None,
     kernels_only: bool = False,
     num_threads: int = 8,
   ):
     self._folder = folder
     self._index = index
+    self._fresh = fresh
     kernels = expert_records.kernels_only(index.dtype)
     self.dtype = kernels if kernels_only else index.dtype
     # Bytes of the kernels, which a record begins with, and from one record to
@@ -160,15 +273,34 @@ class RowReader:
 
   def __call__(self, experts: np.ndarray) -> np.ndarray:
     experts = np.asarray(experts)
+    located = self._index.locate(experts)
+    is_written = located.places >= 0
+    if is_written.all():
+      return self._written(experts, located)
+    if self._fresh is None:
+      raise KeyError(f'Expert {experts[~is_written][0]} was never written.')
     records = np.empty(len(experts), self.dtype)
-    files, places = self._index.files[experts], self._index.places[experts]
+    records[~is_written] = self._fresh(experts[~is_written], self.dtype)
+    written = Located(*(array[is_written] for array in located))
+    records[is_written] = self._written(experts[is_written], written)
+    return records
+
+  def _written(self, experts, located):
+    """The records of experts that lie in files."""
+    records = np.empty(len(experts), self.dtype)
     # Whole records of neighbours are read by one call. Of records without their
     # row state each has a call of its own, as there is a gap after it.
     step = 1 if self.dtype.itemsize == self._stride else None
     # With the file in the upper bits, neighbours are in the same file.
     self.each(
-      lambda run: self._read_run(experts[run], records[run]),
-      runs(files.astype(np.int64) << 48 | places, self._stride, step),
+      lambda run: self._read_run(
+        experts[run], Located(*(array[run] for array in located)), records[run]
+      ),
+      runs(
+        located.files.astype(np.int64) << 48 | located.places,
+        self._stride,
+        step,
+      ),
     )
     return records
 
@@ -211,14 +343,11 @@ class RowReader:
     for descriptor in self._descriptors.values():
       os.close(descriptor)
 
-  def _read_run(self, experts, records):
+  def _read_run(self, experts, located, records):
     """Reads neighbouring records into an array, and compares checksums."""
-    file = int(self._index.files[experts[0]])
-    place = int(self._index.places[experts[0]])
-    if place < 0:
-      raise KeyError(f'Expert {experts[0]} was never written.')
+    file = int(located.files[0])
     view = memoryview(records.view(np.uint8).reshape(-1))
-    done, offset = 0, place * self._stride
+    done, offset = 0, int(located.places[0]) * self._stride
     # A call may read less than it was asked for.
     while done < len(view):
       count = os.preadv(self._open(file), [view[done:]], offset + done)
@@ -228,8 +357,7 @@ class RowReader:
     # Without row state only the checksums of the kernels can be compared.
     width = 2 if self.dtype.itemsize == self._stride else 1
     wrong = (
-      self.checksums_of(records)[:, :width]
-      != self._index.checksums[experts][:, :width]
+      self.checksums_of(records)[:, :width] != located.checksums[:, :width]
     ).any(axis=1)
     if wrong.any():
       expert = experts[np.flatnonzero(wrong)[0]]

@@ -34,12 +34,15 @@ class SlotSchedule:
   """
 
   def __init__(self, num_experts: int, num_slots: int):
-    # The slot of each expert and the expert in each slot, -1 for none; and the
-    # number of the batch that used a slot last.
-    self._slot_of = np.full(num_experts, -1, np.int32)
+    self._num_experts = num_experts
+    # The expert in each slot, -1 for none, and the number of the batch that
+    # used it last.
     self._expert_in = np.full(num_slots, -1, np.int64)
     self._last_use = np.zeros(num_slots, np.int64)
     self._now = 0
+    # The experts that are in slots, ascending, and the slot of each.
+    self._in_slots = np.zeros(0, np.int64)
+    self._slots = np.zeros(0, np.int64)
 
   def take(self, experts: np.ndarray) -> Move:
     """Gives slots to the experts of the next batch.
@@ -62,7 +65,7 @@ class SlotSchedule:
         'smaller batch.'
       )
     self._now += 1
-    slots = self._slot_of[experts]
+    slots = self._slots_of(experts)
     self._last_use[slots[slots >= 0]] = self._now
     entering = experts[slots < 0].astype(np.int64)
     # Those slots are taken that have not been used for longest. The slots of
@@ -72,10 +75,12 @@ class SlotSchedule:
     order = np.argpartition(self._last_use, count - 1)[:count]
     order.sort()
     leaving = self._expert_in[order]
-    self._slot_of[leaving[leaving >= 0]] = -1
-    self._slot_of[entering] = order
     self._expert_in[order] = entering
     self._last_use[order] = self._now
+    if count:
+      slots = np.argsort(self._expert_in)
+      self._slots = slots[np.count_nonzero(self._expert_in < 0) :]
+      self._in_slots = self._expert_in[self._slots]
     return Move(order, entering, leaving)
 
   def in_slots(self, plan: step_plans.GroupPlan) -> step_plans.GroupPlan:
@@ -84,11 +89,20 @@ class SlotSchedule:
     Numbers of unused places, which begin at `num_experts` there, begin at
     `num_slots` here, so that a scatter drops them still. They stay distinct.
     """
-    num_experts, num_slots = len(self._slot_of), len(self._expert_in)
+    num_experts, num_slots = self._num_experts, len(self._expert_in)
 
     def renumber(experts):
-      slots = self._slot_of[np.minimum(experts, num_experts - 1)]
       beyond = experts - num_experts + num_slots
+      slots = self._slots_of(experts)
       return np.where(experts < num_experts, slots, beyond).astype(np.int32)
 
     return plan.renumbered(renumber)
+
+  def _slots_of(self, experts):
+    """The slots <int64>[n] of experts <int>[n]; -1 for none."""
+    if not len(self._in_slots):
+      return np.full(experts.shape, -1, np.int64)
+    places = np.searchsorted(self._in_slots, experts)
+    places = np.minimum(places, len(self._in_slots) - 1)
+    is_in = self._in_slots[places] == experts
+    return np.where(is_in, self._slots[places], -1)

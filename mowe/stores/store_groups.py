@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
 from mowe.layers.memory import host_rows
 from mowe.models import parameters
@@ -124,6 +125,7 @@ class RowsOfGroups:
 
 def open_for_reading(
   checkpoint: pathlib.Path,
+  model: nn.Module,
   abstract: parameters.Tables,
   store: expert_stores.Store,
 ) -> tuple[parameters.Tables, host_rows.RowsFrom | None]:
@@ -131,6 +133,7 @@ def open_for_reading(
 
   Args:
     checkpoint: the folder of the checkpoint.
+    model: the model whose tables they are.
     abstract: abstract tables of all groups.
     store: where they lie.
 
@@ -140,7 +143,9 @@ def open_for_reading(
   tables: parameters.Tables = {}
   readers = {}
   for group, own in parameters.in_groups(abstract).items():
-    source = expert_sources.SavedExperts(checkpoint, group, kernels_only=True)
+    source = expert_sources.SavedExperts(
+      checkpoint, group, model=model, kernels_only=True
+    )
     of_group, rows_from = store.open_for_reading(source, own)
     tables |= of_group
     if rows_from is not None:

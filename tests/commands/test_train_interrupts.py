@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mowe.model_folders import model_folder
+from mowe.models.families import families
 from mowe.stores import expert_sources
 from mowe.training import checkpointing, train_metrics
 
@@ -94,9 +96,9 @@ def _final(folder):
   tree = checkpointer.metadata(state).item_metadata.tree
   as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
   tree = checkpointer.restore(state, restore_args=jax.tree.map(as_numpy, tree))
-  source = expert_sources.SavedExperts(state.parent)
-  num_experts = len(source.index.places)
-  records = source.records(0, num_experts, source.read.dtype)
+  model = families.build(model_folder.load_config(folder)[0])
+  source = expert_sources.SavedExperts(state.parent, model=model)
+  records = source.read(np.arange(source.index.num_rows))
   return tree | {'experts': records.view(np.uint8)}
 
 

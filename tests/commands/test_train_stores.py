@@ -11,6 +11,7 @@ import small_runs
 from mowe.cli import main
 from mowe.commands import ask, evaluations
 from mowe.model_folders import model_folder
+from mowe.models.families import families
 from mowe.stores import expert_sources, expert_stores, row_file
 from mowe.training import partitioning, train_metrics
 
@@ -34,8 +35,11 @@ def _train(world, folder, total_steps=_TOTAL, **changes):
 
 def _experts(folder, step):
   """The records of all experts of a checkpoint."""
-  source = expert_sources.SavedExperts(folder / f'checkpoint_{step}')
-  return source.records(0, small_runs.NUM_EXPERTS, source.read.dtype)
+  model = families.build(model_folder.load_config(folder)[0])
+  source = expert_sources.SavedExperts(
+    folder / f'checkpoint_{step}', model=model
+  )
+  return source.read(np.arange(small_runs.NUM_EXPERTS))
 
 
 @pytest.fixture(scope='module')

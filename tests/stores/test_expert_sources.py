@@ -56,7 +56,7 @@ def _save(folder, abstract, seed=0):
       records[name] = rng.normal(size=shape)
   folder.mkdir(exist_ok=True)
   file = row_file.RowFile(
-    row_file.LockedFile(folder), row_index.RowIndex.empty(dtype, _EXPERTS)
+    row_file.LockedFile(folder), row_index.RowIndex(dtype, _EXPERTS)
   )
   file.write(np.arange(_EXPERTS), records)
   checkpoint = folder / 'checkpoint_1'
@@ -138,14 +138,14 @@ def test_onto_several_devices_and_back(tmp_path, monkeypatch, mesh_shape):
   (tmp_path / 'many' / 'checkpoint_1').mkdir(parents=True)
   file = row_file.RowFile(
     row_file.LockedFile(tmp_path / 'many'),
-    row_index.RowIndex.empty(records.dtype, _EXPERTS),
+    row_index.RowIndex(records.dtype, _EXPERTS),
   )
   experts = device_experts.DeviceExperts(file, abstract, True, False)
   whole = train_state.TrainState(0, {}, {}, tables, state)
   experts.save(tmp_path / 'many' / 'checkpoint_1', whole)
   experts.close()
   again = expert_sources.SavedExperts(tmp_path / 'many' / 'checkpoint_1')
-  back = again.records(0, _EXPERTS, records.dtype)
+  back = again.read(np.arange(_EXPERTS), records.dtype)
   assert back.tobytes() == records.tobytes()
 
 
@@ -211,7 +211,7 @@ def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
       make = jax.jit(lambda: jnp.arange(experts * 2048.0).reshape(experts, -1))
       tables = {'experts': {'wi': make().block_until_ready()}}
       before = peak()
-      file = row_file.RowFile(row_file.LockedFile(folder), row_index.RowIndex.empty(dtype, experts))
+      file = row_file.RowFile(row_file.LockedFile(folder), row_index.RowIndex(dtype, experts))
       store = device_experts.DeviceExperts(file, abstract, True, False)
       checkpoint.mkdir()
       store.save(checkpoint, train_state.TrainState(0, {}, {}, tables, {}))

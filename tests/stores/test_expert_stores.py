@@ -81,7 +81,7 @@ class _Run:
     self.dtype = expert_records.record_dtype(*abstract)
     saved = sorted(folder.glob('checkpoint_*'))
     if saved:
-      source = expert_sources.SavedExperts(saved[-1])
+      source = expert_sources.SavedExperts(saved[-1], model=model)
       index = source.index
       params = np.load(saved[-1] / 'params.npz', allow_pickle=True)
       leaves = [params[name] for name in sorted(params.files)]
@@ -91,10 +91,12 @@ class _Run:
       )
     else:
       source = expert_sources.FreshExperts(model, threefry.key(0), abstract[0])
-      index = row_index.RowIndex.empty(self.dtype, tiny_training.EXPERTS)
+      index = row_index.RowIndex(
+        self.dtype, tiny_training.EXPERTS, fresh_key=source.fresh_key
+      )
       rest = state
     self.experts = store.open(
-      row_file.RowFile(row_file.LockedFile(folder), index),
+      row_file.RowFile(row_file.LockedFile(folder), index, source.fresh),
       abstract,
       is_trained=is_trained,
       is_resumed=bool(saved),
@@ -132,9 +134,12 @@ class _Run:
 
 def _outcome(path):
   """All experts and ordinary parameters of a checkpoint, as bytes."""
-  reader = row_index.RowReader(path.parent, row_index.RowIndex.load(path))
-  records = reader(np.arange(tiny_training.EXPERTS))
-  reader.close()
+  index = row_index.RowIndex.load(path)
+  kernel = index.dtype['kernels/experts/wo'].base
+  table_dtype = 'float32' if kernel == np.float32 else 'bfloat16'
+  source = expert_sources.SavedExperts(path, model=t5.T5(_config(table_dtype)))
+  records = source.read(np.arange(tiny_training.EXPERTS))
+  source.close()
   with np.load(path / 'params.npz') as params:
     rest = [params[name].tobytes() for name in sorted(params.files)]
   return records, rest
@@ -216,8 +221,8 @@ def test_frozen_experts_have_no_state_and_stay(tmp_path, store):
   fresh = expert_sources.FreshExperts(
     t5.T5(_config('float32')),
     threefry.key(0),
-    {'experts': dict.fromkeys(('wi_0', 'wi_1', 'wo'))},
-  ).records(0, tiny_training.EXPERTS, run.dtype)
+    expert_records.abstract_tables(run.dtype),
+  ).read(np.arange(tiny_training.EXPERTS), run.dtype)
   assert records.tobytes() == fresh.tobytes()
 
 

@@ -38,7 +38,7 @@ def _finish(path):
 
 
 def _fresh(folder, **processes):
-  index = row_index.RowIndex.empty(_DTYPE, _EXPERTS)
+  index = row_index.RowIndex(_DTYPE, _EXPERTS)
   process = processes.get('process', 0)
   locked = row_file.LockedFile(folder, process)
   return row_file.RowFile(locked, index, **processes)
@@ -189,14 +189,14 @@ def test_a_full_disk_harms_no_checkpoint(saved, tmp_path, monkeypatch):
 
 def test_a_table_larger_than_the_disk_is_refused_early(saved, monkeypatch):
   file, _, _ = saved
-  file.check_room()
+  file.check_room(_EXPERTS)
   usage = shutil.disk_usage('.')._replace(free=7 * 40 - 1)
   monkeypatch.setattr(shutil, 'disk_usage', lambda folder: usage)
   with pytest.raises(
     row_file.DiskFullError,
     match=r'must have room for 0\.0 GB of experts, but 0\.0 GB are free\. Make',
   ):
-    file.check_room()
+    file.check_room(_EXPERTS)
 
 
 def _change(path, change):
@@ -253,3 +253,36 @@ def test_damaged_state_does_not_matter_to_who_reads_kernels(saved, tmp_path):
   _read(path, kernels_only=True)
   with pytest.raises(manifests.DamagedCheckpointError, match='Expert 3'):
     _read(path)
+
+
+def test_rows_that_were_never_written_are_drawn(tmp_path):
+  fresh = _records(_EXPERTS, 5)
+  key = np.array([1, 2], np.uint32)
+  index = row_index.RowIndex(_DTYPE, 10**9, fresh_key=key)
+  draw = lambda experts, dtype: fresh[experts % _EXPERTS].astype(dtype)
+  file = row_file.RowFile(row_file.LockedFile(tmp_path), index, draw)
+  rows = np.array([10**9 - 1, 3, 5 * 10**8])
+  _assert_same_bits(file.read(rows), fresh[rows % _EXPERTS])
+  new = _records(2, 6)
+  file.write(rows[:2], new)
+  index.mark_seen(rows[:1])
+  path = _checkpoint(tmp_path, 1)
+  file.save(path)
+  # Only what was written takes room, in the file and in the index.
+  assert os.stat(row_index.data_path(tmp_path, 'experts', 0)).st_size == 80
+  assert (path / 'experts.0.npz').stat().st_size < 4000
+  file.close()
+  again = row_index.RowIndex.load(path)
+  assert (again.num_rows, again.num_seen) == (10**9, 1)
+  assert again.fresh_key.tolist() == [1, 2]
+  assert again.written_rows().tolist() == sorted(rows[:2].tolist())
+  assert again.seen_rows().tolist() == [10**9 - 1]
+  reader = row_index.RowReader(tmp_path, again, draw)
+  expected = fresh[rows % _EXPERTS]
+  expected[:2] = new
+  _assert_same_bits(reader(rows), expected)
+  reader.close()
+  reader = row_index.RowReader(tmp_path, again)
+  with pytest.raises(KeyError, match='Expert 500000000 was never written'):
+    reader(rows)
+  reader.close()

@@ -11,7 +11,7 @@ import tiny_training
 from mowe.model_folders import initial_state
 from mowe.models import parameters, token_memories
 from mowe.models.t5 import t5
-from mowe.stores import expert_stores, store_groups
+from mowe.stores import expert_stores, row_index, store_groups
 from mowe.training import checkpointing, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words.plans import row_plans, step_plans
@@ -120,7 +120,7 @@ def _tables(folder):
   )
   checkpoint = sorted(folder.glob('checkpoint_*'))[-1]
   tables, rows_from = store_groups.open_for_reading(
-    checkpoint, abstract, expert_stores.DeviceStore()
+    checkpoint, t5.T5(config), abstract, expert_stores.DeviceStore()
   )
   assert rows_from is None
   return jax.device_get(tables)
@@ -155,11 +155,19 @@ def test_all_stores_end_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_models_read_rows_from_every_store(tmp_path):
-  run = _Run(tmp_path, _STORES['device'])
+@pytest.mark.parametrize('written_by', ['device', 'disk'])
+def test_models_read_rows_from_every_store(tmp_path, written_by):
+  run = _Run(tmp_path, _STORES[written_by])
   run.train(1)
   run.save()
   run.close()
+  (checkpoint,) = tmp_path.glob('checkpoint_*')
+  # A store outside of the device writes no row that was never met.
+  for memory in _config().memories:
+    index = row_index.RowIndex.load(checkpoint, memory.name)
+    assert index.num_rows == memory.num_rows
+    are_all = len(index.written_rows()) == memory.num_rows
+    assert are_all == (written_by == 'device')
   config = _config()
   variables = jax.eval_shape(
     functools.partial(parameters.initial_variables, t5.T5(config)),
@@ -170,12 +178,11 @@ def test_models_read_rows_from_every_store(tmp_path):
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
   )
-  (checkpoint,) = tmp_path.glob('checkpoint_*')
   batch = tiny_training.make_batch()
   logits = {}
   for name, store in _STORES.items():
     tables, rows_from = store_groups.open_for_reading(
-      checkpoint, abstract, store
+      checkpoint, t5.T5(config), abstract, store
     )
     here = config
     if rows_from is not None:
