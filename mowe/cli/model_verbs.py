@@ -192,6 +192,11 @@ def _add_convert(verbs):
   parser.add_argument(
     '--like', help='a folder with the config for a checkpoint of T5X'
   )
+  parser.add_argument(
+    '--bake',
+    action='store_true',
+    help="make tables of experts that see a token's row alone (MoLE)",
+  )
   parser.set_defaults(run=_convert)
 
 
@@ -207,4 +212,5 @@ def _convert(options, bindings):
     vocabulary=options.vocabulary,
     extra_ids=options.extra_ids,
     like=options.like,
+    bake=options.bake,
   )

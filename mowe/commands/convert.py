@@ -29,6 +29,7 @@ from mowe.interop import (
 )
 from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_orbax, t5x_tree
 from mowe.model_folders import model_folder, model_weights
+from mowe.models.surgery import baked_experts
 from mowe.models.t5 import t5_config
 from mowe.training import manifests
 from mowe.words import sentencepiece_vocabulary, subword_vocabularies
@@ -72,6 +73,7 @@ def convert(
   vocabulary: str | None = None,
   extra_ids: int | None = None,
   like: str | None = None,
+  bake: bool = False,
 ) -> None:
   """Converts weights, and prints what was read and written.
 
@@ -86,6 +88,8 @@ def convert(
     extra_ids: number of sentinels of `vocabulary`, or of the spiece.model in
       the source. None: as many as the model's own vocabulary has, or 100.
     like: a folder that describes the model, for a source that does not.
+    bake: whether experts that see nothing but a token's row become a table; see
+      `baked_experts`. The optimizer's state is then left out.
 
   Raises:
     FileExistsError: the target exists.
@@ -106,6 +110,15 @@ def convert(
     given = _open(source, found, like, closing, settings)
     if vocabulary is not None:
       given = _with_vocabulary(given, vocabulary, extra_ids)
+    if bake:
+      config, params = baked_experts.baked(given.config, given.params)
+      given = dataclasses.replace(
+        given,
+        config=config,
+        params=params,
+        moments=None,
+        has_other_state=given.has_other_state or given.moments is not None,
+      )
     written = given
     if dtype == 'bfloat16':
       rounded = weights.rounded(given.params)

@@ -11,6 +11,7 @@ from mowe.layers import feed_forward_base, linear, parameter
 _ACTIVATIONS = {
   'relu': jax.nn.relu,
   'gelu': lambda x: jax.nn.gelu(x, approximate=True),
+  'gelu_exact': lambda x: jax.nn.gelu(x, approximate=False),
   'silu': jax.nn.silu,
   'linear': lambda x: x,
 }

@@ -16,15 +16,8 @@ from flax import linen as nn
 from mowe.model_folders import model_folder
 from mowe.models import initialization, model_config, parameters, threefry
 from mowe.models.surgery import upcycling
-from mowe.stores import (
-  expert_records,
-  expert_sources,
-  expert_stores,
-  no_experts,
-  row_file,
-  row_index,
-  store_groups,
-)
+from mowe.stores import expert_sources, expert_stores, no_experts, store_groups
+from mowe.stores.row_files import expert_records, row_file, row_index
 from mowe.training import checkpointing, partitioning, train_state
 from mowe.training.optimization import optimizers, row_optimizers
 

@@ -14,7 +14,8 @@ from mowe.interop.t5x import orbax_arrays, t5x_tree
 from mowe.model_folders import model_folder
 from mowe.models import initialization, parameters
 from mowe.models.families import families, model_description
-from mowe.stores import expert_records, expert_sources, row_file, row_index
+from mowe.stores import expert_sources
+from mowe.stores.row_files import expert_records, row_file, row_index
 from mowe.training import checkpointing, manifests, train_state
 from mowe.training.optimization import adafactor_transform
 

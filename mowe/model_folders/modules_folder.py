@@ -21,7 +21,7 @@ from mowe.model_folders import model_folder
 from mowe.models import initialization, model_config
 from mowe.models.families import families, model_description
 from mowe.models.surgery import modules_edits
-from mowe.stores import row_index
+from mowe.stores.row_files import row_index
 from mowe.training import checkpointing, manifests, partitioning
 from mowe.training.optimization import modules_state
 from mowe.words import atomic_files, base_vocabulary

@@ -7,7 +7,8 @@ import threading
 
 import numpy as np
 
-from mowe.stores import expert_sources, row_file, row_index, row_numbers
+from mowe.stores import expert_sources
+from mowe.stores.row_files import row_file, row_index, row_numbers
 
 # Host memory is taken for so many bytes of records at a time.
 _BLOCK_BYTES = 2**24

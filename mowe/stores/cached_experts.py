@@ -27,15 +27,13 @@ import numpy as np
 
 from mowe.models import parameters
 from mowe.stores import (
-  background,
   expert_metrics,
-  expert_records,
   expert_sources,
   kernel_cache,
-  row_index,
   slot_rows,
   slot_schedule,
 )
+from mowe.stores.row_files import background, expert_records, row_index
 from mowe.training import train_metrics, train_state
 from mowe.words.plans import batch_plans
 

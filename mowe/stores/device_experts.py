@@ -8,13 +8,8 @@ import jax
 import numpy as np
 
 from mowe.models import parameters
-from mowe.stores import (
-  expert_metrics,
-  expert_records,
-  expert_sources,
-  row_file,
-  slot_rows,
-)
+from mowe.stores import expert_metrics, expert_sources, slot_rows
+from mowe.stores.row_files import expert_records, row_file
 from mowe.training import partitioning, train_metrics, train_state
 from mowe.words.plans import batch_plans
 

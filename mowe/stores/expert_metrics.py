@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mowe.stores import row_index
+from mowe.stores.row_files import row_index
 from mowe.training.train_metrics import Mean
 from mowe.words.plans import batch_plans, sharded_plan
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from mowe.models import initialization, parameters, threefry
-from mowe.stores import expert_records, row_index
+from mowe.stores.row_files import expert_records, row_index
 from mowe.words.plans import step_plans
 
 # Bytes that are on their way between disk, host and device at a time.

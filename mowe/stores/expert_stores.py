@@ -23,11 +23,10 @@ from mowe.stores import (
   backings,
   cached_experts,
   device_experts,
-  expert_records,
   expert_sources,
   kernel_cache,
-  row_file,
 )
+from mowe.stores.row_files import expert_records, row_file
 from mowe.training import train_metrics, train_state
 
 # For inference, tables of more bytes are not loaded as a whole unless the

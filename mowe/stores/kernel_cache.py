@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mowe.stores import expert_records
+from mowe.stores.row_files import expert_records
 
 # Bytes of kernels that are kept.
 _MOST_BYTES = 2**28

@@ -17,10 +17,13 @@ from mowe.commands import convert
 from mowe.interop import huggingface, mowe_safetensors, weights
 from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_tree
 from mowe.layers.memory import word_experts
+from mowe.layers.memory.payloads import lookup_experts
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import tokens_choose
 from mowe.model_folders import model_folder
+from mowe.models import token_memories
 from mowe.training.optimization import optimizers
+from mowe.words.addresses import piece_address
 
 
 def _params(config, seed=0):
@@ -232,6 +235,34 @@ def test_finetuning_starts_from_other_weights(world, tmp_path, capsys):
   _assert_same(flax.traverse_util.flatten_dict(again), params)
   spiece = (back / 'spiece.model').read_bytes()
   assert spiece == (world.folder / 'vocabulary.model').read_bytes()
+
+
+def test_lookup_experts_are_baked(world, tmp_path):
+  memory = token_memories.Memory(
+    'mole',
+    piece_address.Pieces(world.vocabulary.size),
+    functools.partial(lookup_experts.LookupExperts, 2, expert_dim=3),
+    token_memories.BesideFeedForward((0,), (0,)),
+  )
+  config = world.config(sparse=False, memories=(memory,))
+  given = weights.Weights(
+    config, _params(config), 7, vocabulary=world.vocabulary
+  )
+  a, b = (str(tmp_path / name) for name in 'ab')
+  mowe_safetensors.save(a, given)
+  assert main.main(['convert', a, b, '--to', 'mowe', '--bake']) == 0
+  baked = model_folder.load(b)
+  (memory,) = baked.model.config.memories
+  payload = memory.make_payload(parent=None)
+  assert type(payload) is lookup_experts.LookupMixture
+  # Two blocks have two vectors of the model's width each.
+  assert baked.params['mole']['memory_rows'].shape[1:] == (
+    2,
+    2 * config.emb_dim,
+  )
+  assert main.main(
+    ['convert', b, str(tmp_path / 'c'), '--to', 'mowe', '--bake']
+  )
 
 
 @pytest.mark.slow

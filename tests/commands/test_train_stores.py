@@ -12,7 +12,8 @@ from mowe.cli import main
 from mowe.commands import ask, evaluations
 from mowe.model_folders import model_folder
 from mowe.models.families import families
-from mowe.stores import expert_sources, expert_stores, row_file
+from mowe.stores import expert_sources, expert_stores
+from mowe.stores.row_files import row_file
 from mowe.training import partitioning, train_metrics
 
 _TOTAL = 5

@@ -19,6 +19,7 @@ from mowe.layers.memory.payloads import (
   bank,
   diagonal,
   gated_vector,
+  lookup_experts,
   ngram_embedding,
   payload_base,
   per_layer_embedding,
@@ -32,6 +33,8 @@ _FILES = {
   'test_embedding_per_layer': ('ple', {'ple_block'}),
   'test_bank': ('l3', {'l3'}),
   'test_ngram_embedding': ('over_encoding', {'over_encoding'}),
+  'test_lookup_experts': ('mole', {'mole_train'}),
+  'test_lookup_table': ('mole', {'mole_table'}),
   'test_memory_plus': ('memory_plus', {'memory_plus', 'memory_plus_shared'}),
   'test_peer': ('peer', {'peer'}),
 }
@@ -276,6 +279,63 @@ def test_bank(case, golden):
     if options['form'] == 'residual':
       outputs += inputs['x']
     return {'read': found, 'weights': weights, 'y': outputs}
+
+  check_all(golden, case, run)
+
+
+def _beside_feed_forward(layer, tree, options, params, inputs, table):
+  """The layer beside the feed-forward of its block, and what they return."""
+  scale = params['input_norm']
+  mean = jnp.mean(jnp.square(inputs['x']), axis=-1, keepdims=True)
+  normed = (
+    inputs['x'] * jax.lax.rsqrt(mean + options['norm_eps']) * scale[None, None]
+  )
+  rows = read(table, inputs['token_ids'][..., None])
+  tree = tree | {'router': {'kernel': params['router'].T}}
+  mixed, outputs = apply(
+    layer, tree, normed, rows, look_at='outputs_of_experts'
+  )
+  hidden = jax.nn.gelu(normed @ params['shared_up'].T, approximate=False)
+  shared = hidden @ params['shared_down'].T
+  weights = jax.nn.softmax(normed @ params['router'].T, axis=-1)
+  return {
+    'y': inputs['x'] + shared + mixed,
+    'shared': shared,
+    'router_weights': weights,
+    'expert_rows': outputs,
+  }
+
+
+@pytest.mark.slow
+def test_lookup_experts(case, golden):
+  def run(options, params, inputs):
+    layer = lookup_experts.LookupExperts(
+      options['num_experts'],
+      expert_dim=options['hidden_dim'],
+      norm_epsilon=options['norm_eps'],
+    )
+    tree = {
+      'expert_norm': {'scale': params['expert_norm']},
+      'up': params['expert_up'].swapaxes(1, 2),
+      'down': params['expert_down'].swapaxes(1, 2),
+    }
+    found = _beside_feed_forward(
+      layer, tree, options, params, inputs, params['embedding']
+    )
+    table = layer.apply(
+      {'params': tree}, params['embedding'], method='outputs_of_experts'
+    )
+    return found | {'table': table}
+
+  check_all(golden, case, run)
+
+
+@pytest.mark.slow
+def test_lookup_table(case, golden):
+  def run(options, params, inputs):
+    layer = lookup_experts.LookupMixture(options['num_experts'])
+    table = params['table'].reshape(len(params['table']), -1)
+    return _beside_feed_forward(layer, {}, options, params, inputs, table)
 
   check_all(golden, case, run)
 

@@ -11,13 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mowe.stores import (
-  device_experts,
-  expert_records,
-  expert_sources,
-  row_file,
-  row_index,
-)
+from mowe.stores import device_experts, expert_sources
+from mowe.stores.row_files import expert_records, row_file, row_index
 from mowe.training import manifests, train_state
 
 _EXPERTS = 9
@@ -189,13 +184,8 @@ def test_a_table_is_saved_and_restored_in_little_more_memory_than_it_has(
     import pathlib, re, sys
     import jax, jax.numpy as jnp
     from mowe.training import manifests, train_state
-    from mowe.stores import (
-      device_experts,
-      expert_records,
-      expert_sources,
-      row_file,
-      row_index,
-    )
+    from mowe.stores import device_experts, expert_sources
+    from mowe.stores.row_files import expert_records, row_file, row_index
     folder, action = pathlib.Path(sys.argv[1]), sys.argv[2]
     experts = 100_000  # An expert has 8 KiB.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

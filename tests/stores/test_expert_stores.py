@@ -10,13 +10,8 @@ import tiny_training
 from mowe.layers.memory import word_experts
 from mowe.models import threefry
 from mowe.models.t5 import t5
-from mowe.stores import (
-  expert_records,
-  expert_sources,
-  expert_stores,
-  row_file,
-  row_index,
-)
+from mowe.stores import expert_sources, expert_stores
+from mowe.stores.row_files import expert_records, row_file, row_index
 from mowe.training import manifests, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words.plans import step_plans

@@ -11,7 +11,8 @@ import tiny_training
 from mowe.model_folders import initial_state
 from mowe.models import parameters, token_memories
 from mowe.models.t5 import t5
-from mowe.stores import expert_stores, row_index, store_groups
+from mowe.stores import expert_stores, store_groups
+from mowe.stores.row_files import row_index
 from mowe.training import checkpointing, partitioning, training_step
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words.plans import row_plans, step_plans

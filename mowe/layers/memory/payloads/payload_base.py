@@ -104,3 +104,12 @@ def share_of(width: int, num_slots: int, name: str) -> int:
       f'{-(-width // num_slots) * num_slots}, or change the slots.'
     )
   return width // num_slots
+
+
+def one_slot(num_slots: int, name: str) -> None:
+  """Raises ValueError unless tokens name one row each."""
+  if num_slots != 1:
+    raise ValueError(
+      f'{name} reads one row for each token, but its address has {num_slots} '
+      'slots. Take an address with one slot, such as Pieces.'
+    )

@@ -30,7 +30,7 @@ import threading
 
 import numpy as np
 
-from mowe.stores import row_index
+from mowe.stores.row_files import row_index
 from mowe.training import manifests
 from mowe.words.plans import step_plans
 

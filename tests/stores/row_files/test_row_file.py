@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mowe.stores import row_file, row_index
+from mowe.stores.row_files import row_file, row_index
 from mowe.training import manifests
 
 _EXPERTS = 7

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mowe.stores import row_numbers
+from mowe.stores.row_files import row_numbers
 
 
 @pytest.mark.parametrize('most', [40, 5_000, 2**40])

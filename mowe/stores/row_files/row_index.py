@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mowe.stores import background, expert_records, row_numbers
+from mowe.stores.row_files import background, expert_records, row_numbers
 from mowe.training import manifests
 from mowe.words.plans import step_plans
 
