@@ -242,11 +242,12 @@ def check_layers(config: ModelConfig) -> None:
   for layer in layers.values():
     experts = feed_forward_base.contract(layer).num_word_experts()
     if experts not in (None, names.num_experts):
-      what = 'routing vocabulary' if config.expert_names is None else 'address'
+      what = 'vocabulary' if config.expert_names is None else 'address'
       raise ValueError(
-        f'The layer and the {what} must have the same number of experts, but '
-        f'the layer has {experts} and the {what} {names.num_experts}. Set '
-        'num_experts of the layer, or build the vocabulary with --num_experts.'
+        'The layer and what names its experts must have the same number of '
+        f'experts, but the layer has {experts} and the {what} '
+        f'{names.num_experts}. Set num_experts of the layer, or build the '
+        'vocabulary with --num_experts.'
       )
 
 
