@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from mowe.commands import show_progress
-from mowe.data.text import text_files
+from mowe.data.text import record_fields, text_files
 from mowe.words import (
   placement,
   routing_vocabulary,
@@ -67,7 +67,8 @@ def build_routing_vocabulary(
   if num_workers is None:
     size = sum(os.path.getsize(path) for path in text_files.match_files(files))
     num_workers = (os.cpu_count() or 1) if size > 2**25 else 0
-  texts = (record[field] for record in text_files.read_records(files, (field,)))
+  records = text_files.read_records(files, record_fields.all_texts([field]))
+  texts = (record[field] for record in records)
   with show_progress.counting('texts') as progress:
     built, report = vocabulary_builder.build_routing_vocabulary(
       _groups(texts),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from mowe.data.caches import cache_builders, lm_cache, token_cache
-from mowe.data.text import claims, passages, text_files
+from mowe.data.text import claims, passages, record_fields, text_files
 from mowe.evaluation import text_metrics
 from mowe.words import base_vocabulary, subword_vocabularies
 
@@ -71,7 +71,8 @@ class TextFiles:
   """Texts for pretraining, with their salient spans.
 
   Attributes:
-    files: paths or globs of .jsonl and .txt files, either also with .gz.
+    files: paths or globs of .jsonl and .txt files, also packed (.gz, .xz, .bz2,
+      .zst).
     field: name of the field of .jsonl records that holds the text.
     unit: what a text of a .txt file is, 'line' or 'paragraph'.
     cut: whether titles are put before texts, and how much of a text is kept.
@@ -86,7 +87,9 @@ class TextFiles:
   def build(self, building: Building) -> token_cache.TokenCache:
     """See `CacheSource.build`."""
     sources = text_files.describe_sources(self.files)
-    fields = tuple(filter(None, (self.field, self.cut.title_field)))
+    fields = record_fields.all_texts(
+      filter(None, (self.field, self.cut.title_field))
+    )
     return cache_builders.cache_text(
       text_files.read_records(self.files, fields=fields, unit=self.unit),
       building.output,
@@ -104,7 +107,8 @@ class RunningTextFiles:
   """Running text for language models.
 
   Attributes:
-    files: paths or globs of .jsonl and .txt files, either also with .gz.
+    files: paths or globs of .jsonl and .txt files, also packed (.gz, .xz, .bz2,
+      .zst).
     field: name of the field of .jsonl records that holds the text.
     unit: what one text is, 'line' or 'file' (see `lm_cache.cache_texts`).
   """
@@ -132,7 +136,7 @@ class QuestionFiles:
   """Questions and their answers.
 
   Attributes:
-    files: paths or globs of .jsonl files, also with .gz.
+    files: paths or globs of .jsonl files, also packed.
     prompt: the text of the inputs, with fields of a record in braces.
     answers_field: name of the field that holds a list of answers, or one
       answer.
@@ -150,8 +154,12 @@ class QuestionFiles:
     """See `CacheSource.build`."""
     text_metrics.of_name(self.metric)
     sources = text_files.describe_sources(self.files)
+    fields = dict.fromkeys(
+      cache_builders.fields_of(self.prompt), record_fields.text_or_number
+    )
+    fields |= {self.answers_field: record_fields.answers}
     return cache_builders.cache_questions(
-      text_files.read_records(self.files, fields=(self.answers_field,)),
+      text_files.read_records(self.files, fields),
       building.output,
       building.subwords,
       sources=sources,
@@ -167,7 +175,7 @@ class ClaimFiles:
   """Claims and their labels, in the format of FEVER.
 
   Attributes:
-    files: paths or globs of .jsonl files, also with .gz.
+    files: paths or globs of .jsonl files, also packed.
   """
 
   kind: ClassVar[str] = 'claims'
@@ -176,7 +184,9 @@ class ClaimFiles:
   def build(self, building: Building) -> token_cache.TokenCache:
     """See `CacheSource.build`."""
     sources = text_files.describe_sources(self.files)
-    records = text_files.read_records(self.files, fields=claims.FIELDS)
+    records = text_files.read_records(
+      self.files, fields=record_fields.all_texts(claims.FIELDS)
+    )
     return cache_builders.cache_questions(
       map(claims.as_question, records),
       building.output,

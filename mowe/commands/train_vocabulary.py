@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Sequence
 
-from mowe.data.text import text_files
+from mowe.data.text import record_fields, text_files
 from mowe.words import (
   base_vocabulary,
   sentencepiece_vocabulary,
@@ -44,9 +44,11 @@ def train_vocabulary(
     ValueError: a file cannot be read (see `text_files.read_records`), or the
       text is too small for `size` (see `train_sentencepiece`).
   """
-  texts = (one[field] for one in text_files.read_records(files, (field,)))
+  records = text_files.read_records(files, record_fields.all_texts([field]))
+  texts = (one[field] for one in records)
   if questions:
-    records = text_files.read_records(questions, ('question',))
+    fields = record_fields.all_texts(['question'])
+    records = text_files.read_records(questions, fields)
     texts = itertools.chain(texts, (one['question'] for one in records))
   if words:
     return word_vocabulary.build_word_vocabulary(texts, output, size)

@@ -18,7 +18,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from mowe.commands import build_routing_vocabulary, cache_task, train_vocabulary
-from mowe.data.text import generated_world, passages, text_files
+from mowe.data.text import (
+  claims,
+  generated_world,
+  passages,
+  record_fields,
+  text_files,
+)
 from mowe.words import atomic_files, subword_vocabularies
 
 # The names of token caches: text for pretraining, questions for finetuning,
@@ -161,7 +167,7 @@ class GeneratedWorld:
     people = {
       record['entity']
       for name in _SOURCES
-      for record in text_files.read_records(files[name], ())
+      for record in text_files.read_records(files[name], {})
     }
     atomic_files.write_atomically(
       folder / 'names.txt', ('\n'.join(sorted(people)) + '\n').encode()
@@ -345,9 +351,13 @@ def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:
   """
   kind = _kind('qa_validation', file)
   parts: dict[str, list[dict[str, Any]]] = {CHOOSING: [], REPORTED: []}
-  fields = {'questions': ('question', 'answers'), 'claims': ('claim', 'label')}
+  fields = {
+    'questions': record_fields.QUESTIONS,
+    'claims': record_fields.all_texts(claims.FIELDS),
+  }
+  (first, *_) = fields[kind]
   for record in text_files.read_records(file, fields[kind]):
-    about = record.get('entity') or record[fields[kind][0]]
+    about = record.get('entity') or record[first]
     digest = hashlib.sha256(str(about).encode('utf-8', 'replace')).digest()
     number = int.from_bytes(digest[:8], 'big')
     parts[REPORTED if number % _CHOOSING_PART else CHOOSING].append(record)
@@ -403,7 +413,7 @@ def _not_in(
   """Yields the first documents of a file that another one does not have."""
   seen = {record['text'] for record in text_files.read_records(documents)}
   number = 0
-  fields = tuple(filter(None, ('text', title_field)))
+  fields = record_fields.all_texts(filter(None, ('text', title_field)))
   for record in text_files.read_records(file, fields):
     if record['text'] not in seen and number < _MOST_HELD_OUT:
       number += 1

@@ -12,6 +12,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 from mowe.comparison import planned_runs, single_run
@@ -56,6 +57,9 @@ class Runner:
     self._handlers: dict[int, object] = {}
 
   def __enter__(self) -> 'Runner':
+    # Only the main thread of a process can catch signals.
+    if threading.current_thread() is not threading.main_thread():
+      return self
     for number in (signal.SIGINT, signal.SIGTERM):
       self._handlers[number] = signal.signal(number, self._stop)
     return self

@@ -15,6 +15,12 @@ from mowe.words import atomic_files, base_vocabulary
 
 _WORD_START = '\u2581'  # The mark that SentencePiece puts where a space was.
 
+# The trainer skips lines of more bytes, its max_sentence_length. Longer ones,
+# in scripts with several bytes for each character, are cut into parts of some
+# hundred characters.
+_MOST_BYTES = 4192
+_PART_BYTES = 1500
+
 # The errors that releases of sentencepiece raise for lone surrogates in a text.
 _NOT_UTF8 = (RuntimeError, TypeError, UnicodeEncodeError)
 
@@ -77,7 +83,8 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
       raise ValueError(
         'The ids of padding, EOS and unknown must be 0, 1 and 2 as in T5, but '
         f'are {found} in {self.path!r} (-1: absent). Train the vocabulary with '
-        '`mowe train-vocabulary`, or with pad_id=0, eos_id=1, unk_id=2.'
+        '`mowe train-vocabulary`, or with pad_id=0, eos_id=1, unk_id=2, '
+        'bos_id=-1.'
       )
     self._texts = [self._piece_text(i) for i in range(num_pieces)]
 
@@ -212,9 +219,10 @@ def train_sentencepiece(
       the text can fill.
   """
   model = io.BytesIO()
+  lines = _Kept(_lines(texts, max_lines))
   try:
     sentencepiece.SentencePieceTrainer.Train(
-      sentence_iterator=_lines(texts, max_lines),
+      sentence_iterator=iter(lines),
       model_writer=model,
       vocab_size=vocab_size,
       model_type=model_type,
@@ -230,21 +238,55 @@ def train_sentencepiece(
       minloglevel=3,
     )
   except RuntimeError as error:
+    if lines.error is not None:
+      raise lines.error from None
     raise ValueError(_training_problem(str(error), vocab_size)) from error
   atomic_files.write_atomically(model_path, model.getvalue())
   return SentencePieceVocabulary(model_path)
 
 
 def _lines(texts: Iterable[str], max_lines: int) -> Iterator[str]:
-  """Yields lines of at most 2,000 characters; the trainer skips longer ones."""
+  """Yields lines of some thousand bytes; the trainer skips longer ones."""
   num_lines = 0
   for text in texts:
     for paragraph in _without_surrogates(text).splitlines():
-      for line in re.findall(r'\S.{0,1000}\S{0,1000}', paragraph):
-        if num_lines == max_lines:
-          return
-        num_lines += 1
-        yield line
+      # They are cut between words where a word ends soon.
+      for words in re.findall(r'\S.{0,1000}\S{0,1000}', paragraph):
+        for line in _cut(words):
+          if num_lines == max_lines:
+            return
+          num_lines += 1
+          yield line
+
+
+def _cut(text: str) -> Iterator[str]:
+  """Yields a text, or if it is too long its parts, cut between characters."""
+  content = text.encode()
+  if len(content) <= _MOST_BYTES:
+    yield text
+    return
+  while content:
+    part = content[:_PART_BYTES].decode(errors='ignore')
+    yield part
+    content = content[len(part.encode()) :]
+
+
+class _Kept:
+  """Passes items on, and keeps the error with which they end.
+
+  The trainer raises another one, which names its own lines of C++.
+  """
+
+  def __init__(self, items: Iterable[str]):
+    self._items = items
+    self.error: Exception | None = None
+
+  def __iter__(self) -> Iterator[str]:
+    try:
+      yield from self._items
+    except Exception as error:
+      self.error = error
+      raise
 
 
 def _training_problem(message: str, vocab_size: int) -> str:

@@ -164,3 +164,24 @@ def test_files_that_are_no_vocabulary(tmp_path, model_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match='cannot be read as one. Copy'):
       subword_vocabularies.load_subwords(path)
+
+
+def test_long_lines_of_several_bytes_a_character_are_read(tmp_path):
+  rng = np.random.default_rng(0)
+  letters = [chr(0x4E00 + i) for i in range(30)]
+  line = ''.join(rng.choice(letters, 3000))
+  trained = sentencepiece_vocabulary.train_sentencepiece(
+    [line, 'some words of another script'], tmp_path / 'v.model', 50
+  )
+  ids = trained.encode(line[:50])
+  assert trained.unk_id not in ids and trained.decode(ids) == line[:50]
+
+
+def test_errors_of_the_texts_stay_what_they_are(tmp_path):
+  def texts():
+    yield 'one'
+    raise ValueError('In a.jsonl, line 2.')
+
+  with pytest.raises(ValueError, match=r'^In a\.jsonl, line 2\.$'):
+    sentencepiece_vocabulary.train_sentencepiece(texts(), tmp_path / 'v', 60)
+  assert not list(tmp_path.iterdir())

@@ -128,12 +128,7 @@ def cache_questions(
     metric: name of the metric that scores answers, 'squad' or 'trivia_qa'. An
       evaluation reads it from the cache.
   """
-  names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name]
-  if not names:
-    raise ValueError(
-      'The prompt must name a field in braces, but is '
-      f'{prompt!r}. Write for example {QUESTION_PROMPT!r}.'
-    )
+  names = fields_of(prompt)
   recipe = _make_recipe(
     'questions',
     subwords,
@@ -153,6 +148,21 @@ def cache_questions(
     answers_field=answers_field,
   )
   return build(path, recipe, records, encode, overwrite, num_workers, progress)
+
+
+def fields_of(prompt: str) -> list[str]:
+  """Returns the names of the fields in braces of a prompt.
+
+  Raises:
+    ValueError: it has none.
+  """
+  names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name]
+  if not names:
+    raise ValueError(
+      'The prompt must name a field in braces, but is '
+      f'{prompt!r}. Write for example {QUESTION_PROMPT!r}.'
+    )
+  return names
 
 
 def encode_text(

@@ -6,14 +6,13 @@ counts.
 """
 
 import functools
-import gzip
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from mowe.data.caches import cache_builders, token_cache
-from mowe.data.text import text_files
+from mowe.data.text import file_formats, record_fields, text_files
 from mowe.words import base_vocabulary, byte_vocabulary
 
 KIND = 'language_model'
@@ -130,8 +129,9 @@ def encode_blocks(
 
 def _texts(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
   for path in text_files.match_files(files):
-    if path.removesuffix('.gz').endswith(('.jsonl', '.json')):
-      for record in text_files.read_records(path, fields=(field,)):
+    if file_formats.has_json_lines(path):
+      fields = record_fields.all_texts([field])
+      for record in text_files.read_records(path, fields):
         yield {'text': record[field]}
     else:
       yield from ({'text': line} for line in text_files.read_lines(path))
@@ -139,7 +139,6 @@ def _texts(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
 
 def _blocks(files: Iterable[str]) -> Iterator[dict[str, bytes]]:
   for path in text_files.match_files(list(files)):
-    opener = gzip.open if path.endswith('.gz') else open
-    with opener(path, 'rb') as file:
+    with file_formats.open_bytes(path) as file:
       while block := file.read(_BLOCK):
         yield {'bytes': block}

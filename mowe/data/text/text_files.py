@@ -1,19 +1,21 @@
-"""Reads records from text files and JSON-lines files, plain or gzipped."""
+"""Reads records from text files and JSON-lines files, plain or packed."""
 
 import glob
-import gzip
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from mowe.data.text import file_formats, record_fields
 
 _UNITS = ('line', 'paragraph')
 
 
 def match_files(patterns: str | Sequence[str]) -> list[str]:
   """Returns the files that match paths or globs, sorted, each once.
+
+  In a glob, `**` stands for folders at any depth.
 
   Raises:
     ValueError: a pattern matches no file.
@@ -27,7 +29,9 @@ def match_files(patterns: str | Sequence[str]) -> list[str]:
   paths = set()
   for pattern in map(os.fspath, patterns):
     # A name that exists is taken as it is, because it may contain a bracket.
-    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
+    found = [pattern]
+    if not os.path.isfile(pattern):
+      found = glob.glob(pattern, recursive=True)
     found = [path for path in found if os.path.isfile(path)]
     if not found:
       raise ValueError(
@@ -56,24 +60,25 @@ def describe_sources(patterns: str | Sequence[str]) -> list[dict[str, Any]]:
 
 def read_records(
   patterns: str | Sequence[str],
-  fields: Sequence[str] = ('text',),
+  fields: Mapping[str, record_fields.Check] | None = None,
   unit: str = 'line',
 ) -> Iterator[dict[str, Any]]:
   """Yields one dict per record, file after file in the order of their names.
 
-  A file that ends in `.jsonl` or `.json`, or in one of these and `.gz`, has one
-  JSON object per line. All other files are text, gzipped if they end in `.gz`,
-  and give records {'text': ...}. Blank lines are skipped.
+  Some files have one JSON object per line; see `file_formats.has_json_lines`.
+  All others are text, and give records {'text': ...}. Blank lines are skipped.
 
   Args:
     patterns: paths or globs of the files.
-    fields: names of the fields that every record must have.
+    fields: the fields that every record must have, each with a check of its
+      value; None for {'text': record_fields.text}.
     unit: what is one record of a text file: 'line', or 'paragraph', the lines
       up to a blank line, joined by spaces.
 
   Raises:
-    ValueError: no file matches, a file holds no record, or a line is damaged.
-      The message has the file's name and the number of the line.
+    ValueError: no file matches, a file holds no record or is of a format that
+      is not read, a line is damaged, or a field holds something else than it
+      must. The message has the file's name and the number of the line.
   """
   if unit not in _UNITS:
     raise ValueError(
@@ -81,26 +86,29 @@ def read_records(
     )
   # This function is no generator, so that a missing file is reported by the
   # call itself.
-  return _records_of(match_files(patterns), tuple(fields), unit)
+  if fields is None:
+    fields = {'text': record_fields.text}
+  paths = match_files(patterns)
+  for path in paths:
+    file_formats.has_json_lines(path)
+  return _records_of(paths, fields, unit)
 
 
 def read_lines(path: str) -> Iterator[str]:
   """Yields the lines of a text file, also blank ones, without line breaks.
 
   Raises:
-    ValueError: the file is not UTF-8, or not a whole gzip file.
+    ValueError: the file is not UTF-8, or is packed and not whole.
   """
   return (line for _, line in _read_lines(path, stripped='\r\n'))
 
 
 def _records_of(
-  paths: list[str], fields: tuple[str, ...], unit: str
+  paths: list[str], fields: Mapping[str, record_fields.Check], unit: str
 ) -> Iterator[dict[str, Any]]:
   for path in paths:
-    name = path.removesuffix('.gz')
-    is_json = name.endswith(('.jsonl', '.json'))
     lines = _read_lines(path)
-    if is_json:
+    if file_formats.has_json_lines(path):
       records = (_parse_object(path, *line) for line in lines)
     elif unit == 'paragraph':
       records = _join_paragraphs(lines)
@@ -108,13 +116,7 @@ def _records_of(
       records = ((number, {'text': line}) for number, line in lines if line)
     count = 0
     for number, record in (item for item in records if item is not None):
-      for field in fields:
-        if field not in record:
-          raise ValueError(
-            f'Every record must have the field {field!r}, but {path}, line '
-            f'{number}, has only {sorted(record)}. Add the field, or name '
-            'the field that holds it.'
-          )
+      _check_fields(record, fields, path, number)
       count += 1
       yield record
     if not count:
@@ -129,9 +131,8 @@ def _read_lines(
 ) -> Iterator[tuple[int, str]]:
   """Yields line numbers, from 1 on, and stripped lines."""
   number = 0
-  opener = gzip.open if path.endswith('.gz') else open
   try:
-    with opener(path, 'rb') as file:
+    with file_formats.open_bytes(path) as file:
       for number, line in enumerate(file, start=1):
         encoding = 'utf-8-sig' if number == 1 else 'utf-8'
         yield number, line.decode(encoding).strip(stripped)
@@ -140,11 +141,31 @@ def _read_lines(
       f'Text must be UTF-8, but {path}, line {number}, is not: {error}. '
       'Convert the file, for example with iconv.'
     ) from error
-  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+  except file_formats.DAMAGED as error:
     raise ValueError(
-      f'A .gz file must be a whole gzip file, but {path} breaks off after '
-      f'line {number}: {error}. Copy or download it again.'
+      f'A packed file must be whole, but {path} breaks off after line {number}: '
+      f'{error}. Copy or download it again.'
     ) from error
+
+
+def _check_fields(record, fields, path, number) -> None:
+  """Replaces the values of fields by what their checks return."""
+  for name, check in fields.items():
+    if name not in record:
+      raise ValueError(
+        f'Every record must have the field {name!r}, but {path}, line '
+        f'{number}, has only {sorted(record)}. Add the field, or name the field '
+        'that holds it.'
+      )
+    try:
+      record[name] = check(record[name])
+    except record_fields.FieldError as error:
+      shown = json.dumps(record[name], ensure_ascii=True)
+      shown = shown if len(shown) <= 80 else shown[:77] + '...'
+      raise ValueError(
+        f'The field {name!r} of a record {error}, but in {path}, line {number}, '
+        f'it is {shown}. Correct the line, or name another field.'
+      ) from None
 
 
 def _parse_object(
@@ -154,7 +175,8 @@ def _parse_object(
     return None
   try:
     record = json.loads(line)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
+    # Python limits the digits of a number and the depth of a value.
     raise ValueError(
       f'Every line must be one JSON object, but {path}, line {number}, is '
       f'not JSON: {error}. Write one object per line, without line breaks.'
@@ -164,7 +186,21 @@ def _parse_object(
       f'Every line must be one JSON object, but {path}, line {number}, is a '
       f'{type(record).__name__}. Write {{"text": ...}} on each line.'
     )
+  if '\\ud' in line or '\\uD' in line:
+    # Half of a pair of surrogates is no character: files cannot hold it.
+    record = _without_halves(record)
   return number, record
+
+
+def _without_halves(value: Any) -> Any:
+  """Replaces lone surrogates by '?', as they are when text is encoded."""
+  if isinstance(value, str):
+    return value.encode('utf-8', 'replace').decode()
+  if isinstance(value, list):
+    return [_without_halves(one) for one in value]
+  if isinstance(value, dict):
+    return {_without_halves(k): _without_halves(v) for k, v in value.items()}
+  return value
 
 
 def _join_paragraphs(

@@ -1,11 +1,13 @@
 """Tests reading records: formats, globs, and the errors of damaged files."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 
-from mowe.data.text import text_files
+from mowe.data.text import record_fields, text_files
 
 
 def _write(path, content):
@@ -69,6 +71,16 @@ def test_damaged_files_are_named_with_the_line(
     list(text_files.read_records(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize(
+  ('name', 'pack'),
+  [('a', bz2.compress), ('b.xz', lzma.compress), ('c.gz', gzip.compress)],
+)
+def test_packed_files_are_told_by_their_content(tmp_path, name, pack):
+  (tmp_path / f'x.JSONL{name[1:]}').write_bytes(pack(b'{"text": "one"}\n'))
+  (record,) = text_files.read_records(str(tmp_path / '*'))
+  assert record == {'text': 'one'}
+
+
 @pytest.mark.parametrize('content', [_GZIP[:-20], b'no gzip at all', _GZIP[:5]])
 def test_a_truncated_gzip_file_is_named(tmp_path, content):
   (tmp_path / 'a.jsonl.gz').write_bytes(content)
@@ -83,6 +95,77 @@ def test_a_pattern_without_files_is_reported_at_the_call(tmp_path):
     text_files.read_records([])
   with pytest.raises(ValueError, match="is 'page'"):
     text_files.read_records(str(tmp_path), unit='page')
+
+
+def test_folders_of_any_depth(tmp_path):
+  for number, folder in enumerate(('', 'a', 'a/b')):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    _write(tmp_path / folder / 'c.ndjson', f'{{"text": "{number}"}}')
+  records = text_files.read_records(str(tmp_path / '**' / '*.ndjson'))
+  assert sorted(record['text'] for record in records) == ['0', '1', '2']
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.PARQUET', 'a.tsv.gz', 'a.zip'])
+def test_other_formats_are_refused_by_name(tmp_path, name):
+  (tmp_path / name).write_bytes(b'text\none\n')
+  with pytest.raises(
+    ValueError, match=f'{name} is .* one JSON object per line'
+  ):
+    text_files.read_records(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+  ('check', 'value', 'message'),
+  [
+    (record_fields.text, 'null', 'must be a text in quotes, but in .*, line 2'),
+    (record_fields.text, '["one"]', r'it is \["one"\]. Correct the line'),
+    (record_fields.text_or_number, 'true', 'must be a text or a number'),
+    (record_fields.text_or_number, 'null', 'it is null'),
+    (record_fields.answers, '[]', 'must be an answer, or a list of answers'),
+    (record_fields.answers, '["one", null]', 'of which none is empty'),
+    (record_fields.answers, '{"start": [1]}', 'must be an answer'),
+    (record_fields.answers, '1.5', 'it is 1.5'),
+    (record_fields.answers, '" "', 'must be an answer'),
+  ],
+)
+def test_fields_of_another_shape_are_named_with_the_line(
+  tmp_path, check, value, message
+):
+  path = _write(tmp_path / 'a.jsonl', '\n{"x": ' + value + '}\n')
+  with pytest.raises(ValueError, match=message):
+    list(text_files.read_records(path, {'x': check}))
+
+
+@pytest.mark.parametrize(
+  ('value', 'expected'),
+  [
+    ('"one"', ['one']),
+    ('["one", "two"]', ['one', 'two']),
+    ('1969', ['1969']),
+    ('{"text": ["one", "two"], "answer_start": [3, 9]}', ['one', 'two']),
+    ('{"value": "one", "aliases": ["two", "one"]}', ['one', 'two']),
+  ],
+)
+def test_answers_in_every_shape(tmp_path, value, expected):
+  path = _write(tmp_path / 'a.jsonl', '{"x": ' + value + '}\n')
+  (record,) = text_files.read_records(path, {'x': record_fields.answers})
+  assert record['x'] == expected
+
+
+@pytest.mark.parametrize(
+  'content', ['[' * 100_000, '{"text": ' + '1' * 10_000 + '}', '{"text": NaN}']
+)
+def test_json_of_any_depth_and_length_has_a_sentence(tmp_path, content):
+  path = _write(tmp_path / 'a.jsonl', '{"text": "one"}\n' + content + '\n')
+  with pytest.raises(ValueError, match='line 2'):
+    list(text_files.read_records(path))
+
+
+def test_half_a_character_is_a_question_mark(tmp_path):
+  line = r'{"text": "a \ud83d b", "more": ["\uDE00"], "whole": "\ud83d\ude00"}'
+  path = _write(tmp_path / 'a.jsonl', line)
+  (record,) = text_files.read_records(path)
+  assert record == {'text': 'a ? b', 'more': ['?'], 'whole': '\U0001f600'}
 
 
 def test_json_with_unicode_is_read_as_it_was_written(tmp_path):
