@@ -209,7 +209,8 @@ def run(
 
   Raises:
     DivergedError: the loss, the gradients or the logits of a router in a
-      period are not finite; nothing is saved then.
+      period are not finite, or the state at its end is not; nothing is saved
+      then.
   """
   stop = stop or StopSignal()
   step = int(state.step)
@@ -240,6 +241,7 @@ def run(
         # that no checkpoint is saved of a run that has diverged.
         values = _mean_values(unlogged)
         _check_finite(step, values)
+        _check_state(step, state)
         in_flight.clear()
       if is_logged:
         unlogged = []
@@ -277,6 +279,21 @@ def _num_tokens(batch) -> int:
   """How many tokens of a batch on the host are not padding."""
   names = ('encoder_input_tokens', 'decoder_target_tokens')
   return int(sum(np.count_nonzero(batch[n]) for n in names if n in batch))
+
+
+def _check_state(step, state):
+  """Raises DivergedError if the last update made a state that is not finite.
+
+  Its loss, which is that of the state before it, may well be finite.
+  """
+  names = train_state.not_finite(state)
+  if names:
+    raise DivergedError(
+      f'Parameters and optimizer state must stay finite, but after step {step} '
+      f'{len(names)} of their arrays hold NaN or infinity, such as {names[0]}. '
+      'Lower the learning rate; this state is not saved, and the checkpoints '
+      'before are untouched.'
+    )
 
 
 def _check_finite(step, values):

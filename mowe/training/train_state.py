@@ -50,6 +50,36 @@ class RememberingState(TrainState):
   memory: Any
 
 
+def not_finite(state: TrainState) -> list[str]:
+  """Returns the names of ordinary arrays that hold NaN or infinity.
+
+  These are the parameters, the state of their optimizer and the memory. Rows of
+  tables are looked at when they are written.
+  """
+  ordinary = state.replace(tables={}, table_state={})
+  if bool(_is_finite(ordinary)):
+    return []
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, leaf in jax.tree_util.tree_leaves_with_path(ordinary)
+    if not bool(_is_finite(leaf))
+  ]
+
+
+@jax.jit
+def _is_finite(tree):
+  floats = [
+    leaf
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  return functools.reduce(
+    jnp.logical_and,
+    [jnp.isfinite(leaf).all() for leaf in floats],
+    jnp.ones((), bool),
+  )
+
+
 def create(
   model: nn.Module,
   key: jax.Array,

@@ -43,8 +43,12 @@ def _run(
   log_period=1,
   on_step=None,
   stop=None,
+  updates=None,
 ):
-  """Runs fake steps; step n has the loss `losses[n]`, or n if there is none."""
+  """Runs fake steps; step n has the loss `losses[n]`, or n if there is none.
+
+  It replaces the parameter by `updates[n]`, if there is one.
+  """
   seen = []
 
   def train_step(state, batch, plan):
@@ -61,7 +65,8 @@ def _run(
         jnp.float32((norms or {}).get(number, 1.0)), jnp.float32(1)
       ),
     }
-    return state.replace(step=state.step + 1), metrics
+    params = {'w': jnp.float32((updates or {}).get(number, 1.0))}
+    return state.replace(step=state.step + 1, params=params), metrics
 
   writer = _Recorder()
   stream = io.StringIO()
@@ -286,3 +291,17 @@ def test_looking_at_the_loss_before_a_save_does_not_change_the_log():
     (2, 0.5),
     (4, 2.5),
   ]
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_not_saved(value):
+  # Its losses are finite, as the last update alone made it so.
+  saved, save = _recording(2)
+  _, seen, _, error = _run(
+    6, actions=[save], updates={3: value}, log_period=100
+  )
+  assert saved == [2] and seen == [0, 1, 2, 3]
+  assert (
+    'after step 4 1 of their arrays hold NaN or infinity, such as params/w'
+    in str(error)
+  )

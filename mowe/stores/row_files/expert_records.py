@@ -23,6 +23,8 @@ _STATE = 'state/'
 # Kernels in bfloat16 are kept as their bits, in tables and in records.
 _BITS = np.dtype('<u2')
 _FLOAT = np.dtype('<f4')
+# The bits of the exponent of a bfloat16, all of which NaN and infinity have.
+_EXPONENT = np.uint16(0x7F80)
 
 
 def record_dtype(
@@ -141,6 +143,21 @@ def check_convertible(old: np.dtype, new: np.dtype) -> str:
     if shapes[0] != shapes[1]:
       problems.append(f'{name}: {shapes[0]} there, {shapes[1]} here')
   return '; '.join(problems[:3])
+
+
+def not_finite(records: np.ndarray) -> np.ndarray:
+  """Whether records [n] hold NaN or infinity, <bool>[n]."""
+  found = np.zeros(len(records), bool)
+  for name in records.dtype.names:
+    values, base = records[name], records.dtype[name].base
+    if base == _BITS and name.startswith(_KERNELS):
+      is_bad = (values & _EXPONENT) == _EXPONENT
+    elif base.kind == 'f':
+      is_bad = ~np.isfinite(values)
+    else:
+      continue
+    found |= is_bad.any(axis=tuple(range(1, is_bad.ndim)))
+  return found
 
 
 def to_json(dtype: np.dtype) -> list[list[Any]]:

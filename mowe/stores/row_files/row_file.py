@@ -30,7 +30,7 @@ import threading
 
 import numpy as np
 
-from mowe.stores.row_files import row_index
+from mowe.stores.row_files import expert_records, row_index
 from mowe.training import manifests
 from mowe.words.plans import step_plans
 
@@ -41,6 +41,10 @@ class TableInUseError(OSError):
 
 class DiskFullError(OSError):
   """There is no room for experts; finished checkpoints are unharmed."""
+
+
+class NotFiniteError(FloatingPointError):
+  """Training made rows that hold NaN or infinity; they are not written."""
 
 
 # Errors of the system for a full disk, a quota, and a file that is too large.
@@ -172,7 +176,16 @@ class RowFile:
 
     Raises:
       DiskFullError: there is no room.
+      NotFiniteError: a record holds NaN or infinity; nothing is written then.
     """
+    bad = expert_records.not_finite(records)
+    if bad.any():
+      raise NotFiniteError(
+        f'Rows must stay finite, but updates made {int(bad.sum()):,} of '
+        f'{self._path.name} that are not, the first of them number '
+        f'{experts[bad][0]:,}. Lower the learning rate of rows; they are not '
+        'written, and finished checkpoints are untouched.'
+      )
     is_own = (experts >= self._own.start) & (experts < self._own.stop)
     if not is_own.all():
       experts, records = experts[is_own], records[is_own]

@@ -23,7 +23,8 @@ _DTYPE = np.dtype(
 
 def _records(number, seed=0):
   rng = np.random.default_rng(seed)
-  data = rng.integers(0, 256, number * _DTYPE.itemsize, np.uint8)
+  # Such bytes are no NaN and no infinity.
+  data = rng.integers(0, 0x7F, number * _DTYPE.itemsize, np.uint8)
   return data.view(_DTYPE)
 
 
@@ -286,3 +287,24 @@ def test_rows_that_were_never_written_are_drawn(tmp_path):
   with pytest.raises(KeyError, match='Expert 500000000 was never written'):
     reader(rows)
   reader.close()
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('kernels/experts/wi', np.nan),
+    ('kernels/experts/wi', -np.inf),
+    # The bits of infinity and of a NaN in bfloat16.
+    ('kernels/experts/wo', 0x7F80),
+    ('kernels/experts/wo', 0xFFC1),
+  ],
+)
+def test_rows_that_are_not_finite_are_not_written(saved, name, value):
+  file, path, records = saved
+  new = _records(3, 1)
+  new[name][2, 1, 1] = value
+  with pytest.raises(row_file.NotFiniteError, match='made 1 of .* number 6'):
+    file.write(np.array([1, 4, 6]), new)
+  _assert_same_bits(file.read(np.arange(_EXPERTS)), records)
+  file.write(np.array([1, 4]), new[:2])
+  _assert_same_bits(_read(path), records)
