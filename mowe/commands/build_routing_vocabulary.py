@@ -60,10 +60,11 @@ def build_routing_vocabulary(
   loaded = subword_vocabularies.load_subwords(vocabulary, extra_ids)
   names = None
   if names_files:
-    names = [
-      record['text'].split('\t')[0]
-      for record in text_files.read_records(names_files)
-    ]
+    # What stands behind a tab, such as a count, is no part of a name.
+    lines = itertools.chain.from_iterable(
+      map(text_files.read_lines, text_files.match_files(names_files))
+    )
+    names = [name for line in lines if (name := line.split('\t')[0].strip())]
   if num_workers is None:
     size = sum(os.path.getsize(path) for path in text_files.match_files(files))
     num_workers = (os.cpu_count() or 1) if size > 2**25 else 0

@@ -154,10 +154,9 @@ class QuestionFiles:
     """See `CacheSource.build`."""
     text_metrics.of_name(self.metric)
     sources = text_files.describe_sources(self.files)
-    fields = dict.fromkeys(
+    fields = {self.answers_field: record_fields.answers} | dict.fromkeys(
       cache_builders.fields_of(self.prompt), record_fields.text_or_number
     )
-    fields |= {self.answers_field: record_fields.answers}
     return cache_builders.cache_questions(
       text_files.read_records(self.files, fields),
       building.output,

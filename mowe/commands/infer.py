@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+from typing import Any
 
 from mowe.commands import data_config
 from mowe.model_folders import model_folder
 from mowe.models import decoding
 from mowe.stores import expert_stores
-from mowe.training import progress_lines
+from mowe.training import manifests, progress_lines
+from mowe.words import atomic_files, writer_locks
 
 # Number of batches whose predictions are written together. A run that was
 # stopped has to repeat at most these.
@@ -24,7 +26,8 @@ def infer(
 ) -> pathlib.Path:
   """Writes one line of JSON for each example, in the order of the task.
 
-  A run that was stopped continues after the last complete line of its file.
+  A run that was stopped continues after the last complete line of its file. A
+  text without any token has an empty prediction, and no score.
 
   Args:
     checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
@@ -38,7 +41,17 @@ def infer(
   Returns:
     The path of the file. Each of its lines is a JSON object with "index",
     "inputs", "prediction" and "score".
+
+  Raises:
+    ValueError: the folder has predictions of another checkpoint, of other data,
+      or with other settings.
+    PlaceInUseError: another process writes in the folder.
   """
+  with writer_locks.of_folder(output_dir):
+    return _infer(checkpoint_path, output_dir, data, store, strategy)
+
+
+def _infer(checkpoint_path, output_dir, data, store, strategy):
   loaded = model_folder.load(checkpoint_path, store)
   cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
   generator = data.make_generator(
@@ -46,7 +59,16 @@ def infer(
   )
   name = pathlib.Path(data.mixture_or_task_name).name
   path = pathlib.Path(output_dir) / f'{name}-predictions.jsonl'
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _check_same(
+    path,
+    {
+      'checkpoint': _digest(checkpoint_path, loaded.step),
+      'step': loaded.step,
+      'data': cache.fingerprint,
+      'lengths': dict(data.task_feature_lengths),
+      'strategy': repr(strategy),
+    },
+  )
   first = _keep_complete_lines(path)
   if first:
     print(f'{path} has {first:,} predictions; continuing after them.')
@@ -56,15 +78,16 @@ def infer(
   with path.open('a', encoding='utf-8') as file, shown:
     for start in range(first, cache.num_examples, group):
       indices = range(start, min(start + group, cache.num_examples))
-      inputs = [_inputs(cache, index, data) for index in indices]
-      generations = generator(inputs)
-      for index, tokens, output, score in zip(
-        indices,
-        inputs,
-        generations.tokens,
-        generations.scores.tolist(),
-        strict=True,
-      ):
+      inputs = {index: _inputs(cache, index, data) for index in indices}
+      asked = {index: tokens for index, tokens in inputs.items() if len(tokens)}
+      found = {}
+      if asked:
+        generations = generator(list(asked.values()))
+        scores = generations.scores.tolist()
+        pairs = zip(generations.tokens, scores, strict=True)
+        found = dict(zip(asked, pairs, strict=True))
+      for index, tokens in inputs.items():
+        output, score = found.get(index, ((), None))
         line = {
           'index': index,
           'inputs': decode(tokens),
@@ -76,6 +99,36 @@ def infer(
       shown.update(indices[-1] + 1)
   print(f'{path}: {cache.num_examples:,} predictions.')
   return path
+
+
+def _digest(checkpoint_path: str, step: int) -> str:
+  """The digest of the checkpoint's manifest, which names all its files."""
+  folder, _ = model_folder.split_checkpoint_path(checkpoint_path)
+  manifest = folder / f'checkpoint_{step}' / manifests.FILE_NAME
+  return manifests.digest(manifest)
+
+
+def _check_same(path: pathlib.Path, described: dict[str, Any]) -> None:
+  """Raises ValueError if the predictions that are there are of another run.
+
+  A file beside them says what they are of; it is written if there are none.
+  """
+  file = path.with_suffix('.json')
+  if path.exists():
+    old = json.loads(file.read_text('utf-8')) if file.exists() else {}
+    different = [
+      f'{name} ({old.get(name, "unknown")} there, {value} now)'
+      for name, value in described.items()
+      if old.get(name) != value
+    ]
+    if different:
+      raise ValueError(
+        f'{path} must hold predictions of this run to be continued, but differs '
+        f'in {", ".join(different)}. Give another INFER_OUTPUT_DIR, or remove '
+        'that file.'
+      )
+  content = json.dumps(described, indent=2) + '\n'
+  atomic_files.write_atomically(file, content.encode())
 
 
 def _inputs(cache, index, data):

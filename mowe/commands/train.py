@@ -25,7 +25,7 @@ from mowe.training import (
   training_step,
 )
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import base_vocabulary
+from mowe.words import base_vocabulary, writer_locks
 from mowe.words.plans import batch_router
 
 
@@ -226,7 +226,11 @@ def train(
     summary.show_experts(model.routing, router.seen_loads, mesh)
   if dry_run:
     return None
-  return _run(training, setup, batches, router, config_text)
+  # Of several processes of one run the first one holds the lock.
+  is_first = jax.process_index() == 0
+  lock = writer_locks.of_folder(training.model_dir)
+  with lock if is_first else contextlib.nullcontext():
+    return _run(training, setup, batches, router, config_text)
 
 
 def _run(

@@ -8,6 +8,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from mowe.words import writer_locks
+
 # How often `remove` tries, the pause between two tries in seconds, and after
 # how many tries in a row that find nothing it is done. Threads of an
 # interrupted save go on writing for seconds at most.
@@ -27,10 +29,15 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
   Raises:
     FileExistsError: the folder is there.
+    PlaceInUseError: another process is about to write it.
   """
   folder = pathlib.Path(folder)
   check_new(folder)
-  folder.parent.mkdir(parents=True, exist_ok=True)
+  with writer_locks.of_path(folder):
+    yield from _new_folder(folder)
+
+
+def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   partial = pathlib.Path(
     tempfile.mkdtemp(prefix=f'{folder.name}.partial-', dir=folder.parent)
   )

@@ -15,6 +15,7 @@ end, so that a build that was interrupted never looks finished.
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import base_vocabulary
+from mowe.words import base_vocabulary, writer_locks
 
 FORMAT_VERSION = 1
 _SUMMARY = 'cache.json'
@@ -420,7 +421,16 @@ def build_cache(
   An exception inside the block leaves `path` as it was.
   """
   path = pathlib.Path(path).absolute()
-  path.parent.mkdir(parents=True, exist_ok=True)
+  with writer_locks.of_path(path):
+    yield from _build_cache(path, recipe)
+
+
+def _build_cache(
+  path: pathlib.Path, recipe: Mapping[str, Any]
+) -> Iterator[CacheWriter]:
+  # What a process that was killed has left. Nobody else writes here now.
+  for left in path.parent.glob(f'.{glob.escape(path.name)}.building-*'):
+    shutil.rmtree(left, ignore_errors=True)
   folder = pathlib.Path(
     tempfile.mkdtemp(prefix=f'.{path.name}.building-', dir=path.parent)
   )
