@@ -434,6 +434,14 @@ def test_infer_goes_on_behind_a_half_written_line(
   # All predictions are there, so nothing is added.
   before = path.read_bytes()
   assert _run(*arguments) == 0 and path.read_bytes() == before
+  # Predictions of another run are not continued, and stay as they are.
+  lengths = {'inputs': 26, 'targets': 2}
+  text = _refused(
+    capsys,
+    *_asking(world, 'infer', trained, tmp_path, TASK_FEATURE_LENGTHS=lengths),
+  )
+  assert 'differs in lengths' in text and 'Give another INFER_OUT' in text
+  assert path.read_bytes() == before
 
 
 @pytest.mark.slow
