@@ -139,6 +139,23 @@ class DataConfig:
       )
     return token_cache.TokenCache.open(path, vocabulary)
 
+  def open_verified(self, name: str, vocabulary: Any) -> token_cache.TokenCache:
+    """Opens a token cache, and compares its files with their digests.
+
+    Raises:
+      FileNotFoundError: see `open_cache`.
+      ValueError: see `open_cache`, or a file has changed.
+    """
+    cache = self.open_cache(name, vocabulary)
+    cache.verify()
+    return cache
+
+  def caches(self, vocabulary: Any) -> list[token_cache.TokenCache]:
+    """Opens all token caches that training reads; none of seqio tasks."""
+    if not self.use_cached_tasks:
+      return []
+    return [self.open_cache(name, vocabulary) for name in self._rates()]
+
   def make_generator(
     self, model: nn.Module, params: Any, **options: Any
   ) -> inference.Generator:

@@ -42,7 +42,7 @@ def evaluate(
     The scores of the answers, or of the text.
   """
   loaded = model_folder.load(checkpoint_path, store)
-  cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
+  cache = data.open_verified(data.mixture_or_task_name, loaded.vocabulary)
   if 'inputs' not in cache.features:
     return _score_text(loaded, cache, data, reading, pathlib.Path(output_dir))
   generator = data.make_generator(

@@ -136,7 +136,7 @@ class TextEvaluation:
   ) -> Evaluation:
     """Opens the text once."""
     del loss
-    cache = self.data.open_cache(self.data.mixture_or_task_name, vocabulary)
+    cache = self.data.open_verified(self.data.mixture_or_task_name, vocabulary)
 
     def evaluation(params, tables):
       score = language_modeling.score_text(
@@ -176,7 +176,7 @@ class QuestionEvaluation:
   ) -> Evaluation:
     """Opens the questions once."""
     del loss
-    cache = self.data.open_cache(self.data.mixture_or_task_name, vocabulary)
+    cache = self.data.open_verified(self.data.mixture_or_task_name, vocabulary)
 
     def evaluation(params, tables):
       generator = self.data.make_generator(

@@ -53,7 +53,7 @@ def infer(
 
 def _infer(checkpoint_path, output_dir, data, store, strategy):
   loaded = model_folder.load(checkpoint_path, store)
-  cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
+  cache = data.open_verified(data.mixture_or_task_name, loaded.vocabulary)
   generator = data.make_generator(
     loaded.model, loaded.params, strategy=strategy
   )

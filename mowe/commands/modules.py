@@ -199,7 +199,7 @@ def usage(
 def _batches(data, loaded) -> Iterator[dict[str, np.ndarray]]:
   """Yields batches that hold every example, or every token of a text, once."""
   config = loaded.model.config
-  cache = data.open_cache(data.mixture_or_task_name, loaded.vocabulary)
+  cache = data.open_verified(data.mixture_or_task_name, loaded.vocabulary)
   if 'inputs' in cache.features or 'encoder' in config.streams:
     batches = data.open(loaded.vocabulary, config).eval_batches()
     router = evaluations.make_router(config, [], {})

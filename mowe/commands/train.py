@@ -11,6 +11,7 @@ import jax
 
 from mowe.commands import data_config, evaluations, periodic_evaluation, summary
 from mowe.data import batch_source, prefetch
+from mowe.data.caches import cache_verification
 from mowe.model_folders import initial_state, model_folder
 from mowe.models import initialization, model_config, token_memories
 from mowe.models.families import costs, families, model_description
@@ -282,6 +283,9 @@ def _run(
         transform=router,
       )
     )
+    verification = closing.enter_context(
+      cache_verification.Verification(training.data.caches(training.vocabulary))
+    )
     stop = loop.StopSignal()
     state = loop.run(
       state,
@@ -293,7 +297,9 @@ def _run(
         loop.Every(
           # The best checkpoint must be one that was evaluated.
           training.eval_period if save.best_metric else save.period,
-          _SaveCheckpoint(checkpoints, experts, evaluate, described),
+          _SaveCheckpoint(
+            checkpoints, experts, evaluate, verification, described
+          ),
         ),
       ],
       writers=writers['train'],
@@ -344,9 +350,12 @@ class _SaveCheckpoint:
   checkpoints: checkpointing.Checkpoints
   experts: expert_stores.Experts
   evaluate: periodic_evaluation.PeriodicEvaluation
+  verification: cache_verification.Verification
   described: dict[str, Any]
 
   def __call__(self, step, state):
+    # Nothing is kept of a run on damaged data.
+    self.verification.wait()
     self.checkpoints.save(
       step,
       state.replace(tables={}, table_state={}),

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -365,6 +366,22 @@ def test_sizes_that_do_not_fit_are_refused_before_anything(world, tmp_path):
   file.write_text('')
   with refused(match='must be a folder, but .* is a file'):
     world.train(file, 2)
+
+
+def test_nothing_is_saved_of_a_run_on_damaged_tokens(world, tmp_path):
+  shutil.copytree(f'{world.cache_dir}/text', tmp_path / 'text')
+  file = tmp_path / 'text' / 'targets.tokens.bin'
+  content = bytearray(file.read_bytes())
+  content[100:120] = content[120:140]
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match='targets.tokens.bin must have the sha'):
+    world.train(
+      tmp_path / 'run',
+      1,
+      model=world.config(sparse=False),
+      data=world.data(cache_dir=str(tmp_path)),
+    )
+  assert not list((tmp_path / 'run').glob('checkpoint_*'))
 
 
 def test_a_task_without_cache_is_refused(world, tmp_path):

@@ -22,7 +22,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ _SUMMARY = 'cache.json'
 # Vocabularies up to this size are stored as uint16, larger ones as int32. Both
 # are read without a copy.
 _SMALL = 1 << 16
+# Bytes of a file that are digested at a time.
+_BLOCK = 1 << 24
 
 
 def digest_of(content: bytes) -> str:
@@ -74,15 +76,13 @@ class TokenCache:
     cls,
     path: str | os.PathLike,
     subwords: base_vocabulary.Vocabulary | None = None,
-    verify: bool = False,
   ) -> 'TokenCache':
-    """Opens a cache and checks that it is whole.
+    """Opens a cache and checks the sizes of its files.
 
     Args:
       path: the folder of the cache.
       subwords: the vocabulary that it must have been made with; None accepts
         any.
-      verify: also compares every array with its sha256, which reads all files.
 
     Raises:
       ValueError: there is no finished cache, it has another format or
@@ -105,7 +105,7 @@ class TokenCache:
     cache = cls(path, summary)
     if subwords is not None:
       cache.check_vocabulary(subwords)
-    cache._check_files(verify)
+    cache._check_files()
     return cache
 
   @property
@@ -226,7 +226,26 @@ class TokenCache:
       )
     return self._arrays[name]
 
-  def _check_files(self, verify: bool) -> None:
+  def verify(self, is_over: Callable[[], bool] = lambda: False) -> None:
+    """Compares every file with its digest, which reads all of them.
+
+    Args:
+      is_over: asked from time to time; if it is True, the rest is left out.
+
+    Raises:
+      ValueError: a file is not what it was when the cache was built.
+    """
+    for about in self.summary['arrays'].values():
+      path = self.path / about['file']
+      found = _digest(path, is_over)
+      if found not in (None, about['sha256']):
+        raise ValueError(
+          f'{path} must have the sha256 of {_SUMMARY}, {about["sha256"]}, '
+          f'but has {found}: the file has changed. Build the cache again '
+          '(--overwrite).'
+        )
+
+  def _check_files(self) -> None:
     for about in self.summary['arrays'].values():
       path = self.path / about['file']
       wanted = about['length'] * np.dtype(about['dtype']).itemsize
@@ -236,12 +255,6 @@ class TokenCache:
           f'{path} must have {wanted} bytes, but '
           f'{"is missing" if found is None else f"has {found}"}. Build the '
           'cache again (--overwrite).'
-        )
-      if verify and _digest(path) != about['sha256']:
-        raise ValueError(
-          f'{path} must have the sha256 of {_SUMMARY}, {about["sha256"]}, '
-          f'but has {_digest(path)}: the file has changed. Build the cache '
-          'again (--overwrite).'
         )
 
 
@@ -452,9 +465,17 @@ def _build_cache(
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _digest(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+def _digest(
+  path: pathlib.Path, is_over: Callable[[], bool] = lambda: False
+) -> str | None:
+  """The sha256 of a file; None if it is over before the end."""
+  digest = hashlib.sha256()
+  with path.open('rb') as file:
+    while block := file.read(_BLOCK):
+      if is_over():
+        return None
+      digest.update(block)
+  return digest.hexdigest()
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

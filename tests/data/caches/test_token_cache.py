@@ -137,7 +137,7 @@ def test_damage_is_found(tmp_path):
   tokens.write_bytes(b'\x09' + content[1:])
   token_cache.TokenCache.open(built.path)
   with pytest.raises(ValueError, match='the file has changed'):
-    token_cache.TokenCache.open(built.path, verify=True)
+    token_cache.TokenCache.open(built.path).verify()
   tokens.unlink()
   with pytest.raises(ValueError, match='is missing'):
     token_cache.TokenCache.open(built.path)
@@ -154,7 +154,7 @@ def test_another_format_is_refused(tmp_path):
 
 def test_another_vocabulary_is_refused(tmp_path):
   built = cache_builders.cache_text(_TEXTS, tmp_path / 'c', _BYTES)
-  token_cache.TokenCache.open(built.path, _BYTES, verify=True)
+  token_cache.TokenCache.open(built.path, _BYTES).verify()
   with pytest.raises(ValueError, match='vocabulary it was made with'):
     token_cache.TokenCache.open(built.path, byte_vocabulary.ByteVocabulary(20))
 
