@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.error(
       f'{options.verb} reads no gin files, but has {bindings}. Leave them out.'
     )
+  options.command = shlex.join(['mowe', *arguments])
   if options.keep_programs:
     program_cache.use()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')

@@ -8,6 +8,8 @@ from mowe.cli import gin_arguments
 # Each verb imports what it needs only when it runs, so that `mowe --help` is
 # fast.
 
+_LAST_GOOD = 'last_good'
+
 
 def add_to(verbs) -> None:
   """Adds the verbs to the subparsers of `mowe`."""
@@ -26,26 +28,50 @@ def _add_train(verbs):
   parser.add_argument(
     '--dry_run', action='store_true', help='print what would be done, and stop'
   )
+  parser.add_argument(
+    '--from_step',
+    type=_step,
+    metavar='N|last_good',
+    help='go on from this step, or from the newest whose files are whole; later '
+    'checkpoints are renamed',
+  )
   parser.add_argument('--tfds_data_dir', help='folder of the TFDS data sets')
   _add_distributed(parser)
   parser.set_defaults(run=_train)
+
+
+def _step(text: str) -> int | str:
+  """A step, or 'last_good'; any other text is refused by its ValueError."""
+  return text if text == _LAST_GOOD else int(text)
 
 
 def _train(options, bindings):
   _join_processes(options)
   gin_config = gin_arguments.parse(options, bindings)
   from mowe.commands import train
+  from mowe.training import manifests
 
   if options.tfds_data_dir:
     from mowe.data import seqio_stream
 
     _, seqio = seqio_stream.import_seqio()
     seqio.set_tfds_data_dir_override(options.tfds_data_dir)
-  train.train(
-    gin_config.call(train.Training),
-    dry_run=options.dry_run,
-    config_text=gin_config.operative_config,
-  )
+  back_to = None
+  if options.from_step is not None:
+    is_last_good = options.from_step == _LAST_GOOD
+    back_to = train.BackTo(None if is_last_good else options.from_step)
+  try:
+    train.train(
+      gin_config.call(train.Training),
+      dry_run=options.dry_run,
+      back_to=back_to,
+      config_text=gin_config.operative_config,
+    )
+  except manifests.DamagedCheckpointError as error:
+    raise ValueError(
+      f'{error} To go on from the newest step that is whole: {options.command} '
+      f'--from_step {_LAST_GOOD}'
+    ) from error
 
 
 def _add_distributed(parser):

@@ -164,10 +164,24 @@ class Training:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class BackTo:
+  """Says from which checkpoint a run goes on.
+
+  Later ones are set aside: renamed, so that they are not seen, and kept.
+
+  Attributes:
+    step: its step; None for the newest whose files are as they were written.
+  """
+
+  step: int | None = None
+
+
 def train(
   training: Training,
   *,
   dry_run: bool = False,
+  back_to: BackTo | None = None,
   config_text: Callable[[], str] | None = None,
 ) -> train_state.TrainState | None:
   """Trains a model in `training.model_dir`, continuing what is there.
@@ -180,6 +194,7 @@ def train(
   Args:
     training: all parts and settings of the run.
     dry_run: whether only to print what would be done.
+    back_to: an older checkpoint to go on from, in place of the latest.
     config_text: a function that returns the text that is kept as `config.gin`
       in the folder; None keeps none.
 
@@ -231,7 +246,7 @@ def train(
   is_first = jax.process_index() == 0
   lock = writer_locks.of_folder(training.model_dir)
   with lock if is_first else contextlib.nullcontext():
-    return _run(training, setup, batches, router, config_text)
+    return _run(training, setup, batches, router, back_to, config_text)
 
 
 def _run(
@@ -239,6 +254,7 @@ def _run(
   setup: initial_state.Setup,
   batches: batch_source.BatchSource,
   router: batch_router.RoutesBatches,
+  back_to: BackTo | None,
   config_text: Callable[[], str] | None,
 ) -> train_state.TrainState:
   """Starts or resumes the run, trains it to its end and saves it."""
@@ -253,6 +269,8 @@ def _run(
     ) as checkpoints,
     contextlib.ExitStack() as closing,
   ):
+    if back_to is not None:
+      checkpoints.go_back(back_to.step)
     state, experts = setup.start(
       checkpoints,
       described,

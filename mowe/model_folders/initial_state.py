@@ -131,6 +131,8 @@ class Setup:
           checkpoints.folder, jax.process_index(), group
         )
         if_it_fails.callback(files[group].close)
+      # The files of rows have what the indexes of all checkpoints name.
+      checkpoints.set_aside_damaged('*.npz')
       state, sources, is_resumed = self._start(
         checkpoints, described, initial_path
       )

@@ -36,6 +36,7 @@ from mowe.training import manifests
 PyTree = Any
 
 _PREFIX = 'checkpoint_'
+_ASIDE = 'aside_'
 _FOLDER_NAME = re.compile(_PREFIX + r'(\d+)')
 
 
@@ -198,6 +199,69 @@ class Checkpoints:
       )
     return self._path(steps[-1] if step is None else step)
 
+  def set_aside(self, step: int) -> pathlib.Path:
+    """Renames a checkpoint, so that it is not seen any more; returns its path.
+
+    Nothing of it is removed, now or later.
+    """
+    path = self._path(step)
+    new = self.folder / f'{_ASIDE}{path.name}'
+    number = 1
+    while new.exists():
+      number += 1
+      new = self.folder / f'{_ASIDE}{path.name}_{number}'
+    path.rename(new)
+    return new
+
+  def set_aside_damaged(self, pattern: str) -> None:
+    """Sets older checkpoints aside of which some files are damaged.
+
+    The latest stays, as it may be restored; that tells of damage by itself.
+
+    Args:
+      pattern: a glob of names of files that are read of older checkpoints, too.
+    """
+    if jax.process_index() == 0:
+      for step in self.all_steps()[:-1]:
+        try:
+          manifests.verify_files(self._path(step), pattern)
+        except manifests.DamagedCheckpointError as error:
+          print(f'{error} It is set aside as {self.set_aside(step).name}.')
+    _wait_for_all_processes('set_aside_damaged')
+
+  def go_back(self, step: int | None) -> None:
+    """Sets checkpoints aside, so that an older one is the latest.
+
+    Args:
+      step: which one; None for the newest whose files are all as they were
+        written.
+
+    Raises:
+      NoCheckpointError: there is no such checkpoint. Nothing is changed then.
+    """
+    if jax.process_index() == 0:
+      if step is None:
+        step = self._last_good_step()
+      else:
+        self.finished(step)
+      for later in [one for one in self.all_steps() if one > step]:
+        print(f'Step {later} is set aside as {self.set_aside(later).name}.')
+    _wait_for_all_processes('go_back')
+
+  def _last_good_step(self) -> int:
+    for step in reversed(self.all_steps()):
+      try:
+        manifests.verify(self._path(step))
+      except manifests.DamagedCheckpointError as error:
+        print(error)
+        continue
+      return step
+    raise NoCheckpointError(
+      f'{self.folder} must hold a checkpoint that is whole, but of the steps '
+      f'{self.all_steps()} none is. Copy one of them again from where it was '
+      'whole.'
+    )
+
   def best_step(self) -> int | None:
     """Returns the best finished step by `best_metric`, or None.
 
@@ -239,6 +303,7 @@ class Checkpoints:
       NoCheckpointError: there is no such checkpoint.
     """
     path = self.finished(step)
+    manifests.verify_files(path, 'metadata.json')
     old = _flatten(_from_json(path / 'metadata.json'))
     # Through JSON, so that tuples and lists are alike.
     new = _flatten(json.loads(_to_json(expected)))

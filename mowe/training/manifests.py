@@ -1,5 +1,6 @@
 """The manifest of a folder: the sha256 digests of all files in it."""
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -33,11 +34,7 @@ def verify(folder: pathlib.Path) -> None:
     DamagedCheckpointError: files are changed, missing or new; the message says
       which.
   """
-  try:
-    text = (folder / FILE_NAME).read_text(encoding='utf-8')
-    expected = dict(json.loads(text)['sha256'])
-  except (ValueError, KeyError, TypeError) as error:
-    raise _damaged(folder, f'{FILE_NAME} cannot be read ({error})') from error
+  expected = _expected(folder)
   present = set(_files(folder))
   problems = [f'{name} is missing' for name in expected.keys() - present]
   problems += [f'{name} is not in it' for name in present - expected.keys()]
@@ -50,10 +47,34 @@ def verify(folder: pathlib.Path) -> None:
     raise _damaged(folder, '; '.join(sorted(problems)))
 
 
+def verify_files(folder: pathlib.Path, pattern: str) -> None:
+  """Compares those files with the manifest whose names match a glob.
+
+  Raises:
+    DamagedCheckpointError: one of them is changed or missing.
+  """
+  for name, wanted in _expected(folder).items():
+    if fnmatch.fnmatch(name, pattern):
+      path = folder / name
+      if not path.is_file():
+        raise _damaged(folder, f'{name} is missing')
+      if digest(path) != wanted:
+        raise _damaged(folder, f'{name} has other contents')
+
+
 def digest(path: pathlib.Path) -> str:
   """Returns the sha256 of a file, in hexadecimal."""
   with path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _expected(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the digests of a manifest, by the names of the files."""
+  try:
+    text = (folder / FILE_NAME).read_text(encoding='utf-8')
+    return dict(json.loads(text)['sha256'])
+  except (ValueError, KeyError, TypeError) as error:
+    raise _damaged(folder, f'{FILE_NAME} cannot be read ({error})') from error
 
 
 def _files(folder: pathlib.Path) -> list[str]:

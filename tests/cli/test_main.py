@@ -12,8 +12,9 @@ import pytest
 import small_runs
 
 from mowe.cli import main
-from mowe.commands import ask, train_vocabulary
+from mowe.commands import ask, gin_config, train, train_vocabulary
 from mowe.comparison import quickstart
+from mowe.training import manifests
 from mowe.words import placement, routing_vocabulary, subword_vocabularies
 
 
@@ -501,6 +502,19 @@ def test_a_damaged_checkpoint_is_refused(world, tmp_path, capsys):
   largest.write_bytes(content)
   text = _refused(capsys, 'ask', folder, 'Who?')
   assert 'other contents' in text
+
+
+def test_a_resume_of_a_damaged_step_names_the_command(monkeypatch, capsys):
+  def damaged(*unused, **also_unused):
+    raise manifests.DamagedCheckpointError('checkpoint_7 has other contents.')
+
+  monkeypatch.setattr(train, 'train', damaged)
+  monkeypatch.setattr(train, 'Training', object)
+  monkeypatch.setattr(gin_config, 'parse', lambda *unused: None)
+  monkeypatch.setattr(gin_config, 'call', lambda *unused: None)
+  text = _refused(capsys, 'train', '--gin_file=a.gin', "--gin.MODEL_DIR='x y'")
+  command = """mowe train --gin_file=a.gin '--gin.MODEL_DIR='"'"'x y'"'"''"""
+  assert f'that is whole: {command} --from_step last_good' in text
 
 
 def test_bindings_of_a_verb_without_gin_are_refused(trained, capsys):

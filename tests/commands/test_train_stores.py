@@ -9,12 +9,12 @@ import pytest
 import small_runs
 
 from mowe.cli import main
-from mowe.commands import ask, evaluations
+from mowe.commands import ask, evaluations, train
 from mowe.model_folders import model_folder
 from mowe.models.families import families
 from mowe.stores import expert_sources, expert_stores
 from mowe.stores.row_files import row_file
-from mowe.training import partitioning, train_metrics
+from mowe.training import manifests, partitioning, train_metrics
 
 _TOTAL = 5
 _DISK = expert_stores.DiskStore(num_slots=13)
@@ -112,6 +112,31 @@ def test_damaged_experts_are_told_in_one_line(runs, tmp_path, capsys):
   assert main.main(arguments) == 1
   (line,) = capsys.readouterr().err.splitlines()[-1:]
   assert line.startswith('mowe: Expert ') and 'other contents' in line
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_beside_and_before_damaged_steps(world, runs, tmp_path):
+  folder = tmp_path / 'copy'
+  shutil.copytree(runs['disk'][0], folder)
+  index = folder / 'checkpoint_3' / 'experts.0.npz'
+  index.write_bytes(index.read_bytes()[:100])
+  state = _train(world, folder, _TOTAL + 1, store=_DISK)
+  assert int(state.step) == _TOTAL + 1
+  assert (folder / 'aside_checkpoint_3' / 'experts.0.npz').exists()
+  # Now the newest is damaged: only who says so goes on from the one before.
+  path = folder / f'checkpoint_{_TOTAL + 1}' / 'metrics.json'
+  path.write_text('{"x": 1}')
+  with pytest.raises(
+    manifests.DamagedCheckpointError, match='metrics.json has'
+  ):
+    _train(world, folder, _TOTAL + 1, store=_DISK)
+  again = _train(world, folder, _TOTAL + 1, store=_DISK, back_to=train.BackTo())
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.device_get((again.params, again.opt_state)),
+    jax.device_get((state.params, state.opt_state)),
+  )
+  assert (folder / f'aside_checkpoint_{_TOTAL + 1}').is_dir()
 
 
 def test_large_tables_are_read_from_disk(runs, monkeypatch):

@@ -95,6 +95,7 @@ class World:
     total_steps,
     dry_run=False,
     config_text=None,
+    back_to=None,
     **changes,
   ) -> Any:
     """Trains on one device, as programs for eight take longer to compile."""
@@ -115,7 +116,7 @@ class World:
       model_dir=str(model_dir), total_steps=total_steps, **(settings | changes)
     )
     return train_command.train(
-      training, dry_run=dry_run, config_text=config_text
+      training, dry_run=dry_run, back_to=back_to, config_text=config_text
     )
 
 

@@ -163,6 +163,44 @@ def test_truncated_missing_and_foreign_files_are_found(saved):
   _assert_same_bits(saved.restore(_abstract(_state()), step=1), _state(1))
 
 
+def test_an_older_damaged_step_is_set_aside(saved, capsys):
+  (saved.folder / 'checkpoint_1' / 'metrics.json').write_text('{"x": 1}')
+  saved.set_aside_damaged('*.npz')
+  assert saved.all_steps() == [1, 2]
+  saved.set_aside_damaged('metrics.*')
+  assert saved.all_steps() == [2]
+  said = capsys.readouterr().out
+  assert 'metrics.json has other contents' in said
+  assert 'It is set aside as aside_checkpoint_1.' in said
+  assert (saved.folder / 'aside_checkpoint_1' / 'metrics.json').exists()
+  # The latest is left to those who restore it.
+  (saved.folder / 'checkpoint_2' / 'metrics.json').write_text('{"x": 1}')
+  saved.set_aside_damaged('*')
+  assert saved.all_steps() == [2]
+  with pytest.raises(checkpointing.NoCheckpointError, match=r'\[2\] none is'):
+    saved.go_back(None)
+
+
+def test_going_back_keeps_what_is_later(saved, capsys):
+  with pytest.raises(checkpointing.NoCheckpointError, match='of step 7'):
+    saved.go_back(7)
+  (saved.folder / 'checkpoint_2' / 'metadata.json').write_text('{}')
+  with pytest.raises(
+    checkpointing.DamagedCheckpointError, match='metadata.json has other'
+  ):
+    saved.check_metadata({})
+  saved.go_back(None)
+  assert saved.latest_step() == 1
+  assert 'Step 2 is set aside as aside_checkpoint_2' in capsys.readouterr().out
+  assert (saved.folder / 'aside_checkpoint_2').is_dir()
+  _assert_same_bits(saved.restore(_abstract(_state())), _state(1))
+  # A second one of the same step has a name of its own.
+  saved.save(2, _state(2), metadata={}, metrics={})
+  saved.wait()
+  saved.go_back(1)
+  assert (saved.folder / 'aside_checkpoint_2_2').is_dir()
+
+
 def test_without_manifest_a_checkpoint_is_unfinished(saved):
   (saved.folder / 'checkpoint_2' / 'manifest.json').unlink()
   assert saved.latest_step() == 1
