@@ -9,7 +9,7 @@ from mowe.model_folders import model_folder
 from mowe.models import decoding
 from mowe.stores import expert_stores
 from mowe.training import manifests, progress_lines
-from mowe.words import atomic_files, writer_locks
+from mowe.words import atomic_files, json_files, writer_locks
 
 # Number of batches whose predictions are written together. A run that was
 # stopped has to repeat at most these.
@@ -115,7 +115,9 @@ def _check_same(path: pathlib.Path, described: dict[str, Any]) -> None:
   """
   file = path.with_suffix('.json')
   if path.exists():
-    old = json.loads(file.read_text('utf-8')) if file.exists() else {}
+    old = {}
+    if file.exists():
+      old = json_files.read_object(file, f'Remove it and {path}.')
     different = [
       f'{name} ({old.get(name, "unknown")} there, {value} now)'
       for name, value in described.items()

@@ -6,7 +6,6 @@ so that a comparison that was stopped continues where it was.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -178,10 +177,7 @@ def _result(
 ) -> answer_comparison.ModelResult:
   """Joins the runs of a model; curves and loads are those of the first seed."""
   of_seeds = [
-    json.loads(
-      (pathlib.Path(run.folder) / measurements.RESULTS).read_text('utf-8')
-    )
-    for run in runs
+    measurements.read_results(pathlib.Path(run.folder)) for run in runs
   ]
   measured = of_seeds[0]
   loads = [

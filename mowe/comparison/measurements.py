@@ -32,7 +32,7 @@ from mowe.training import (
   train_metrics,
   training_step,
 )
-from mowe.words import atomic_files, base_vocabulary
+from mowe.words import atomic_files, base_vocabulary, json_files
 
 RESULTS = 'results.json'
 QUESTIONS = 'questions.jsonl'
@@ -478,6 +478,13 @@ def _asked(planned, loaded, generator, cache, folder=None):
     flush=True,
   )
   return result
+
+
+def read_results(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what `measure` found of a run."""
+  return json_files.read_object(
+    folder / RESULTS, 'Remove the file: the run is then measured again.'
+  )
 
 
 def read_answers(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from mowe.comparison import (
   peak_memory,
   planned_runs,
 )
-from mowe.words import atomic_files
+from mowe.words import atomic_files, json_files
 
 # The exit status of a process that was stopped.
 STOPPED = 75
@@ -101,7 +101,8 @@ def is_finished(planned: planned_runs.Run) -> bool:
   results = pathlib.Path(planned.folder) / measurements.RESULTS
   if not results.is_file():
     return False
-  return json.loads(results.read_text('utf-8'))['digest'] == planned.digest()
+  found = measurements.read_results(pathlib.Path(planned.folder))
+  return found.get('digest') == planned.digest()
 
 
 def check_folders(planned: planned_runs.Run) -> None:
@@ -175,7 +176,7 @@ def _check_settings(stage: planned_runs.PlannedStage) -> None:
   # Before its first checkpoint a run has nothing that could be continued.
   if not path.is_file() or not any(path.parent.glob('checkpoint_*')):
     return
-  old = json.loads(path.read_text('utf-8'))
+  old = json_files.read_object(path, f'Remove {stage.folder}.')
   if old == stage.settings:
     return
   names = [
@@ -210,7 +211,9 @@ def _is_done(stage: planned_runs.PlannedStage) -> bool:
 def _of_stages(planned) -> dict[str, Any]:
   """Returns the seconds of all stages, and the peak memory of pretraining."""
   done = [
-    json.loads((pathlib.Path(stage.folder) / _DONE).read_text('utf-8'))
+    json_files.read_object(
+      pathlib.Path(stage.folder) / _DONE, f'Remove {stage.folder}.'
+    )
     for stage in planned.stages
   ]
   if not done:

@@ -24,7 +24,7 @@ from mowe.models.surgery import modules_edits
 from mowe.stores.row_files import row_index
 from mowe.training import checkpointing, manifests, partitioning
 from mowe.training.optimization import modules_state
-from mowe.words import atomic_files, base_vocabulary
+from mowe.words import atomic_files, base_vocabulary, json_files
 
 PROVENANCE = 'modules.json'
 
@@ -97,7 +97,9 @@ def open_source(path: str | os.PathLike) -> ModulesSource:
     vocabulary=vocabulary,
     metadata=metadata,
     provenance=(
-      json.loads(provenance.read_text('utf-8')) if provenance.exists() else None
+      json_files.read_object(provenance, 'Restore the file.')
+      if provenance.exists()
+      else None
     ),
   )
 

@@ -32,6 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mowe.training import manifests
+from mowe.words import json_files
 
 PyTree = Any
 
@@ -504,4 +505,6 @@ def _number(value: Any) -> Any:
 
 
 def _from_json(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text(encoding='utf-8'))
+  return json_files.read_object(
+    path, 'Copy the checkpoint again from where it was whole.'
+  )

@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import base_vocabulary, writer_locks
+from mowe.words import base_vocabulary, json_files, writer_locks
 
 FORMAT_VERSION = 1
 _SUMMARY = 'cache.json'
+_BUILD_AGAIN = 'Remove the folder, and build the cache again.'
 # Vocabularies up to this size are stored as uint16, larger ones as int32. Both
 # are read without a copy.
 _SMALL = 1 << 16
@@ -95,7 +96,7 @@ class TokenCache:
         'cache, or its build was interrupted. Build it with '
         '`mowe cache-task`.'
       )
-    summary = json.loads((path / _SUMMARY).read_text())
+    summary = json_files.read_object(path / _SUMMARY, _BUILD_AGAIN)
     version = summary.get('recipe', {}).get('format_version')
     if version != FORMAT_VERSION:
       raise ValueError(
@@ -412,7 +413,7 @@ def find_finished(
       f'A cache is written to a new folder, but {path} exists and is no '
       'token cache. Choose another path, or remove it yourself.'
     )
-  old = json.loads(summary.read_text())
+  old = json_files.read_object(summary, _BUILD_AGAIN)
   if old['fingerprint'] == fingerprint_of(recipe):
     return TokenCache.open(path)
   if overwrite:

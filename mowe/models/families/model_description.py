@@ -7,7 +7,6 @@ Beside them a JSON file holds the description: the config, and the digests of
 the vocabularies, which are compared when they are loaded.
 """
 
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -17,6 +16,7 @@ from mowe.models.families import saved_config
 from mowe.words import (
   base_vocabulary,
   byte_vocabulary,
+  json_files,
   routing_vocabulary,
   subword_vocabularies,
 )
@@ -82,18 +82,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: it is not a JSON object.
   """
-  try:
-    described = json.loads(file.read_text('utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f'{file} must be JSON, but is not: {error}. Restore the file.'
-    ) from None
-  if not isinstance(described, dict):
-    raise ValueError(
-      f'{file} must be a JSON object, but is a {type(described).__name__}. '
-      'Restore the file.'
-    )
-  return described
+  return json_files.read_object(file, 'Restore the file.')
 
 
 def load(
