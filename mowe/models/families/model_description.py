@@ -26,18 +26,19 @@ _VERSION = 1
 _SUBWORDS = 'vocabulary.model'
 _ROUTING = 'routing_vocabulary.npz'
 
-_SIZES = (
-  'vocab_size',
-  'emb_dim',
-  'num_heads',
-  'head_dim',
-  'mlp_dim',
-  'num_layers',
-  'num_encoder_layers',
-  'num_decoder_layers',
-)
-# A limit above the sizes of every model, against damaged files.
-_LARGEST = 2**24
+# Limits above the sizes of every model, against damaged files and those of
+# strangers: a model of them is built before its weights are read.
+_SIZES = {
+  'vocab_size': 2**24,
+  'emb_dim': 2**20,
+  'num_heads': 2**14,
+  'head_dim': 2**14,
+  'mlp_dim': 2**22,
+  'num_layers': 2**12,
+  'num_encoder_layers': 2**12,
+  'num_decoder_layers': 2**12,
+}
+_DTYPES = ('float32', 'bfloat16')
 
 
 def describe(
@@ -130,14 +131,26 @@ def _load(file, described, changes):
 
 
 def _check_sizes(file, config):
-  """Raises unless the sizes are numbers, before anything is made of them."""
-  for name in _SIZES:
+  """Raises unless sizes and dtype can be, before anything is made of them."""
+  for name, largest in _SIZES.items():
     size = config.get(name, 1)
-    if type(size) is not int or not 1 <= size <= _LARGEST:
+    if type(size) is not int or not 1 <= size <= largest:
       raise ValueError(
-        f'{name} of {file} must be a number from 1 to {_LARGEST}, but is '
-        f'{size!r}. Restore the file.'
+        f'{name} of {file} must be a number from 1 to {largest}, but is '
+        f'{size!r:.60}. Restore the file.'
       )
+  rate = config.get('dropout_rate', 0.0)
+  if type(rate) not in (int, float) or not 0 <= rate < 1:
+    raise ValueError(
+      f'dropout_rate of {file} must be a number from 0 to below 1, but is '
+      f'{rate!r:.60}. Restore the file.'
+    )
+  dtype = config.get('dtype', _DTYPES[0])
+  if dtype not in _DTYPES:
+    raise ValueError(
+      f'dtype of {file} must be one of {_DTYPES}, but is {dtype!r:.60}. '
+      'Restore the file.'
+    )
 
 
 def _check_addresses(file, saved, config):
