@@ -23,11 +23,13 @@ class GinError(ValueError):
 def search_paths(extra: Sequence[str] = ()) -> list[str]:
   """Folders in which `gin_configs/...` and other gin files are looked up.
 
-  The working folder comes first, then `extra`, then the files that are
-  installed with this package (or stand beside it in a checkout).
+  First come the folders in `extra`, then the files that are installed with this
+  package (or stand beside it in a checkout), then the working folder. A gin
+  file is a program: files of a folder in which somebody happens to work must
+  not take the place of those that the package names.
   """
   package = pathlib.Path(str(importlib.resources.files('mowe')))
-  return ['.', *extra, str(package), str(package.parent)]
+  return [*extra, str(package), str(package.parent), '.']
 
 
 def parse(
@@ -45,8 +47,8 @@ def parse(
   # Gin's second reader looks for the file in a Python package. It fails if the
   # folder gin_configs can be imported, and warns about every other folder.
   del gin.config._FILE_READERS[1:]
-  for path in search_paths(paths):
-    gin.add_config_file_search_path(path)
+  # Gin's own list begins with the working folder.
+  gin.config._LOCATION_PREFIXES[:] = search_paths(paths)
   try:
     for file in files:
       gin.parse_config_file(file)

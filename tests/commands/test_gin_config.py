@@ -50,6 +50,21 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
   assert gin_config.macro('VOCAB_SIZE') == 333
 
 
+def test_the_working_folder_does_not_replace_shipped_files(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / _MODEL).parent.mkdir(parents=True)
+  _write(tmp_path / _MODEL, 'VOCAB_SIZE = 333\n')
+  gin_config.parse([_MODEL])
+  assert gin_config.macro('VOCAB_SIZE') != 333
+  gin_config.parse([_MODEL], paths=['.'])
+  assert gin_config.macro('VOCAB_SIZE') == 333
+  _write(tmp_path / 'own.gin', 'VOCAB_SIZE = 444\n')
+  gin_config.parse(['own.gin'])
+  assert gin_config.macro('VOCAB_SIZE') == 444
+
+
 @pytest.mark.parametrize(
   ('line', 'name'),
   [
