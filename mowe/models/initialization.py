@@ -97,8 +97,8 @@ def initial_rows(
       read, so abstract arrays will do.
 
   Returns:
-    A function from the numbers of experts <int>[n] to their rows. One program
-    is compiled for each power of two of them and each kind of kernel.
+    A function from the numbers of experts <int>[n] to their rows. Programs are
+    compiled for each kind of kernel and few numbers of them, see `_ROOMS`.
   """
   recipes = _recipes(abstract_variables(model))
   paths = {
@@ -107,7 +107,7 @@ def initial_rows(
   }
 
   def draw(rows):
-    room = 1 << max(0, len(rows) - 1).bit_length()
+    room = next(one for one in _ROOMS if one >= len(rows))
     padded = np.resize(np.asarray(rows, np.uint32), room)
     return jax.tree.map(
       lambda path: _program_of_rows(recipes[path])(_key_of(path, key), padded)[
@@ -118,6 +118,11 @@ def initial_rows(
     )
 
   return draw
+
+
+# Rows are drawn so many at a time: a few programs, and at most four times as
+# many rows as were asked for.
+_ROOMS = tuple(4**i for i in range(2, 16))
 
 
 def _recipes(variables: Any) -> dict[_Path, parameter.Recipe]:

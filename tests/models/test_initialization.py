@@ -232,3 +232,17 @@ def test_a_layer_that_declares_nothing_is_drawn_by_linen():
   for name in own:
     np.testing.assert_allclose(drawn[name], linen[name], rtol=1e-6)
   assert set(drawn) == set(linen)
+
+
+@pytest.mark.parametrize('rows', [[11, 0, 5], list(range(12)) * 2, [7]])
+def test_any_rows_are_drawn_with_the_bits_of_the_whole_table(rows):
+  whole = _parameters()
+  names = {'wi_0': None, 'wi_1': None, 'wo': None}
+  draw = initialization.initial_rows(
+    _model(), threefry.key(0), {'experts': names}
+  )
+  drawn = draw(np.array(rows))
+  _assert_same_bits(
+    _flat(drawn),
+    {f'experts/{name}': whole[f'experts/{name}'][rows] for name in names},
+  )
