@@ -18,6 +18,7 @@ def add_to(verbs) -> None:
   _add_infer(verbs)
   _add_ask(verbs)
   _add_convert(verbs)
+  _add_inspect(verbs)
 
 
 def _add_train(verbs):
@@ -240,3 +241,18 @@ def _convert(options, bindings):
     like=options.like,
     bake=options.bake,
   )
+
+
+def _add_inspect(verbs):
+  parser = verbs.add_parser(
+    'inspect', help='show what a model folder holds, and whether it is whole'
+  )
+  parser.add_argument('folder', help='the MODEL_DIR of a training run')
+  parser.set_defaults(run=_inspect)
+
+
+def _inspect(options, bindings):
+  del bindings
+  from mowe.model_folders import inspection
+
+  inspection.show(inspection.inspect(options.folder))

@@ -21,6 +21,7 @@ from mowe.training import (
   loop,
   partitioning,
   progress_lines,
+  run_history,
   train_metrics,
   train_state,
   training_step,
@@ -285,8 +286,9 @@ def _run(
     first_step = int(state.step)
     # The text is written only now, because a resume that is refused must leave
     # the folder as it was.
-    if config_text is not None and jax.process_index() == 0:
-      (folder / 'config.gin').write_text(config_text())
+    if jax.process_index() == 0:
+      text = config_text() if config_text is not None else None
+      run_history.begin(folder, first_step, text)
     writers = _open_writers(folder, first_step, training.tensorboard, closing)
     evaluate = periodic_evaluation.PeriodicEvaluation(
       _prepared_evaluations(training, setup, experts),
@@ -378,7 +380,8 @@ class _SaveCheckpoint:
       step,
       state.replace(tables={}, table_state={}),
       metrics=self.evaluate.of_step(step),
-      metadata=self.described,
+      metadata=self.described
+      | {'origin': {'time': run_history.now(), **run_history.origin()}},
       attach=lambda path: self.experts.save(path, state),
     )
 

@@ -78,7 +78,7 @@ def test_help_lists_the_verbs(capsys):
   assert stopped.value.code == 0
   shown = capsys.readouterr().out
   for verb in ('train', 'evaluate', 'infer', 'ask', 'explain', 'cache-task',
-               'build-routing-vocabulary', 'train-vocabulary', 'convert',
+               'build-routing-vocabulary', 'train-vocabulary', 'convert', 'inspect',
                'quickstart', 'compare'):  # fmt: skip
     assert verb in shown
 
