@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from mowe.models import initialization, model_config, token_memories
 from mowe.models.families import costs, families, model_description
 from mowe.stores import expert_stores
 from mowe.training import (
+  agreement,
   checkpointing,
   loop,
   partitioning,
@@ -210,6 +212,7 @@ def train(
   """
   mesh = training.make_mesh()
   training.check(mesh)
+  _check_processes(training, config_text)
   model = training.model
   batches = training.data.open(training.vocabulary, model)
   router = evaluations.make_router(
@@ -248,6 +251,20 @@ def train(
   lock = writer_locks.of_folder(training.model_dir)
   with lock if is_first else contextlib.nullcontext():
     return _run(training, setup, batches, router, back_to, config_text)
+
+
+def _check_processes(
+  training: Training, config_text: Callable[[], str] | None
+) -> None:
+  """Raises ProcessesDifferError unless all processes do the same run."""
+  made_by = run_history.origin()
+  agreement.check_same(
+    {
+      'settings': '' if config_text is None else config_text(),
+      'code': f'{made_by["version"]} {made_by["commit"]}',
+      'data': json.dumps(training.describe(), sort_keys=True, default=str),
+    }
+  )
 
 
 def _run(

@@ -207,7 +207,7 @@ def _free_port():
     return one.getsockname()[1]
 
 
-def _start_two(world, folder):
+def _start_two(world, folder, of_second=()):
   port = _free_port()
   return [
     _start(
@@ -217,6 +217,7 @@ def _start_two(world, folder):
       '--process_count=2',
       f'--gin.TRAIN_STEPS={_TOTAL_OF_TWO}',
       f'--process_index={index}',
+      *(of_second if index else ()),
     )
     for index in range(2)
   ]
@@ -251,3 +252,12 @@ def test_two_processes_stop_together_and_train_as_one(
   ]
   expected = first(straight / 'train_metrics.jsonl')
   assert first(log) == pytest.approx(expected, rel=1e-5)
+
+
+def test_processes_with_other_settings_do_not_train(world, tmp_path):
+  folder = tmp_path / 'run'
+  processes = _start_two(world, folder, ['--gin.LEARNING_RATE=0.5'])
+  outputs = [_finish(process) for process in processes]
+  assert [p.returncode for p in processes] == [1, 1], outputs
+  assert all('the settings of process 1 differ' in one for one in outputs)
+  assert not folder.exists()
