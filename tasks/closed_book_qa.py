@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mowe.data import seqio_stream
-from mowe.data.text import claims, text_files
+from mowe.data.text import claims, record_fields, text_files
 
 from . import fever, text_to_text
 
@@ -91,17 +91,11 @@ def register_question_task(
   """
 
   def convert(record):
-    answers = record['answers']
-    answers = [answers] if isinstance(answers, str) else answers
-    if not answers:
-      raise ValueError(
-        'A question must have at least one answer, but '
-        f'{record["question"]!r} has none. Leave it out of the file.'
-      )
-    return prompt.format(question=record['question']), answers
+    return prompt.format(question=record['question']), record['answers']
 
-  fields = ('question', 'answers')
-  return _register_files(name, files, vocabulary, fields, convert, metric)
+  return _register_files(
+    name, files, vocabulary, record_fields.QUESTIONS, convert, metric
+  )
 
 
 def register_claim_task(
@@ -131,9 +125,8 @@ def register_claim_task(
     answers = claims.as_question(record)['answers']
     return prompt.format(claim=record['claim']), answers
 
-  return _register_files(
-    name, files, vocabulary, claims.FIELDS, convert, accuracy
-  )
+  fields = record_fields.all_texts(claims.FIELDS)
+  return _register_files(name, files, vocabulary, fields, convert, accuracy)
 
 
 def register_tfds_tasks(vocabulary: Vocabulary) -> list[str]:
@@ -168,7 +161,7 @@ def _register_files(
   name: str,
   files: Files,
   vocabulary: Vocabulary,
-  fields: Sequence[str],
+  fields: Mapping[str, record_fields.Check],
   convert: Any,
   metric: Any,
 ) -> Any:
@@ -177,7 +170,7 @@ def _register_files(
     text_files.match_files(patterns)
 
   def examples(split) -> Iterator[dict[str, Any]]:
-    for record in text_files.read_records(files[split], fields=fields):
+    for record in text_files.read_records(files[split], fields):
       inputs, answers = convert(record)
       yield {'inputs': inputs, 'targets': answers[0], 'answers': answers}
 

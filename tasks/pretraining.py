@@ -17,7 +17,12 @@ import numpy as np
 
 from mowe.data import seqio_stream
 from mowe.data.caches import cache_builders
-from mowe.data.text import salient_spans, span_corruption, text_files
+from mowe.data.text import (
+  record_fields,
+  salient_spans,
+  span_corruption,
+  text_files,
+)
 from mowe.words import base_vocabulary, subword_vocabularies
 
 tf, seqio = seqio_stream.import_seqio()
@@ -63,7 +68,8 @@ def register_text_task(
     text_files.match_files(patterns)
 
   def records(split):
-    for record in text_files.read_records(files[split], fields=(field,)):
+    fields = record_fields.all_texts([field])
+    for record in text_files.read_records(files[split], fields):
       spans = np.asarray(record.get('spans') or [], np.int32).reshape(-1)
       own = record.get('spans') is not None
       yield {'text': record[field], 'char_spans': spans, 'has_spans': own}
