@@ -195,7 +195,7 @@ def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
   files = {path.name for path in folder.iterdir()}
   assert files == {
     'checkpoint_2', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',
-    'model.json', 'routing_vocabulary.npz', 'tensorboard',
+    'history.jsonl', 'model.json', 'routing_vocabulary.npz', 'tensorboard',
     'train_metrics.jsonl', 'vocabulary.model',
   }  # fmt: skip
   # A finished run can be started again from its config, and does nothing.

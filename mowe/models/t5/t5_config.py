@@ -14,7 +14,15 @@ from mowe.models import model_config, token_memories
 from mowe.words.addresses import expert_address
 
 Routing = model_config.Routing
-default_dtype = model_config.default_dtype
+
+
+def default_dtype() -> str:
+  """Returns what `model_config.default_dtype` does.
+
+  It is a function of its own, so that gin writes its name in one way, whatever
+  other gin files were read before.
+  """
+  return model_config.default_dtype()
 
 
 @dataclasses.dataclass(frozen=True)
