@@ -60,6 +60,8 @@ setuptools.setup(
   package_data={'': ['*.gin'], 'mowe': ['py.typed']},
   install_requires=[
     'absl-py',
+    # Python 3.14 has it.
+    "backports.zstd; python_version < '3.14'",
     # JAX needs it to limit the size of its cache of compiled programs.
     'filelock',
     'flax>=0.10.6',

@@ -1,5 +1,6 @@
 """Verbs that make or read models: their options, and what they call."""
 
+import argparse
 import os
 import sys
 
@@ -42,15 +43,21 @@ def _add_train(verbs):
 
 
 def _step(text: str) -> int | str:
-  """A step, or 'last_good'; any other text is refused by its ValueError."""
-  return text if text == _LAST_GOOD else int(text)
+  """Reads a step, or 'last_good'."""
+  if text == _LAST_GOOD:
+    return text
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(
+      f'a step must be a number or {_LAST_GOOD!r}, but is {text!r}. Take one of '
+      'those that `mowe inspect` shows.'
+    )
+  return int(text)
 
 
 def _train(options, bindings):
   _join_processes(options)
   gin_config = gin_arguments.parse(options, bindings)
   from mowe.commands import train
-  from mowe.training import manifests
 
   if options.tfds_data_dir:
     from mowe.data import seqio_stream
@@ -68,7 +75,7 @@ def _train(options, bindings):
       back_to=back_to,
       config_text=gin_config.operative_config,
     )
-  except manifests.DamagedCheckpointError as error:
+  except train.CannotResumeError as error:
     raise ValueError(
       f'{error} To go on from the newest step that is whole: {options.command} '
       f'--from_step {_LAST_GOOD}'

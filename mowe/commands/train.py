@@ -21,6 +21,7 @@ from mowe.training import (
   agreement,
   checkpointing,
   loop,
+  manifests,
   partitioning,
   progress_lines,
   run_history,
@@ -180,6 +181,10 @@ class BackTo:
   step: int | None = None
 
 
+class CannotResumeError(manifests.DamagedCheckpointError):
+  """The checkpoint from which a run was to go on is damaged."""
+
+
 def train(
   training: Training,
   *,
@@ -208,6 +213,7 @@ def train(
   Raises:
     ValueError: parts do not fit together. It is raised before anything is
       written or compiled.
+    CannotResumeError: the latest checkpoint is damaged; see `back_to`.
     KeyboardInterrupt: the run was stopped. It has saved what it did.
   """
   mesh = training.make_mesh()
@@ -257,6 +263,8 @@ def _check_processes(
   training: Training, config_text: Callable[[], str] | None
 ) -> None:
   """Raises ProcessesDifferError unless all processes do the same run."""
+  if jax.process_count() == 1:
+    return
   made_by = run_history.origin()
   agreement.check_same(
     {
@@ -289,13 +297,7 @@ def _run(
   ):
     if back_to is not None:
       checkpoints.go_back(back_to.step)
-    state, experts = setup.start(
-      checkpoints,
-      described,
-      training.initial_checkpoint_path,
-      training.store,
-      router.at_once,
-    )
+    state, experts = _start(training, setup, router, checkpoints, described)
     # A checkpoint that is still being written reads the file of experts, so
     # another run must not get that file before the checkpoint is finished.
     closing.callback(experts.close)
@@ -349,6 +351,31 @@ def _run(
     checkpoints.wait()
     _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
+
+
+def _start(
+  training: Training,
+  setup: initial_state.Setup,
+  router: batch_router.RoutesBatches,
+  checkpoints: checkpointing.Checkpoints,
+  described: dict[str, Any],
+) -> tuple[train_state.TrainState, expert_stores.Experts]:
+  """Makes or restores the state, and opens its tables."""
+  is_resumed = checkpoints.latest_step() is not None
+  try:
+    return setup.start(
+      checkpoints,
+      described,
+      training.initial_checkpoint_path,
+      training.store,
+      router.at_once,
+    )
+  except manifests.DamagedCheckpointError as error:
+    # A damaged checkpoint of another model, from which a run starts, is none
+    # that going back in this one could help.
+    if not is_resumed:
+      raise
+    raise CannotResumeError(str(error)) from error
 
 
 class _TrainStep:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mowe.interop import new_folder, rules, safetensors_format, weights
+from mowe.words import json_files
 
 CONFIG = 'config.json'
 _WHOLE = 'model.safetensors'
@@ -136,18 +137,7 @@ def _read_parts(folder):
 
 def _read_json(path):
   """Reads a JSON object."""
-  try:
-    tree = json.loads(path.read_text('utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f'{path} must be JSON, but is not: {error}. Fetch it again.'
-    ) from None
-  if not isinstance(tree, dict):
-    raise ValueError(
-      f'{path} must be a JSON object, but is a {type(tree).__name__}. Fetch it '
-      'again.'
-    )
-  return tree
+  return json_files.read_object(path, 'Fetch it again.')
 
 
 def _nothing_to_read(folder):

@@ -39,6 +39,7 @@ class DiskBacking:
     if self._is_resumed:
       return
     self._file.check_room(len(source.written_rows()))
+    self._file.say_if_room_may_end()
     for experts, records in _written(source, self.dtype):
       self._file.write(experts, records)
 

@@ -14,7 +14,6 @@ import small_runs
 from mowe.cli import main
 from mowe.commands import ask, gin_config, train, train_vocabulary
 from mowe.comparison import quickstart
-from mowe.training import manifests
 from mowe.words import placement, routing_vocabulary, subword_vocabularies
 
 
@@ -506,7 +505,7 @@ def test_a_damaged_checkpoint_is_refused(world, tmp_path, capsys):
 
 def test_a_resume_of_a_damaged_step_names_the_command(monkeypatch, capsys):
   def damaged(*unused, **also_unused):
-    raise manifests.DamagedCheckpointError('checkpoint_7 has other contents.')
+    raise train.CannotResumeError('checkpoint_7 has other contents.')
 
   monkeypatch.setattr(train, 'train', damaged)
   monkeypatch.setattr(train, 'Training', object)

@@ -139,6 +139,11 @@ def _texts(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
 
 def _blocks(files: Iterable[str]) -> Iterator[dict[str, bytes]]:
   for path in text_files.match_files(list(files)):
-    with file_formats.open_bytes(path) as file:
-      while block := file.read(_BLOCK):
-        yield {'bytes': block}
+    num_lines = 0
+    try:
+      with file_formats.open_bytes(path) as file:
+        while block := file.read(_BLOCK):
+          yield {'bytes': block}
+          num_lines += block.count(b'\n')
+    except file_formats.DAMAGED as error:
+      raise file_formats.broken_off(path, num_lines, error) from None

@@ -2,12 +2,17 @@
 
 import bz2
 import gzip
-import importlib
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
+
+if sys.version_info >= (3, 14):
+  from compression import zstd
+else:
+  from backports import zstd
 
 # The bytes with which a packed file begins, and what opens it. A file may be
 # packed whatever its name ends in.
@@ -15,8 +20,8 @@ _PACKED: dict[bytes, Callable[[str], Any]] = {
   b'\x1f\x8b': gzip.open,
   b'BZh': bz2.open,
   b'\xfd7zXZ\x00': lzma.open,
+  b'\x28\xb5\x2f\xfd': zstd.open,
 }
-_ZSTANDARD = b'\x28\xb5\x2f\xfd'
 _ENDINGS = ('.gz', '.bz2', '.xz', '.zst')
 
 _JSON_LINES = ('.jsonl', '.json', '.ndjson', '.jsonlines')
@@ -26,8 +31,9 @@ _REFUSED = (
   *('.7z', '.pdf', '.docx', '.xlsx', '.npz', '.npy', '.pkl', '.sqlite'),
 )
 
-# What breaking off or damage of a packed file raises.
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+# What breaking off or damage of a packed file may raise. That of gzip and bz2 is
+# an OSError, which can also be one of the system: see `broken_off`.
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 def has_json_lines(path: str | os.PathLike[str]) -> bool:
@@ -55,14 +61,11 @@ def open_bytes(path: str | os.PathLike[str]) -> BinaryIO:
   """Opens a file for reading its bytes, unpacked if they are packed.
 
   Raises (also when it is read):
-    ValueError: the file is packed by zstd, and zstandard is not installed.
-    OSError, EOFError or another of DAMAGED: a packed file is not whole.
+    one of DAMAGED: a packed file is not whole, or not packed as its name says.
   """
   path = os.fspath(path)
   with open(path, 'rb') as file:
     start = file.read(8)
-  if start.startswith(_ZSTANDARD):
-    return _open_zstandard(path)
   for mark, opener in _PACKED.items():
     if start.startswith(mark):
       return opener(path)
@@ -71,13 +74,21 @@ def open_bytes(path: str | os.PathLike[str]) -> BinaryIO:
   return open(path, 'rb')
 
 
-def _open_zstandard(path) -> Any:
-  try:
-    zstandard = importlib.import_module('zstandard')
-  except ImportError:
-    raise ValueError(
-      f'To read {path}, which is packed by zstd, zstandard must be installed, '
-      'but it is not. Run `pip install zstandard`, or unpack the file with '
-      '`zstd -d`.'
-    ) from None
-  return zstandard.open(path, 'rb')
+def broken_off(
+  path: str | os.PathLike[str], line: int, error: Exception
+) -> Exception:
+  """Returns the error for a file of which reading raised one of DAMAGED.
+
+  An error of the system, such as one of permissions, stays what it is.
+
+  Args:
+    path: the file.
+    line: the number of the last line that was whole.
+    error: what was raised.
+  """
+  if isinstance(error, OSError) and error.errno is not None:
+    return error
+  return ValueError(
+    f'A packed file must be whole, but {path} breaks off after line {line}: '
+    f'{error}. Copy or download it again.'
+  )

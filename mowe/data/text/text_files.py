@@ -142,10 +142,7 @@ def _read_lines(
       'Convert the file, for example with iconv.'
     ) from error
   except file_formats.DAMAGED as error:
-    raise ValueError(
-      f'A packed file must be whole, but {path} breaks off after line {number}: '
-      f'{error}. Copy or download it again.'
-    ) from error
+    raise file_formats.broken_off(path, number, error) from None
 
 
 def _check_fields(record, fields, path, number) -> None:

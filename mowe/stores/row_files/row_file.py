@@ -241,6 +241,20 @@ class RowFile:
         "or set TABLE_DTYPE = 'bfloat16' or fewer experts."
       )
 
+  def say_if_room_may_end(self) -> None:
+    """Prints a line if the disk has no room for all experts once.
+
+    They may never need it: only those that training meets are written.
+    """
+    size = self.num_experts * self.dtype.itemsize
+    free = shutil.disk_usage(self._folder).free
+    if free < size:
+      print(
+        f'Rows       {self._path.name} may grow to {size / 1e9:.1f} GB, and '
+        f'{free / 1e9:.1f} GB are free: if training meets too many rows, it '
+        'stops, and its checkpoints stay whole.'
+      )
+
   def save(self, checkpoint: pathlib.Path) -> None:
     """Writes the index of a checkpoint into its folder.
 

@@ -5,9 +5,10 @@ import gzip
 import json
 import lzma
 
+import numpy as np
 import pytest
 
-from mowe.data.text import record_fields, text_files
+from mowe.data.text import file_formats, record_fields, text_files
 
 
 def _write(path, content):
@@ -71,14 +72,35 @@ def test_damaged_files_are_named_with_the_line(
     list(text_files.read_records(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize(
-  ('name', 'pack'),
-  [('a', bz2.compress), ('b.xz', lzma.compress), ('c.gz', gzip.compress)],
-)
-def test_packed_files_are_told_by_their_content(tmp_path, name, pack):
-  (tmp_path / f'x.JSONL{name[1:]}').write_bytes(pack(b'{"text": "one"}\n'))
-  (record,) = text_files.read_records(str(tmp_path / '*'))
-  assert record == {'text': 'one'}
+_PACKED = {
+  '': bz2.compress,
+  '.bz2': bz2.compress,
+  '.xz': lzma.compress,
+  '.gz': gzip.compress,
+  '.ZST': file_formats.zstd.compress,
+}
+
+
+@pytest.mark.parametrize('ending', _PACKED)
+def test_packed_files_are_told_by_their_content(tmp_path, ending):
+  lines = b'{"text": "one"}\n' * 3
+  (tmp_path / f'x.JSONL{ending}').write_bytes(_PACKED[ending](lines))
+  records = text_files.read_records(str(tmp_path / '*'))
+  assert list(records) == [{'text': 'one'}] * 3
+
+
+@pytest.mark.parametrize('ending', [one for one in _PACKED if one])
+def test_packed_files_that_are_not_whole_are_named(tmp_path, ending):
+  rng = np.random.default_rng(0)
+  lines = rng.integers(97, 122, 10_000, np.uint8).tobytes()
+  content = _PACKED[ending](lines)
+  path = tmp_path / f'x.txt{ending}'
+  # Cut off, and with other bytes from the middle on.
+  half = len(content) // 2
+  for damaged in (content[:half], content[:half] + bytes(half)):
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match='breaks off after line 0: .* again'):
+      list(text_files.read_records(str(path)))
 
 
 @pytest.mark.parametrize('content', [_GZIP[:-20], b'no gzip at all', _GZIP[:5]])
@@ -172,3 +194,8 @@ def test_json_with_unicode_is_read_as_it_was_written(tmp_path):
   record = {'text': 'Émile Zola — \U0001f600'}
   path = _write(tmp_path / 'a.jsonl', json.dumps(record, ensure_ascii=False))
   assert list(text_files.read_records(path)) == [record]
+
+
+def test_errors_of_the_system_stay_what_they_are(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    list(text_files.read_lines(str(tmp_path / 'absent.txt')))
