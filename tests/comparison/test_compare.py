@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -206,6 +207,22 @@ def test_killed_and_continued(world, tmp_path, capfd):
   assert [one.name for one in compared.results] == ['T5', 'MoWE']
   found = compared.results[0].answers[0]
   assert found.predictions == first_answers.predictions
+
+
+def test_a_thread_can_compare():
+  errors = []
+
+  def begin():
+    try:
+      with run_process.Runner(0):
+        pass
+    except ValueError as error:
+      errors.append(error)
+
+  thread = threading.Thread(target=begin)
+  thread.start()
+  thread.join()
+  assert not errors
 
 
 @pytest.fixture(scope='module')

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import drawn_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import tiny_training
 
 from mowe.layers.memory import word_experts
 from mowe.model_folders import model_folder
-from mowe.models import initialization, model_config, token_memories
+from mowe.models import model_config, token_memories
 from mowe.models.decoder_only import decoder_only_config
 from mowe.models.families import families, model_description, saved_config
 from mowe.words import byte_vocabulary
@@ -53,24 +54,10 @@ def _language_model():
   )
 
 
-def _drawn(model):
-  params = initialization.initial_parameters(model, jax.random.key(0))
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params
-  )
-
-
-def _logits(model, params, batch):
-  return jax.jit(
-    functools.partial(model.apply, enable_dropout=False, method='of_batch')
-  )({'params': params}, batch)
-
-
 @pytest.mark.parametrize('make', [_t5, _language_model])
 def test_steps_of_decoding_name_the_experts_of_whole_texts(make):
   model = families.build(make())
-  params = _drawn(model)
+  params = drawn_models.parameters(model)
   rng = np.random.default_rng(1)
   inputs = rng.integers(3, _VOCAB, (3, 5)).astype(np.int32)
   targets = rng.integers(3, _VOCAB, (3, 6)).astype(np.int32)
@@ -82,7 +69,9 @@ def test_steps_of_decoding_name_the_experts_of_whole_texts(make):
     'decoder_input_tokens': np.pad(whole, ((0, 0), (1, 0)))[:, :-1],
     'decoder_target_tokens': whole,
   }
-  expected = _logits(model, params, batch)[:, -targets.shape[1] :]
+  expected = drawn_models.logits(model.config, params, batch)[
+    :, -targets.shape[1] :
+  ]
   step, cache = model.start_generation(
     {'params': params}, jnp.asarray(inputs), targets.shape[1], 1
   )
@@ -92,10 +81,8 @@ def test_steps_of_decoding_name_the_experts_of_whole_texts(make):
     found.append(logits)
   tiny_training.assert_close(jnp.stack(found, axis=1), expected, 1e-5)
   # The routing ids matter: those of another seed give other logits.
-  other = families.build(
-    dataclasses.replace(model.config, expert_names=_names(seed=1))
-  )
-  changed = _logits(other, params, batch)[:, -targets.shape[1] :]
+  other = dataclasses.replace(model.config, expert_names=_names(seed=1))
+  changed = drawn_models.logits(other, params, batch)[:, -targets.shape[1] :]
   assert np.abs(changed - expected).max() > 1e-3
 
 

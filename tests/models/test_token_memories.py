@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 
+import drawn_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,23 +45,13 @@ def _decoder_only_config(**changes):
 @functools.cache
 def _t5():
   model = t5.T5(tiny_memories.make_config())
-  return model, _drawn(model)
+  return model, drawn_models.parameters(model)
 
 
 @functools.cache
 def _language_model():
   model = decoder_only.DecoderOnly(_decoder_only_config())
-  return model, _drawn(model)
-
-
-def _drawn(model):
-  """Parameters of which none is zero or one, so that each has an effect."""
-  params = initialization.initial_parameters(model, jax.random.key(0))
-  leaves, treedef = jax.tree.flatten(params)
-  rng = np.random.default_rng(0)
-  return treedef.unflatten(
-    [x + 0.1 * rng.standard_normal(x.shape, np.float32) for x in leaves]
-  )
+  return model, drawn_models.parameters(model)
 
 
 def _tokens(seed, length=_LENGTH):
@@ -149,7 +140,7 @@ def test_the_convolution_does_not_see_padding_before_a_prompt():
   address = dataclasses.replace(engram.address, start_id=5)
   memory = dataclasses.replace(engram, payload=payload, address=address)
   model = decoder_only.DecoderOnly(_decoder_only_config(memories=(memory,)))
-  params = _drawn(model)
+  params = drawn_models.parameters(model)
   inputs, targets = _tokens(0), _tokens(1, 4)
   alone = _step_by_step(model, params, inputs[:, :3], targets)
   inputs[:, 3:] = 0

@@ -1,8 +1,8 @@
 import functools
 
+import drawn_models
 import flax
 import jax
-import numpy as np
 import pytest
 import tiny_training
 
@@ -27,19 +27,11 @@ def _config(shares_rows):
 
 
 def _logits(config, params):
-  rng = np.random.default_rng(1)
-  inputs = rng.integers(0, tiny_training.VOCAB, (3, 7)).astype(np.int32)
-  targets = rng.integers(3, tiny_training.VOCAB, (3, 5)).astype(np.int32)
-  batch = {
-    'encoder_input_tokens': inputs,
-    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-    'decoder_target_tokens': targets,
-  }
-  return jax.jit(
-    functools.partial(
-      families.build(config).apply, enable_dropout=False, method='of_batch'
-    )
-  )({'params': flax.traverse_util.unflatten_dict(params)}, batch)
+  batch = drawn_models.batch(tiny_training.VOCAB)
+  # Padding has no row.
+  batch['encoder_input_tokens'][0, 4:] = 0
+  tree = flax.traverse_util.unflatten_dict(params)
+  return drawn_models.logits(config, tree, batch)
 
 
 @pytest.mark.parametrize('shares_rows', [True, False])
@@ -47,9 +39,7 @@ def _logits(config, params):
 def test_a_baked_model_gives_the_same(monkeypatch, shares_rows, at_once):
   monkeypatch.setattr(baked_experts, '_AT_ONCE', at_once)
   config = _config(shares_rows)
-  drawn = initialization.initial_parameters(
-    families.build(config), jax.random.key(0)
-  )
+  drawn = drawn_models.parameters(families.build(config))
   params = flax.traverse_util.flatten_dict(jax.device_get(drawn))
   assert params['mole', 'memory_rows'].shape == (
     128,

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import drawn_models
 import jax
 import numpy as np
 import pytest
@@ -9,47 +10,30 @@ import tiny_training
 
 from mowe.layers.mixtures import moe
 from mowe.layers.routers import hash_routing
-from mowe.models import initialization, parameters
+from mowe.models import parameters
 from mowe.models.families import families
 from mowe.models.surgery import silenced
 
 
-@functools.cache
-def _memories():
-  config = tiny_memories.make_config()
-  return config, _drawn(config)
-
-
 def _drawn(config):
-  """Parameters of which none is zero, so that each has an effect."""
-  params = initialization.initial_parameters(
-    families.build(config), jax.random.key(0)
-  )
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params
-  )
+  return drawn_models.parameters(families.build(config))
 
 
 def _logits(config, params):
-  rng = np.random.default_rng(1)
-  inputs = rng.integers(3, tiny_training.VOCAB, (3, 7)).astype(np.int32)
-  targets = rng.integers(3, tiny_training.VOCAB, (3, 5)).astype(np.int32)
-  batch = {
-    'encoder_input_tokens': inputs,
-    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-    'decoder_target_tokens': targets,
-    'encoder_routing_ids': inputs % tiny_training.EXPERTS,
-    'decoder_routing_ids': targets % tiny_training.EXPERTS,
+  batch = drawn_models.batch(tiny_training.VOCAB)
+  ids = {
+    f'{stream}_routing_ids': batch[f'{stream}_{name}'] % tiny_training.EXPERTS
+    for stream, name in (
+      ('encoder', 'input_tokens'),
+      ('decoder', 'target_tokens'),
+    )
   }
-  model = families.build(config)
-  return jax.jit(
-    functools.partial(model.apply, enable_dropout=False, method='of_batch')
-  )({'params': params}, batch)
+  return drawn_models.logits(config, params, batch | ids)
 
 
 def test_a_silenced_model_does_not_read_its_tables():
-  config, params = _memories()
+  config = tiny_memories.make_config()
+  params = _drawn(config)
   whole = _logits(config, params)
   without = _logits(silenced.silenced(config), params)
   assert np.abs(whole - without).max() > 1e-3
@@ -100,4 +84,4 @@ def test_sparse_feed_forwards_add_nothing(make):
 def test_a_dense_model_has_nothing_to_silence():
   assert not silenced.can_be_silenced(tiny_training.make_config(sparse=False))
   assert silenced.can_be_silenced(tiny_training.make_config())
-  assert silenced.can_be_silenced(_memories()[0])
+  assert silenced.can_be_silenced(tiny_memories.make_config())

@@ -200,6 +200,16 @@ def test_a_table_larger_than_the_disk_is_refused_early(saved, monkeypatch):
     file.check_room(_EXPERTS)
 
 
+def test_room_that_may_end_is_said(saved, monkeypatch, capsys):
+  file, _, _ = saved
+  file.say_if_room_may_end()
+  assert capsys.readouterr().out == ''
+  usage = shutil.disk_usage('.')._replace(free=7 * 40 - 1)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda folder: usage)
+  file.say_if_room_may_end()
+  assert 'experts.0.rows may grow to 0.0 GB, and' in capsys.readouterr().out
+
+
 def _change(path, change):
   data = bytearray(path.read_bytes())
   change(data)
