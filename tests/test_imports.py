@@ -1,8 +1,9 @@
-"""Tests the rooms of the package: their sizes, arrows, and lazy imports."""
+"""Tests the rooms of the package: their sizes, arrows, imports, and tests."""
 
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -257,3 +258,28 @@ def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
     tmp_path,
   )
   assert 'answered []' in printed and 'Finished step 1' in printed
+
+
+def test_every_module_is_named_by_its_tests():
+  """A module has a test file of its name, or one whose docstring names it."""
+  files = sorted((_ROOT / 'tests').rglob('test_*.py'))
+  said = ' '.join(
+    ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
+    for path in files
+  )
+  named = {path.stem.removeprefix('test_') for path in files}
+  named |= set(re.findall(r'`(\w+)`', said))
+  modules = {path.stem for path in _PACKAGE.rglob('*.py')} - {'__init__'}
+  lost = sorted(modules - named)
+  assert not lost, f'no docstring under tests/ names the modules {lost}'
+
+
+def test_docstrings_of_tests_name_modules_that_exist():
+  modules = {path.stem for path in _PACKAGE.rglob('*.py')}
+  for path in sorted((_ROOT / 'tests').rglob('test_*.py')):
+    said = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
+    assert said, f'{path} does not say what it tests'
+    also = re.search(r'^Also tests (.*)\Z', said, re.MULTILINE | re.DOTALL)
+    if also:
+      unknown = set(re.findall(r'`(\w+)`', also[1])) - modules
+      assert not unknown, f'{path} names what is not there: {unknown}'

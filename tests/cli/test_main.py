@@ -1,4 +1,9 @@
-"""Tests the `mowe` command in this process: every verb, and its errors."""
+"""Tests the `mowe` command in this process: every verb, and its errors.
+
+Also tests `build_routing_vocabulary`, `data_verbs`, `experiment_verbs`,
+`gin_arguments`, `model_verbs`, `modules_verbs`, `quickstart`, `show_progress`,
+and `train_vocabulary`.
+"""
 
 import argparse
 import inspect

@@ -1,4 +1,7 @@
-"""Tests `mowe cache-task` on files."""
+"""Tests `mowe cache-task` on files.
+
+Also tests `claims`.
+"""
 
 import gzip
 import json

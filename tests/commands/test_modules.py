@@ -1,4 +1,8 @@
-"""Tests `mowe modules`: models with added or pruned modules, and their usage."""
+"""Tests `mowe modules`: models with added or pruned modules, and their usage.
+
+Also tests `module_usage`, `module_usage_figure`, `modules_folder`, and
+`saved_model`.
+"""
 
 import functools
 import hashlib

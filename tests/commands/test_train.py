@@ -1,4 +1,8 @@
-"""Tests `train`: exact resuming, finetuning, refusals, and evaluations."""
+"""Tests `train`: exact resuming, finetuning, refusals, and evaluations.
+
+Also tests `evaluations`, `model_folder`, `model_weights`, and
+`periodic_evaluation`.
+"""
 
 import dataclasses
 import functools

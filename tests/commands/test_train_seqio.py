@@ -1,4 +1,7 @@
-"""Tests runs on seqio tasks without a token cache, and caches of TFDS tasks."""
+"""Tests runs on seqio tasks without a token cache, and caches of TFDS tasks.
+
+Also tests `data_config`.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""A comparison of two models is killed, continued, and then extended."""
+"""A comparison of two models is killed, continued, and then extended.
+
+Also tests `run_process` and `single_run`.
+"""
 
 import json
 import os

@@ -1,3 +1,5 @@
+"""Tests how many rows and bytes a token reads, worked out by hand."""
+
 import functools
 
 import numpy as np

@@ -1,4 +1,8 @@
-"""Tests experiments: what is refused, how models are sized, what runs share."""
+"""Tests experiments: what is refused, how models are sized, what runs share.
+
+Also tests `experiment_data`, `experiments`, `measurements`, `peak_memory`,
+`question_files`, and `rate_choice`.
+"""
 
 import dataclasses
 import json

@@ -1,3 +1,5 @@
+"""Tests banks that are allotted by texts, against each text by itself."""
+
 import numpy as np
 import pytest
 

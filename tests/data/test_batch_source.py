@@ -1,4 +1,7 @@
-"""Tests batches: keys and shifts by hand, packing, resuming, evaluation."""
+"""Tests batches: keys and shifts by hand, packing, resuming, evaluation.
+
+Also tests `packing` and `prefetch`.
+"""
 
 import dataclasses
 import itertools

@@ -1,4 +1,7 @@
-"""Tests running text: its cache, its tasks, and batches by hand."""
+"""Tests running text: its cache, its tasks, and batches by hand.
+
+Also tests `lm_batches`.
+"""
 
 import gzip
 

@@ -1,4 +1,7 @@
-"""Tests scores, files and recall, with a generator of prepared outputs."""
+"""Tests scores, files and recall, with a generator of prepared outputs.
+
+Also tests `ask`, `evaluate`, and `infer`.
+"""
 
 import json
 import types

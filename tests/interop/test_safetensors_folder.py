@@ -1,4 +1,7 @@
-"""Tests folders of safetensors: whole, in parts, incomplete, or hostile."""
+"""Tests folders of safetensors: whole, in parts, incomplete, or hostile.
+
+Also tests `mowe_safetensors` and `weights`.
+"""
 
 import json
 import os

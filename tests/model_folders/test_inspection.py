@@ -1,3 +1,5 @@
+"""Tests what `mowe inspect` prints of a model folder."""
+
 import pytest
 
 from mowe.cli import main

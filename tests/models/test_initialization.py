@@ -1,4 +1,7 @@
-"""Tests fresh parameters: few programs, right values, and right devices."""
+"""Tests fresh parameters: few programs, right values, and right devices.
+
+Also tests `parameters`.
+"""
 
 import contextlib
 import functools

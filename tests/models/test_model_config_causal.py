@@ -4,6 +4,8 @@ Targets are changed from a position on, in all rows. No logit at or before that
 position may change, because the input of a position is the target before it.
 The test runs all shipped models that are small enough, in training and in
 evaluation, with packed and other rows in each batch.
+
+Also tests `model_config`.
 """
 
 import numpy as np

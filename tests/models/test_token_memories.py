@@ -1,3 +1,5 @@
+"""Tests memories in blocks of models: causality, packing, generation."""
+
 import dataclasses
 import functools
 import json

@@ -2,6 +2,9 @@
 
 The tests run on any folder in that format: `pytest tests/parity
 --golden_dir=DIR`. All options of a case come from the JSON file.
+
+Also tests `bank`, `causal_convolution`, `diagonal`, `gated_vector`,
+`lookup_experts`, `ngram_embedding`, `payload_base`, and `per_layer_embedding`.
 """
 
 import functools

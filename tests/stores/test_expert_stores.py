@@ -1,4 +1,8 @@
-"""Tests that all stores end with the same bits, even if they take turns."""
+"""Tests that all stores end with the same bits, even if they take turns.
+
+Also tests `backings`, `cached_experts`, `device_experts`, `expert_metrics`,
+`kernel_cache`, `no_experts`, and `slot_rows`.
+"""
 
 import functools
 

@@ -1,4 +1,7 @@
-"""Tables of several groups: word experts, and memories of every kind."""
+"""Tables of several groups: word experts, and memories of every kind.
+
+Also tests `step_plans`.
+"""
 
 import functools
 

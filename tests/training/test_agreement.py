@@ -1,3 +1,5 @@
+"""Tests that processes with other settings, code or data are named."""
+
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils

@@ -1,4 +1,7 @@
-"""Tests checkpoints: same bits, damage found, kills survived, steps kept."""
+"""Tests checkpoints: same bits, damage found, kills survived, steps kept.
+
+Also tests `manifests`.
+"""
 
 import json
 import pathlib

@@ -1,3 +1,5 @@
+"""Tests the history of a run: its starts, and the settings that changed."""
+
 import json
 
 from mowe.training import run_history

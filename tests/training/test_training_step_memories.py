@@ -1,4 +1,7 @@
-"""Steps of models with memories: gathered rows, and updates in place."""
+"""Steps of models with memories: gathered rows, and updates in place.
+
+Also tests `host_rows`, `memory_rows`, and `row_table`.
+"""
 
 import dataclasses
 import functools

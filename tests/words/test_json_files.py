@@ -1,3 +1,8 @@
+"""Tests JSON files: written whole, and damage named.
+
+Also tests `atomic_files`.
+"""
+
 import pytest
 
 from mowe.words import json_files

@@ -1,3 +1,5 @@
+"""Tests the look-up of words in tokens against a plain loop."""
+
 import dataclasses
 
 import hypothesis

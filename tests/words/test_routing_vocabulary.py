@@ -1,3 +1,5 @@
+"""Tests files of routing vocabularies: the same bits, or a named damage."""
+
 import dataclasses
 
 import jax

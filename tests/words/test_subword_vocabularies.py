@@ -1,3 +1,8 @@
+"""Tests subword vocabularies: texts, ids, sentinels, and damaged files.
+
+Also tests `base_vocabulary`, `byte_vocabulary`, and `sentencepiece_vocabulary`.
+"""
+
 import pickle
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Tests the words that are counted and chosen, by hand."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Tests locks of writers with real processes, with flock and without."""
+
 import errno
 import fcntl
 import json

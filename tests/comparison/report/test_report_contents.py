@@ -1,4 +1,7 @@
-"""Reports must show every number, and no text may break out of its place."""
+"""Reports must show every number, and no text may break out of its place.
+
+Also tests `report_figure`, `report_files`, `report_page`, and `report_tables`.
+"""
 
 import dataclasses
 import html.parser

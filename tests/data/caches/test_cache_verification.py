@@ -1,3 +1,5 @@
+"""Tests the check of a token cache in the background of a run."""
+
 import threading
 
 import pytest

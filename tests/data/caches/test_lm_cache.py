@@ -1,3 +1,5 @@
+"""Tests damaged files of running text."""
+
 import gzip
 
 import pytest

@@ -1,4 +1,7 @@
-"""Tests token caches: round trips, spans, fingerprints, unfinished builds."""
+"""Tests token caches: round trips, spans, fingerprints, unfinished builds.
+
+Also tests `cache_builders`.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Tests reading records: formats, globs, and the errors of damaged files."""
+"""Tests reading records: formats, globs, and the errors of damaged files.
+
+Also tests `file_formats` and `record_fields`.
+"""
 
 import bz2
 import gzip

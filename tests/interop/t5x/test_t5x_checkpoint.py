@@ -1,4 +1,8 @@
-"""Tests checkpoints of T5X in both layouts: same bits, or a named error."""
+"""Tests checkpoints of T5X in both layouts: same bits, or a named error.
+
+Also tests `orbax_arrays`, `t5x_legacy`, `t5x_orbax`, `t5x_tree`, and
+`zarr_array`.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,7 @@
-"""Tests experts on eight devices: they equal one, with two all-to-alls."""
+"""Tests experts on eight devices: they equal one, with two all-to-alls.
+
+Also tests `dropless_exchange`.
+"""
 
 import functools
 import re

@@ -1,4 +1,7 @@
-"""Tests product-key memories against a search of all pairs in float64."""
+"""Tests product-key memories against a search of all pairs in float64.
+
+Also tests `memory_plus` and `peer`.
+"""
 
 import jax
 import jax.numpy as jnp

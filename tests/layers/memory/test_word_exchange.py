@@ -1,4 +1,7 @@
-"""Tests word experts on eight devices: they equal one, with two all-to-alls."""
+"""Tests word experts on eight devices: they equal one, with two all-to-alls.
+
+Also tests `sharded_updates`.
+"""
 
 import dataclasses
 import functools

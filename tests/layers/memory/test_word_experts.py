@@ -1,4 +1,7 @@
-"""Tests MoweLayer against a float64 loop over tokens, values and gradients."""
+"""Tests MoweLayer against a float64 loop over tokens, values and gradients.
+
+Also tests `expert_tiles` and `grouped`.
+"""
 
 import functools
 

@@ -1,6 +1,8 @@
 """Tables of word experts stay in place on a TPU, as its own compiler tells.
 
 The compiler runs without a TPU. Tables have the widths of mowe_base.
+
+Also tests `compile_ahead` and `platforms`.
 """
 
 import pytest

@@ -2,6 +2,9 @@
 
 The loop does not know of slots. It takes the router's logits, decides pair by
 pair, and computes one token with one expert at a time.
+
+Also tests `capacity_dispatch`, `dispatch_base`, `dropless_dispatch`, `experts`,
+`mixture`, `router_statistics`, and `slots`.
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""Tests SigmaMoe against a float64 loop over tokens, and what it refuses."""
+"""Tests SigmaMoe against a float64 loop over tokens, and what it refuses.
+
+Also tests `initial_experts`.
+"""
 
 import flax
 import jax

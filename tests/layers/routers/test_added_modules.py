@@ -1,4 +1,7 @@
-"""Tests layers with added or removed modules against float64 loops."""
+"""Tests layers with added or removed modules against float64 loops.
+
+Also tests `module_router`, `pruned_modules`, and `wrapped_router`.
+"""
 
 import functools
 import math

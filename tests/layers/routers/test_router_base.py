@@ -1,4 +1,8 @@
-"""Tests routers, plans and losses with numbers worked out by hand."""
+"""Tests routers, plans and losses with numbers worked out by hand.
+
+Also tests `experts_choose`, `hash_routing`, `router_losses`, `sinkhorn_choose`,
+and `tokens_choose`.
+"""
 
 import pathlib
 

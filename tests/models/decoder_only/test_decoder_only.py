@@ -1,4 +1,9 @@
-"""Tests decoder-only models against numpy, and forms of one computation."""
+"""Tests decoder-only models against numpy, and forms of one computation.
+
+Also tests `attention_base`, `centered_norm`, `decoder_only_config`,
+`decoder_only_stack`, `inner_attention`, `relative_attention`, and
+`self_attention`.
+"""
 
 import copy
 import dataclasses

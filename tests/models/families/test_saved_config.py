@@ -1,4 +1,7 @@
-"""Tests a config to JSON and back; files that name other things are refused."""
+"""Tests a config to JSON and back; files that name other things are refused.
+
+Also tests `families`.
+"""
 
 import dataclasses
 import functools

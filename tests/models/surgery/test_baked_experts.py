@@ -1,3 +1,5 @@
+"""Tests that a model with baked experts gives the same logits."""
+
 import functools
 
 import drawn_models

@@ -1,4 +1,7 @@
-"""Tests adding and pruning modules: shapes, outputs, and saved configs."""
+"""Tests adding and pruning modules: shapes, outputs, and saved configs.
+
+Also tests `modules_added`, `modules_edits`, and `modules_pruned`.
+"""
 
 import dataclasses
 import functools

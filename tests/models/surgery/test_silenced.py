@@ -1,3 +1,8 @@
+"""Tests models whose memories or sparse feed-forwards are silenced.
+
+Also tests `silent_address` and `silent_feed_forward`.
+"""
+
 import dataclasses
 import functools
 

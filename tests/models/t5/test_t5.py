@@ -1,4 +1,8 @@
-"""Tests T5 with other parts: refusals, packing, padding, sparse blocks."""
+"""Tests T5 with other parts: refusals, packing, padding, sparse blocks.
+
+Also tests `embedding`, `feed_forward`, `layer_norm`, `linear`, `multi_head`,
+`relative_position`, `t5_config`, and `t5_stacks`.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,7 @@
-"""Tests experts on disk: same bits, checkpoints unharmed, damage found."""
+"""Tests experts on disk: same bits, checkpoints unharmed, damage found.
+
+Also tests `background`, `expert_records`, and `row_index`.
+"""
 
 import contextlib
 import errno

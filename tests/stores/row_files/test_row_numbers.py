@@ -1,3 +1,5 @@
+"""Tests the hash table of row numbers against a dictionary."""
+
 import numpy as np
 import pytest
 

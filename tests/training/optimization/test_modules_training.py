@@ -1,4 +1,7 @@
-"""Tests training of added modules alone, and optimizer states after surgery."""
+"""Tests training of added modules alone, and optimizer states after surgery.
+
+Also tests `modules_state`.
+"""
 
 import jax
 import jax.numpy as jnp

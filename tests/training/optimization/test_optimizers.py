@@ -1,4 +1,7 @@
-"""Tests optimizers: parity with T5X's Adafactor, and the combinators."""
+"""Tests optimizers: parity with T5X's Adafactor, and the combinators.
+
+Also tests `adafactor_transform` and `factoring_rules`.
+"""
 
 import pathlib
 

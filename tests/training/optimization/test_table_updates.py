@@ -1,4 +1,7 @@
-"""Tests updates of present experts: each once, and equal to dense gradients."""
+"""Tests updates of present experts: each once, and equal to dense gradients.
+
+Also tests `row_gradients`.
+"""
 
 import dataclasses
 

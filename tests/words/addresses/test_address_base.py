@@ -1,4 +1,8 @@
-"""What must hold for every address, whatever names its rows."""
+"""What must hold for every address, whatever names its rows.
+
+Also tests `hashed_ngrams`, `ngram_hashes`, `piece_address`, `word_address`, and
+`word_ngrams`.
+"""
 
 import dataclasses
 

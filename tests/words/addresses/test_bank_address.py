@@ -1,3 +1,8 @@
+"""Tests banks: rows are allotted by widths, and padded to the widest bank.
+
+Also tests `bank_widths`.
+"""
+
 import numpy as np
 import pytest
 

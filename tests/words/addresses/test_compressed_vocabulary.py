@@ -1,3 +1,5 @@
+"""Tests which pieces of a vocabulary count as the same one."""
+
 import numpy as np
 
 from mowe.words import base_vocabulary

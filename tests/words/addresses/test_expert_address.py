@@ -1,3 +1,5 @@
+"""Tests experts that are named by the rows of an address."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Tests primes against division by all smaller numbers."""
+
 import itertools
 
 from mowe.words.addresses import primes

@@ -1,3 +1,5 @@
+"""Tests products of 64 bits in halves of 32 against integers of Python."""
+
 import hypothesis
 import jax
 import jax.numpy as jnp

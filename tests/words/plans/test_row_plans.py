@@ -1,3 +1,5 @@
+"""Tests plans of rows: every token finds the row that it addresses."""
+
 import numpy as np
 import pytest
 
