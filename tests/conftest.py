@@ -1,6 +1,7 @@
 """Settings of all tests, such as eight virtual CPU devices; shared fixtures."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 import zipfile
@@ -10,6 +11,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax
 import pytest
+from jax._src import compiler
+
+# Tracing makes many objects and few cycles, so that most searches find nothing.
+gc.set_threshold(50_000, 20, 100)
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -59,18 +64,58 @@ def compilation_cache(pytestconfig):
     yield
 
 
+# XLA's newer emitters of fusions take twice as long to compile as the older ones
+# did, and so do several threads for one small program.
+_QUICK_OPTIONS = {
+  'xla_cpu_use_fusion_emitters': False,
+  'xla_cpu_parallel_codegen_split_count': 1,
+}
+
+
+def _with_quick_options(get_compile_options):
+  """JAX has no setting for options of all programs, so its function is wrapped."""
+
+  def options(*args, **kwargs):
+    options = get_compile_options(*args, **kwargs)
+    debug_options = options.executable_build_options.debug_options
+    if debug_options.xla_backend_optimization_level == 0:
+      options.env_option_overrides += list(_QUICK_OPTIONS.items())
+    return options
+
+  return options
+
+
+compiler.get_compile_options = _with_quick_options(compiler.get_compile_options)
+
+
 @pytest.fixture(autouse=True)
-def quick_compilation(request):
+def quick_compilation(request, monkeypatch):
   """Compiles with little optimization, as most programs run only a few steps.
 
   This changes machine code, but neither HLO nor buffers (see
   test_quick_compilation.py). A test that compares bits across programs has the
-  mark `optimized`, and gets the machine code that users get.
+  mark `optimized`, and gets the machine code that users get. Processes that a
+  test starts compile as it does.
   """
   is_quick = request.node.get_closest_marker('optimized') is None
   jax.config.update('jax_disable_most_optimizations', is_quick)
+  if is_quick:
+    flags = [f'--{name}={value}' for name, value in _QUICK_OPTIONS.items()]
+    monkeypatch.setenv('XLA_FLAGS', ' '.join(flags).lower())
+    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def release_programs():
+  """Forgets compiled programs after each file.
+
+  Those of all files together would take more than 10 GB of memory. What another
+  file needs again is read from the cache of programs.
+  """
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope='session')
