@@ -63,12 +63,16 @@ def create(
 
   Raises:
     CheckpointMismatchError: the folder holds another model.
-    ValueError: `folder` is a file.
+    FileNotFoundError: the folder has lost a vocabulary.
+    ValueError: `folder` is a file, or a vocabulary in it is damaged.
   """
   path = pathlib.Path(folder)
   described = model_description.describe(config, vocabulary)
   if (path / _MODEL).exists():
     _check_same(path / _MODEL, described)
+    # The run itself has its vocabularies from elsewhere, but whoever loads the
+    # model reads the copies: if one is damaged, nothing more may be trained.
+    load_config(path)
     return path
   if path.exists() and not path.is_dir():
     raise ValueError(

@@ -1,0 +1,29 @@
+"""Tests what is checked of a folder in which a run goes on."""
+
+import pytest
+
+from mowe.model_folders import model_folder
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('vocabulary.model', 'must name the subword vocabulary beside it'),
+    ('routing_vocabulary.npz', 'routing_vocabulary.npz'),
+  ],
+)
+def test_vocabularies_in_the_folder_are_those_of_the_run(
+  world, tmp_path, name, message
+):
+  arguments = tmp_path / 'run', world.config(), world.vocabulary
+  folder = model_folder.create(*arguments)
+  assert model_folder.create(*arguments) == folder
+  file = folder / name
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    model_folder.create(*arguments)
+  file.unlink()
+  with pytest.raises(FileNotFoundError, match=name):
+    model_folder.create(*arguments)
