@@ -19,6 +19,8 @@ gc.set_threshold(50_000, 20, 100)
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# See `quick_compilation`; set here for fixtures that several tests share.
+jax.config.update('jax_disable_most_optimizations', True)
 
 pytest_plugins = ['small_runs']
 
@@ -45,30 +47,18 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(skip)
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compilation_cache(pytestconfig):
-  """Compiles programs once that several tests, workers or runs use.
-
-  They are in the cache of pytest; `pytest --cache-clear` removes them.
-  """
-  settings = {
-    'jax_compilation_cache_dir': str(pytestconfig.cache.mkdir('programs')),
-    'jax_persistent_cache_min_compile_time_secs': 0.2,
-    'jax_persistent_cache_min_entry_size_bytes': 0,
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in settings.items():
-      jax.config.update(name, value)
-      # The environment passes the setting on to processes that tests start.
-      patch.setenv(name.upper(), str(value))
-    yield
-
-
 # XLA's newer emitters of fusions take twice as long to compile as the older ones
 # did, and so do several threads for one small program.
 _QUICK_OPTIONS = {
   'xla_cpu_use_fusion_emitters': False,
   'xla_cpu_parallel_codegen_split_count': 1,
+}
+# The same for processes that tests start.
+_QUICK_ENVIRONMENT = {
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  'XLA_FLAGS': ' '.join(
+    f'--{name}={value}'.lower() for name, value in _QUICK_OPTIONS.items()
+  ),
 }
 
 
@@ -88,23 +78,45 @@ def _with_quick_options(get_compile_options):
 compiler.get_compile_options = _with_quick_options(compiler.get_compile_options)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(pytestconfig):
+  """Compiles programs once that several tests, workers or runs use.
+
+  They are in the cache of pytest; `pytest --cache-clear` removes them.
+  """
+  settings = {
+    'jax_compilation_cache_dir': str(pytestconfig.cache.mkdir('programs')),
+    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_entry_size_bytes': 0,
+  }
+  # The first program makes this process read its own XLA_FLAGS, so that those
+  # for other processes change nothing here.
+  jax.jit(lambda: 0)()
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+      # The environment passes the setting on to processes that tests start.
+      patch.setenv(name.upper(), str(value))
+    for name, value in _QUICK_ENVIRONMENT.items():
+      patch.setenv(name, value)
+    yield
+
+
 @pytest.fixture(autouse=True)
 def quick_compilation(request, monkeypatch):
   """Compiles with little optimization, as most programs run only a few steps.
 
   This changes machine code, but neither HLO nor buffers (see
   test_quick_compilation.py). A test that compares bits across programs has the
-  mark `optimized`, and gets the machine code that users get. Processes that a
-  test starts compile as it does.
+  mark `optimized`, and gets the machine code that users get.
   """
   is_quick = request.node.get_closest_marker('optimized') is None
   jax.config.update('jax_disable_most_optimizations', is_quick)
-  if is_quick:
-    flags = [f'--{name}={value}' for name, value in _QUICK_OPTIONS.items()]
-    monkeypatch.setenv('XLA_FLAGS', ' '.join(flags).lower())
-    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  if not is_quick:
+    for name in _QUICK_ENVIRONMENT:
+      monkeypatch.delenv(name)
   yield
-  jax.config.update('jax_disable_most_optimizations', False)
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,5 +1,6 @@
 """Every experiment can be parsed, and its models can be sized and run."""
 
+import functools
 import pathlib
 
 import pytest
@@ -57,52 +58,53 @@ def test_an_experiment_has_models_of_its_own(name):
   assert _load(name, 'SEEDS = (7,)').seeds == (7,)
 
 
-@pytest.fixture
-def any_width(monkeypatch):
-  """Takes any width, because sizing takes seconds and is tested elsewhere."""
-  monkeypatch.setattr(
-    costs, 'model_costs', lambda config: costs.ModelCosts(9, 0, 0, 7, 5)
-  )
-  monkeypatch.setattr(
-    budgets,
-    'solve',
-    lambda cost_of, target, *, granule, **_: budgets.Solution(
-      24 * granule, cost_of(24 * granule), target
-    ),
-  )
+@pytest.fixture(scope='module')
+def planned(prepared):
+  """From the name of an experiment to the plan of its first seed.
+
+  Takes any width, because sizing takes seconds and is tested elsewhere.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      costs, 'model_costs', lambda config: costs.ModelCosts(9, 0, 0, 7, 5)
+    )
+    patch.setattr(
+      budgets,
+      'solve',
+      lambda cost_of, target, *, granule, **_: budgets.Solution(
+        24 * granule, cost_of(24 * granule), target
+      ),
+    )
+    yield functools.cache(
+      lambda name: planned_runs.Plan(_load(name, 'SEEDS = (0,)'), prepared)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', _NAMES)
-def test_its_runs_can_be_made(name, prepared, any_width):
+def test_its_runs_can_be_made(name, planned):
   """Reads all gin files and bindings of all stages, as their runs will do."""
-  experiment = _load(name, 'SEEDS = (0,)')
-  plan = planned_runs.Plan(experiment, prepared)
-  for (run,) in _all_runs(plan).values():
+  for (run,) in _all_runs(planned(name)).values():
     assert len(run.stages) >= 2
     assert run.pretrained == run.stages[-2].folder
 
 
 @pytest.mark.slow
-def test_experiments_of_one_output_share_runs_and_no_report(
-  prepared, any_width
-):
+def test_experiments_of_one_output_share_runs_and_no_report(planned):
   found, reports = {}, set()
   for name in _NAMES:
-    experiment = _load(name, 'SEEDS = (0,)')
+    experiment = _load(name)
     report = (experiment.output, experiment.report)
     assert report not in reports
     reports.add(report)
-    for tries in planned_runs.Plan(experiment, prepared).tries.values():
+    for tries in planned(name).tries.values():
       for run in tries:
         assert found.setdefault(run.folder, run.digest()) == run.digest(), name
   assert len(reports) > len({output for output, _ in reports}) > 1
 
 
-def test_experts_are_frozen_or_trained_after_one_pretraining(
-  prepared, any_width
-):
-  plan = planned_runs.Plan(_load('ablation_frozen_experts'), prepared)
+def test_experts_are_frozen_or_trained_after_one_pretraining(planned):
+  plan = planned('ablation_frozen_experts')
   frozen, trained = plan.runs('MoWE'), plan.runs('MoWE, experts trained')
   for one, other in zip(frozen, trained, strict=True):
     assert one.pretrained == other.pretrained
@@ -112,8 +114,8 @@ def test_experts_are_frozen_or_trained_after_one_pretraining(
       assert gin_config.made('FREEZE_EXPERTS') is is_frozen
 
 
-def test_salient_spans_come_second(prepared, any_width):
-  plan = planned_runs.Plan(_load('ablation_salient_spans'), prepared)
+def test_salient_spans_come_second(planned):
+  plan = planned('ablation_salient_spans')
   found = []
   for stage in plan.runs('MoWE, then salient spans')[0].stages:
     gin_config.parse(stage.gin_files, stage.bindings)

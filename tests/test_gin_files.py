@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import sys
+from typing import NamedTuple
 
 import flax
 import jax
@@ -85,18 +86,26 @@ def _config(name, routing_paths):
   return _made('MODEL')
 
 
-@functools.cache
-def _costs_of_dense(name):
-  """Several models are compared with the same dense one, which is not small."""
-  return costs.model_costs(_config(name, {}))
+class _Measured(NamedTuple):
+  """What the tests know of a model, as their number of blocks takes time."""
+
+  described: str
+  cost: costs.ModelCosts
 
 
-def _describe(config):
+@pytest.fixture(scope='module')
+def measured(routing_paths):
+  """From the name of a model to what `_measure` says, once for each."""
+  return functools.cache(lambda name: _measure(_config(name, routing_paths)))
+
+
+def _measure(config):
   """A line of name, shape and logical axes for each parameter; then a total."""
   model = families.build(config)
   variables = jax.eval_shape(
     lambda key: parameters.initial_variables(model, key), jax.random.key(0)
   )
+  cost = costs.model_costs(config, variables['params'])
   axes = partitioning.parameter_axes(variables['params_axes'])
   leaves = flax.traverse_util.flatten_dict(variables['params'])
   lines, total = [], 0
@@ -108,7 +117,7 @@ def _describe(config):
     # Every axis has a place on the mesh, and no mesh axis occurs twice.
     partitioning.sharding_of_axes(axes[path], mesh)
     lines.append(_line('/'.join(path), leaf.shape, axes[path]))
-  return '\n'.join([*lines, f'total {total:,}']) + '\n'
+  return _Measured('\n'.join([*lines, f'total {total:,}']) + '\n', cost)
 
 
 def _line(name, shape, axes):
@@ -117,9 +126,9 @@ def _line(name, shape, axes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', _MODELS)
-def test_parameters_of_a_model_are_those_of_its_text_file(name, routing_paths):
-  described = _describe(_config(name, routing_paths))
-  assert described == (_GOLDEN / f'parameters_{name}.txt').read_text()
+def test_parameters_of_a_model_are_those_of_its_text_file(name, measured):
+  expected = (_GOLDEN / f'parameters_{name}.txt').read_text()
+  assert measured(name).described == expected
 
 
 def test_every_text_file_has_a_model():
@@ -185,9 +194,10 @@ def test_text_files_of_t5_are_the_tree_of_t5x(name):
   # replaced.
   [('mowe_base', 31.0, 't5_base'), ('mowe_large', 45.5, 't5_large')],
 )
-def test_mowe_has_the_size_of_the_paper(name, billions, dense, routing_paths):
-  config = _config(name, routing_paths)
-  cost = costs.model_costs(config)
+def test_mowe_has_the_size_of_the_paper(
+  name, billions, dense, routing_paths, measured
+):
+  config, cost = _config(name, routing_paths), measured(name).cost
   assert cost.total_parameters / 1e9 == pytest.approx(billions, abs=0.1)
   rest = cost.total_parameters - cost.expert_parameters
   assert rest == _RELEASED[dense] - 4 * 3 * config.emb_dim * config.mlp_dim
@@ -200,11 +210,8 @@ def test_mowe_has_the_size_of_the_paper(name, billions, dense, routing_paths):
   )
 
 
-def test_tiny_models_cost_the_same(routing_paths):
-  dense, sparse = (
-    costs.model_costs(_config(name, routing_paths))
-    for name in ('t5_tiny', 'mowe_tiny')
-  )
+def test_tiny_models_cost_the_same(measured):
+  dense, sparse = (measured(name).cost for name in ('t5_tiny', 'mowe_tiny'))
   assert sparse.flops_per_input_token == dense.flops_per_input_token
   assert sparse.flops_per_target_token == dense.flops_per_target_token
   assert sparse.total_parameters > 3 * dense.total_parameters
@@ -228,13 +235,15 @@ def test_mixtures_of_experts_have_all_sizes():
 @pytest.mark.slow
 @pytest.mark.parametrize('size', ['tiny', 'base', 'large'])
 @pytest.mark.parametrize('kind', _MOE)
-def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
+def test_a_mixture_of_experts_is_t5_and_experts(
+  kind, size, routing_paths, measured
+):
   num_layers, num_experts = _MOE[kind][size]
-  dense = _costs_of_dense(f't5_{size}')
+  dense = measured(f't5_{size}').cost
   config = _config(f'{kind}_{size}', routing_paths)
   assert len(config.sparse_encoder_layers) == num_layers
   assert len(config.sparse_decoder_layers) == num_layers
-  cost = costs.model_costs(config)
+  cost = measured(f'{kind}_{size}').cost
   width = config.make_sparse_layers()[0].expert_dim
   expert, mlp = 3 * config.emb_dim * width, 3 * config.emb_dim * config.mlp_dim
   router = 0 if kind == 'moe_hash' else config.emb_dim * num_experts
@@ -255,10 +264,9 @@ def test_a_mixture_of_experts_is_t5_and_experts(kind, size, routing_paths):
 @pytest.mark.slow
 @pytest.mark.parametrize('size', ['tiny', 'base'])
 @pytest.mark.parametrize('kind', ['sigma_moe', 'top_k', 'pkm'])
-def test_feed_forwards_of_equal_parameters(kind, size, routing_paths):
-  dense = _costs_of_dense(f't5_{size}')
+def test_feed_forwards_of_equal_parameters(kind, size, routing_paths, measured):
+  dense, cost = measured(f't5_{size}').cost, measured(f'{kind}_{size}').cost
   config = _config(f'{kind}_{size}', routing_paths)
-  cost = costs.model_costs(config)
   blocks = config.num_encoder_layers + config.num_decoder_layers
   mlp = 3 * config.emb_dim * config.mlp_dim
   more = cost.total_parameters - dense.total_parameters
@@ -484,4 +492,4 @@ if __name__ == '__main__':
     _write_routing(path, number)
   for model in _MODELS:
     target = _GOLDEN / f'parameters_{model}.txt'
-    target.write_text(_describe(_config(model, written)))
+    target.write_text(_measure(_config(model, written)).described)

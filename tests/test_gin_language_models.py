@@ -67,7 +67,7 @@ def test_a_dense_model_has_the_published_size(name):
   attention = 5 * embed * heads * kv + 2 * heads * kv
   block = of_layer + attention + 4 * embed
   total = blocks * block + 2 * embed + 2 * vocab * embed + vocab
-  assert costs.model_costs(config).total_parameters == total
+  assert costs.model_costs(config, params).total_parameters == total
   assert round(total / 1e6) == millions
 
 
@@ -98,7 +98,7 @@ def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   params = initialization.abstract_variables(families.build(config))['params']
   for number in range(config.num_layers):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
-  total = costs.model_costs(config).total_parameters
+  total = costs.model_costs(config, params).total_parameters
   assert total == others + config.num_layers * of_layer
   assert round(total / 1e6) == millions
   # All other fields are those of the dense model.

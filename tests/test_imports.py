@@ -215,7 +215,6 @@ def test_a_step_and_an_answer_with_tensorflow_blocked(tmp_path):
       sys.modules[name] = None
     import jax
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_disable_most_optimizations', True)
     from mowe.commands import ask, cache_task, data_config, train
     from mowe.layers.memory import word_experts
     from mowe.models.t5 import t5_config

@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 
 from mowe.data import batch_source
-from mowe.models import model_config
+from mowe.models import model_config, parameters
 from mowe.models.families import costs
 from mowe.training.optimization import optimizers
 from mowe.words import placement
@@ -40,7 +40,9 @@ def show(
     optimizer: the optimizer of ordinary parameters.
   """
   console = rich.console.Console(highlight=False, soft_wrap=True)
-  cost = costs.model_costs(config)
+  cost = costs.model_costs(
+    config, parameters.merge_tables(state.params, state.tables)
+  )
   tables = jax.tree.leaves(state.tables) if freeze_experts else []
   frozen_tables = sum(int(np.prod(leaf.shape)) for leaf in tables)
   rows = 'experts, memories' if config.memories else 'experts'

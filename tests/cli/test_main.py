@@ -11,7 +11,6 @@ import json
 import os
 import re
 
-import jax
 import numpy as np
 import pytest
 import small_runs
@@ -26,7 +25,6 @@ from mowe.words import placement, routing_vocabulary, subword_vocabularies
 def trained(world, tmp_path_factory):
   """A model after a few steps of training, and a gin file of its questions."""
   folder = tmp_path_factory.mktemp('trained') / 'run'
-  jax.config.update('jax_disable_most_optimizations', True)
   world.train(folder, 1)
   return str(folder)
 

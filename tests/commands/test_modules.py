@@ -9,7 +9,6 @@ import hashlib
 import json
 
 import flax
-import jax
 import numpy as np
 import pytest
 
@@ -63,7 +62,6 @@ def parts(world):
 @pytest.fixture(scope='module')
 def folder(world, tmp_path_factory):
   """The folder of a model after a few steps of training on text."""
-  jax.config.update('jax_disable_most_optimizations', True)
   cache_task.cache_task(
     f'{world.cache_dir}/modules_text',
     world.vocabulary_path,

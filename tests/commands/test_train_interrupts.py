@@ -61,10 +61,7 @@ def _command(world, folder):
 
 
 def _start(world, folder, *options):
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-  }
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
   return subprocess.Popen(
     [*_command(world, folder), *options],
     env=environment,

@@ -108,7 +108,6 @@ def _command(file, folder, *more):
 def _environment():
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     'PYTHONPATH': str(pathlib.Path(__file__).resolve().parents[2]),
   }
 

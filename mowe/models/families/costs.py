@@ -3,7 +3,7 @@
 import dataclasses
 import fractions
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -68,13 +68,22 @@ class ModelCosts:
     )
 
 
-def model_costs(config: model_config.ModelConfig) -> ModelCosts:
-  """Costs of a model, read off the shapes of its parameters."""
-  model = families.build(config)
-  params = jax.eval_shape(
-    lambda key: parameters.initial_variables(model, key)['params'],
-    jax.random.key(0),
-  )
+def model_costs(
+  config: model_config.ModelConfig, params: Any = None
+) -> ModelCosts:
+  """Costs of a model, read off the shapes of its parameters.
+
+  Args:
+    config: the config of the model.
+    params: the tree of its parameters, arrays or shapes; None finds the shapes,
+      which takes about a second for a model of 24 blocks.
+  """
+  if params is None:
+    model = families.build(config)
+    params = jax.eval_shape(
+      lambda key: parameters.initial_variables(model, key)['params'],
+      jax.random.key(0),
+    )
   ordinary, tables = parameters.split_tables(params)
   experts = parameters.in_groups(tables).get(step_plans.EXPERTS, {})
   row = sum(_size(x) // x.shape[0] for x in jax.tree.leaves(experts))

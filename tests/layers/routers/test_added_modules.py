@@ -32,14 +32,6 @@ LOGITS = {
 TOP2 = tokens_choose.TokensChoose(2)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-  """Each program here runs only once, so it is compiled quickly."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def make_case(layer, seed=0):
   """A layer, its parameters with uneven routers, and tokens with padding."""
   rng = np.random.default_rng(seed)

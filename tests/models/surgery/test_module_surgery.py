@@ -31,14 +31,6 @@ TOP2 = tokens_choose.TokensChoose(2)
 PLACES = ('decoder/layers_0/mlp', 'decoder/layers_1/mlp')
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-  """Each program here runs only once, so it is compiled quickly."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def make_layer(**fields):
   settings = {
     'expert_dim': 3,
