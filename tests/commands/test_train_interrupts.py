@@ -24,7 +24,7 @@ pytestmark = [
 
 _TOTAL = 240
 # With two processes every step waits for both, so these runs are shorter.
-_TOTAL_OF_TWO = 60
+_TOTAL_OF_TWO = 40
 _SECONDS = 240
 
 

@@ -127,15 +127,17 @@ def model_and_variables(request):
 def test_steps_with_cache_equal_teacher_forcing(model_and_variables):
   model, variables = model_and_variables
   expected = teacher_forced(model, variables, INPUT_TOKENS, TARGET_TOKENS)
-  actual = []
 
   def follow(step_function, cache, batch_size, max_length, key):
-    """A strategy that is told its tokens, and keeps the logits of each step."""
-    tokens = jnp.asarray(shift(TARGET_TOKENS))
-    for position in range(max_length):
-      logits, cache = step_function(tokens[:, position, None], cache)
-      actual.append(logits)
-    return jnp.stack(actual, axis=1), jnp.zeros(batch_size)
+    """A strategy that is told its tokens, and returns the logits of each step."""
+
+    def step(cache, tokens):
+      logits, cache = step_function(tokens[:, None], cache)
+      return cache, logits
+
+    tokens = jnp.asarray(shift(TARGET_TOKENS)[:, :max_length])
+    _, logits = jax.lax.scan(step, cache, tokens.T)
+    return logits.swapaxes(0, 1), jnp.zeros(batch_size)
 
   follow.rows_per_example = 1
   logits, _ = decoding.generate(model, variables, INPUT_TOKENS, TARGETS, follow)

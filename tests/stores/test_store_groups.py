@@ -23,6 +23,8 @@ from mowe.words.plans import row_plans, step_plans
 _NAMES = ('engram', 'per_layer')
 _GROUPS = {'experts', *_NAMES}
 _STEPS = 5
+_OPTIMIZER = optimizers.AdamW(0.01)
+_ROW_OPTIMIZER = row_optimizers.RowAdam(0.05)
 _STORES = {
   'device': expert_stores.DeviceStore(),
   # Few slots, so that rows leave the device and come again.
@@ -53,6 +55,22 @@ def _plan(config, batch):
   return step_plans.StepPlan(experts, memories)
 
 
+@functools.cache
+def _step(num_slots):
+  """One program serves all runs in stores with this number of slots."""
+  config = _config()
+  if num_slots is not None:
+    config = config.with_layer_changes(num_slots=num_slots)
+  function = training_step.make_train_step(
+    t5.T5(config),
+    optimizer=_OPTIMIZER.build(None),
+    row_optimizer=_ROW_OPTIMIZER,
+    loss=training_step.LossConfig(),
+    seed=0,
+  )
+  return jax.jit(function, donate_argnums=0)
+
+
 class _Run:
   """A run in a folder, from fresh parameters or its last checkpoint."""
 
@@ -62,8 +80,8 @@ class _Run:
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     setup = initial_state.Setup.make(
       t5.T5(self.config),
-      optimizers.AdamW(0.01),
-      row_optimizers.RowAdam(0.05),
+      _OPTIMIZER,
+      _ROW_OPTIMIZER,
       mesh,
       seed=0,
       batch_size=tiny_training.BATCH,
@@ -72,17 +90,7 @@ class _Run:
     self.state, self.stores = setup.start(
       self.checkpoints, {}, None, store, {'experts': 12, 'engram': 100}
     )
-    config = self.config
-    if self.stores.num_slots is not None:
-      config = config.with_layer_changes(num_slots=self.stores.num_slots)
-    function = training_step.make_train_step(
-      t5.T5(config),
-      optimizer=setup.optimizer,
-      row_optimizer=setup.row_optimizer,
-      loss=training_step.LossConfig(),
-      seed=0,
-    )
-    self.step = jax.jit(function, donate_argnums=0)
+    self.step = _step(self.stores.num_slots)
 
   def _batches(self, first, last):
     for number in range(first, last):
