@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from benchmarks import dense_step
-from mowe.commands import gin_config
+from mowe.commands.gin_files import gin_config
 from mowe.models import initialization
 from mowe.models.families import costs, families
 from mowe.training import router_training, train_state, training_step

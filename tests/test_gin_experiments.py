@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from mowe.commands import gin_config
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import budgets, experiment_data, experiments, planned_runs
 from mowe.data.text import generated_world
 from mowe.models import model_config

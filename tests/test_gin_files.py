@@ -18,7 +18,8 @@ import jax
 import numpy as np
 import pytest
 
-from mowe.commands import data_config, gin_config
+from mowe.commands import data_config
+from mowe.commands.gin_files import gin_config
 from mowe.data.caches import cache_builders, token_counts
 from mowe.layers.routers import experts_choose, tokens_choose
 from mowe.models import parameters

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import pytest
 
-from mowe.commands import gin_config
+from mowe.commands.gin_files import gin_config
 from mowe.models import initialization
 from mowe.models.families import costs, families
 from mowe.training import router_training, training_step

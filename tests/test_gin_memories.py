@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mowe.commands import gin_config
+from mowe.commands.gin_files import gin_config
 from mowe.models import initialization, model_config, parameters
 from mowe.models.families import families
 from mowe.words import byte_vocabulary, vocabulary_builder

@@ -149,7 +149,10 @@ def test_gin_and_tensorflow_have_one_place_each():
       gin.add(name)
     if _outer(path) & set(_HEAVY):
       tensorflow.add(name)
-  assert gin == {'commands/gin_config.py'}
+  assert gin == {
+    'commands/gin_files/gin_config.py',
+    'commands/gin_files/gin_check.py',
+  }
   assert {n for n in tensorflow if not n.startswith('interop/')} <= {
     'data/seqio_stream.py'
   }

@@ -46,7 +46,7 @@ def parse(options, bindings: list[str]):
   Returns:
     The module `gin_config`, which is imported only here.
   """
-  from mowe.commands import gin_config
+  from mowe.commands.gin_files import gin_config
 
   paths = [path for path in options.gin_search_paths.split(',') if path]
   gin_config.parse(options.gin_file, [*options.gin_bindings, *bindings], paths)

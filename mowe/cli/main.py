@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from mowe.cli import (
+  config_verbs,
   data_verbs,
   experiment_verbs,
   gin_arguments,
@@ -20,7 +21,7 @@ from mowe.cli import (
 # `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
 # folders and run models, so they have the options of `_add_shared_options`.
 _OF_MODELS = (model_verbs, modules_verbs)
-_OTHERS = (data_verbs, experiment_verbs)
+_OTHERS = (data_verbs, experiment_verbs, config_verbs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

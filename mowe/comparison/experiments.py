@@ -8,7 +8,7 @@ at a time.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from mowe.commands import gin_config
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import budgets, experiment_data
 from mowe.evaluation import text_metrics
 

@@ -17,7 +17,8 @@ import flax
 import jax
 import numpy as np
 
-from mowe.commands import data_config, evaluations, gin_config
+from mowe.commands import data_config, evaluations
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import budgets, experiment_data, memory_reads, planned_runs
 from mowe.data import lm_batches
 from mowe.evaluation import task_evaluation, text_metrics

@@ -11,7 +11,8 @@ import json
 import pathlib
 from typing import Any
 
-from mowe.commands import data_config, gin_config
+from mowe.commands import data_config
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import budgets, experiment_data, experiments
 from mowe.data.caches import token_cache
 from mowe.evaluation import task_evaluation

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from mowe.commands import data_config, gin_config
+from mowe.commands import data_config
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import measurements, planned_runs
 from mowe.comparison.report import answer_comparison
 from mowe.data.caches import token_cache

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from mowe.commands import gin_config
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import budgets, compare, experiment_data, experiments
 from mowe.comparison.report import answer_comparison, report_tables
 

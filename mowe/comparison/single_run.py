@@ -21,7 +21,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from mowe.commands import data_config, evaluations, gin_config, train
+from mowe.commands import data_config, evaluations, train
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import (
   experiment_data,
   measurements,

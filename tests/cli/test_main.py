@@ -16,7 +16,8 @@ import pytest
 import small_runs
 
 from mowe.cli import main
-from mowe.commands import ask, gin_config, train, train_vocabulary
+from mowe.commands import ask, train, train_vocabulary
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import quickstart
 from mowe.words import placement, routing_vocabulary, subword_vocabularies
 

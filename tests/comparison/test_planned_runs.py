@@ -16,7 +16,8 @@ import pytest
 import small_experiments
 import small_runs
 
-from mowe.commands import cache_task, gin_config
+from mowe.commands import cache_task
+from mowe.commands.gin_files import gin_config
 from mowe.comparison import (
   budgets,
   compare,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.commands import gin_config
+from mowe.commands.gin_files import gin_config
 from mowe.models import initialization, token_memories
 from mowe.models.families import families
 from mowe.words import byte_vocabulary, vocabulary_builder

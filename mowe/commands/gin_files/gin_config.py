@@ -1,4 +1,4 @@
-"""Reads gin files and bindings; no other module of the package imports gin."""
+"""Reads gin files and bindings for all verbs."""
 
 import copy
 import difflib

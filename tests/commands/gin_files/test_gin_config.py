@@ -2,7 +2,8 @@
 
 import pytest
 
-from mowe.commands import gin_config, train
+from mowe.commands import train
+from mowe.commands.gin_files import gin_config
 from mowe.models.t5 import t5_config
 
 _MODEL = 'gin_configs/models/t5_tiny.gin'

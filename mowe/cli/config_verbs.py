@@ -1,0 +1,29 @@
+"""`mowe config`: what can be asked about gin files."""
+
+
+def add_to(verbs) -> None:
+  """Adds the verb `config` to the subparsers of `mowe`."""
+  parser = verbs.add_parser('config', help='say what gin files would run')
+  actions = parser.add_subparsers(dest='action', required=True)
+  check = actions.add_parser(
+    'check',
+    help='list what gin files import and call, without running anything',
+    description='A gin file is a program: it imports modules and calls what '
+    'they hold. This lists all of it, and what is outside of mowe, without '
+    'running anything.',
+  )
+  check.add_argument('files', nargs='+', help='gin files, in their order')
+  check.add_argument(
+    '--gin_search_paths',
+    default='',
+    help='more folders with gin files, separated by commas',
+  )
+  check.set_defaults(run=_check)
+
+
+def _check(options, bindings):
+  del bindings
+  from mowe.commands.gin_files import gin_check
+
+  paths = [path for path in options.gin_search_paths.split(',') if path]
+  gin_check.show(gin_check.check(options.files, paths))

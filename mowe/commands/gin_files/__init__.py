@@ -1,0 +1,1 @@
+"""What is read in gin files, and what they would run."""

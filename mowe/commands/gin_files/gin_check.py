@@ -1,0 +1,182 @@
+"""`mowe config check`: what gin files would run, found without running them."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from gin import config_parser
+
+from mowe.commands.gin_files import gin_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """Something that a gin file imports, names or includes.
+
+  Attributes:
+    name: its full name, such as 'mowe.models.t5.t5_config.T5Config'.
+    place: file and line.
+    is_ours: whether it is in the package mowe.
+  """
+
+  name: str
+  place: str
+  is_ours: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """What gin files would do if they were read.
+
+  Attributes:
+    files: the files, those that they include after each.
+    imports: the modules that would be imported, which runs their code.
+    configured: classes and functions whose arguments are set, or which are
+      handed on (`@name`).
+    called: classes and functions that a value calls (`@name()`).
+  """
+
+  files: tuple[str, ...]
+  imports: tuple[Found, ...]
+  configured: tuple[Found, ...]
+  called: tuple[Found, ...]
+
+  def outside(self) -> list[Found]:
+    """All that is not in the package mowe, each once."""
+    found = (*self.imports, *self.configured, *self.called)
+    return list({one.name: one for one in found if not one.is_ours}.values())
+
+
+def check(files: Sequence[str], paths: Sequence[str] = ()) -> Checked:
+  """Finds what gin files import and call; nothing of it is imported or called.
+
+  Args:
+    files: the files, in the order in which they would be read.
+    paths: folders that come before those of `gin_config.search_paths`.
+
+  Raises:
+    GinError: a file is missing, or is no gin file (with the line).
+  """
+  names = [name for file in files for name in _with_included(file, paths, ())]
+  read = [_read(name) for name in dict.fromkeys(names)]
+  return Checked(
+    files=tuple(dict.fromkeys(names)),
+    imports=tuple(one for file in read for one in file.imports),
+    configured=tuple(one for file in read for one in file.configured),
+    called=tuple(one for file in read for one in file.called),
+  )
+
+
+def show(checked: Checked) -> None:
+  """Prints what was found, and at last what is outside of mowe."""
+  print('Files, in the order in which they are read:')
+  for name in checked.files:
+    print(f'  {name}')
+  for title, found in (
+    ('Modules that are imported, which runs their code', checked.imports),
+    ('Called when a value is used', checked.called),
+    ('Named: arguments are set, or it is handed on', checked.configured),
+  ):
+    print(f'{title}:')
+    for one in {one.name: one for one in reversed(found)}.values():
+      print(f'  {one.name}  ({one.place})')
+  outside = checked.outside()
+  if not outside:
+    print('Nothing is from outside of mowe.')
+    return
+  print('Outside of mowe; read this code before you run these files:')
+  for one in outside:
+    print(f'  {one.name}  ({one.place})')
+
+
+def _with_included(file: str, paths, outer: tuple[str, ...]) -> Iterator[str]:
+  """Yields the path of a file after those of the files that it includes."""
+  path = _find(file, paths)
+  if path in outer:
+    raise gin_config.GinError(
+      f'A gin file must not include itself, but {path} does, by way of '
+      f'{" and ".join(outer[1:]) or path}. Take one of the includes out.'
+    )
+  for statement in _statements(path, _Names()):
+    if isinstance(statement, config_parser.IncludeStatement):
+      yield from _with_included(statement.filename, paths, (*outer, path))
+  yield path
+
+
+def _find(file, paths):
+  """The path of a file in the folders in which gin would look for it."""
+  folders = gin_config.search_paths(paths)
+  for folder in folders:
+    path = os.path.normpath(os.path.join(folder, file))
+    if os.path.isfile(path):
+      return path
+  raise gin_config.GinError(
+    f'A gin file must exist, but there is no {file} in {folders}. Correct the '
+    'name, or add a folder with --gin_search_paths.'
+  )
+
+
+class _Names(config_parser.ParserDelegate):
+  """Keeps the names of references in place of what they refer to."""
+
+  def __init__(self):
+    self.references: list[tuple[str, bool]] = []
+
+  def configurable_reference(self, scoped_configurable_name, evaluate):
+    self.references.append((scoped_configurable_name, evaluate))
+
+  def macro(self, macro_name):
+    del macro_name
+
+
+def _statements(path: str, names: _Names) -> Iterator[tuple]:
+  """Yields the statements of a file; `names` gets the references in them."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      yield from config_parser.ConfigParser(file, names)
+  except (SyntaxError, ValueError) as error:
+    raise gin_config.GinError(
+      f'A gin file must be one that gin can read, but {path} is not: {error}\n'
+      'Correct the line.'
+    ) from error
+
+
+def _read(path: str) -> Checked:
+  """What one file would do, without the files that it includes."""
+  names, modules = _Names(), {}
+  imports, configured, called = [], [], []
+  shown = pathlib.Path(path).name
+  for statement in _statements(path, names):
+    place = f'{shown}:{statement.location.line_num}'
+    match statement:
+      case config_parser.ImportStatement(module='__gin__.dynamic_registration'):
+        # It makes names those of the modules that the file imports.
+        continue
+      case config_parser.ImportStatement(module=module):
+        bound = statement.bound_name()
+        whole = statement.is_from or statement.alias
+        modules[bound] = module if whole else bound
+        imports.append(Found(module, place, _is_ours(module)))
+      case config_parser.BlockDeclaration(selector=name):
+        configured.append(_found(name, modules, place))
+      case config_parser.BindingStatement(selector=name, arg_name=argument):
+        # A macro has no argument.
+        if argument:
+          configured.append(_found(name, modules, place))
+    for name, is_called in names.references:
+      among = called if is_called else configured
+      among.append(_found(name, modules, place))
+    names.references.clear()
+  return Checked((path,), tuple(imports), tuple(configured), tuple(called))
+
+
+def _found(name, modules, place):
+  """A class or function by the name that a file has for it."""
+  first, dot, rest = name.rpartition('/')[2].partition('.')
+  full = f'{modules.get(first, first)}{dot}{rest}'
+  return Found(full, place, _is_ours(full))
+
+
+def _is_ours(name):
+  return name.split('.')[0] == 'mowe'
