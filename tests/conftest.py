@@ -119,15 +119,21 @@ def quick_compilation(request, monkeypatch):
   jax.config.update('jax_disable_most_optimizations', True)
 
 
+_MOST_RESIDENT = 3 * 2**30
+
+
 @pytest.fixture(scope='module', autouse=True)
 def release_programs():
-  """Forgets compiled programs after each file.
+  """Forgets compiled programs after a file, if the process has become large.
 
   Those of all files together would take more than 10 GB of memory. What another
   file needs again is read from the cache of programs.
   """
   yield
-  jax.clear_caches()
+  status = pathlib.Path('/proc/self/statm')
+  pages = int(status.read_text().split()[1]) if status.exists() else None
+  if pages is None or pages * os.sysconf('SC_PAGE_SIZE') > _MOST_RESIDENT:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope='session')

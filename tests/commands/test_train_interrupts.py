@@ -22,9 +22,11 @@ pytestmark = [
   pytest.mark.filterwarnings('ignore:Sharding info not provided'),
 ]
 
-_TOTAL = 240
+_TOTAL = 120
+# Kills at random moments need a run that is long enough for all of them.
+_TOTAL_OF_KILLS = 240
 # With two processes every step waits for both, so these runs are shorter.
-_TOTAL_OF_TWO = 40
+_TOTAL_OF_TWO = 30
 _SECONDS = 240
 
 
@@ -43,7 +45,7 @@ def _command(world, folder):
     'TRAIN_STEPS': _TOTAL,
     'BATCH_SIZE': 4,
     'DROPOUT_RATE': 0.1,
-    'SAVE_PERIOD': 40,
+    'SAVE_PERIOD': 20,
     'LOG_PERIOD': 5,
     f'{sizes}.num_encoder_layers': 1,
     f'{sizes}.num_decoder_layers': 1,
@@ -84,10 +86,10 @@ def _wait_until(is_there, process):
     time.sleep(0.002)
 
 
-def _final(folder):
+def _final(folder, total):
   with checkpointing.Checkpoints(folder) as saved:
-    assert saved.latest_step() == _TOTAL
-  state = folder / f'checkpoint_{_TOTAL}' / 'state'
+    assert saved.latest_step() == total
+  state = folder / f'checkpoint_{total}' / 'state'
   # Arrays are restored as numpy arrays, on whichever devices they were.
   checkpointer = ocp.PyTreeCheckpointer()
   tree = checkpointer.metadata(state).item_metadata.tree
@@ -108,13 +110,15 @@ def straight(world, tmp_path_factory):
   return folder
 
 
-def _rerun_and_compare(world, folder, straight, resumed_at, *options):
-  expected = _final(straight)
+def _rerun_and_compare(
+  world, folder, straight, resumed_at, *options, total=_TOTAL
+):
+  expected = _final(straight, total)
   process = _start(world, folder, *options)
   output = _finish(process)
   assert process.returncode == 0, output
   assert f'at step {resumed_at}.' in output
-  actual = _final(folder)
+  actual = _final(folder, total)
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   assert {'params', 'opt_state', 'experts'} < {
     name for name, tree in actual.items() if jax.tree.leaves(tree)
@@ -128,7 +132,7 @@ def _rerun_and_compare(world, folder, straight, resumed_at, *options):
     assert same, jax.tree_util.keystr(path)
   lines = train_metrics.read_json_lines(folder / 'train_metrics.jsonl')
   steps = [line['step'] for line in lines]
-  assert steps == sorted(set(steps)) and steps[-1] == _TOTAL
+  assert steps == sorted(set(steps)) and steps[-1] == total
 
 
 def test_a_stopped_run_saves_and_goes_on(world, straight, tmp_path):
@@ -162,15 +166,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint(world, straight, tmp_path):
 def test_experts_on_disk_survive_ten_kills(world, tmp_path):
   """The kills come at random moments, also while experts are being written."""
   # With one row in a batch, few experts are in slots.
-  small = '--gin.BATCH_SIZE=1'
+  small = ('--gin.BATCH_SIZE=1', f'--gin.TRAIN_STEPS={_TOTAL_OF_KILLS}')
   straight = tmp_path / 'straight'
-  process = _start(world, straight, small)
+  process = _start(world, straight, *small)
   output = _finish(process)
   assert process.returncode == 0, output
   folder = tmp_path / 'run'
   rng = np.random.default_rng(0)
   on_disk = (
-    small,
+    *small,
     '--gin_file=gin_configs/stores/disk.gin',
     f'--gin.NUM_SLOTS={world.routing.num_experts - 2}',
     '--gin.SAVE_PERIOD=8',
@@ -194,8 +198,10 @@ def test_experts_on_disk_survive_ten_kills(world, tmp_path):
     killed_at.append(newest())
   saved.close()
   assert killed_at == sorted(killed_at)
-  assert len(set(killed_at)) > 5 and killed_at[-1] < _TOTAL
-  _rerun_and_compare(world, folder, straight, killed_at[-1], *on_disk)
+  assert len(set(killed_at)) > 5 and killed_at[-1] < _TOTAL_OF_KILLS
+  _rerun_and_compare(
+    world, folder, straight, killed_at[-1], *on_disk, total=_TOTAL_OF_KILLS
+  )
 
 
 def _free_port():
