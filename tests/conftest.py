@@ -47,12 +47,28 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(skip)
 
 
+def _known(options):
+  """Those of XLA's options that the installed version has."""
+  known = {}
+  for name, value in options.items():
+    try:
+      jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError:
+      continue
+    known[name] = value
+  return known
+
+
 # XLA's newer emitters of fusions take twice as long to compile as the older ones
-# did, and so do several threads for one small program.
-_QUICK_OPTIONS = {
-  'xla_cpu_use_fusion_emitters': False,
-  'xla_cpu_parallel_codegen_split_count': 1,
-}
+# did, which jaxlib 0.12 no longer has. Several threads for one small program
+# take longer, too. These programs are the first of this process, so that it has
+# read its own XLA_FLAGS by now: those for other processes change nothing here.
+_QUICK_OPTIONS = _known(
+  {
+    'xla_cpu_use_fusion_emitters': False,
+    'xla_cpu_parallel_codegen_split_count': 1,
+  }
+)
 # The same for processes that tests start.
 _QUICK_ENVIRONMENT = {
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
@@ -89,9 +105,6 @@ def compilation_cache(pytestconfig):
     'jax_persistent_cache_min_compile_time_secs': 0.2,
     'jax_persistent_cache_min_entry_size_bytes': 0,
   }
-  # The first program makes this process read its own XLA_FLAGS, so that those
-  # for other processes change nothing here.
-  jax.jit(lambda: 0)()
   with pytest.MonkeyPatch.context() as patch:
     for name, value in settings.items():
       jax.config.update(name, value)
