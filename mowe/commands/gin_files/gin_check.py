@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import tokenize
 from collections.abc import Iterator, Sequence
 
 from gin import config_parser
@@ -135,7 +136,7 @@ def _statements(path: str, names: _Names) -> Iterator[tuple]:
   try:
     with open(path, encoding='utf-8') as file:
       yield from config_parser.ConfigParser(file, names)
-  except (SyntaxError, ValueError) as error:
+  except (SyntaxError, ValueError, tokenize.TokenError) as error:
     raise gin_config.GinError(
       f'A gin file must be one that gin can read, but {path} is not: {error}\n'
       'Correct the line.'

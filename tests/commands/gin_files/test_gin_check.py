@@ -88,6 +88,7 @@ def test_shipped_files_have_nothing_from_outside(capsys):
     ("include 'run.gin'", 'must not include itself'),
     ('SIZE = \nB = 3', 'run.gin is not'),
     ('SIZE = \x00', 'run.gin is not'),
+    ('SIZES = (3,', 'run.gin is not'),
   ],
 )
 def test_what_cannot_be_read_is_named(folder, capsys, text, message):
