@@ -26,7 +26,7 @@ _TOTAL = 120
 # Kills at random moments need a run that is long enough for all of them.
 _TOTAL_OF_KILLS = 240
 # With two processes every step waits for both, so these runs are shorter.
-_TOTAL_OF_TWO = 30
+_TOTAL_OF_TWO = 60
 _SECONDS = 240
 
 
