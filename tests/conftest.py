@@ -59,10 +59,11 @@ def _known(options):
   return known
 
 
-# XLA's newer emitters of fusions take twice as long to compile as the older ones
-# did, which jaxlib 0.12 no longer has. Several threads for one small program
-# take longer, too. These programs are the first of this process, so that it has
-# read its own XLA_FLAGS by now: those for other processes change nothing here.
+# XLA's newer emitters of fusions take two to three times as long to compile as
+# the older ones, which jaxlib 0.12 no longer has. Several threads for one small
+# program take longer, too. `_known` compiles the first programs of this process,
+# so that it has read its own XLA_FLAGS by now: those that are set for other
+# processes below change nothing here.
 _QUICK_OPTIONS = _known(
   {
     'xla_cpu_use_fusion_emitters': False,

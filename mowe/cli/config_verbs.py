@@ -1,5 +1,7 @@
 """`mowe config`: what can be asked about gin files."""
 
+from mowe.cli import gin_arguments
+
 
 def add_to(verbs) -> None:
   """Adds the verb `config` to the subparsers of `mowe`."""
@@ -13,11 +15,7 @@ def add_to(verbs) -> None:
     'running anything.',
   )
   check.add_argument('files', nargs='+', help='gin files, in their order')
-  check.add_argument(
-    '--gin_search_paths',
-    default='',
-    help='more folders with gin files, separated by commas',
-  )
+  gin_arguments.add_search_paths(check)
   check.set_defaults(run=_check)
 
 
@@ -25,5 +23,5 @@ def _check(options, bindings):
   del bindings
   from mowe.commands.gin_files import gin_check
 
-  paths = [path for path in options.gin_search_paths.split(',') if path]
+  paths = gin_arguments.search_paths(options)
   gin_check.show(gin_check.check(options.files, paths))

@@ -38,7 +38,7 @@ def _compare(options, bindings):
   experiment = experiments.load(
     [options.experiment, *options.gin_file],
     [*options.gin_bindings, *bindings],
-    [path for path in options.gin_search_paths.split(',') if path],
+    gin_arguments.search_paths(options),
   )
   for added in options.add:
     experiment = experiments.with_folder(experiment, added)

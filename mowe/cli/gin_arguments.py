@@ -9,17 +9,27 @@ def add_to(parser) -> None:
     default=[],
     help='a gin file; may be repeated, and files are read in their order',
   )
-  parser.add_argument(
-    '--gin_search_paths',
-    default='',
-    help='more folders with gin files, separated by commas',
-  )
+  add_search_paths(parser)
   parser.add_argument(
     '--gin_bindings',
     action='append',
     default=[],
     help='a binding such as "NAME = VALUE"; may be repeated',
   )
+
+
+def add_search_paths(parser) -> None:
+  """Adds --gin_search_paths to a verb; see `search_paths`."""
+  parser.add_argument(
+    '--gin_search_paths',
+    default='',
+    help='more folders with gin files, separated by commas',
+  )
+
+
+def search_paths(options) -> list[str]:
+  """The folders that --gin_search_paths names."""
+  return [path for path in options.gin_search_paths.split(',') if path]
 
 
 def take_bindings(rest: list[str]) -> list[str]:
@@ -48,6 +58,9 @@ def parse(options, bindings: list[str]):
   """
   from mowe.commands.gin_files import gin_config
 
-  paths = [path for path in options.gin_search_paths.split(',') if path]
-  gin_config.parse(options.gin_file, [*options.gin_bindings, *bindings], paths)
+  gin_config.parse(
+    options.gin_file,
+    [*options.gin_bindings, *bindings],
+    search_paths(options),
+  )
   return gin_config

@@ -72,7 +72,7 @@ def create(
     _check_same(path / _MODEL, described)
     # The run itself has its vocabularies from elsewhere, but whoever loads the
     # model reads the copies: if one is damaged, nothing more may be trained.
-    load_config(path)
+    model_description.load_vocabularies(path / _MODEL, described)
     return path
   if path.exists() and not path.is_dir():
     raise ValueError(

@@ -1,8 +1,10 @@
 """Tests what is checked of a folder in which a run goes on."""
 
+import own_layers
 import pytest
 
 from mowe.model_folders import model_folder
+from mowe.models.families import saved_config
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,13 @@ def test_vocabularies_in_the_folder_are_those_of_the_run(
   file.unlink()
   with pytest.raises(FileNotFoundError, match=name):
     model_folder.create(*arguments)
+
+
+def test_a_run_with_a_layer_of_its_own_goes_on_without_trust(
+  world, tmp_path, monkeypatch
+):
+  """The run has the layer already: nothing is imported for what a file says."""
+  monkeypatch.setattr(saved_config, '_trusted', set())
+  config = world.config(sparse_feed_forward=own_layers.PlainFeedForward)
+  for _ in range(2):
+    model_folder.create(tmp_path / 'run', config, world.vocabulary)

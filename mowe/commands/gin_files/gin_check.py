@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from gin import config_parser
 
@@ -31,7 +31,7 @@ class Checked:
   """What gin files would do if they were read.
 
   Attributes:
-    files: the files, those that they include after each.
+    files: the files, each after those that it includes.
     imports: the modules that would be imported, which runs their code.
     configured: classes and functions whose arguments are set, or which are
       handed on (`@name`).
@@ -46,7 +46,7 @@ class Checked:
   def outside(self) -> list[Found]:
     """All that is not in the package mowe, each once."""
     found = (*self.imports, *self.configured, *self.called)
-    return list({one.name: one for one in found if not one.is_ours}.values())
+    return _once(one for one in found if not one.is_ours)
 
 
 def check(files: Sequence[str], paths: Sequence[str] = ()) -> Checked:
@@ -59,13 +59,14 @@ def check(files: Sequence[str], paths: Sequence[str] = ()) -> Checked:
   Raises:
     GinError: a file is missing, or is no gin file (with the line).
   """
-  names = [name for file in files for name in _with_included(file, paths, ())]
-  read = [_read(name) for name in dict.fromkeys(names)]
+  read: dict[str, Checked] = {}
+  for file in files:
+    _read_with_included(file, paths, (), read)
   return Checked(
-    files=tuple(dict.fromkeys(names)),
-    imports=tuple(one for file in read for one in file.imports),
-    configured=tuple(one for file in read for one in file.configured),
-    called=tuple(one for file in read for one in file.called),
+    files=tuple(read),
+    imports=tuple(one for file in read.values() for one in file.imports),
+    configured=tuple(one for file in read.values() for one in file.configured),
+    called=tuple(one for file in read.values() for one in file.called),
   )
 
 
@@ -80,7 +81,7 @@ def show(checked: Checked) -> None:
     ('Named: arguments are set, or it is handed on', checked.configured),
   ):
     print(f'{title}:')
-    for one in {one.name: one for one in reversed(found)}.values():
+    for one in _once(found):
       print(f'  {one.name}  ({one.place})')
   outside = checked.outside()
   if not outside:
@@ -91,31 +92,45 @@ def show(checked: Checked) -> None:
     print(f'  {one.name}  ({one.place})')
 
 
-def _with_included(file: str, paths, outer: tuple[str, ...]) -> Iterator[str]:
-  """Yields the path of a file after those of the files that it includes."""
-  path = _find(file, paths)
+def _once(found: Iterable[Found]) -> list[Found]:
+  """The first of each name."""
+  first: dict[str, Found] = {}
+  for one in found:
+    first.setdefault(one.name, one)
+  return list(first.values())
+
+
+def _read_with_included(file, paths, outer, read):
+  """Adds to `read` the files that a file includes, and then itself.
+
+  Args:
+    file: its name, as a command or another file gives it.
+    paths: see `check`.
+    outer: the paths of the files by way of which it is included.
+    read: what was found in each file so far, by its path.
+  """
+  path = _find(file, paths, outer)
   if path in outer:
     raise gin_config.GinError(
       f'A gin file must not include itself, but {path} does, by way of '
-      f'{" and ".join(outer[1:]) or path}. Take one of the includes out.'
+      f'{" and ".join(outer)}. Take one of the includes out.'
     )
-  for statement in _statements(path, _Names()):
-    if isinstance(statement, config_parser.IncludeStatement):
-      yield from _with_included(statement.filename, paths, (*outer, path))
-  yield path
+  if path in read:
+    return
+  own, included = _read(path)
+  for one in included:
+    _read_with_included(one, paths, (*outer, path), read)
+  read[path] = own
 
 
-def _find(file, paths):
+def _find(file, paths, outer):
   """The path of a file in the folders in which gin would look for it."""
-  folders = gin_config.search_paths(paths)
-  for folder in folders:
+  for folder in gin_config.search_paths(paths):
     path = os.path.normpath(os.path.join(folder, file))
     if os.path.isfile(path):
       return path
-  raise gin_config.GinError(
-    f'A gin file must exist, but there is no {file} in {folders}. Correct the '
-    'name, or add a folder with --gin_search_paths.'
-  )
+  included = f' {outer[-1]} includes it.' if outer else ''
+  raise gin_config.GinError(gin_config.missing_file([file], paths) + included)
 
 
 class _Names(config_parser.ParserDelegate):
@@ -143,9 +158,9 @@ def _statements(path: str, names: _Names) -> Iterator[tuple]:
     ) from error
 
 
-def _read(path: str) -> Checked:
-  """What one file would do, without the files that it includes."""
-  names, modules = _Names(), {}
+def _read(path: str) -> tuple[Checked, list[str]]:
+  """What one file would do by itself, and the names of those it includes."""
+  names, modules, included = _Names(), {}, []
   imports, configured, called = [], [], []
   shown = pathlib.Path(path).name
   for statement in _statements(path, names):
@@ -159,6 +174,8 @@ def _read(path: str) -> Checked:
         whole = statement.is_from or statement.alias
         modules[bound] = module if whole else bound
         imports.append(Found(module, place, _is_ours(module)))
+      case config_parser.IncludeStatement(filename=name):
+        included.append(name)
       case config_parser.BlockDeclaration(selector=name):
         configured.append(_found(name, modules, place))
       case config_parser.BindingStatement(selector=name, arg_name=argument):
@@ -169,7 +186,8 @@ def _read(path: str) -> Checked:
       among = called if is_called else configured
       among.append(_found(name, modules, place))
     names.references.clear()
-  return Checked((path,), tuple(imports), tuple(configured), tuple(called))
+  checked = Checked((path,), tuple(imports), tuple(configured), tuple(called))
+  return checked, included
 
 
 def _found(name, modules, place):

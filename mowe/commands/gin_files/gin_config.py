@@ -53,7 +53,7 @@ def parse(
     for file in files:
       gin.parse_config_file(file)
   except OSError as error:
-    raise GinError(_missing_file(files, paths, error)) from error
+    raise GinError(missing_file(files, paths, error)) from error
   # Gin raises nearly every kind of error, so all of them are caught. Their
   # texts name the file and the line.
   except Exception as error:
@@ -132,8 +132,16 @@ def _run_file(function):
   )
 
 
-def _missing_file(files, paths, error) -> str:
-  """The message for a gin file, or one that it includes, that is not there."""
+def missing_file(
+  files: Sequence[str], paths: Sequence[str], error: OSError | None = None
+) -> str:
+  """The message for a gin file, or one that it includes, that is not there.
+
+  Args:
+    files: the files that were asked for.
+    paths: folders that come before those of `search_paths`.
+    error: what was raised for an included file, if all of `files` are there.
+  """
   folders = [*dict.fromkeys(map(os.path.abspath, search_paths(paths)))]
   absent = [
     file

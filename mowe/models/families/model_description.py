@@ -113,8 +113,21 @@ def load(
     ) from error
 
 
-def _load(file, described, changes):
-  _check_sizes(file, described['config'])
+def load_vocabularies(
+  file: pathlib.Path, described: dict[str, Any]
+) -> tuple[
+  base_vocabulary.Vocabulary, routing_vocabulary.RoutingVocabulary | None
+]:
+  """The subword and the routing vocabulary that a description names.
+
+  Args:
+    file: the file of the description; the vocabularies lie beside it.
+    described: the content of the file, as `read` returns it.
+
+  Raises:
+    FileNotFoundError: a vocabulary is not there.
+    ValueError: a vocabulary is not the one that the description names.
+  """
   saved = described['subwords']
   name = saved['file']
   vocabulary = subword_vocabularies.load_subwords(
@@ -125,6 +138,12 @@ def _load(file, described, changes):
   if described['routing'] is not None:
     routing = routing_vocabulary.load(file.parent / _ROUTING)
     _check_digest(file, 'the routing vocabulary', described['routing'], routing)
+  return vocabulary, routing
+
+
+def _load(file, described, changes):
+  _check_sizes(file, described['config'])
+  vocabulary, routing = load_vocabularies(file, described)
   config = saved_config.from_json(described['config'], routing, **changes)
   _check_addresses(file, described['addresses'], config)
   return config, vocabulary

@@ -85,6 +85,7 @@ def test_shipped_files_have_nothing_from_outside(capsys):
   ('text', 'message'),
   [
     ("include 'absent.gin'", 'there is no absent.gin'),
+    ("include 'absent.gin'", 'run.gin includes it'),
     ("include 'run.gin'", 'must not include itself'),
     ('SIZE = \nB = 3', 'run.gin is not'),
     ('SIZE = \x00', 'run.gin is not'),
