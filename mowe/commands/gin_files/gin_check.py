@@ -1,6 +1,9 @@
 """`mowe config check`: what gin files would run, found without running them."""
 
+import ast
 import dataclasses
+import functools
+import importlib.util
 import os
 import pathlib
 import tokenize
@@ -11,6 +14,10 @@ from gin import config_parser
 from mowe.commands.gin_files import gin_config
 
 
+# What gin itself brings for values. It calls nothing but what a file names.
+_OF_GIN = ('gin.constant', 'gin.macro', 'gin.singleton')
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
   """Something that a gin file imports, names or includes.
@@ -18,7 +25,7 @@ class Found:
   Attributes:
     name: its full name, such as 'mowe.models.t5.t5_config.T5Config'.
     place: file and line.
-    is_ours: whether it is in the package mowe.
+    is_ours: whether it is a module of mowe, or defined in one, or gin's own.
   """
 
   name: str
@@ -197,5 +204,29 @@ def _found(name, modules, place):
   return Found(full, place, _is_ours(full))
 
 
-def _is_ours(name):
-  return name.split('.')[0] == 'mowe'
+@functools.cache
+def _is_ours(name: str) -> bool:
+  """Whether a name is that of a module of mowe, or is defined in one.
+
+  What a module of mowe has imported is not: `@train.os.system()` calls what is
+  outside, whatever stands before it. Only packages of mowe are imported here.
+  """
+  parts = name.split('.')
+  if parts[0] != 'mowe':
+    return name in _OF_GIN
+  spec = importlib.util.find_spec('mowe')
+  for number in range(2, len(parts) + 1):
+    if spec.submodule_search_locations is None:
+      # All that is left must be one name of this module.
+      return number == len(parts) and parts[-1] in _defined(spec.origin)
+    spec = importlib.util.find_spec('.'.join(parts[:number]))
+    if spec is None:
+      return False
+  return True
+
+
+def _defined(file: str) -> set[str]:
+  """Names of the classes and functions that a module defines itself."""
+  tree = ast.parse(pathlib.Path(file).read_text('utf-8'))
+  kinds = (ast.ClassDef, ast.FunctionDef)
+  return {node.name for node in tree.body if isinstance(node, kinds)}
