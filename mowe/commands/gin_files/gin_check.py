@@ -13,7 +13,6 @@ from gin import config_parser
 
 from mowe.commands.gin_files import gin_config
 
-
 # What gin itself brings for values. It calls nothing but what a file names.
 _OF_GIN = ('gin.constant', 'gin.macro', 'gin.singleton')
 
