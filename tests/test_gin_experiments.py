@@ -46,8 +46,9 @@ def _load(name, *bindings):
 def test_an_experiment_has_models_of_its_own(name):
   experiment = _load(name)
   assert experiment.output.startswith('compare_')
-  # The grid has too many models for a second seed of each.
-  num_seeds = 1 if 'grid' in name else 2
+  # The grid has too many models for a second seed of each, and runs on 6,000
+  # articles take too long.
+  num_seeds = 1 if 'grid' in name or '6000' in name else 2
   assert len(experiment.models) >= 3 and len(experiment.seeds) >= num_seeds
   for model in experiment.models:
     files = ' '.join(model.gin_files)

@@ -28,6 +28,16 @@ def _add_vocabulary(parser):
   )
 
 
+def _add_on_bad_record(parser):
+  parser.add_argument(
+    '--on_bad_record',
+    choices=('stop', 'skip'),
+    default='stop',
+    help='whether a line that cannot be read ends the command, or is left out '
+    'and counted (default: stop)',
+  )
+
+
 def _add_build_routing_vocabulary(verbs):
   parser = verbs.add_parser(
     'build-routing-vocabulary', help='count words and give each an expert'
@@ -83,6 +93,7 @@ def _add_build_routing_vocabulary(verbs):
     type=int,
     help='processes that read the text; default: more than one for much text',
   )
+  _add_on_bad_record(parser)
   parser.set_defaults(run=_build_routing_vocabulary)
 
 
@@ -103,6 +114,7 @@ def _build_routing_vocabulary(options, bindings):
     field=options.field,
     num_workers=options.num_workers,
     extra_ids=options.extra_ids,
+    skip_bad_records=options.on_bad_record == 'skip',
   )
 
 
@@ -179,6 +191,7 @@ def _add_cache_task(verbs):
   add('--split', help='of the seqio task (default: train)')
   add('--task_modules', nargs='+', help="default: mowe's own tasks")
   add('--tfds_data_dir', help='where TFDS keeps its data sets')
+  _add_on_bad_record(parser)
   parser.set_defaults(run=_cache_task)
 
 
@@ -239,6 +252,7 @@ def _cache_task(options, bindings):
       overwrite=options.overwrite,
       num_workers=options.num_workers,
       progress=progress,
+      skip_bad_records=options.on_bad_record == 'skip',
     )
   tokens = ', '.join(
     f'{int(cache.lengths(name).sum()):,} tokens of {name}'
@@ -275,6 +289,7 @@ def _add_train_vocabulary(verbs):
     default=(),
     help='.jsonl files whose field `question` is trained on too',
   )
+  _add_on_bad_record(parser)
   parser.set_defaults(run=_train_vocabulary)
 
 
@@ -289,5 +304,6 @@ def _train_vocabulary(options, bindings):
     field=options.field,
     questions=options.questions,
     words=options.words,
+    skip_bad_records=options.on_bad_record == 'skip',
   )
   print(f'{options.output}: {vocabulary.size:,} ids with sentinels.')

@@ -17,6 +17,7 @@ from mowe.cli import (
   modules_verbs,
   program_cache,
 )
+from mowe.words import terminations
 
 # `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
 # folders and run models, so they have the options of `_add_shared_options`.
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
   except KeyboardInterrupt as error:
     print(f'mowe: {str(error) or "stopped."}', file=sys.stderr)
-    return 130
+    is_terminated = isinstance(error, terminations.Terminated)
+    return 143 if is_terminated else 130
   return 0
 
 

@@ -37,6 +37,13 @@ def _add_train(verbs):
     help='go on from this step, or from the newest whose files are whole; later '
     'checkpoints are renamed',
   )
+  parser.add_argument(
+    '--on_spike',
+    choices=('stop', 'skip', 'continue'),
+    help='what is done if the loss of a batch rises suddenly: the run ends '
+    'without saving, or leaves the update of the batch out, or only says so '
+    '(default: ON_SPIKE of the gin files)',
+  )
   parser.add_argument('--tfds_data_dir', help='folder of the TFDS data sets')
   _add_distributed(parser)
   parser.set_defaults(run=_train)
@@ -56,6 +63,8 @@ def _step(text: str) -> int | str:
 
 def _train(options, bindings):
   _join_processes(options)
+  if options.on_spike is not None:
+    bindings = [*bindings, f'ON_SPIKE = {options.on_spike!r}']
   gin_config = gin_arguments.parse(options, bindings)
   from mowe.commands import train
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from mowe.commands import show_progress
-from mowe.data.text import record_fields, text_files
+from mowe.data.text import bad_records, record_fields, text_files
 from mowe.words import (
   placement,
   routing_vocabulary,
@@ -31,6 +31,7 @@ def build_routing_vocabulary(
   field: str = 'text',
   num_workers: int | None = None,
   extra_ids: int = 100,
+  skip_bad_records: bool = False,
 ) -> routing_vocabulary.RoutingVocabulary:
   """Builds a routing vocabulary from files, saves it, and prints a summary.
 
@@ -52,6 +53,8 @@ def build_routing_vocabulary(
     num_workers: number of worker processes; 0 works in this process. None: one
       for each core if the files exceed 32 MiB, else 0.
     extra_ids: number of sentinels of the subword vocabulary.
+    skip_bad_records: whether records that cannot be read are left out; it is then
+      printed how many they were.
 
   Returns:
     The vocabulary that was saved.
@@ -68,7 +71,10 @@ def build_routing_vocabulary(
   if num_workers is None:
     size = sum(os.path.getsize(path) for path in text_files.match_files(files))
     num_workers = (os.cpu_count() or 1) if size > 2**25 else 0
-  records = text_files.read_records(files, record_fields.all_texts([field]))
+  bad = bad_records.BadRecords(skip_bad_records)
+  records = text_files.read_records(
+    files, record_fields.all_texts([field]), bad=bad
+  )
   texts = (record[field] for record in records)
   with show_progress.counting('texts') as progress:
     built, report = vocabulary_builder.build_routing_vocabulary(
@@ -87,6 +93,7 @@ def build_routing_vocabulary(
   built = placement.in_blocks(built, num_blocks)
   built.save(output)
   _say(output, built, report, num_blocks)
+  bad.say()
   return built
 
 

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from mowe.data.caches import cache_builders, lm_cache, token_cache
-from mowe.data.text import claims, passages, record_fields, text_files
+from mowe.data.text import (
+  bad_records,
+  claims,
+  passages,
+  record_fields,
+  salient_spans,
+  text_files,
+)
 from mowe.evaluation import text_metrics
 from mowe.words import base_vocabulary, subword_vocabularies
 
@@ -34,6 +41,7 @@ class Building:
       much text.
     progress: called with the number of records done so far; None reports
       nothing.
+    bad: takes the errors of records that cannot be read.
   """
 
   output: str | os.PathLike
@@ -41,6 +49,16 @@ class Building:
   overwrite: bool = False
   num_workers: int | None = None
   progress: Callable[[int], None] | None = None
+  bad: bad_records.BadRecords = dataclasses.field(
+    default_factory=bad_records.BadRecords
+  )
+
+  def describe(self, files: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns what a fingerprint says of files, and of what is left out."""
+    # The recipe names what is not the default alone, so that the fingerprints
+    # of older caches remain valid.
+    left_out = {'bad_records': 'skipped'} if self.bad.skip else {}
+    return [source | left_out for source in text_files.describe_sources(files)]
 
   def options(self, num_bytes: int) -> dict[str, Any]:
     """Returns the arguments that builders share, for text of so many bytes."""
@@ -86,12 +104,19 @@ class TextFiles:
 
   def build(self, building: Building) -> token_cache.TokenCache:
     """See `CacheSource.build`."""
-    sources = text_files.describe_sources(self.files)
+    sources = building.describe(self.files)
     fields = record_fields.all_texts(
       filter(None, (self.field, self.cut.title_field))
     )
     return cache_builders.cache_text(
-      text_files.read_records(self.files, fields=fields, unit=self.unit),
+      text_files.read_records(
+        self.files,
+        fields,
+        self.unit,
+        check=self._check_spans,
+        sources=sources,
+        bad=building.bad,
+      ),
       building.output,
       building.subwords,
       # The digest of a file does not tell how it was cut into records.
@@ -100,6 +125,10 @@ class TextFiles:
       cut=self.cut,
       **building.options(_num_bytes(sources)),
     )
+
+  def _check_spans(self, record: dict[str, Any]) -> None:
+    if record.get('spans') is not None:
+      salient_spans.spans_of_record(record, self.field)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +149,15 @@ class RunningTextFiles:
 
   def build(self, building: Building) -> token_cache.TokenCache:
     """See `CacheSource.build`."""
-    sources = text_files.describe_sources(self.files)
+    sources = building.describe(self.files)
     return lm_cache.cache_texts(
       self.files,
       building.output,
       building.subwords,
       field=self.field,
       unit=self.unit,
+      sources=sources,
+      bad=building.bad,
       **building.options(_num_bytes(sources)),
     )
 
@@ -153,12 +184,14 @@ class QuestionFiles:
   def build(self, building: Building) -> token_cache.TokenCache:
     """See `CacheSource.build`."""
     text_metrics.of_name(self.metric)
-    sources = text_files.describe_sources(self.files)
+    sources = building.describe(self.files)
     fields = {self.answers_field: record_fields.answers} | dict.fromkeys(
       cache_builders.fields_of(self.prompt), record_fields.text_or_number
     )
     return cache_builders.cache_questions(
-      text_files.read_records(self.files, fields),
+      text_files.read_records(
+        self.files, fields, sources=sources, bad=building.bad
+      ),
       building.output,
       building.subwords,
       sources=sources,
@@ -182,9 +215,13 @@ class ClaimFiles:
 
   def build(self, building: Building) -> token_cache.TokenCache:
     """See `CacheSource.build`."""
-    sources = text_files.describe_sources(self.files)
+    sources = building.describe(self.files)
     records = text_files.read_records(
-      self.files, fields=record_fields.all_texts(claims.FIELDS)
+      self.files,
+      record_fields.all_texts(claims.FIELDS),
+      check=claims.as_question,
+      sources=sources,
+      bad=building.bad,
     )
     return cache_builders.cache_questions(
       map(claims.as_question, records),
@@ -255,6 +292,7 @@ def cache_task(
   overwrite: bool = False,
   num_workers: int | None = None,
   progress: Callable[[int], None] | None = None,
+  skip_bad_records: bool = False,
 ) -> token_cache.TokenCache:
   """Builds a token cache.
 
@@ -269,17 +307,23 @@ def cache_task(
       much text. A seqio task always has one.
     progress: called with the number of records done so far; None reports
       nothing.
+    skip_bad_records: whether records of files that cannot be read are left out;
+      it is then printed how many they were. A seqio task has none.
 
   Returns:
     The finished cache, opened.
 
   Raises:
+    BadRecordError: a record cannot be read.
     ValueError: the source cannot be used, or another cache is at `output`.
   """
   subwords = subword_vocabularies.load_subwords(vocabulary, extra_ids)
-  return source.build(
-    Building(output, subwords, overwrite, num_workers, progress)
+  bad = bad_records.BadRecords(skip_bad_records)
+  cache = source.build(
+    Building(output, subwords, overwrite, num_workers, progress, bad)
   )
+  bad.say()
+  return cache
 
 
 def _num_bytes(sources) -> int:

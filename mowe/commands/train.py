@@ -9,6 +9,7 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
 
 from mowe.commands import data_config, evaluations, periodic_evaluation, summary
 from mowe.data import batch_source, prefetch
@@ -21,6 +22,7 @@ from mowe.training import (
   agreement,
   checkpointing,
   loop,
+  loss_spikes,
   manifests,
   partitioning,
   progress_lines,
@@ -32,6 +34,10 @@ from mowe.training import (
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import base_vocabulary, writer_locks
 from mowe.words.plans import batch_router
+
+# Under this name a checkpoint keeps the losses with which the next ones are
+# compared.
+_RECENT_LOSSES = 'recent_losses'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Training:
     eval_period: number of steps between two evaluations.
     save: when checkpoints are saved.
     log_period: number of steps between two lines of metrics.
+    spikes: what is done when the loss of a batch rises suddenly.
     seed: the seed of fresh parameters and of dropout.
     tensorboard: whether TensorBoard events are written as well.
   """
@@ -102,6 +109,7 @@ class Training:
   eval_period: int = 1000
   save: SaveConfig = SaveConfig()
   log_period: int = 100
+  spikes: loss_spikes.SpikeConfig = loss_spikes.SpikeConfig()
   seed: int = 0
   tensorboard: bool = True
 
@@ -214,6 +222,7 @@ def train(
     ValueError: parts do not fit together. It is raised before anything is
       written or compiled.
     CannotResumeError: the latest checkpoint is damaged; see `back_to`.
+    LossSpikeError: the loss of a batch rose suddenly; see `Training.spikes`.
     KeyboardInterrupt: the run was stopped. It has saved what it did.
   """
   mesh = training.make_mesh()
@@ -298,6 +307,9 @@ def _run(
     if back_to is not None:
       checkpoints.go_back(back_to.step)
     state, experts = _start(training, setup, router, checkpoints, described)
+    recent_losses = ()
+    if checkpoints.latest_step() is not None:
+      recent_losses = checkpoints.metadata().get(_RECENT_LOSSES, ())
     # A checkpoint that is still being written reads the file of experts, so
     # another run must not get that file before the checkpoint is finished.
     closing.callback(experts.close)
@@ -326,9 +338,10 @@ def _run(
       cache_verification.Verification(training.data.caches(training.vocabulary))
     )
     stop = loop.StopSignal()
+    spikes = loss_spikes.SpikeWatch(training.spikes, recent_losses)
     state = loop.run(
       state,
-      train_step=_TrainStep(training, setup, experts),
+      train_step=_TrainStep(training, setup, experts, spikes, first_step),
       batches=experts.feed(prefetched),
       total_steps=total_steps,
       actions=[
@@ -337,7 +350,7 @@ def _run(
           # The best checkpoint must be one that was evaluated.
           training.eval_period if save.best_metric else save.period,
           _SaveCheckpoint(
-            checkpoints, experts, evaluate, verification, described
+            checkpoints, experts, evaluate, verification, spikes, described
           ),
         ),
       ],
@@ -347,6 +360,7 @@ def _run(
       ),
       log_period=training.log_period,
       stop=stop,
+      spikes=spikes,
     )
     checkpoints.wait()
     _check_finished(int(state.step), total_steps, folder, stop)
@@ -381,9 +395,11 @@ def _start(
 class _TrainStep:
   """One step of the whole run: experts are read, and the batch is put."""
 
-  def __init__(self, training, setup, experts):
+  def __init__(self, training, setup, experts, spikes, first_step):
     self._mesh = setup.mesh
     self._experts = experts
+    self._spikes = spikes
+    self._num_done = first_step
     self._batch_sharding = partitioning.batch_sharding(setup.mesh)
     self._step = setup.jit(
       training_step.make_train_step(
@@ -398,11 +414,16 @@ class _TrainStep:
 
   def __call__(self, state, batch, fed):
     state, frozen, plan = self._experts.ready(state, fed)
+    self._num_done += 1
+    limit = None
+    if self._spikes.config.skips:
+      limit = np.float32(self._spikes.limit(self._num_done))
     state, values = self._step(
       state,
       frozen,
       partitioning.put_batch(batch, self._batch_sharding),
       partitioning.put_plan(plan, self._mesh),
+      limit,
     )
     return state, values | self._experts.metrics()
 
@@ -415,6 +436,7 @@ class _SaveCheckpoint:
   experts: expert_stores.Experts
   evaluate: periodic_evaluation.PeriodicEvaluation
   verification: cache_verification.Verification
+  spikes: loss_spikes.SpikeWatch
   described: dict[str, Any]
 
   def __call__(self, step, state):
@@ -425,7 +447,10 @@ class _SaveCheckpoint:
       state.replace(tables={}, table_state={}),
       metrics=self.evaluate.of_step(step),
       metadata=self.described
-      | {'origin': {'time': run_history.now(), **run_history.origin()}},
+      | {
+        'origin': {'time': run_history.now(), **run_history.origin()},
+        _RECENT_LOSSES: self.spikes.recent(),
+      },
       attach=lambda path: self.experts.save(path, state),
     )
 

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Sequence
 
-from mowe.data.text import record_fields, text_files
+from mowe.data.text import bad_records, record_fields, text_files
 from mowe.words import (
   base_vocabulary,
   sentencepiece_vocabulary,
@@ -22,6 +22,7 @@ def train_vocabulary(
   field: str = 'text',
   questions: Sequence[str] = (),
   words: bool = False,
+  skip_bad_records: bool = False,
 ) -> base_vocabulary.Vocabulary:
   """Trains a vocabulary on texts, and on questions if they are given.
 
@@ -36,6 +37,8 @@ def train_vocabulary(
       marks, which would then be unknown.
     words: whether to take whole words between white space instead of pieces of
       SentencePiece.
+    skip_bad_records: whether records that cannot be read are left out; it is then
+      printed how many they were.
 
   Returns:
     The vocabulary that was saved.
@@ -44,14 +47,20 @@ def train_vocabulary(
     ValueError: a file cannot be read (see `text_files.read_records`), or the
       text is too small for `size` (see `train_sentencepiece`).
   """
-  records = text_files.read_records(files, record_fields.all_texts([field]))
+  bad = bad_records.BadRecords(skip_bad_records)
+  records = text_files.read_records(
+    files, record_fields.all_texts([field]), bad=bad
+  )
   texts = (one[field] for one in records)
   if questions:
     fields = record_fields.all_texts(['question'])
-    records = text_files.read_records(questions, fields)
+    records = text_files.read_records(questions, fields, bad=bad)
     texts = itertools.chain(texts, (one['question'] for one in records))
   if words:
-    return word_vocabulary.build_word_vocabulary(texts, output, size)
-  return sentencepiece_vocabulary.train_sentencepiece(
-    texts, output, size or _NUM_PIECES
-  )
+    vocabulary = word_vocabulary.build_word_vocabulary(texts, output, size)
+  else:
+    vocabulary = sentencepiece_vocabulary.train_sentencepiece(
+      texts, output, size or _NUM_PIECES
+    )
+  bad.say()
+  return vocabulary

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from mowe.words import writer_locks
+from mowe.words import terminations, writer_locks
 
 # How often `remove` tries, the pause between two tries in seconds, and after
 # how many tries in a row that find nothing it is done. Threads of an
@@ -33,7 +33,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   folder = pathlib.Path(folder)
   check_new(folder)
-  with writer_locks.of_path(folder):
+  with writer_locks.of_path(folder), terminations.cleaning_up():
     yield from _new_folder(folder)
 
 

@@ -14,7 +14,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mowe.training import progress_lines, train_metrics, train_state
+from mowe.training import (
+  loss_spikes,
+  progress_lines,
+  train_metrics,
+  train_state,
+)
 
 # Steps between two times at which the processes of a run ask each other whether
 # one of them got a signal. Asking makes them wait for the device.
@@ -24,7 +29,7 @@ _AGREE_PERIOD = 10
 # Without a limit the host runs ahead until it waits at the end of a log period,
 # and a stop, which comes after all steps that were handed over, takes as long
 # as they do.
-_MOST_AHEAD = 2
+_MOST_AHEAD = loss_spikes.LAG - 1
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -185,6 +190,7 @@ def run(
   progress: progress_lines.Progress,
   log_period: int = 100,
   stop: StopSignal | None = None,
+  spikes: loss_spikes.SpikeWatch | None = None,
   most_ahead: int | None = _MOST_AHEAD,
 ) -> train_state.TrainState:
   """Trains until `total_steps` updates are made or a stop is asked for.
@@ -201,6 +207,7 @@ def run(
     log_period: the number of steps between two lines of metrics.
     stop: listens to signals during the run, and is asked after every step; None
       makes one.
+    spikes: sees the loss of every step in order; None prints a line on spikes.
     most_ahead: how many steps are handed to the device beyond the one that is
       being done; None for as many as there are in a log period.
 
@@ -213,6 +220,7 @@ def run(
       then.
   """
   stop = stop or StopSignal()
+  spikes = spikes or loss_spikes.SpikeWatch(loss_spikes.SpikeConfig())
   step = int(state.step)
   unlogged, in_flight = [], collections.deque()
   with stop.listening(step), progress:
@@ -225,9 +233,9 @@ def run(
       state, metrics = train_step(state, batch, plan)
       step += 1
       unlogged.append(metrics)
-      in_flight.append(metrics)
+      in_flight.append((step, metrics))
       if most_ahead is not None and len(in_flight) > most_ahead:
-        jax.block_until_ready(in_flight.popleft())
+        spikes.see(*in_flight.popleft())
       is_end, is_stop = step == total_steps, stop.is_due(step)
       is_logged = step % log_period == 0 or is_end or is_stop
       due = [
@@ -242,7 +250,8 @@ def run(
         values = _mean_values(unlogged)
         _check_finite(step, values)
         _check_state(step, state)
-        in_flight.clear()
+        while in_flight:
+          spikes.see(*in_flight.popleft())
       if is_logged:
         unlogged = []
         shown = _write(writers, step, values)

@@ -19,7 +19,7 @@ from flax import linen as nn
 from mowe.layers.memory import row_table, word_experts
 from mowe.layers.routers import router_losses
 from mowe.models import model_config, parameters
-from mowe.training import losses, router_training, train_state
+from mowe.training import loss_spikes, losses, router_training, train_state
 from mowe.training.optimization import (
   memory_rows,
   row_optimizers,
@@ -175,7 +175,7 @@ def make_train_step(
   seed: int,
   num_microbatches: int = 1,
 ) -> Callable[..., tuple[train_state.TrainState, Metrics]]:
-  """The step `(state, frozen, batch, plan) -> (state, metrics)`.
+  """The step `(state, frozen, batch, plan, limit) -> (state, metrics)`.
 
   The loss is the mean over the target tokens of the whole batch: the sum
   of each part is divided by the tokens of the whole batch, so that the number
@@ -194,11 +194,13 @@ def make_train_step(
   Returns:
     A function to be jitted with the state donated. `frozen` holds the tables
     when they are frozen (they must not be outputs, as they would be copied),
-    and is {} otherwise. `plan` is None for a model without word experts.
+    and is {} otherwise. `plan` is None for a model without word experts. With
+    a number `limit`, the batch changes nothing but the step and the memory if
+    its loss is above it.
   """
   setup = _Setup(model, optimizer, row_optimizer, loss, seed, num_microbatches)
 
-  def train_step(state, frozen, batch, plan):
+  def train_step(state, frozen, batch, plan, limit=None):
     counts = _Counts(
       jnp.maximum(jnp.sum(batch['decoder_loss_weights']), 1.0),
       _num_real_tokens(batch),
@@ -213,7 +215,9 @@ def make_train_step(
     gradients = _batch_gradients(
       setup, inputs, state=state, counts=counts, rows=rows
     )
-    return _apply_gradients(setup, gradients, state=state, plan=plan, key=key)
+    return _apply_gradients(
+      setup, gradients, state=state, plan=plan, key=key, limit=limit
+    )
 
   return train_step
 
@@ -364,6 +368,7 @@ def _apply_gradients(
   state: train_state.TrainState,
   plan: step_plans.StepPlan | None,
   key: jax.Array,
+  limit: jax.Array | None,
 ) -> tuple[train_state.TrainState, Metrics]:
   """The next state, and the metrics of the step."""
   grads, row_grads, metrics, stats = gradients.summed
@@ -378,6 +383,11 @@ def _apply_gradients(
     bound = table_updates.gradient_bound(factors) + _global_norm(row_grads)
     metrics['expert_gradient_bound'] = Mean(bound, jnp.ones(()))
     usable &= jnp.isfinite(bound)
+  if limit is not None:
+    loss = metrics['loss']
+    is_skipped = ~(loss.total <= limit * loss.count)
+    usable &= ~is_skipped
+    metrics[loss_spikes.SKIPPED] = Mean.of(is_skipped)
   updates, opt_state = setup.optimizer.update(
     grads, state.opt_state, state.params
   )
@@ -387,6 +397,12 @@ def _apply_gradients(
     stats=stats,
     config=setup.model.config,
   )
+  if limit is not None:
+    params, opt_state = jax.tree.map(
+      lambda old, new: jnp.where(is_skipped, old, new),
+      (state.params, state.opt_state),
+      (params, opt_state),
+    )
   tables, table_state = _update_tables(
     setup, factors, row_grads, state=state, plan=plan, usable=usable, key=key
   )

@@ -23,7 +23,13 @@ from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
 from mowe.model_folders import model_folder
 from mowe.models import parameters
-from mowe.training import checkpointing, loop, partitioning, train_metrics
+from mowe.training import (
+  checkpointing,
+  loop,
+  loss_spikes,
+  partitioning,
+  train_metrics,
+)
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words import (
   byte_vocabulary,
@@ -263,6 +269,30 @@ def test_a_diverged_run_stops_and_saves_nothing(world, tmp_path):
       log_period=9,
     )
   assert checkpointing.Checkpoints(folder).all_steps() == []
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_out_the_updates_of_the_same_batches(
+  world, tmp_path
+):
+  # Losses hardly fall, and so low a limit takes ordinary batches for spikes.
+  settings = {
+    'optimizer': optimizers.AdamW(1e-4),
+    'row_optimizer': row_optimizers.RowAdafactor(1e-4),
+    'spikes': loss_spikes.SpikeConfig('skip', window=32, deviations=1e-3),
+    'save': train_command.SaveConfig(period=50),
+    'log_period': 1,
+  }
+  expected = world.train(tmp_path / 'straight', 46, **settings)
+  for stop in (36, 40, 46):
+    settings['log_period'] += 1
+    state = world.train(tmp_path / 'resumed', stop, **settings)
+  _assert_same_bits(state, expected)
+  lines = train_metrics.read_json_lines(
+    tmp_path / 'straight' / 'train_metrics.jsonl'
+  )
+  skipped = [line[loss_spikes.SKIPPED] for line in lines]
+  assert 0 < sum(skipped) < 11 and not any(skipped[:34])
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.training import loop, progress_lines, train_state
+from mowe.training import loop, loss_spikes, progress_lines, train_state
 from mowe.training.train_metrics import Mean
 
 
@@ -45,6 +45,7 @@ def _run(
   on_step=None,
   stop=None,
   updates=None,
+  spikes=None,
 ):
   """Runs fake steps; step n has the loss `losses[n]`, or n if there is none.
 
@@ -86,8 +87,9 @@ def _run(
       ),
       log_period=log_period,
       stop=stop,
+      spikes=spikes,
     )
-  except loop.DivergedError as diverged:
+  except (loop.DivergedError, loss_spikes.LossSpikeError) as diverged:
     error = diverged
   return state, seen, writer.lines, error
 
@@ -223,9 +225,9 @@ def test_the_host_is_at_most_two_steps_ahead():
     def __init__(self, number):
       self.number = number
 
-    def block_until_ready(self):
+    def compute(self):
       waited.append(self.number)
-      return self
+      return 1.0
 
   given = []
 
@@ -300,6 +302,20 @@ def test_looking_at_the_loss_before_a_save_does_not_change_the_log():
     (2, 0.5),
     (4, 2.5),
   ]
+
+
+@pytest.mark.parametrize('period', [1, 3, 100])
+def test_a_spike_ends_the_run_before_it_is_saved(period):
+  saved, save = _recording(period)
+  spikes = loss_spikes.SpikeWatch(loss_spikes.SpikeConfig('stop'))
+  losses = dict.fromkeys(range(99), 2.0) | {40: 9.0}
+  _, seen, _, error = _run(
+    99, losses=losses, actions=[save], log_period=100, spikes=spikes
+  )
+  assert 'batch 41 is 9' in str(error)
+  assert all(step <= 40 for step in saved)
+  # The host is at most two steps ahead.
+  assert len(seen) <= 43
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])

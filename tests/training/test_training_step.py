@@ -12,7 +12,7 @@ import tiny_training
 from mowe.layers.memory import grouped
 from mowe.models import parameters
 from mowe.models.t5 import t5
-from mowe.training import loop, losses, training_step
+from mowe.training import loop, loss_spikes, losses, training_step
 from mowe.training.optimization import (
   row_gradients,
   row_optimizers,
@@ -351,3 +351,23 @@ def test_evaluation_is_the_loss_without_dropout():
   trained = _values(metrics)
   del trained['gradient_norm'], trained['expert_gradient_bound']
   assert evaluated == pytest.approx(trained, rel=1e-5)
+
+
+def test_a_batch_above_the_limit_changes_the_step_alone():
+  batch = tiny_training.make_batch(0)
+  plan, state = tiny_training.make_plan(batch), _initial()
+  updated, metrics = _step()(state, {}, batch, plan)
+  loss = np.float32(_values(metrics)['loss'])
+  step = functools.partial(_step(), state, {}, batch, plan)
+  skipped, metrics = step(loss - np.float32(1e-3))
+  assert _values(metrics)[loss_spikes.SKIPPED] == 1
+  assert int(skipped.step) == 1
+  tiny_training.assert_same_bits(skipped.replace(step=state.step), state)
+  done, metrics = step(np.float32(np.inf))
+  assert _values(metrics)[loss_spikes.SKIPPED] == 0
+  # This is another program, which may round otherwise.
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    done,
+    updated,
+  )

@@ -7,12 +7,13 @@ counts.
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from mowe.data.caches import cache_builders, token_cache
-from mowe.data.text import file_formats, record_fields, text_files
+from mowe.data.text import bad_records, file_formats, record_fields, text_files
 from mowe.words import base_vocabulary, byte_vocabulary
 
 KIND = 'language_model'
@@ -31,6 +32,8 @@ def cache_texts(
   *,
   field: str = 'text',
   unit: str = 'line',
+  sources: Sequence[Mapping[str, Any]] | None = None,
+  bad: bad_records.BadRecords | None = None,
   overwrite: bool = False,
   num_workers: int = 1,
   progress: cache_builders.Progress | None = None,
@@ -48,6 +51,9 @@ def cache_texts(
     subwords: the vocabulary; it must be a ByteVocabulary for unit 'file'.
     field: name of the field of JSON records that holds the text.
     unit: what is one text, 'line' or 'file'.
+    sources: what the fingerprint says of the files, as from
+      `text_files.describe_sources`; None describes them here.
+    bad: takes the errors of texts that cannot be read; None raises the first.
     overwrite: replaces a cache at `path` that was made from other things.
     num_workers: number of processes that tokenise.
     progress: called with the number of records done so far; None reports
@@ -62,7 +68,8 @@ def cache_texts(
       cache is at `path`.
   """
   _check_unit(unit, subwords)
-  sources = text_files.describe_sources(files)
+  if sources is None:
+    sources = text_files.describe_sources(files)
   recipe = {
     'format_version': token_cache.FORMAT_VERSION,
     'kind': KIND,
@@ -71,9 +78,9 @@ def cache_texts(
     'fields': [field],
   }
   if unit == 'file':
-    records, encode = _blocks(files), encode_blocks
+    records, encode = _blocks(files, sources), encode_blocks
   else:
-    records = _texts(files, field)
+    records = _texts(files, sources, field, bad)
     encode = functools.partial(encode_texts, subwords=subwords)
   return cache_builders.build(
     path, recipe, records, encode, overwrite, num_workers, progress
@@ -127,21 +134,34 @@ def encode_blocks(
   )
 
 
-def _texts(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
-  for path in text_files.match_files(files):
+def _texts(
+  files: Sequence[str],
+  sources: Sequence[Mapping[str, Any]],
+  field: str,
+  bad: bad_records.BadRecords | None,
+) -> Iterator[dict[str, str]]:
+  paths = text_files.match_files(files)
+  digests = text_files.digests_of(paths, sources)
+  for path, source in zip(paths, sources, strict=True):
     if file_formats.has_json_lines(path):
       fields = record_fields.all_texts([field])
-      for record in text_files.read_records(path, fields):
+      for record in text_files.read_records(
+        path, fields, sources=[source], bad=bad
+      ):
         yield {'text': record[field]}
     else:
-      yield from ({'text': line} for line in text_files.read_lines(path))
+      lines = text_files.read_lines(path, sha256=digests[path], bad=bad)
+      yield from ({'text': line} for line in lines)
 
 
-def _blocks(files: Iterable[str]) -> Iterator[dict[str, bytes]]:
-  for path in text_files.match_files(list(files)):
+def _blocks(
+  files: Sequence[str], sources: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, bytes]]:
+  paths = text_files.match_files(files)
+  for path, sha256 in text_files.digests_of(paths, sources).items():
     num_lines = 0
     try:
-      with file_formats.open_bytes(path) as file:
+      with file_formats.open_bytes(path, sha256) as file:
         while block := file.read(_BLOCK):
           yield {'bytes': block}
           num_lines += block.count(b'\n')

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import base_vocabulary, json_files, writer_locks
+from mowe.words import base_vocabulary, json_files, terminations, writer_locks
 
 FORMAT_VERSION = 1
 _SUMMARY = 'cache.json'
@@ -435,7 +435,7 @@ def build_cache(
   An exception inside the block leaves `path` as it was.
   """
   path = pathlib.Path(path).absolute()
-  with writer_locks.of_path(path):
+  with writer_locks.of_path(path), terminations.cleaning_up():
     yield from _build_cache(path, recipe)
 
 

@@ -1,12 +1,15 @@
 """Tells what a file of texts or records is, and opens it unpacked."""
 
 import bz2
+import contextlib
 import gzip
+import hashlib
+import io
 import lzma
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 if sys.version_info >= (3, 14):
@@ -16,13 +19,16 @@ else:
 
 # The bytes with which a packed file begins, and what opens it. A file may be
 # packed whatever its name ends in.
-_PACKED: dict[bytes, Callable[[str], Any]] = {
+_PACKED: dict[bytes, Callable[[BinaryIO], Any]] = {
   b'\x1f\x8b': gzip.open,
   b'BZh': bz2.open,
   b'\xfd7zXZ\x00': lzma.open,
   b'\x28\xb5\x2f\xfd': zstd.open,
 }
 _ENDINGS = ('.gz', '.bz2', '.xz', '.zst')
+
+# Bytes that are read from a file at once.
+_BUFFER = 1 << 17
 
 _JSON_LINES = ('.jsonl', '.json', '.ndjson', '.jsonlines')
 # Endings of formats that would be nonsense if they were read as text.
@@ -57,21 +63,58 @@ def has_json_lines(path: str | os.PathLike[str]) -> bool:
   return name.endswith(_JSON_LINES)
 
 
-def open_bytes(path: str | os.PathLike[str]) -> BinaryIO:
-  """Opens a file for reading its bytes, unpacked if they are packed.
+@contextlib.contextmanager
+def open_bytes(
+  path: str | os.PathLike[str], sha256: str | None = None
+) -> Iterator[BinaryIO]:
+  """Context of a file whose bytes are read, unpacked if they are packed.
+
+  Args:
+    path: the file.
+    sha256: the digest of the file as it lies there, which is compared with that
+      of the bytes that were read when the context ends; None compares nothing.
 
   Raises (also when it is read):
     one of DAMAGED: a packed file is not whole, or not packed as its name says.
+    ValueError: the file is another one than that of the digest.
   """
   path = os.fspath(path)
-  with open(path, 'rb') as file:
-    start = file.read(8)
-  for mark, opener in _PACKED.items():
-    if start.startswith(mark):
-      return opener(path)
-  if path.lower().endswith(_ENDINGS):
-    raise gzip.BadGzipFile('it is not packed, as its name says')
-  return open(path, 'rb')
+  with open(path, 'rb', buffering=0) as raw:
+    counted = _Digesting(raw)
+    buffered = io.BufferedReader(counted, _BUFFER)
+    start = buffered.peek(8)
+    openers = [
+      opener for mark, opener in _PACKED.items() if start.startswith(mark)
+    ]
+    if not openers and path.lower().endswith(_ENDINGS):
+      raise gzip.BadGzipFile('it is not packed, as its name says')
+    with openers[0](buffered) if openers else buffered as file:
+      yield file
+      if sha256 is None:
+        return
+      while buffered.read(_BUFFER):
+        pass
+    if counted.digest.hexdigest() != sha256:
+      raise ValueError(
+        f'A file must stay as it is while it is read, but {path} was changed. '
+        'Run the command again when nothing writes to it.'
+      )
+
+
+class _Digesting(io.RawIOBase):
+  """A file that is read from its begin to its end, and its sha256."""
+
+  def __init__(self, raw: io.RawIOBase):
+    self._raw = raw
+    self.digest = hashlib.sha256()
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int | None:
+    number = self._raw.readinto(buffer)
+    self.digest.update(memoryview(buffer)[:number])
+    return number
 
 
 def broken_off(

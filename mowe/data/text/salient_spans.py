@@ -85,6 +85,12 @@ def spans_of_record(
   text = record[field]
   if record.get('spans') is None:
     return find_salient_spans(text)
+  if not isinstance(record['spans'], list | tuple):
+    raise ValueError(
+      'The spans of a record must be a list of [start, end], but are '
+      f'{record["spans"]!r} in {text[:60]!r}. Leave them out, and they are found '
+      'by a rule.'
+    )
   spans = [_check_span(span, text) for span in record['spans']]
   spans.sort()
   for before, after in zip(spans, spans[1:], strict=False):

@@ -4,10 +4,10 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mowe.data.text import file_formats, record_fields
+from mowe.data.text import bad_records, file_formats, record_fields
 
 _UNITS = ('line', 'paragraph')
 
@@ -62,6 +62,10 @@ def read_records(
   patterns: str | Sequence[str],
   fields: Mapping[str, record_fields.Check] | None = None,
   unit: str = 'line',
+  *,
+  check: Callable[[dict[str, Any]], Any] | None = None,
+  sources: Sequence[Mapping[str, Any]] | None = None,
+  bad: bad_records.BadRecords | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Yields one dict per record, file after file in the order of their names.
 
@@ -74,11 +78,17 @@ def read_records(
       value; None for {'text': record_fields.text}.
     unit: what is one record of a text file: 'line', or 'paragraph', the lines
       up to a blank line, joined by spaces.
+    check: called with each record, to raise ValueError for one that cannot be
+      used; None checks the fields alone.
+    sources: what `describe_sources` gave; what is read must still be the same
+      files. None reads the files as they are.
+    bad: takes the errors of records that cannot be read; None raises the first.
 
   Raises:
-    ValueError: no file matches, a file holds no record or is of a format that
-      is not read, a line is damaged, or a field holds something else than it
+    BadRecordError: a line is damaged, or a field holds something else than it
       must. The message has the file's name and the number of the line.
+    ValueError: no file matches, a file holds no record or is of a format that
+      is not read, or is not the one that was described.
   """
   if unit not in _UNITS:
     raise ValueError(
@@ -88,105 +98,175 @@ def read_records(
   # call itself.
   if fields is None:
     fields = {'text': record_fields.text}
-  paths = match_files(patterns)
+  digests = digests_of(paths := match_files(patterns), sources)
   for path in paths:
     file_formats.has_json_lines(path)
-  return _records_of(paths, fields, unit)
+  bad = bad or bad_records.BadRecords()
+  return (
+    record
+    for path in paths
+    for record in _records_of(path, digests.get(path), fields, unit, check, bad)
+  )
 
 
-def read_lines(path: str) -> Iterator[str]:
+def read_lines(
+  path: str,
+  *,
+  sha256: str | None = None,
+  bad: bad_records.BadRecords | None = None,
+) -> Iterator[str]:
   """Yields the lines of a text file, also blank ones, without line breaks.
 
+  Args:
+    path: the file.
+    sha256: the digest that the file must have; None reads it as it is.
+    bad: takes the errors of lines that are not UTF-8; None raises the first.
+
   Raises:
-    ValueError: the file is not UTF-8, or is packed and not whole.
+    BadRecordError: a line is not UTF-8.
+    ValueError: the file is packed and not whole, or has another digest.
   """
-  return (line for _, line in _read_lines(path, stripped='\r\n'))
+  bad = bad or bad_records.BadRecords()
+  return (
+    line.strip('\r\n')
+    for _, line in _decoded(path, _read_lines(path, sha256), bad)
+  )
+
+
+def digests_of(
+  paths: Sequence[str], sources: Sequence[Mapping[str, Any]] | None
+) -> dict[str, str]:
+  """Returns path -> sha256 of files that were described before.
+
+  Raises:
+    ValueError: they are other files by number or name.
+  """
+  if sources is None:
+    return {}
+  names = [os.path.basename(path) for path in paths]
+  if names != [source['name'] for source in sources]:
+    raise ValueError(
+      'Files must stay where they are while they are read, but there are now '
+      f'{len(names)} and were {len(sources)}. Run the command again when '
+      'nothing changes them.'
+    )
+  return {
+    path: source['sha256'] for path, source in zip(paths, sources, strict=True)
+  }
 
 
 def _records_of(
-  paths: list[str], fields: Mapping[str, record_fields.Check], unit: str
+  path: str,
+  sha256: str | None,
+  fields: Mapping[str, record_fields.Check],
+  unit: str,
+  check: Callable[[dict[str, Any]], Any] | None,
+  bad: bad_records.BadRecords,
 ) -> Iterator[dict[str, Any]]:
-  for path in paths:
-    lines = _read_lines(path)
-    if file_formats.has_json_lines(path):
-      records = (_parse_object(path, *line) for line in lines)
-    elif unit == 'paragraph':
-      records = _join_paragraphs(lines)
-    else:
-      records = ((number, {'text': line}) for number, line in lines if line)
-    count = 0
-    for number, record in (item for item in records if item is not None):
-      _check_fields(record, fields, path, number)
-      count += 1
-      yield record
-    if not count:
-      raise ValueError(
-        f'A file must hold at least one record, but {path} is empty or '
-        'blank. Remove it from the list, or write it again.'
-      )
+  lines = (
+    (number, line.strip())
+    for number, line in _decoded(path, _read_lines(path, sha256), bad)
+  )
+  is_json = file_formats.has_json_lines(path)
+  if not is_json and unit == 'paragraph':
+    lines = _join_paragraphs(lines)
+  count, num_bad = 0, bad.number
+  for number, line in lines:
+    if not line:
+      continue
+    try:
+      record = _parse_object(path, number, line) if is_json else {'text': line}
+      _check_record(record, fields, check, path, number)
+    except bad_records.BadRecordError as error:
+      bad.take(error)
+      continue
+    count += 1
+    yield record
+  if not count:
+    found = 'is empty or blank'
+    if num_bad := bad.number - num_bad:
+      found = f'has {num_bad:,} that cannot be read: {bad.first[0]}'
+    raise ValueError(
+      f'A file must hold at least one record, but {path} {found}. Remove it '
+      'from the list, or write it again.'
+    )
 
 
-def _read_lines(
-  path: str, stripped: str | None = None
-) -> Iterator[tuple[int, str]]:
-  """Yields line numbers, from 1 on, and stripped lines."""
+def _read_lines(path: str, sha256: str | None) -> Iterator[tuple[int, bytes]]:
+  """Yields line numbers, from 1 on, and lines."""
   number = 0
   try:
-    with file_formats.open_bytes(path) as file:
+    with file_formats.open_bytes(path, sha256) as file:
       for number, line in enumerate(file, start=1):
-        encoding = 'utf-8-sig' if number == 1 else 'utf-8'
-        yield number, line.decode(encoding).strip(stripped)
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f'Text must be UTF-8, but {path}, line {number}, is not: {error}. '
-      'Convert the file, for example with iconv.'
-    ) from error
+        yield number, line
   except file_formats.DAMAGED as error:
     raise file_formats.broken_off(path, number, error) from None
 
 
-def _check_fields(record, fields, path, number) -> None:
+def _decoded(
+  path: str,
+  lines: Iterator[tuple[int, bytes]],
+  bad: bad_records.BadRecords,
+) -> Iterator[tuple[int, str]]:
+  for number, line in lines:
+    try:
+      text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+    except UnicodeDecodeError as error:
+      bad.take(
+        bad_records.BadRecordError(
+          f'Text must be UTF-8, but {path}, line {number}, is not: {error}. '
+          'Convert the file, for example with iconv.'
+        )
+      )
+      continue
+    yield number, text
+
+
+def _check_record(record, fields, check, path, number) -> None:
   """Replaces the values of fields by what their checks return."""
-  for name, check in fields.items():
+  for name, check_field in fields.items():
     if name not in record:
-      raise ValueError(
+      raise bad_records.BadRecordError(
         f'Every record must have the field {name!r}, but {path}, line '
         f'{number}, has only {sorted(record)}. Add the field, or name the field '
         'that holds it.'
       )
     try:
-      record[name] = check(record[name])
+      record[name] = check_field(record[name])
     except record_fields.FieldError as error:
       shown = json.dumps(record[name], ensure_ascii=True)
       shown = shown if len(shown) <= 80 else shown[:77] + '...'
-      raise ValueError(
+      raise bad_records.BadRecordError(
         f'The field {name!r} of a record {error}, but in {path}, line {number}, '
         f'it is {shown}. Correct the line, or name another field.'
       ) from None
+  if check is not None:
+    try:
+      check(record)
+    except ValueError as error:
+      raise bad_records.BadRecordError(
+        f'{path}, line {number}: {error}'
+      ) from None
 
 
-def _parse_object(
-  path: str, number: int, line: str
-) -> tuple[int, dict[str, Any]] | None:
-  if not line:
-    return None
+def _parse_object(path: str, number: int, line: str) -> dict[str, Any]:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:
     # Python limits the digits of a number and the depth of a value.
-    raise ValueError(
+    raise bad_records.BadRecordError(
       f'Every line must be one JSON object, but {path}, line {number}, is '
       f'not JSON: {error}. Write one object per line, without line breaks.'
     ) from error
   if not isinstance(record, dict):
-    raise ValueError(
+    raise bad_records.BadRecordError(
       f'Every line must be one JSON object, but {path}, line {number}, is a '
       f'{type(record).__name__}. Write {{"text": ...}} on each line.'
     )
   if '\\ud' in line or '\\uD' in line:
     # Half of a pair of surrogates is no character: files cannot hold it.
     record = _without_halves(record)
-  return number, record
+  return record
 
 
 def _without_halves(value: Any) -> Any:
@@ -202,14 +282,14 @@ def _without_halves(value: Any) -> Any:
 
 def _join_paragraphs(
   lines: Iterator[tuple[int, str]],
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, str]]:
   first, parts = 0, []
   for number, line in lines:
     if line:
       first = first if parts else number
       parts.append(line)
     elif parts:
-      yield first, {'text': ' '.join(parts)}
+      yield first, ' '.join(parts)
       parts = []
   if parts:
-    yield first, {'text': ' '.join(parts)}
+    yield first, ' '.join(parts)
