@@ -350,7 +350,13 @@ def _run(
           # The best checkpoint must be one that was evaluated.
           training.eval_period if save.best_metric else save.period,
           _SaveCheckpoint(
-            checkpoints, experts, evaluate, verification, spikes, described
+            checkpoints,
+            experts,
+            evaluate,
+            verification,
+            spikes,
+            [*writers['train'], *writers['eval']],
+            described,
           ),
         ),
       ],
@@ -437,11 +443,15 @@ class _SaveCheckpoint:
   evaluate: periodic_evaluation.PeriodicEvaluation
   verification: cache_verification.Verification
   spikes: loss_spikes.SpikeWatch
+  writers: Sequence[train_metrics.Writer]
   described: dict[str, Any]
 
   def __call__(self, step, state):
     # Nothing is kept of a run on damaged data.
     self.verification.wait()
+    # A checkpoint on the disk must not be newer than the metrics there.
+    for writer in self.writers:
+      writer.flush()
     self.checkpoints.save(
       step,
       state.replace(tables={}, table_state={}),

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from mowe.words import terminations, writer_locks
+from mowe.words import atomic_files, terminations, writer_locks
 
 # How often `remove` tries, the pause between two tries in seconds, and after
 # how many tries in a row that find nothing it is done. Threads of an
@@ -49,7 +49,9 @@ def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     os.umask(umask)
     partial.chmod(0o777 & ~umask)
     check_new(folder)
+    atomic_files.sync_below(partial)
     partial.rename(folder)
+    atomic_files.sync(folder.parent)
   except BaseException:
     remove(partial)
     raise

@@ -78,7 +78,7 @@ def create(
     raise ValueError(
       f'MODEL_DIR must be a folder, but {path} is a file. Choose another.'
     )
-  path.mkdir(parents=True, exist_ok=True)
+  atomic_files.make_folder(path)
   model_description.write_vocabularies(path, config, vocabulary)
   # model.json is written last, and is renamed into place. So a folder that has
   # one is complete.

@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mowe.training import manifests
-from mowe.words import json_files
+from mowe.words import atomic_files, json_files
 
 PyTree = Any
 
@@ -212,6 +212,7 @@ class Checkpoints:
       number += 1
       new = self.folder / f'{_ASIDE}{path.name}_{number}'
     path.rename(new)
+    atomic_files.sync(self.folder)
     return new
 
   def set_aside_damaged(self, pattern: str) -> None:
@@ -406,6 +407,7 @@ class Checkpoints:
         # The manifest goes first, so that a checkpoint that is half removed
         # looks unfinished.
         (path / manifests.FILE_NAME).unlink(missing_ok=True)
+        atomic_files.sync(path)
         shutil.rmtree(path)
 
   def _check_shapes(self, path: pathlib.Path, abstract: PyTree, whole: bool):

@@ -3,8 +3,9 @@
 import fnmatch
 import hashlib
 import json
-import os
 import pathlib
+
+from mowe.words import atomic_files
 
 FILE_NAME = 'manifest.json'
 
@@ -16,15 +17,14 @@ class DamagedCheckpointError(ValueError):
 def write(folder: pathlib.Path) -> None:
   """Writes the manifest of a folder whose other files are all written.
 
-  It appears under its name only when it is whole and on disk.
+  It appears under its name only when it and all other files are whole and on
+  disk.
   """
   digests = {name: digest(folder / name) for name in _files(folder)}
-  temporary = folder / (FILE_NAME + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    json.dump({'sha256': digests}, file, indent=2, sort_keys=True)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(folder / FILE_NAME)
+  atomic_files.sync_below(folder)
+  atomic_files.sync(folder.parent)
+  content = json.dumps({'sha256': digests}, indent=2, sort_keys=True)
+  atomic_files.write_atomically(folder / FILE_NAME, content.encode())
 
 
 def verify(folder: pathlib.Path) -> None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mowe.words import atomic_files
+
 # A metric as it is written: a number, or an array of one number per expert.
 Value = float | np.ndarray
 
@@ -81,7 +83,7 @@ class Writer(Protocol):
     """Writes the values of a step."""
 
   def flush(self) -> None:
-    """Returns when all that was written is in the file."""
+    """Returns when all that was written is on the disk."""
 
   def close(self) -> None:
     """Flushes and closes the file."""
@@ -107,10 +109,11 @@ class JsonLinesWriter:
     self, path: str | os.PathLike[str], resume_step: int | None = None
   ):
     self.path = pathlib.Path(path)
-    self.path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.make_folder(self.path.parent)
     if self.path.exists():
       _truncate(self.path, resume_step)
     self._file = self.path.open('a', encoding='utf-8')
+    atomic_files.sync(self.path.parent)
 
   def write(self, step: int, values: Mapping[str, Value]) -> None:
     """Writes and flushes one line."""
@@ -121,8 +124,8 @@ class JsonLinesWriter:
     self._file.flush()
 
   def flush(self) -> None:
-    """Returns when all lines are in the file."""
-    self._file.flush()
+    """Returns when all lines are on the disk."""
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Flushes and closes the file."""
@@ -200,6 +203,4 @@ def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
       kept.append(line)
   if kept != lines:
     # Written beside the file and then renamed: a kill here loses no line.
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(''.join(kept), encoding='utf-8')
-    temporary.replace(path)
+    atomic_files.write_atomically(path, ''.join(kept).encode())

@@ -1,4 +1,10 @@
-"""Writes files that exist complete or not at all."""
+"""Writes files that exist complete or not at all.
+
+A system may write to the disk in any order, and all at its own time. So after a
+power cut a file may have its new name and none of its contents, unless the
+contents were forced to the disk before it was renamed; and a new name may be
+gone unless the folder was forced to the disk after.
+"""
 
 import os
 import pathlib
@@ -6,9 +12,9 @@ import tempfile
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-  """Writes a file, which exists complete or not at all."""
+  """Writes a file, which exists complete or not at all, and is on disk."""
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  make_folder(path.parent)
   descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
   try:
     with os.fdopen(descriptor, 'wb') as file:
@@ -24,3 +30,31 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
   except BaseException:
     os.unlink(partial)
     raise
+  sync(path.parent)
+
+
+def make_folder(path: str | os.PathLike) -> None:
+  """Makes a folder and those above it where they are missing, on disk."""
+  path = pathlib.Path(path)
+  if path.is_dir():
+    return
+  make_folder(path.parent)
+  path.mkdir(exist_ok=True)
+  sync(path.parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+  """Forces to the disk what a file holds, or the names that a folder holds."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def sync_below(folder: str | os.PathLike) -> None:
+  """Forces a folder to the disk with all that is in it."""
+  for place, _, names in os.walk(folder, topdown=False):
+    for name in names:
+      sync(os.path.join(place, name))
+    sync(place)

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from mowe.words import atomic_files
+
 _INSIDE = '.lock'
 _BESIDE = '.{}.lock'
 
@@ -42,7 +44,7 @@ def of_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
       f'The place to write to must be a folder, but {folder} is a file. Choose '
       'another.'
     )
-  folder.mkdir(parents=True, exist_ok=True)
+  atomic_files.make_folder(folder)
   with _held(folder / _INSIDE, folder):
     yield
 
@@ -55,7 +57,7 @@ def of_path(path: str | os.PathLike[str]) -> Iterator[None]:
     PlaceInUseError: see `of_folder`.
   """
   path = pathlib.Path(path).absolute()
-  path.parent.mkdir(parents=True, exist_ok=True)
+  atomic_files.make_folder(path.parent)
   with _held(path.parent / _BESIDE.format(path.name), path):
     yield
 

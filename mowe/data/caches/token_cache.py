@@ -27,7 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from mowe.words import base_vocabulary, json_files, terminations, writer_locks
+from mowe.words import (
+  atomic_files,
+  base_vocabulary,
+  json_files,
+  terminations,
+  writer_locks,
+)
 
 FORMAT_VERSION = 1
 _SUMMARY = 'cache.json'
@@ -452,15 +458,18 @@ def _build_cache(
   try:
     yield writer
     writer.finish()
+    atomic_files.sync(folder)
     folder.chmod(0o755)  # Only one user can read a folder of mkdtemp.
     if path.exists():
       # A folder cannot be renamed over one that is not empty.
       old = folder.with_name(folder.name + '.old')
       path.rename(old)
       folder.rename(path)
+      atomic_files.sync(path.parent)
       shutil.rmtree(old)
     else:
       folder.rename(path)
+      atomic_files.sync(path.parent)
   finally:
     writer.close()
     shutil.rmtree(folder, ignore_errors=True)

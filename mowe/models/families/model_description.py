@@ -8,12 +8,12 @@ the vocabularies, which are compared when they are loaded.
 """
 
 import pathlib
-import shutil
 from typing import Any
 
 from mowe.models import model_config, token_memories
 from mowe.models.families import saved_config
 from mowe.words import (
+  atomic_files,
   base_vocabulary,
   byte_vocabulary,
   json_files,
@@ -72,7 +72,8 @@ def write_vocabularies(
 ) -> None:
   """Writes the files that a description names."""
   if not isinstance(vocabulary, byte_vocabulary.ByteVocabulary):
-    shutil.copyfile(vocabulary.path, folder / _SUBWORDS)
+    content = pathlib.Path(vocabulary.path).read_bytes()
+    atomic_files.write_atomically(folder / _SUBWORDS, content)
   if config.routing is not None:
     config.routing.save(folder / _ROUTING)
 

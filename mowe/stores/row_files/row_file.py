@@ -32,6 +32,7 @@ import numpy as np
 
 from mowe.stores.row_files import expert_records, row_index
 from mowe.training import manifests
+from mowe.words import atomic_files
 from mowe.words.plans import step_plans
 
 
@@ -262,6 +263,7 @@ class RowFile:
     gone. All of them are on disk before the index is.
     """
     os.fsync(self._file)
+    atomic_files.sync(self._folder)
     self.index.save(checkpoint, self._process, self._own)
     self._hold(checkpoint, self.index)
 
