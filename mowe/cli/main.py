@@ -17,7 +17,7 @@ from mowe.cli import (
   modules_verbs,
   program_cache,
 )
-from mowe.words import terminations
+from mowe.words import terminal_text, terminations
 
 # `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
 # folders and run models, so they have the options of `_add_shared_options`.
@@ -28,10 +28,17 @@ _OTHERS = (data_verbs, experiment_verbs, config_verbs)
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a verb, and returns the exit status.
 
+  What it prints can steer no terminal; see `terminal_text`.
+
   Errors of input are shown as one paragraph without a trace, as they say what
   must hold, what was found and what to do. MOWE_TRACE=1 shows the trace.
   """
   arguments = list(sys.argv[1:] if arguments is None else arguments)
+  with terminal_text.harmless_output():
+    return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
   parser = _make_parser()
   options, rest = parser.parse_known_args(arguments)
   bindings = gin_arguments.take_bindings(rest)

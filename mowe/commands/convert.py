@@ -309,7 +309,9 @@ def _read_again(target, to, given, wanted) -> weights.Weights:
 
 
 def _show_parameters(given, written, is_guess):
-  console = rich.console.Console(highlight=False, soft_wrap=True)
+  console = rich.console.Console(
+    highlight=False, soft_wrap=True, color_system=None
+  )
   console.width = max(console.width, _WIDTH)
   console.print(_table(given.params, written.params))
   name = t5x_tree.released_name(given.config)

@@ -286,6 +286,8 @@ def _usage_table(measured) -> rich.table.Table:
 
 
 def _print(table):
-  console = rich.console.Console(highlight=False, soft_wrap=True)
+  console = rich.console.Console(
+    highlight=False, soft_wrap=True, color_system=None
+  )
   console.width = max(console.width, _WIDTH)
   console.print(table)

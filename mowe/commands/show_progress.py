@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from mowe.words import terminal_text
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -19,7 +21,8 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
   Args:
     what: what is counted, such as 'texts'.
   """
-  is_terminal = sys.stderr.isatty()
+  stream = terminal_text.steerable(sys.stderr)
+  is_terminal = stream.isatty()
   period = 0.2 if is_terminal else _SECONDS_BETWEEN_LINES
   start = last = time.monotonic()
   shown = False
@@ -31,9 +34,9 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
       return
     last, shown = now, True
     line = f'{done:,} {what}, {done / (now - start):,.0f}/s'
-    sys.stderr.write(f'\r{line}\033[K' if is_terminal else line + '\n')
-    sys.stderr.flush()
+    stream.write(f'\r{line}\033[K' if is_terminal else line + '\n')
+    stream.flush()
 
   yield progress
   if shown and is_terminal:
-    sys.stderr.write('\n')
+    stream.write('\n')

@@ -39,7 +39,9 @@ def show(
     freeze_experts: whether the expert tables are frozen.
     optimizer: the optimizer of ordinary parameters.
   """
-  console = rich.console.Console(highlight=False, soft_wrap=True)
+  console = rich.console.Console(
+    highlight=False, soft_wrap=True, color_system=None
+  )
   cost = costs.model_costs(
     config, parameters.merge_tables(state.params, state.tables)
   )

@@ -29,7 +29,7 @@ from mowe.comparison import (
   peak_memory,
   planned_runs,
 )
-from mowe.words import atomic_files, json_files
+from mowe.words import atomic_files, json_files, terminal_text
 
 # The exit status of a process that was stopped.
 STOPPED = 75
@@ -274,6 +274,11 @@ def main(path: str) -> int:
   """Does the run that a file describes, and returns the exit status."""
   planned = planned_runs.Run.from_json(pathlib.Path(path).read_text('utf-8'))
   _stop_with(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  with terminal_text.harmless_output():
+    return _run_or_say_why(planned)
+
+
+def _run_or_say_why(planned: planned_runs.Run) -> int:
   try:
     run(planned)
   except KeyboardInterrupt as error:

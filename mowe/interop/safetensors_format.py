@@ -25,6 +25,10 @@ DTYPES = {
   'F16': np.dtype('<f2'),
   'BF16': np.dtype(ml_dtypes.bfloat16),
 }
+# No weights of any model come near these. NumPy has limits of its own, of which
+# it tells without a file's name.
+_MOST_AXES = 32
+_MOST_NUMBERS = 2**58
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # A limit of the format, so that a damaged length cannot fill the memory.
@@ -166,6 +170,10 @@ def _check_entry(path, name, entry, length):
   if len(entry['data_offsets']) != 2:
     raise _damaged(path, f'gives {name} the bytes {entry["data_offsets"]}')
   dtype, shape = DTYPES[entry['dtype']], tuple(entry['shape'])
+  # Sizes of zero hide others that numpy cannot hold.
+  room = math.prod(max(1, size) for size in shape)
+  if len(shape) > _MOST_AXES or room > _MOST_NUMBERS:
+    raise _damaged(path, f'gives {name} the shape {str(list(shape))[:200]}')
   first, last = entry['data_offsets']
   wanted = dtype.itemsize * math.prod(shape)
   if not first <= last <= length:

@@ -12,6 +12,8 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
+from mowe.words import terminal_text
+
 
 class Progress:
   """Shows the progress of a run; a context manager.
@@ -42,7 +44,8 @@ class Progress:
     self.total_steps = total_steps
     self.first_step = first_step
     self.log_period = log_period
-    self._stream = sys.stdout if stream is None else stream
+    stream = sys.stdout if stream is None else stream
+    self._stream = terminal_text.steerable(stream)
     self._clock = clock
     self._start = self._clock()
     self._period_start = self._start

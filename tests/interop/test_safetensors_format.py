@@ -122,8 +122,11 @@ _TWICE = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"w":{}}'
     (_file({'w': _entry(0, 8, [3])}, bytes(8)), '8 bytes, .* shape needs 12'),
     (
       _file({'w': _entry(0, 8, [2**40, 2**40])}, bytes(8)),
-      'shape needs',
+      r'w the shape \[1099',
     ),
+    (_file({'w': _entry(0, 0, [2**62, 0])}), r'w the shape \[4611'),
+    (_file({'w': _entry(0, 0, [2**39] * 4 + [0])}), r'w the shape \[549'),
+    (_file({'w': _entry(0, 4, [1] * 100)}, bytes(4)), r'w the shape \[1, 1'),
     (
       _file({'v': _entry(0, 8), 'w': _entry(4, 12)}, bytes(12)),
       'w start at byte 4, where the array before it ends at 8',

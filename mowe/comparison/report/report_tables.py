@@ -14,6 +14,7 @@ from mowe.comparison.report import (
   report_contents,
   statistics,
 )
+from mowe.words import terminal_text
 
 NONE = 'n/a'
 _BLOCKS = '▁▂▃▄▅▆▇█'
@@ -531,8 +532,8 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _text(text: str) -> str:
-  """Escapes a text, so that it is neither Markdown nor HTML."""
-  text = ' '.join(text.split())
+  """Escapes a text, so that it is neither Markdown, HTML nor codes."""
+  text = terminal_text.escaped(' '.join(text.split()))
   for mark in '\\|*_`[]#':
     text = text.replace(mark, f'\\{mark}')
   return html.escape(text, quote=False)
