@@ -1,6 +1,7 @@
 """The `mowe` command; see README.md."""
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -23,6 +24,8 @@ from mowe.words import terminal_text, terminations
 # folders and run models, so they have the options of `_add_shared_options`.
 _OF_MODELS = (model_verbs, modules_verbs)
 _OTHERS = (data_verbs, experiment_verbs, config_verbs)
+# Errors of a place without room, and of a user without more of it.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +68,8 @@ def _run(arguments: list[str]) -> int:
       raise
     # Gin appends to every error the calls of its own that led there.
     text = re.sub(r'\n\s*In call to configurable .*', '', str(error))
+    if isinstance(error, OSError) and error.errno in _FULL:
+      text += '. Make room there and run the same command again; what was finished is whole.'
     print(f'mowe: {text}', file=sys.stderr)
     return 1
   except RuntimeError as error:

@@ -32,7 +32,7 @@ from mowe.training import (
   training_step,
 )
 from mowe.training.optimization import optimizers, row_optimizers
-from mowe.words import base_vocabulary, writer_locks
+from mowe.words import atomic_files, base_vocabulary, writer_locks
 from mowe.words.plans import batch_router
 
 # Under this name a checkpoint keeps the losses with which the next ones are
@@ -264,7 +264,10 @@ def train(
   # Of several processes of one run the first one holds the lock.
   is_first = jax.process_index() == 0
   lock = writer_locks.of_folder(training.model_dir)
-  with lock if is_first else contextlib.nullcontext():
+  with (
+    atomic_files.naming(training.model_dir),
+    lock if is_first else contextlib.nullcontext(),
+  ):
     return _run(training, setup, batches, router, back_to, config_text)
 
 
@@ -315,12 +318,12 @@ def _run(
     closing.callback(experts.close)
     closing.callback(checkpoints.wait)
     first_step = int(state.step)
+    writers = _open_writers(folder, first_step, training.tensorboard, closing)
     # The text is written only now, because a resume that is refused must leave
     # the folder as it was.
     if jax.process_index() == 0:
       text = config_text() if config_text is not None else None
       run_history.begin(folder, first_step, text)
-    writers = _open_writers(folder, first_step, training.tensorboard, closing)
     evaluate = periodic_evaluation.PeriodicEvaluation(
       _prepared_evaluations(training, setup, experts),
       writers['eval'],

@@ -33,7 +33,11 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   folder = pathlib.Path(folder)
   check_new(folder)
-  with writer_locks.of_path(folder), terminations.cleaning_up():
+  with (
+    atomic_files.naming(folder),
+    writer_locks.of_path(folder),
+    terminations.cleaning_up(),
+  ):
     yield from _new_folder(folder)
 
 

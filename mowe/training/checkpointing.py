@@ -16,13 +16,15 @@ it removes first. The digests of a manifest are compared before a restore,
 because Orbax restores flipped bits in silence.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -144,7 +146,8 @@ class Checkpoints:
     if attach is not None:
       attach(path)
       _wait_for_all_processes(f'checkpoint_attached_{step}')
-    self._checkpointer.save(path / 'state', args=ocp.args.StandardSave(state))
+    with _naming_full_disk(path):
+      self._checkpointer.save(path / 'state', args=ocp.args.StandardSave(state))
     texts = {
       'metadata.json': _to_json(metadata or {}),
       'metrics.json': _to_json(metrics or {}),
@@ -341,7 +344,8 @@ class Checkpoints:
     path = self._verified(step)
     self._check_shapes(path, abstract_state, whole=True)
     args = ocp.args.StandardRestore(abstract_state)
-    state = self._checkpointer.restore(path / 'state', args=args)
+    with _naming(path):
+      state = self._checkpointer.restore(path / 'state', args=args)
     self._own_step = _step_of(path)
     return state
 
@@ -366,18 +370,22 @@ class Checkpoints:
       restore_args=ocp.checkpoint_utils.construct_restore_args(parts),
       partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with (
+      _naming(path),
+      ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
       return checkpointer.restore(path / 'state', args=args)
 
   def _finish(self, step: int, texts: Mapping[str, str]) -> None:
     """Waits for the arrays, writes the manifest and removes old steps."""
-    self._checkpointer.wait_until_finished()
-    if jax.process_index() != 0:
-      return
     path = self._path(step)
-    for name, text in texts.items():
-      (path / name).write_text(text, encoding='utf-8')
-    manifests.write(path)
+    with _naming_full_disk(path):
+      self._checkpointer.wait_until_finished()
+      if jax.process_index() != 0:
+        return
+      for name, text in texts.items():
+        (path / name).write_text(text, encoding='utf-8')
+      manifests.write(path)
     self._remove_old(step)
 
   def _is_new(self, step: int) -> bool:
@@ -415,7 +423,9 @@ class Checkpoints:
 
     With `whole` there must be no other arrays in the checkpoint.
     """
-    saved_tree = self._checkpointer.metadata(path / 'state').item_metadata.tree
+    with _naming(path):
+      metadata = self._checkpointer.metadata(path / 'state')
+      saved_tree = metadata.item_metadata.tree
     saved, wanted = _shapes(saved_tree), _shapes(abstract)
     differences = [
       f'{name}: {saved.get(name, "absent")} there, '
@@ -459,6 +469,41 @@ def _wait_for_all_processes(point: str) -> None:
   """Returns when every process of the run has come to this point."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(point)
+
+
+@contextlib.contextmanager
+def _naming_full_disk(path: pathlib.Path) -> Iterator[None]:
+  """Raises the system's error with the checkpoint's name if the disk is full.
+
+  Orbax raises another error for it, whose text alone says what happened.
+  """
+  try:
+    with atomic_files.naming(path):
+      yield
+  except (ValueError, RuntimeError) as error:
+    text = os.strerror(errno.ENOSPC)
+    if text not in str(error):
+      raise
+    raise OSError(errno.ENOSPC, text, str(path)) from error
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Names the checkpoint if Orbax cannot read it.
+
+  Its digests are those of its manifest by then, so that another program wrote
+  these files. Orbax raises errors of many kinds for them.
+  """
+  try:
+    yield
+  except Exception as error:
+    first = (str(error).splitlines() or [''])[0]
+    raise DamagedCheckpointError(
+      f'{path / "state"} must hold arrays as Orbax writes them, but cannot be '
+      f'read ({type(error).__name__}: {first}). '
+      'Copy the checkpoint again from where it was whole, or restore another '
+      'step.'
+    ) from error
 
 
 def _step_of(path: pathlib.Path) -> int:

@@ -17,6 +17,16 @@ from mowe.words import atomic_files
 
 FILE_NAME = 'history.jsonl'
 CONFIG = 'config.gin'
+# What every line has.
+_FIELDS = {
+  'time': str,
+  'step': int,
+  'version': str,
+  'commit': str | None,
+  'command': str,
+  'host': str,
+  'changes': dict,
+}
 
 _BINDING = re.compile(r'([A-Za-z_][\w./]*) = ?(.*)')
 
@@ -66,7 +76,9 @@ def begin(
   path = folder / CONFIG
   changes = {}
   if path.exists() and config_text is not None:
-    changes = changed_settings(path.read_text('utf-8'), config_text)
+    changes = changed_settings(
+      path.read_text('utf-8', errors='replace'), config_text
+    )
   if changes:
     width = max(map(len, changes))
     print('Settings that have changed since the last start:')
@@ -83,12 +95,30 @@ def begin(
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines of the history; a half-written last one is left out."""
+  """Returns the lines of the history; a half-written last one is left out.
+
+  Raises:
+    ValueError: another line is not one that `begin` writes.
+  """
   path = folder / FILE_NAME
   if not path.exists():
     return []
-  *lines, _ = path.read_text('utf-8').split('\n')
-  return [json.loads(line) for line in lines]
+  *lines, _ = path.read_text('utf-8', errors='replace').split('\n')
+  found = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      found.append(json.loads(line))
+      is_line = all(
+        isinstance(found[-1][name], kind) for name, kind in _FIELDS.items()
+      )
+    except (ValueError, TypeError, KeyError, RecursionError):
+      is_line = False
+    if not is_line:
+      raise ValueError(
+        f'Every line of {path} must say when a run started, but line {number} '
+        f'is {line[:60]!r}. Move the file away: a run does without it.'
+      )
+  return found
 
 
 def changed_settings(old: str, new: str) -> dict[str, list[str | None]]:

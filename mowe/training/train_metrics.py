@@ -186,7 +186,9 @@ def _finite(value):
 
 def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
   """Removes a half-written last line, and lines after the resumed step."""
-  lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+  # What is no UTF-8 is kept as it is until its line is looked at.
+  text = path.read_text('utf-8', 'surrogateescape')
+  lines = text.splitlines(keepends=True)
   kept = []
   for number, line in enumerate(lines, start=1):
     if not line.endswith('\n'):

@@ -6,14 +6,21 @@ contents were forced to the disk before it was renamed; and a new name may be
 gone unless the folder was forced to the disk after.
 """
 
+import contextlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
   """Writes a file, which exists complete or not at all, and is on disk."""
   path = pathlib.Path(path)
+  with naming(path):
+    _write_atomically(path, content)
+
+
+def _write_atomically(path: pathlib.Path, content: bytes) -> None:
   make_folder(path.parent)
   descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
   try:
@@ -31,6 +38,20 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     os.unlink(partial)
     raise
   sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+  """Names a file or folder in errors of the system that name none.
+
+  That of a full disk is one of them.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_folder(path: str | os.PathLike) -> None:

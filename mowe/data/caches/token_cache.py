@@ -441,7 +441,11 @@ def build_cache(
   An exception inside the block leaves `path` as it was.
   """
   path = pathlib.Path(path).absolute()
-  with writer_locks.of_path(path), terminations.cleaning_up():
+  with (
+    atomic_files.naming(path),
+    writer_locks.of_path(path),
+    terminations.cleaning_up(),
+  ):
     yield from _build_cache(path, recipe)
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import threading
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -143,11 +144,24 @@ class RowIndex:
   def load(
     cls, checkpoint: pathlib.Path, group: str = step_plans.EXPERTS
   ) -> 'RowIndex':
-    """Reads the index of a checkpoint, with the parts of all processes."""
-    parts = []
-    for path in sorted(checkpoint.glob(_INDEX.format(group, '*'))):
-      with np.load(path) as arrays:
-        parts.append({name: arrays[name] for name in arrays.files})
+    """Reads the index of a checkpoint, with the parts of all processes.
+
+    Raises:
+      DamagedCheckpointError: a file is no index, or there is none.
+    """
+    pattern = _INDEX.format(group, '*')
+    try:
+      parts = [_read_part(path) for path in sorted(checkpoint.glob(pattern))]
+      return cls._joined(parts, group)
+    except _UNREADABLE as error:
+      raise manifests.DamagedCheckpointError(
+        f'{pattern} of {checkpoint} must say where experts lie, but cannot be '
+        f'read: {error or type(error).__name__}. Copy the checkpoint again from '
+        'where it was whole, or restore another step.'
+      ) from error
+
+  @classmethod
+  def _joined(cls, parts: list[dict[str, np.ndarray]], group: str):
     whole = {
       name: np.concatenate([part[name] for part in parts])
       for name in ('rows', *Located._fields, 'seen')
@@ -220,6 +234,18 @@ class RowIndex:
 def exists(checkpoint: pathlib.Path, group: str = step_plans.EXPERTS) -> bool:
   """Whether a checkpoint has tables of a group, word experts by default."""
   return any(checkpoint.glob(_INDEX.format(group, '*')))
+
+
+# What reading a file that is no index may raise.
+_UNREADABLE = (
+  *(ValueError, TypeError, KeyError, IndexError, EOFError, OSError),
+  zipfile.BadZipFile,
+)
+
+
+def _read_part(path: pathlib.Path) -> dict[str, np.ndarray]:
+  with np.load(path, allow_pickle=False) as arrays:
+    return {name: arrays[name] for name in arrays.files}
 
 
 def data_path(folder: pathlib.Path, group: str, file: int) -> pathlib.Path:
@@ -350,7 +376,11 @@ class RowReader:
     done, offset = 0, int(located.places[0]) * self._stride
     # A call may read less than it was asked for.
     while done < len(view):
-      count = os.preadv(self._open(file), [view[done:]], offset + done)
+      try:
+        count = os.preadv(self._open(file), [view[done:]], offset + done)
+      except OSError as error:
+        path = data_path(self._folder, self._index.group, file)
+        raise OSError(error.errno, error.strerror, str(path)) from error
       if not count:
         raise self._damaged(file, experts[0], 'the file ends before')
       done += count
