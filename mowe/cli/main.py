@@ -72,13 +72,16 @@ def _run(arguments: list[str]) -> int:
       text += '. Make room there and run the same command again; what was finished is whole.'
     print(f'mowe: {text}', file=sys.stderr)
     return 1
-  except RuntimeError as error:
+  except (RuntimeError, MemoryError) as error:
+    from mowe.commands import out_of_memory
+
     # A compiled program reads experts of the host in a callback. JAX raises its
     # errors as RuntimeError and keeps only their text.
     damaged = re.search(r'DamagedCheckpointError: (.*)', str(error))
-    if not damaged or os.environ.get('MOWE_TRACE'):
+    text = damaged[1] if damaged else out_of_memory.explanation(error)
+    if text is None or os.environ.get('MOWE_TRACE'):
       raise
-    print(f'mowe: {damaged[1]}', file=sys.stderr)
+    print(f'mowe: {text}', file=sys.stderr)
     return 1
   except KeyboardInterrupt as error:
     print(f'mowe: {str(error) or "stopped."}', file=sys.stderr)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from mowe.commands import data_config, evaluations, train
+from mowe.commands import data_config, evaluations, out_of_memory, train
 from mowe.commands.gin_files import gin_config
 from mowe.comparison import (
   experiment_data,
@@ -288,6 +288,12 @@ def _run_or_say_why(planned: planned_runs.Run) -> int:
     if os.environ.get('MOWE_TRACE'):
       raise
     print(f'mowe: {error}', file=sys.stderr)
+    return 1
+  except (RuntimeError, MemoryError) as error:
+    text = out_of_memory.explanation(error)
+    if text is None or os.environ.get('MOWE_TRACE'):
+      raise
+    print(f'mowe: {text}', file=sys.stderr)
     return 1
   return 0
 

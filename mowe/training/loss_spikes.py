@@ -27,7 +27,7 @@ _LEAST_DEVIATION = 0.1
 LAG = 3
 
 
-class LossSpikeError(RuntimeError):
+class LossSpikeError(FloatingPointError):
   """The loss of a batch is far above those before it, and the run must stop."""
 
 
