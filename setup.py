@@ -37,7 +37,11 @@ _GIN_FOLDERS = [
 ]
 
 # What `mkdocs build` needs.
-_DOCS = ['mkdocs-jupyter', 'mkdocs-material', 'mkdocstrings[python]']
+_DOCS = [
+  'mkdocs-jupyter>=0.25,<0.27',
+  'mkdocs-material>=9.6,<10',
+  'mkdocstrings[python]>=1.0,<2',
+]
 
 setuptools.setup(
   name='mowe',
@@ -58,28 +62,30 @@ setuptools.setup(
   },
   # py.typed: the annotations are for type checkers of other projects, too.
   package_data={'': ['*.gin'], 'mowe': ['py.typed']},
+  # Each range is that of the versions that were tested: the lowest ones together
+  # (requirements/lowest.txt), and the newest ones.
   install_requires=[
-    'absl-py',
+    'absl-py>=2.1,<3',
     # Python 3.14 has it.
-    "backports.zstd; python_version < '3.14'",
+    "backports.zstd>=1.0,<2; python_version < '3.14'",
     # JAX needs it to limit the size of its cache of compiled programs.
-    'filelock',
-    'flax>=0.10.6',
-    'gin-config>=0.5.0',
+    'filelock>=3.15,<5',
+    'flax>=0.12.0,<0.13',
+    'gin-config>=0.5.0,<0.6',
     # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
-    'importlib_resources',
-    'jax>=0.9.0',
-    'matplotlib',
-    'numpy>=2.0',
-    'optax>=0.2.4',
-    'orbax-checkpoint>=0.11.0',
-    'rich',
-    'sentencepiece>=0.2.0',
-    'seqio>=0.0.19',
-    'tensorboardX',
-    'tensorflow',
-    'tensorflow-datasets',
-    'tensorstore',
+    'importlib_resources>=6.4,<8',
+    'jax>=0.9.0,<0.13',
+    'matplotlib>=3.9,<4',
+    'numpy>=2.0,<3',
+    'optax>=0.2.5,<0.3',
+    'orbax-checkpoint>=0.11.28,<0.13',
+    'rich>=13.7,<16',
+    'sentencepiece>=0.2.0,<0.3',
+    'seqio>=0.0.20,<0.1',
+    'tensorboardX>=2.6.2,<3',
+    'tensorflow>=2.20,<3',
+    'tensorflow-datasets>=4.9.8,<5',
+    'tensorstore>=0.1.74,<0.2',
   ],
   extras_require={
     'docs': _DOCS,
@@ -88,12 +94,13 @@ setuptools.setup(
     # A test builds the documentation.
     'test': [
       *_DOCS,
-      'hypothesis',
-      'pytest',
-      'pytest-timeout',
-      'pytest-xdist',
-      'ruff',
-      'safetensors',
+      'hypothesis>=6.130,<7',
+      'pytest>=8.3,<10',
+      'pytest-timeout>=2.3,<3',
+      'pytest-xdist>=3.6,<4',
+      # Others may format in another way.
+      'ruff>=0.17,<0.18',
+      'safetensors>=0.5,<1',
     ],
   },
   entry_points={'console_scripts': ['mowe = mowe.cli.main:main']},

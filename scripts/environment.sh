@@ -14,4 +14,8 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   source .venv/bin/activate
 fi
 echo "Installing mowe and what it needs in $VIRTUAL_ENV"
-python -m pip install --quiet --disable-pip-version-check -e ".${extras:-}"
+# These are the versions with which all tests ran. CONSTRAINTS names another file
+# of versions; empty, it takes the newest that setup.py allows.
+constraints="${CONSTRAINTS-requirements/ci.txt}"
+python -m pip install --quiet --disable-pip-version-check \
+  ${constraints:+--constraint "$constraints"} -e ".${extras:-}"

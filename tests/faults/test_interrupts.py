@@ -117,7 +117,8 @@ def _rerun_and_compare(
   process = _start(world, folder, *options)
   output = _finish(process)
   assert process.returncode == 0, output
-  assert f'at step {resumed_at}.' in output
+  if resumed_at is not None:
+    assert f'at step {resumed_at}.' in output
   actual = _final(folder, total)
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   assert {'params', 'opt_state', 'experts'} < {
@@ -135,31 +136,41 @@ def _rerun_and_compare(
   assert steps == sorted(set(steps)) and steps[-1] == total
 
 
-def test_a_stopped_run_saves_and_goes_on(world, straight, tmp_path):
-  folder = tmp_path / 'run'
-  process = _start(world, folder)
+def _phase_has_come(phase, folder, saved):
   log = folder / 'train_metrics.jsonl'
-  _wait_until(lambda: log.exists() and log.stat().st_size > 0, process)
-  process.terminate()
-  output = _finish(process)
-  assert process.returncode == 130, output
-  with checkpointing.Checkpoints(folder) as saved:
-    step = saved.latest_step()
-  assert 0 < step < _TOTAL
-  assert f'Stopped after step {step} of {_TOTAL}; saved' in output
-  _rerun_and_compare(world, folder, straight, step)
+  return {
+    # The folder is locked before programs are compiled.
+    'starting': lambda: (folder / 'model.json').exists(),
+    'training': lambda: log.exists() and log.stat().st_size > 0,
+    'saved': lambda: saved.latest_step() is not None,
+  }[phase]
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(world, straight, tmp_path):
+@pytest.mark.parametrize(
+  'number, phase',
+  [
+    (signal.SIGINT, 'starting'),
+    (signal.SIGTERM, 'training'),
+    (signal.SIGKILL, 'saved'),
+  ],
+)
+def test_an_interrupted_run_goes_on(number, phase, world, straight, tmp_path):
   folder = tmp_path / 'run'
   process = _start(world, folder)
-  saved = checkpointing.Checkpoints(folder)
-  _wait_until(saved.latest_step, process)
-  process.kill()
-  _finish(process)
-  step = saved.latest_step()
-  saved.close()
-  assert process.returncode == -signal.SIGKILL and step < _TOTAL
+  with checkpointing.Checkpoints(folder) as saved:
+    _wait_until(_phase_has_come(phase, folder, saved), process)
+    process.send_signal(number)
+    output = _finish(process)
+    step = saved.latest_step()
+  if number == signal.SIGKILL:
+    assert process.returncode == -number
+  else:
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1].startswith('mowe: ')
+  if phase != 'starting':
+    assert 0 < step < _TOTAL
+  if phase == 'training':
+    assert f'Stopped after step {step} of {_TOTAL}; saved' in output
   _rerun_and_compare(world, folder, straight, step)
 
 
