@@ -64,10 +64,10 @@ def compare(
   Raises:
     ValueError: a setting cannot work, before anything is trained; or a run
       failed.
+    PlaceInUseError: another process is doing an experiment in this output.
     KeyboardInterrupt: a signal was received. The same call continues.
   """
   folder = pathlib.Path(experiment.output)
-  folder.mkdir(parents=True, exist_ok=True)
   with run_process.only_one(folder) as lock:
     prepared = experiment.data.prepare(folder / 'data')
     plan = planned_runs.Plan(experiment, prepared)

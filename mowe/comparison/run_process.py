@@ -16,25 +16,38 @@ import threading
 from collections.abc import Iterator
 
 from mowe.comparison import planned_runs, single_run
-from mowe.words import atomic_files
+from mowe.words import atomic_files, writer_locks
 
 _STOPPED = 'The experiment is stopped. Run the same command to continue.'
 
 
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path) -> Iterator[int]:
-  """Context in which no other process works in a folder; waits for others.
+  """Context in which no other process runs an experiment in a folder.
 
-  Yields the lock, a file descriptor. Processes that inherit it hold the lock,
-  too.
+  A run that a killed process has started saves what it did and ends; this waits
+  for it. Yields the lock of runs, a file descriptor: processes that inherit it
+  hold the lock, too.
+
+  Raises:
+    PlaceInUseError: another process is doing an experiment there.
   """
-  descriptor = os.open(folder / '.lock', os.O_RDWR | os.O_CREAT, 0o644)
+  with writer_locks.of_folder(folder), _runs_locked(folder) as descriptor:
+    yield descriptor
+
+
+@contextlib.contextmanager
+def _runs_locked(folder: pathlib.Path) -> Iterator[int]:
+  descriptor = os.open(folder / '.runs.lock', os.O_RDWR | os.O_CREAT, 0o644)
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      print(f'Waiting for another process to end its work in {folder}.')
+      print(f'Waiting for the run of a process that has ended in {folder}.')
       fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+      # The file system has no locks, and so nobody can be waited for.
+      pass
     yield descriptor
   finally:
     os.close(descriptor)

@@ -30,6 +30,7 @@ from mowe.comparison import (
   run_process,
   single_run,
 )
+from mowe.words import writer_locks
 
 _GIN = """
 # Tiny.
@@ -135,6 +136,12 @@ def test_killed_and_continued(world, tmp_path, capfd):
   while not list(first.glob('checkpoint_*/manifest.json')):
     assert process.poll() is None and time.monotonic() < until
     time.sleep(0.02)
+  start = time.monotonic()
+  with pytest.raises(
+    writer_locks.PlaceInUseError, match=f'process {process.pid}'
+  ):
+    run_process.only_one(folder).__enter__()
+  assert time.monotonic() - start < 1
   process.send_signal(signal.SIGKILL)
   process.wait()
   # The run that the killed process had started ends with it. Taking the lock

@@ -77,7 +77,7 @@ def test_a_whole_file_is_its_bytes(tmp_path):
 def test_files_are_cut_into_bytes_alone(tmp_path):
   path = _write(tmp_path)
   vocabulary = sentencepiece_vocabulary.train_sentencepiece(
-    ['ab cd é'] * 9, tmp_path / 'v.model', 10
+    ['ab cd é'] * 9, tmp_path / 'v.model', 9
   )
   with pytest.raises(ValueError, match='Use --vocabulary bytes'):
     lm_cache.cache_texts([path], tmp_path / 'c', vocabulary, unit='file')
