@@ -26,6 +26,21 @@ def abstract_variables(model: nn.Module) -> Any:
   such as that of a plain `nn.Dense` in a user's layer, gets axes without names,
   so it is replicated on every device.
   """
+  try:
+    variables = _abstract_variables(model)
+  except TypeError as error:
+    if 'unhashable' not in str(error):
+      raise
+    variables = _abstract_variables.__wrapped__(model)
+  # The caller may change its tree.
+  flat = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
+  return flax.traverse_util.unflatten_dict(flat)
+
+
+# A run asks for the variables of its model several times, and tracing a deep
+# model takes seconds.
+@functools.lru_cache(maxsize=8)
+def _abstract_variables(model: nn.Module) -> Any:
   init = functools.partial(
     parameters.initial_variables,
     model,

@@ -12,7 +12,7 @@ import numpy as np
 from mowe.layers import feed_forward_base
 from mowe.layers.dispatch import token_groups
 from mowe.layers.mixtures import moe
-from mowe.models import model_config, parameters
+from mowe.models import initialization, model_config, parameters
 from mowe.models.families import families
 from mowe.words.plans import step_plans
 
@@ -80,10 +80,7 @@ def model_costs(
   """
   if params is None:
     model = families.build(config)
-    params = jax.eval_shape(
-      lambda key: parameters.initial_variables(model, key)['params'],
-      jax.random.key(0),
-    )
+    params = initialization.abstract_variables(model)['params']
   ordinary, tables = parameters.split_tables(params)
   experts = parameters.in_groups(tables).get(step_plans.EXPERTS, {})
   row = sum(_size(x) // x.shape[0] for x in jax.tree.leaves(experts))
