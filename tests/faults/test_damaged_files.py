@@ -194,6 +194,8 @@ _CASES = [
   for damage in _DAMAGES
   for verb in _VERBS
   for case in [(verb, file, damage)]
+  # `convert` reads a folder as the others do, and takes the longest.
+  if verb != 'convert' or damage in ('missing', 'flipped')
 ]
 
 

@@ -24,7 +24,7 @@ pytestmark = [
 
 _TOTAL = 120
 # Kills at random moments need a run that is long enough for all of them.
-_TOTAL_OF_KILLS = 240
+_TOTAL_OF_KILLS = 120
 # With two processes every step waits for both, so these runs are shorter.
 _TOTAL_OF_TWO = 60
 _SECONDS = 240
@@ -174,8 +174,11 @@ def test_an_interrupted_run_goes_on(number, phase, world, straight, tmp_path):
   _rerun_and_compare(world, folder, straight, step)
 
 
-def test_experts_on_disk_survive_ten_kills(world, tmp_path):
-  """The kills come at random moments, also while experts are being written."""
+def test_experts_on_disk_survive_kills(world, tmp_path):
+  """The kills come at random moments, also while experts are being written.
+
+  test_power_cut.py has every moment at which something is forced to the disk.
+  """
   # With one row in a batch, few experts are in slots.
   small = ('--gin.BATCH_SIZE=1', f'--gin.TRAIN_STEPS={_TOTAL_OF_KILLS}')
   straight = tmp_path / 'straight'
@@ -195,7 +198,7 @@ def test_experts_on_disk_survive_ten_kills(world, tmp_path):
   saved = checkpointing.Checkpoints(folder)
   newest = lambda: saved.latest_step() or 0
   killed_at = [0]
-  for index in range(10):
+  for index in range(5):
     process = _start(world, folder, *on_disk)
     # Most of the time goes into starting up. Every other kill waits for a new
     # checkpoint, so that the run makes progress on any machine. The others come
@@ -209,7 +212,7 @@ def test_experts_on_disk_survive_ten_kills(world, tmp_path):
     killed_at.append(newest())
   saved.close()
   assert killed_at == sorted(killed_at)
-  assert len(set(killed_at)) > 5 and killed_at[-1] < _TOTAL_OF_KILLS
+  assert len(set(killed_at)) > 2 and killed_at[-1] < _TOTAL_OF_KILLS
   _rerun_and_compare(
     world, folder, straight, killed_at[-1], *on_disk, total=_TOTAL_OF_KILLS
   )
