@@ -205,7 +205,7 @@ def _batches(data, loaded) -> Iterator[dict[str, np.ndarray]]:
     router = evaluations.make_router(config, [], {})
     yield from (router(batch)[0] for batch in batches)
     return
-  text, length = cache.flat('targets'), data.task_feature_lengths['targets']
+  text, length = cache.stream('targets'), data.task_feature_lengths['targets']
   if config.memory_length:
     yield from lm_batches.segments(text, data.batch_size, length)
   else:

@@ -53,14 +53,14 @@ def allotted(
 
 def _texts(cache, address, most_tokens) -> Iterator[list[int]]:
   """Yields the bank of each token of each text; tokens without one are out."""
-  flat, offsets = cache.flat('targets'), cache.offsets('targets')
+  stream, offsets = cache.stream('targets'), cache.offsets('targets')
   number = int(np.searchsorted(offsets, most_tokens, side='right')) - 1
   first = 0
   while first < max(number, 1) and first < cache.num_examples:
     last = int(np.searchsorted(offsets, offsets[first] + _AT_ONCE))
     last = min(max(last, first + 1), max(number, 1))
     start, end = offsets[first], offsets[last]
-    tokens = np.asarray(flat[start:end], np.int32)[None, :]
+    tokens = np.asarray(stream[start:end], np.int32)[None, :]
     lengths = np.diff(offsets[first : last + 1])
     segments = np.repeat(np.arange(1, last - first + 1), lengths)
     segments = segments.astype(np.int32)[None, :]

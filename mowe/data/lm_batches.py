@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from mowe.data import batch_source, lm_tasks
+from mowe.data.caches import verified_array
 
 
 def make_batch(
@@ -119,7 +120,9 @@ class ContiguousBatches(batch_source.RandomAccessSource):
 
 
 def rows_of_stream(
-  stream: np.ndarray, starts: np.ndarray, length: int
+  stream: np.ndarray | verified_array.VerifiedArray,
+  starts: np.ndarray,
+  length: int,
 ) -> batch_source.Batch:
   """Makes a batch of rows of running text.
 
@@ -146,7 +149,9 @@ def rows_of_stream(
 
 
 def segments(
-  stream: np.ndarray, batch_size: int, length: int
+  stream: np.ndarray | verified_array.VerifiedArray,
+  batch_size: int,
+  length: int,
 ) -> Iterator[batch_source.Batch]:
   """Yields batches with every token once, in rows that continue each other.
 
@@ -166,7 +171,10 @@ def segments(
 
 
 def sliding_windows(
-  stream: np.ndarray, batch_size: int, length: int, stride: int
+  stream: np.ndarray | verified_array.VerifiedArray,
+  batch_size: int,
+  length: int,
+  stride: int,
 ) -> Iterator[batch_source.Batch]:
   """Yields batches in which every token counts once, after enough others.
 

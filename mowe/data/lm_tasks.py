@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mowe.data.caches import lm_cache, token_cache
+from mowe.data.caches import lm_cache, token_cache, verified_array
 
 _logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ class LanguageModelTask:
     _logger.info('Task %s: %s', self.name, self.report())
 
   @functools.cached_property
-  def stream(self) -> np.ndarray:
+  def stream(self) -> verified_array.VerifiedArray:
     """All tokens of the text, <uint16 or int32>[total]."""
-    return self.cache.flat('targets')
+    return self.cache.stream('targets')
 
   @property
   def row_length(self) -> int:
@@ -135,14 +135,14 @@ class SeparateTexts:
   ) -> tuple[np.ndarray, np.ndarray]:
     del rng  # Nothing here is random.
     start, end = self._starts[index : index + 2]
-    tokens = self.cache.flat('targets')[start:end]
+    tokens = self.cache.stream('targets')[start:end]
     return _NO_INPUTS, tokens.astype(np.int32)
 
   def report(self) -> dict[str, int]:
     return {
       'examples': self.num_examples,
       'texts': self.cache.num_examples,
-      'tokens': len(self.cache.flat('targets')),
+      'tokens': len(self.cache.stream('targets')),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mowe.data.caches import token_cache
+from mowe.data.caches import token_cache, verified_array
 from mowe.data.text import span_corruption
 
 _logger = logging.getLogger(__name__)
@@ -108,8 +108,8 @@ class SpanCorruptionTask:
     return full + (rest >= 2)
 
   @functools.cached_property
-  def _stream(self) -> np.ndarray:
-    return self.cache.flat('targets')
+  def _stream(self) -> verified_array.VerifiedArray:
+    return self.cache.stream('targets')
 
   def length_bounds(self) -> np.ndarray:
     full = self._lengths_of(min(self.chunk_length, len(self._stream)))

@@ -105,7 +105,7 @@ def score_text(
     ValueError: the model has an encoder, or cannot read as `reading` says.
   """
   config = _check(model.config, reading)
-  stream = cache.flat('targets')
+  stream = cache.stream('targets')
   if config.memory_length:
     batches = lm_batches.segments(stream, batch_size, length)
     memory = config.initial_memory(batch_size)

@@ -18,6 +18,7 @@ import small_runs
 
 from mowe.commands import evaluations
 from mowe.commands import train as train_command
+from mowe.data.caches import verified_array
 from mowe.layers.dispatch import expert_parallel, token_groups
 from mowe.layers.memory import word_experts
 from mowe.layers.mixtures import moe
@@ -402,13 +403,23 @@ def test_sizes_that_do_not_fit_are_refused_before_anything(world, tmp_path):
     world.train(file, 2)
 
 
-def test_nothing_is_saved_of_a_run_on_damaged_tokens(world, tmp_path):
+@pytest.mark.parametrize('is_read', [True, False])
+def test_nothing_is_saved_of_a_run_on_damaged_tokens(
+  is_read, world, tmp_path, monkeypatch
+):
+  message = 'its bytes 0 to 1,140 have changed'
+  if not is_read:
+    # As if the damage were in a block that no batch has read yet.
+    monkeypatch.setattr(
+      verified_array.VerifiedArray, '_verify', lambda self, blocks: None
+    )
+    message = 'must have the sha'
   shutil.copytree(f'{world.cache_dir}/text', tmp_path / 'text')
   file = tmp_path / 'text' / 'targets.tokens.bin'
   content = bytearray(file.read_bytes())
   content[100:120] = content[120:140]
   file.write_bytes(content)
-  with pytest.raises(ValueError, match='targets.tokens.bin must have the sha'):
+  with pytest.raises(ValueError, match=f'targets.tokens.bin .*{message}'):
     world.train(
       tmp_path / 'run',
       1,

@@ -6,7 +6,9 @@ The files of a cache are:
   <feature>.tokens.bin   the tokens of all examples, one after another;
   <feature>.offsets.bin  <int64>[examples + 1], where each begins and ends;
   records.jsonl          the fields that evaluation needs, a line per example;
-  records.offsets.bin    <int64>[examples + 1], where each line begins and ends.
+  records.offsets.bin    <int64>[examples + 1], where each line begins and ends;
+  *.checksums.bin        <uint32>[blocks], the CRC-32 of each block of 64 KiB of
+                         the array of that name (see `verified_array`).
 
 The folder is written under another name beside its place and renamed at the
 end, so that a build that was interrupted never looks finished.
@@ -27,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from mowe.data.caches import verified_array
 from mowe.words import (
   atomic_files,
   base_vocabulary,
@@ -35,7 +38,7 @@ from mowe.words import (
   writer_locks,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SUMMARY = 'cache.json'
 _BUILD_AGAIN = 'Remove the folder, and build the cache again.'
 # Vocabularies up to this size are stored as uint16, larger ones as int32. Both
@@ -174,12 +177,16 @@ class TokenCache:
       )
 
   def flat(self, feature: str) -> np.ndarray:
-    """Returns all examples of a feature, <uint16 or int32>[total]."""
+    """Returns all examples of a feature, <uint16 or int32>[total], at once."""
+    return self.stream(feature).whole()
+
+  def stream(self, feature: str) -> verified_array.VerifiedArray:
+    """Returns all examples of a feature, as `flat`, to be read in parts."""
     return self._array(f'{feature}.tokens')
 
   def offsets(self, feature: str) -> np.ndarray:
     """Returns the bounds of examples in `flat`, <int64>[num_examples + 1]."""
-    return self._array(f'{feature}.offsets')
+    return self._array(f'{feature}.offsets').whole()
 
   def lengths(self, feature: str) -> np.ndarray:
     """Returns the length of each example, <int64>[num_examples]."""
@@ -188,7 +195,7 @@ class TokenCache:
   def tokens(self, feature: str, index: int) -> np.ndarray:
     """Returns one example of a feature with its EOS, <int32>[length]."""
     start, end = self.offsets(feature)[index : index + 2]
-    return self.flat(feature)[start:end].astype(np.int32)
+    return self.stream(feature)[start:end].astype(np.int32)
 
   def spans(self, index: int) -> np.ndarray:
     """Returns the salient spans of a text, in tokens, <int32>[num_spans, 2]."""
@@ -212,10 +219,10 @@ class TokenCache:
       yield from map(json.loads, file)
 
   @functools.cached_property
-  def _arrays(self) -> dict[str, np.ndarray]:
+  def _arrays(self) -> dict[str, verified_array.VerifiedArray]:
     return {}
 
-  def _array(self, name: str) -> np.ndarray:
+  def _array(self, name: str) -> verified_array.VerifiedArray:
     if name not in self._arrays:
       if name not in self.summary['arrays']:
         raise ValueError(
@@ -223,15 +230,19 @@ class TokenCache:
           f'{self.path} of kind {self.kind!r} has only {self.features}. '
           'Build a cache of the kind that the task needs.'
         )
-      about = self.summary['arrays'][name]
-      shape, dtype = (about['length'],), np.dtype(about['dtype'])
-      # An empty file cannot be mapped.
-      self._arrays[name] = (
-        np.memmap(self.path / about['file'], dtype, 'r', shape=shape)
-        if about['length']
-        else np.zeros(shape, dtype)
+      path = self.path / self.summary['arrays'][name]['file']
+      self._arrays[name] = verified_array.VerifiedArray(
+        self._mapped(name), self._mapped(f'{name}.checksums'), path
       )
     return self._arrays[name]
+
+  def _mapped(self, name: str) -> np.ndarray:
+    about = self.summary['arrays'][name]
+    shape, dtype = (about['length'],), np.dtype(about['dtype'])
+    # An empty file cannot be mapped.
+    if not about['length']:
+      return np.zeros(shape, dtype)
+    return np.memmap(self.path / about['file'], dtype, 'r', shape=shape)
 
   def verify(self, is_over: Callable[[], bool] = lambda: False) -> None:
     """Compares every file with its digest, which reads all of them.
@@ -335,17 +346,25 @@ class CacheWriter:
       file.close()
     arrays = {}
     for name in self._ends:
+      dtype, length = self._dtype_of(name), self._totals[name]
       arrays[f'{name}.tokens'] = self._describe(
-        f'{name}.tokens.bin', self._dtype_of(name), self._totals[name]
+        f'{name}.tokens.bin', dtype, length
       )
-      ends = np.concatenate([[0], *self._ends[name]])
-      arrays[f'{name}.offsets'] = self._write(f'{name}.offsets.bin', ends)
+      tokens = np.zeros(0, dtype)
+      if length:
+        tokens = np.memmap(self._folder / f'{name}.tokens.bin', dtype, 'r')
+      arrays[f'{name}.tokens.checksums'] = self._write_checksums(
+        f'{name}.tokens', tokens
+      )
+      arrays |= self._write_offsets(
+        name, np.concatenate([[0], *self._ends[name]])
+      )
     if self._has_records:
       ends = np.cumsum([0, *self._record_sizes])
       arrays['records.tokens'] = self._describe(
         'records.jsonl', np.dtype(np.uint8), int(ends[-1])
       )
-      arrays['records.offsets'] = self._write('records.offsets.bin', ends)
+      arrays |= self._write_offsets('records', ends)
     else:
       (self._folder / 'records.jsonl').unlink()
     summary = {
@@ -370,8 +389,17 @@ class CacheWriter:
     # Spans are positions in a text, which the vocabulary's size does not bound.
     return np.dtype(np.int32) if name == 'spans' else self._token_dtype
 
+  def _write_offsets(self, name: str, ends: np.ndarray) -> dict[str, Any]:
+    name, ends = f'{name}.offsets', ends.astype(np.int64)
+    return {
+      name: self._write(f'{name}.bin', ends),
+      f'{name}.checksums': self._write_checksums(name, ends),
+    }
+
+  def _write_checksums(self, name: str, array: np.ndarray) -> dict[str, Any]:
+    return self._write(f'{name}.checksums.bin', verified_array.checksums(array))
+
   def _write(self, name: str, array: np.ndarray) -> dict[str, Any]:
-    array = array.astype(np.int64)
     with open(self._folder / name, 'wb') as file:
       file.write(array.tobytes())
       file.flush()

@@ -36,7 +36,7 @@ def count_tokens(cache: str | os.PathLike, num_ids: int) -> np.ndarray:
   for feature in opened.features:
     if feature == 'spans':  # Spans are positions, not ids.
       continue
-    tokens = opened.flat(feature)
+    tokens = opened.stream(feature)
     for start in range(0, len(tokens), _CHUNK):
       counts += np.bincount(tokens[start : start + _CHUNK], minlength=num_ids)
   return counts

@@ -151,7 +151,7 @@ def test_another_format_is_refused(tmp_path):
   summary = json.loads((built.path / 'cache.json').read_text())
   summary['recipe']['format_version'] = 99
   (built.path / 'cache.json').write_text(json.dumps(summary))
-  with pytest.raises(ValueError, match='must be version 1.*has version 99'):
+  with pytest.raises(ValueError, match='must be version 2.*has version 99'):
     token_cache.TokenCache.open(built.path)
 
 
