@@ -26,21 +26,38 @@ def abstract_variables(model: nn.Module) -> Any:
   such as that of a plain `nn.Dense` in a user's layer, gets axes without names,
   so it is replicated on every device.
   """
-  try:
-    variables = _abstract_variables(model)
-  except TypeError as error:
-    if 'unhashable' not in str(error):
-      raise
-    variables = _abstract_variables.__wrapped__(model)
+  variables = _abstract_variables(_SameConfig(model))
   # The caller may change its tree.
   flat = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
   return flax.traverse_util.unflatten_dict(flat)
 
 
+class _SameConfig:
+  """A model that equals all others of the very same config object.
+
+  Equal configs are not enough: a factory of gin stands for what the gin files
+  bind now.
+  """
+
+  def __init__(self, model: nn.Module):
+    self.model = model
+
+  def __hash__(self) -> int:
+    return hash((type(self.model), id(self.model.config)))
+
+  def __eq__(self, other: object) -> bool:
+    return (
+      isinstance(other, _SameConfig)
+      and type(other.model) is type(self.model)
+      and other.model.config is self.model.config
+    )
+
+
 # A run asks for the variables of its model several times, and tracing a deep
 # model takes seconds.
 @functools.lru_cache(maxsize=8)
-def _abstract_variables(model: nn.Module) -> Any:
+def _abstract_variables(same: _SameConfig) -> Any:
+  model = same.model
   init = functools.partial(
     parameters.initial_variables,
     model,

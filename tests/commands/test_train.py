@@ -285,7 +285,7 @@ def test_a_resumed_run_leaves_out_the_updates_of_the_same_batches(
     'log_period': 1,
   }
   expected = world.train(tmp_path / 'straight', 46, **settings)
-  for stop in (36, 40, 46):
+  for stop in (37, 46):
     settings['log_period'] += 1
     state = world.train(tmp_path / 'resumed', stop, **settings)
   _assert_same_bits(state, expected)

@@ -85,6 +85,7 @@ def test_what_is_saved_stays(cut_run, tmp_path):
   assert last == _TOTAL
 
 
+@pytest.mark.parametrize('cut_run', ['disk'], indirect=True)
 def test_a_run_after_a_cut_ends_with_the_same_bits(cut_run, tmp_path, world):
   store, disk, root, expected = cut_run
   # In and after the save of step 4.

@@ -249,3 +249,25 @@ def test_any_rows_are_drawn_with_the_bits_of_the_whole_table(rows):
     _flat(drawn),
     {f'experts/{name}': whole[f'experts/{name}'][rows] for name in names},
   )
+
+
+def test_variables_are_traced_once_for_the_same_config(monkeypatch):
+  traced, make = [], parameters.initial_variables
+
+  def counted(model, key, **settings):
+    traced.append(model)
+    return make(model, key, **settings)
+
+  monkeypatch.setattr(parameters, 'initial_variables', counted)
+  model = _model()
+  first = initialization.abstract_variables(model)
+  # The tree is the caller's own.
+  del first['params']['encoder']
+  again = initialization.abstract_variables(t5.T5(model.config))
+  assert 'encoder' in again['params'] and len(traced) == 1
+  # What a factory makes may have changed, though it is the same.
+  factory = model.config.sparse_feed_forward
+  equal = _model(sparse_feed_forward=factory)
+  assert equal == model
+  initialization.abstract_variables(equal)
+  assert len(traced) == 2
