@@ -31,7 +31,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a verb, and returns the exit status.
 
-  What it prints can steer no terminal; see `terminal_text`.
+  What it prints can steer no terminal (see `terminal_text`); Python itself
+  prints the traces of errors that are raised again.
 
   Errors of input are shown as one paragraph without a trace, as they say what
   must hold, what was found and what to do. MOWE_TRACE=1 shows the trace.

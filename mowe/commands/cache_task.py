@@ -16,7 +16,7 @@ from mowe.data.text import (
   text_files,
 )
 from mowe.evaluation import text_metrics
-from mowe.words import base_vocabulary, subword_vocabularies
+from mowe.words import base_vocabulary, subword_vocabularies, terminal_text
 
 TASK_MODULES = (
   'mowe.tasks.pretraining',
@@ -55,8 +55,7 @@ class Building:
 
   def describe(self, files: Sequence[str]) -> list[dict[str, Any]]:
     """Returns what a fingerprint says of files, and of what is left out."""
-    # The recipe names what is not the default alone, so that the fingerprints
-    # of older caches remain valid.
+    # The recipe names what is not the default alone.
     left_out = {'bad_records': 'skipped'} if self.bad.skip else {}
     return [source | left_out for source in text_files.describe_sources(files)]
 
@@ -266,14 +265,16 @@ class SeqioTask:
       register = vars(module).get('register_tfds_tasks')
       if register is not None:
         register(building.subwords)
-    return seqio_stream.cache_seqio_task(
-      self.seqio_task,
-      building.output,
-      building.subwords,
-      split=self.split,
-      overwrite=building.overwrite,
-      progress=building.progress,
-    )
+    # TFDS shows bars of its own while it prepares a data set.
+    with terminal_text.steerable_output():
+      return seqio_stream.cache_seqio_task(
+        self.seqio_task,
+        building.output,
+        building.subwords,
+        split=self.split,
+        overwrite=building.overwrite,
+        progress=building.progress,
+      )
 
 
 # What `mowe cache-task --kind` chooses from.

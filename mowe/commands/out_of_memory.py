@@ -20,9 +20,11 @@ def explanation(error: MemoryError | RuntimeError) -> str | None:
   if found:
     size, unit = found.groups()
     size = f'{int(size) / 1e9:.2f} GB' if unit == 'bytes' else f'{size} {unit}'
+  first = (text.splitlines() or [''])[0]
   return (
-    'The memory must hold the model, the state of its optimizer and a batch, '
-    f'but allocating {size} failed. Take a smaller BATCH_SIZE or more '
-    'NUM_MICROBATCHES, or a smaller model (VOCAB_SIZE, NUM_EXPERTS, '
-    'EXPERT_DIM); experts may also lie on disk (gin_configs/stores/disk.gin).'
+    'The memory must hold what a command works on, such as a model, the state '
+    f'of its optimizer and a batch, but allocating {size} failed ({first}). In '
+    'training, take a smaller BATCH_SIZE, more NUM_MICROBATCHES or a smaller '
+    'model (VOCAB_SIZE, NUM_EXPERTS, EXPERT_DIM); experts may also lie on disk '
+    '(gin_configs/stores/disk.gin).'
   )

@@ -471,6 +471,20 @@ def _wait_for_all_processes(point: str) -> None:
     multihost_utils.sync_global_devices(point)
 
 
+# Errors of reading a checkpoint that do not say that it is damaged.
+_NOT_OF_FILES = (
+  errno.EACCES,
+  errno.EPERM,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.EIO,
+)
+_NOT_OF_FILES_IN_WORDS = (
+  *('RESOURCE_EXHAUSTED', 'DEADLINE_EXCEEDED', 'UNAVAILABLE'),
+  *map(os.strerror, _NOT_OF_FILES),
+)
+
+
 @contextlib.contextmanager
 def _naming_full_disk(path: pathlib.Path) -> Iterator[None]:
   """Raises the system's error with the checkpoint's name if the disk is full.
@@ -481,10 +495,11 @@ def _naming_full_disk(path: pathlib.Path) -> Iterator[None]:
     with atomic_files.naming(path):
       yield
   except (ValueError, RuntimeError) as error:
-    text = os.strerror(errno.ENOSPC)
-    if text not in str(error):
-      raise
-    raise OSError(errno.ENOSPC, text, str(path)) from error
+    for number in (errno.ENOSPC, errno.EDQUOT):
+      text = os.strerror(number)
+      if text in str(error):
+        raise OSError(number, text, str(path)) from error
+    raise
 
 
 @contextlib.contextmanager
@@ -496,7 +511,14 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
   """
   try:
     yield
+  except MemoryError:
+    raise
   except Exception as error:
+    # The system, the device or another process may fail though the files are
+    # whole.
+    of_system = isinstance(error, OSError) and error.errno in _NOT_OF_FILES
+    if of_system or any(code in str(error) for code in _NOT_OF_FILES_IN_WORDS):
+      raise
     first = (str(error).splitlines() or [''])[0]
     raise DamagedCheckpointError(
       f'{path / "state"} must hold arrays as Orbax writes them, but cannot be '

@@ -11,8 +11,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 # Name of the metric that says whether the update of a step was left out.
 SKIPPED = 'skipped_updates'
 
@@ -142,4 +140,7 @@ class SpikeWatch:
     ]
     if len(before) < _FEWEST:
       return math.inf, _LEAST_DEVIATION
-    return float(np.mean(before)), max(float(np.std(before)), _LEAST_DEVIATION)
+    # These sums are exact, and so the same on all hosts of a run.
+    mean = math.fsum(before) / len(before)
+    variance = math.fsum((loss - mean) ** 2 for loss in before) / len(before)
+    return mean, max(math.sqrt(variance), _LEAST_DEVIATION)

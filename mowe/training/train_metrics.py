@@ -83,7 +83,7 @@ class Writer(Protocol):
     """Writes the values of a step."""
 
   def flush(self) -> None:
-    """Returns when all that was written is on the disk."""
+    """Writes what is still held in memory, to the disk where it must not be lost."""
 
   def close(self) -> None:
     """Flushes and closes the file."""
@@ -205,4 +205,6 @@ def _truncate(path: pathlib.Path, resume_step: int | None) -> None:
       kept.append(line)
   if kept != lines:
     # Written beside the file and then renamed: a kill here loses no line.
-    atomic_files.write_atomically(path, ''.join(kept).encode())
+    atomic_files.write_atomically(
+      path, ''.join(kept).encode('utf-8', 'surrogateescape')
+    )

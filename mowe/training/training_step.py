@@ -34,6 +34,8 @@ Batch = dict[str, jax.Array]
 # Collections of the model that travel in the batch, under their own names. The
 # first axis of each of their arrays is that of the batch.
 _CARRIED = (model_config.MEMORY,)
+# A run ends if one of these metrics is not finite; see `loop`.
+_MUST_BE_FINITE = ('gradient_norm', 'expert_gradient_bound')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,8 +387,13 @@ def _apply_gradients(
     usable &= jnp.isfinite(bound)
   if limit is not None:
     loss = metrics['loss']
-    is_skipped = ~(loss.total <= limit * loss.count)
+    is_skipped = ~(loss.total / jnp.maximum(loss.count, 1) <= limit)
     usable &= ~is_skipped
+    # Gradients that change nothing may be infinite.
+    for name in metrics:
+      if name in _MUST_BE_FINITE or name.endswith('/not_finite'):
+        total, count = metrics[name]
+        metrics[name] = Mean(jnp.where(is_skipped, 0, total), count)
     metrics[loss_spikes.SKIPPED] = Mean.of(is_skipped)
   updates, opt_state = setup.optimizer.update(
     grads, state.opt_state, state.params

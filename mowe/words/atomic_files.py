@@ -7,10 +7,21 @@ gone unless the folder was forced to the disk after.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
+
+# What a file system without such a thing answers, or one that lets nobody read
+# a folder.
+_NO_SYNC = (
+  *(errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EACCES),
+)
+# Errors of writing, which name no file when it is open already.
+_OF_WRITING = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+)
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -42,14 +53,11 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-  """Names a file or folder in errors of the system that name none.
-
-  That of a full disk is one of them.
-  """
+  """Names a place in errors of writing to it, such as that of a full disk."""
   try:
     yield
   except OSError as error:
-    if error.errno is None or error.filename is not None:
+    if error.errno not in _OF_WRITING or error.filename is not None:
       raise
     raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -65,12 +73,19 @@ def make_folder(path: str | os.PathLike) -> None:
 
 
 def sync(path: str | os.PathLike) -> None:
-  """Forces to the disk what a file holds, or the names that a folder holds."""
-  descriptor = os.open(path, os.O_RDONLY)
+  """Forces to the disk what a file holds, or the names that a folder holds.
+
+  Not every file system can do so for a folder, and then it is not done.
+  """
   try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+  except OSError as error:
+    if error.errno not in _NO_SYNC or not os.path.isdir(path):
+      raise
 
 
 def sync_below(folder: str | os.PathLike) -> None:

@@ -83,3 +83,13 @@ def harmless_output() -> Iterator[None]:
 def steerable(stream: TextIO) -> TextIO:
   """Returns the stream to which a bar may write codes for a terminal."""
   return stream.beneath if isinstance(stream, Harmless) else stream
+
+
+@contextlib.contextmanager
+def steerable_output() -> Iterator[None]:
+  """Context in which a library may show bars of its own on a terminal."""
+  with (
+    contextlib.redirect_stdout(steerable(sys.stdout)),
+    contextlib.redirect_stderr(steerable(sys.stderr)),
+  ):
+    yield

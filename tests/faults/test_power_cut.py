@@ -5,6 +5,7 @@ helpers/power_cuts.py.
 """
 
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -21,7 +22,10 @@ _STORES = {
   'device': expert_stores.DeviceStore(),
   'disk': expert_stores.DiskStore(num_slots=16),
 }
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc/self/fd'),
+]
 
 
 def _train(world, folder, store):

@@ -249,3 +249,33 @@ def test_sigterm_leaves_nothing_half_built(tmp_path):
   assert process.returncode == 143, errors
   assert errors.endswith('mowe: stopped by SIGTERM.\n')
   assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_file_of_bad_lines_alone_is_told_by_its_own_lines(tmp_path, capsys):
+  (tmp_path / 'a.jsonl').write_text('{"text": "one"}\n{}\n')
+  (tmp_path / 'b.jsonl').write_text('1\n{}\n')
+  verb = _VERBS['words']
+  files = tmp_path / '*.jsonl'
+  assert _run(verb, tmp_path, files, '--on_bad_record', 'skip') == 1
+  shown = capsys.readouterr().err
+  assert 'b.jsonl has 2 that cannot be read, the last one: ' in shown
+  assert 'b.jsonl, line 2' in shown and '..' not in shown
+
+
+def test_a_cache_that_was_being_replaced_comes_back(tmp_path, capsys):
+  verb = _VERBS['text']
+  file = _write(tmp_path / 'records.jsonl', verb)
+  assert _run(verb, tmp_path, file) == 0
+  # Killed between the two renames of a replacement.
+  (tmp_path / 'out').rename(tmp_path / '.out.building-abc.old')
+  (tmp_path / '.out.building-abc').mkdir()
+  file.write_text(file.read_text() + json.dumps(_text(99)) + '\n')
+  assert _run(verb, tmp_path, file) == 1
+  assert 'the old one is back' in capsys.readouterr().err
+  old = token_cache.TokenCache.open(tmp_path / 'out')
+  assert old.num_examples == _NUMBER
+  assert _run(verb, tmp_path, file, '--overwrite') == 0
+  assert sorted(one.name for one in tmp_path.iterdir()) == [
+    'out',
+    'records.jsonl',
+  ]

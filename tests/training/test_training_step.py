@@ -363,6 +363,14 @@ def test_a_batch_above_the_limit_changes_the_step_alone():
   assert _values(metrics)[loss_spikes.SKIPPED] == 1
   assert int(skipped.step) == 1
   tiny_training.assert_same_bits(skipped.replace(step=state.step), state)
+  # Gradients that are left out need not be finite.
+  broken = jax.tree.map(lambda x: x, state.params)
+  broken['decoder']['logits_dense']['kernel'] *= np.float32(1e30)
+  broken = functools.partial(_step(), state.replace(params=broken), {}, batch)
+  for limit, is_finite in ((np.float32(1), True), (np.float32(np.inf), False)):
+    _, metrics = broken(plan, limit)
+    assert _values(metrics)[loss_spikes.SKIPPED] == is_finite
+    assert np.isfinite(_values(metrics)['gradient_norm']) == is_finite
   done, metrics = step(np.float32(np.inf))
   assert _values(metrics)[loss_spikes.SKIPPED] == 0
   # This is another program, which may round otherwise.

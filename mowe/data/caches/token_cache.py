@@ -40,6 +40,8 @@ from mowe.words import (
 
 FORMAT_VERSION = 2
 _SUMMARY = 'cache.json'
+# The ending of the name of a cache that is being replaced.
+_OLD = '.old'
 _BUILD_AGAIN = 'Remove the folder, and build the cache again.'
 # Vocabularies up to this size are stored as uint16, larger ones as int32. Both
 # are read without a copy.
@@ -482,7 +484,14 @@ def _build_cache(
 ) -> Iterator[CacheWriter]:
   # What a process that was killed has left. Nobody else writes here now.
   for left in path.parent.glob(f'.{glob.escape(path.name)}.building-*'):
-    shutil.rmtree(left, ignore_errors=True)
+    if left.suffix == _OLD and not path.exists():
+      left.rename(path)
+      raise FileExistsError(
+        f'A process that was replacing {path} was killed before the new cache '
+        'had its name; the old one is back. Run the same command again.'
+      )
+    else:
+      shutil.rmtree(left, ignore_errors=True)
   folder = pathlib.Path(
     tempfile.mkdtemp(prefix=f'.{path.name}.building-', dir=path.parent)
   )
@@ -494,9 +503,13 @@ def _build_cache(
     folder.chmod(0o755)  # Only one user can read a folder of mkdtemp.
     if path.exists():
       # A folder cannot be renamed over one that is not empty.
-      old = folder.with_name(folder.name + '.old')
+      old = folder.with_name(folder.name + _OLD)
       path.rename(old)
-      folder.rename(path)
+      try:
+        folder.rename(path)
+      except BaseException:
+        old.rename(path)
+        raise
       atomic_files.sync(path.parent)
       shutil.rmtree(old)
     else:

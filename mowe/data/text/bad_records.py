@@ -12,6 +12,7 @@ class BadRecords:
     skip: whether records that cannot be read are left out.
     number: how many were left out.
     first: the messages of the first three of them.
+    last: the message of the last one; '' if there is none.
   """
 
   _SHOWN = 3
@@ -20,12 +21,14 @@ class BadRecords:
     self.skip = skip
     self.number = 0
     self.first: list[str] = []
+    self.last = ''
 
   def take(self, error: BadRecordError) -> None:
     """Counts a record, or raises its error if none is to be left out."""
     if not self.skip:
       raise error
     self.number += 1
+    self.last = str(error)
     if len(self.first) < self._SHOWN:
       self.first.append(str(error))
 

@@ -130,6 +130,9 @@ def broken_off(
     error: what was raised.
   """
   if isinstance(error, OSError) and error.errno is not None:
+    # A failed read names no file.
+    if error.filename is None:
+      return OSError(error.errno, error.strerror, os.fspath(path))
     return error
   return ValueError(
     f'A packed file must be whole, but {path} breaks off after line {line}: '

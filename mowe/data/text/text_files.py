@@ -185,10 +185,10 @@ def _records_of(
   if not count:
     found = 'is empty or blank'
     if num_bad := bad.number - num_bad:
-      found = f'has {num_bad:,} that cannot be read: {bad.first[0]}'
+      found = f'has {num_bad:,} that cannot be read, the last one: {bad.last}'
     raise ValueError(
-      f'A file must hold at least one record, but {path} {found}. Remove it '
-      'from the list, or write it again.'
+      f'A file must hold at least one record, but {path} {found.rstrip(".")}. '
+      'Remove it from the list, or write it again.'
     )
 
 

@@ -134,11 +134,11 @@ def load_vocabularies(
   vocabulary = subword_vocabularies.load_subwords(
     name if name == 'bytes' else file.parent / _SUBWORDS, saved['extra_ids']
   )
-  _check_digest(file, 'the subword vocabulary', saved, vocabulary)
+  _check_digest(file, 'subword', _SUBWORDS, saved, vocabulary)
   routing = None
   if described['routing'] is not None:
     routing = routing_vocabulary.load(file.parent / _ROUTING)
-    _check_digest(file, 'the routing vocabulary', described['routing'], routing)
+    _check_digest(file, 'routing', _ROUTING, described['routing'], routing)
   return vocabulary, routing
 
 
@@ -185,10 +185,10 @@ def _check_addresses(file, saved, config):
       )
 
 
-def _check_digest(file, what, saved, loaded):
+def _check_digest(file, kind, name, saved, loaded):
   if saved['sha256'] != loaded.sha256:
     raise ValueError(
-      f'{file} must name {what} beside it, sha256 {saved["sha256"]}, but '
-      f'that file has {loaded.sha256}. Restore the file that the model was '
-      'trained with.'
+      f'{file} must name the {kind} vocabulary beside it, sha256 '
+      f'{saved["sha256"]}, but {name} has {loaded.sha256}. Restore the file that '
+      'the model was trained with.'
     )

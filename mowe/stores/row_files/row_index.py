@@ -238,7 +238,8 @@ def exists(checkpoint: pathlib.Path, group: str = step_plans.EXPERTS) -> bool:
 
 # What reading a file that is no index may raise.
 _UNREADABLE = (
-  *(ValueError, TypeError, KeyError, IndexError, EOFError, OSError),
+  *(ValueError, TypeError, KeyError, IndexError, EOFError),
+  *(FileNotFoundError, IsADirectoryError),
   zipfile.BadZipFile,
 )
 
