@@ -80,7 +80,7 @@ setuptools.setup(
     'optax>=0.2.5,<0.3',
     'orbax-checkpoint>=0.11.28,<0.13',
     'rich>=13.7,<16',
-    'sentencepiece>=0.2.2,<0.3',
+    'sentencepiece>=0.2.3,<0.3',
     'seqio>=0.0.20,<0.1',
     'tensorboardX>=2.6.2,<3',
     'tensorflow>=2.20,<3',

@@ -407,7 +407,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything(world, tmp_path):
 def test_nothing_is_saved_of_a_run_on_damaged_tokens(
   is_read, world, tmp_path, monkeypatch
 ):
-  message = 'its bytes 0 to 1,140 have changed'
+  message = r'its bytes 0 to [\d,]+ have changed'
   if not is_read:
     # As if the damage were in a block that no batch has read yet.
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ from mowe.models.families import saved_config
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
-    ('vocabulary.model', 'must name the subword vocabulary beside it'),
+    ('vocabulary.model', 'vocabulary.model'),
     ('routing_vocabulary.npz', 'routing_vocabulary.npz'),
   ],
 )
