@@ -70,7 +70,10 @@ def _run(arguments: list[str]) -> int:
     # Gin appends to every error the calls of its own that led there.
     text = re.sub(r'\n\s*In call to configurable .*', '', str(error))
     if isinstance(error, OSError) and error.errno in _FULL:
-      text += '. Make room there and run the same command again; what was finished is whole.'
+      text += (
+        '. Make room there and run the same command again; what was finished '
+        'is whole.'
+      )
     print(f'mowe: {text}', file=sys.stderr)
     return 1
   except (RuntimeError, MemoryError) as error:

@@ -310,9 +310,6 @@ def _run(
     if back_to is not None:
       checkpoints.go_back(back_to.step)
     state, experts = _start(training, setup, router, checkpoints, described)
-    recent_losses = ()
-    if checkpoints.latest_step() is not None:
-      recent_losses = checkpoints.metadata().get(_RECENT_LOSSES, ())
     # A checkpoint that is still being written reads the file of experts, so
     # another run must not get that file before the checkpoint is finished.
     closing.callback(experts.close)
@@ -322,12 +319,9 @@ def _run(
     # The text is written only now, because a resume that is refused must leave
     # the folder as it was.
     if jax.process_index() == 0:
-      text = config_text() if config_text is not None else None
-      run_history.begin(folder, first_step, text)
+      run_history.begin(folder, first_step, config_text and config_text())
     evaluate = periodic_evaluation.PeriodicEvaluation(
-      _prepared_evaluations(training, setup, experts),
-      writers['eval'],
-      experts,
+      _prepared_evaluations(training, setup, experts), writers['eval'], experts
     )
     prefetched = closing.enter_context(
       prefetch.Prefetcher(
@@ -341,7 +335,8 @@ def _run(
       cache_verification.Verification(training.data.caches(training.vocabulary))
     )
     stop = loop.StopSignal()
-    spikes = loss_spikes.SpikeWatch(training.spikes, recent_losses)
+    log_period = training.log_period
+    spikes = _spike_watch(training, checkpoints)
     state = loop.run(
       state,
       train_step=_TrainStep(training, setup, experts, spikes, first_step),
@@ -364,16 +359,24 @@ def _run(
         ),
       ],
       writers=writers['train'],
-      progress=progress_lines.Progress(
-        total_steps, first_step, training.log_period
-      ),
-      log_period=training.log_period,
+      progress=progress_lines.Progress(total_steps, first_step, log_period),
+      log_period=log_period,
       stop=stop,
       spikes=spikes,
     )
     checkpoints.wait()
     _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
+
+
+def _spike_watch(
+  training: Training, checkpoints: checkpointing.Checkpoints
+) -> loss_spikes.SpikeWatch:
+  """Watches for spikes, with the losses that a resumed checkpoint has kept."""
+  losses = ()
+  if checkpoints.latest_step() is not None:
+    losses = checkpoints.metadata().get(_RECENT_LOSSES, ())
+  return loss_spikes.SpikeWatch(training.spikes, losses)
 
 
 def _start(

@@ -218,6 +218,7 @@ def run(
     DivergedError: the loss, the gradients or the logits of a router in a
       period are not finite, or the state at its end is not; nothing is saved
       then.
+    LossSpikeError: the loss rose suddenly, and `spikes` says to stop then.
   """
   stop = stop or StopSignal()
   spikes = spikes or loss_spikes.SpikeWatch(loss_spikes.SpikeConfig())
@@ -245,11 +246,7 @@ def run(
       ]
       shown = None
       if is_logged or due:
-        # Here the host waits for all steps. It does so before every action, so
-        # that no checkpoint is saved of a run that has diverged.
-        values = _mean_values(unlogged)
-        _check_finite(step, values)
-        _check_state(step, state)
+        values = _checked_values(step, state, unlogged)
         while in_flight:
           spikes.see(*in_flight.popleft())
       if is_logged:
@@ -274,6 +271,18 @@ def _write(
   return {
     label: values[name] for name, label in _SHOWN.items() if name in values
   }
+
+
+def _checked_values(step, state, unlogged) -> dict[str, train_metrics.Value]:
+  """The means over the steps since the last line, if the run has not diverged.
+
+  Here the host waits for all steps. It does so before every action, so that no
+  checkpoint is saved of a run that has diverged.
+  """
+  values = _mean_values(unlogged)
+  _check_finite(step, values)
+  _check_state(step, state)
+  return values
 
 
 def _mean_values(unlogged) -> dict[str, train_metrics.Value]:

@@ -8,7 +8,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 # All control characters but line feed and tab; those that turn the direction of
@@ -73,10 +73,7 @@ class Harmless(io.TextIOBase):
 @contextlib.contextmanager
 def harmless_output() -> Iterator[None]:
   """Context in which the standard output and errors are written escaped."""
-  with (
-    contextlib.redirect_stdout(Harmless(sys.stdout)),
-    contextlib.redirect_stderr(Harmless(sys.stderr)),
-  ):
+  with _redirected(Harmless):
     yield
 
 
@@ -88,8 +85,15 @@ def steerable(stream: TextIO) -> TextIO:
 @contextlib.contextmanager
 def steerable_output() -> Iterator[None]:
   """Context in which a library may show bars of its own on a terminal."""
+  with _redirected(steerable):
+    yield
+
+
+@contextlib.contextmanager
+def _redirected(change: Callable[[TextIO], Any]) -> Iterator[None]:
+  """Context in which both streams are what a function makes of them."""
   with (
-    contextlib.redirect_stdout(steerable(sys.stdout)),
-    contextlib.redirect_stderr(steerable(sys.stderr)),
+    contextlib.redirect_stdout(change(sys.stdout)),
+    contextlib.redirect_stderr(change(sys.stderr)),
   ):
     yield
