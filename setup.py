@@ -61,7 +61,7 @@ setuptools.setup(
     'mowe.gin_configs': 'gin_configs',
   },
   # py.typed: the annotations are for type checkers of other projects, too.
-  package_data={'': ['*.gin'], 'mowe': ['py.typed']},
+  package_data={'': ['*.gin', '*.txtpb'], 'mowe': ['py.typed']},
   # Each range is that of the versions that were tested: the lowest ones together
   # (requirements/lowest.txt), and the newest ones.
   install_requires=[
@@ -88,6 +88,8 @@ setuptools.setup(
     'tensorstore>=0.1.74,<0.2',
   ],
   extras_require={
+    # Compilers of accelerators that are not there, on Linux on x86-64.
+    'compile': ['jax[cuda13-local,tpu]'],
     'docs': _DOCS,
     'gpu': ['jax[cuda12]'],
     'tpu': ['jax[tpu]'],

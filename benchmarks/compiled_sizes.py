@@ -1,6 +1,6 @@
-"""Compiles the work on word experts' tables for a TPU that is not there.
+"""Compiles the work on word experts' tables for chips that are not there.
 
-  pip install "jax[tpu]"
+  pip install '.[compile]'
   JAX_PLATFORMS=cpu python -m benchmarks.compiled_sizes
 
 Tables have the widths of mowe_base and an eighth of its experts. It prints what
@@ -9,7 +9,6 @@ relative to one kernel's table. A copy of a table would make that at least 1.
 """
 
 import argparse
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,13 @@ import numpy as np
 
 from mowe.layers import platforms
 from mowe.layers.memory import grouped
-from mowe.training import compile_ahead
+from mowe.training.compiling import compile_ahead, program_facts
 from mowe.training.optimization import row_optimizers, table_updates
 from mowe.words.plans import batch_plans
 
-_CHIPS = ('v5e:2x2', 'v5p:2x2x1')
+_CHIPS = ('v5e:2x2', 'v5p:2x2x1', 'h100:1x1x1')
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.uint16}
 _NUM_EXPERTS, _EMBED, _EXPERT_DIM, _NUM_TOKENS = 4096, 768, 408, 2048
-# Instructions that give an array of the size of a table but copy nothing. A
-# fusion may be a scatter; if it is a copy, temporary memory tells it.
-_NO_COPY = {'parameter', 'scatter', 'bitcast', 'get-tuple-element', 'fusion'}
 
 
 def _shape(*sizes, dtype=jnp.float32):
@@ -47,7 +43,7 @@ def compile_product(
   """A product of tokens with their experts' kernels, and its gradient.
 
   Args:
-    topology: a TPU, see `compile_ahead.tpu_devices`.
+    topology: the chip, see `compile_ahead.Topology`.
     dtype: 'float32' or 'bfloat16', the dtype of the table.
 
   Returns:
@@ -75,7 +71,7 @@ def compile_update(
   """An update of the experts of a batch by Adafactor.
 
   Args:
-    topology: a TPU, see `compile_ahead.tpu_devices`.
+    topology: the chip, see `compile_ahead.Topology`.
     dtype: 'float32' or 'bfloat16', the dtype of the tables.
 
   Returns:
@@ -116,27 +112,21 @@ def compile_update(
 
 def table_copies(compiled: jax.stages.Compiled) -> list[str]:
   """Returns the instructions that make an array as large as a table."""
-  copies = []
-  for line in compiled.as_text().splitlines():
-    found = re.search(r'= \w+\[([\d,]+)\]\S* ([\w-]+)\(', line)
-    if found is None or found[2] in _NO_COPY:
-      continue
-    # A view has another shape than its table, but as many numbers.
-    size = np.prod([int(axis) for axis in found[1].split(',')])
-    if size == _NUM_EXPERTS * _EMBED * _EXPERT_DIM:
-      copies.append(line.strip())
-  return copies
+  size = _NUM_EXPERTS * _EMBED * _EXPERT_DIM
+  return program_facts.table_copies(compiled.as_text(), {size})
 
 
 def _compile(function, topology, arguments, **options):
-  (device, *_) = compile_ahead.tpu_devices(topology)
+  topology = compile_ahead.Topology.parse(topology)
+  (device, *_) = topology.devices()
   sharding = jax.sharding.SingleDeviceSharding(device)
   arguments = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     arguments,
   )
-  with platforms.compiling_for('tpu'):
-    return jax.jit(function, **options).lower(*arguments).compile()
+  with platforms.compiling_for(topology.chip.platform):
+    lowered = jax.jit(function, **options).lower(*arguments)
+  return lowered.compile(compiler_options=topology.compiler_options)
 
 
 def main() -> None:

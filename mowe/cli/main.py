@@ -64,7 +64,12 @@ def _run(arguments: list[str]) -> int:
 
       saved_config.trust(*options.trust_module)
     options.run(options, bindings)
-  except (ValueError, OSError, FloatingPointError) as error:
+  except (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    ModuleNotFoundError,
+  ) as error:
     if os.environ.get('MOWE_TRACE'):
       raise
     # Gin appends to every error the calls of its own that led there.

@@ -1,6 +1,7 @@
 """Verbs that make or read models: their options, and what they call."""
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -28,7 +29,15 @@ def _add_train(verbs):
   )
   gin_arguments.add_to(parser)
   parser.add_argument(
-    '--dry_run', action='store_true', help='print what would be done, and stop'
+    '--dry_run',
+    action='store_true',
+    help='print what would be done and what memory a step needs, and stop',
+  )
+  parser.add_argument(
+    '--topology',
+    metavar='CHIP:SHAPE',
+    help='with --dry_run: devices that need not be there, such as v5e:2x4, '
+    'v5p:2x2x2 or h100:1x1x8; also prints a roofline',
   )
   parser.add_argument(
     '--from_step',
@@ -65,14 +74,18 @@ def _train(options, bindings):
   _join_processes(options)
   if options.on_spike is not None:
     bindings = [*bindings, f'ON_SPIKE = {options.on_spike!r}']
+  if options.dry_run:
+    _dry_run(options, bindings)
+    return
+  if options.topology is not None:
+    raise SystemExit(
+      'mowe: --topology only says for which devices --dry_run compiles, but '
+      '--dry_run is missing. Add it; a run takes the devices that are there.'
+    )
   gin_config = gin_arguments.parse(options, bindings)
   from mowe.commands import train
 
-  if options.tfds_data_dir:
-    from mowe.data import seqio_stream
-
-    _, seqio = seqio_stream.import_seqio()
-    seqio.set_tfds_data_dir_override(options.tfds_data_dir)
+  _use_tfds_folder(options)
   back_to = None
   if options.from_step is not None:
     is_last_good = options.from_step == _LAST_GOOD
@@ -80,7 +93,6 @@ def _train(options, bindings):
   try:
     train.train(
       gin_config.call(train.Training),
-      dry_run=options.dry_run,
       back_to=back_to,
       config_text=gin_config.operative_config,
     )
@@ -89,6 +101,35 @@ def _train(options, bindings):
       f'{error} To go on from the newest step that is whole: {options.command} '
       f'--from_step {_LAST_GOOD}'
     ) from error
+
+
+def _dry_run(options, bindings):
+  topology = None
+  tracing = contextlib.nullcontext()
+  if options.topology is not None:
+    # Nothing runs, and JAX must not look for devices of other platforms.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    from mowe.layers import platforms
+    from mowe.training.compiling import compile_ahead
+
+    topology = compile_ahead.Topology.parse(options.topology)
+    tracing = platforms.compiling_for(topology.chip.platform)
+  # Gin makes dtypes that depend on the platform.
+  with tracing:
+    gin_config = gin_arguments.parse(options, bindings)
+    from mowe.commands import train
+    from mowe.commands.ahead import dry_run
+
+    _use_tfds_folder(options)
+    dry_run.dry_run(gin_config.call(train.Training), topology)
+
+
+def _use_tfds_folder(options):
+  if options.tfds_data_dir:
+    from mowe.data import seqio_stream
+
+    _, seqio = seqio_stream.import_seqio()
+    seqio.set_tfds_data_dir_override(options.tfds_data_dir)
 
 
 def _add_distributed(parser):

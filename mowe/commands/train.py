@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -81,7 +81,9 @@ class Training:
     num_microbatches: number of parts of a batch whose gradients are summed
       before an update.
     store: where the tables of word experts lie.
-    make_mesh: a function that returns the device mesh.
+    make_mesh: a function that returns the device mesh; it is called without
+      arguments, or with `devices` where others than those of the machine are
+      asked about.
     eval_configs: evaluations, each with a method
       `prepare(model, vocabulary, loss)` (see `evaluations`).
     eval_period: number of steps between two evaluations.
@@ -104,7 +106,7 @@ class Training:
   initial_checkpoint_path: str | None = None
   num_microbatches: int = 1
   store: expert_stores.Store = expert_stores.DeviceStore()
-  make_mesh: Callable[[], jax.sharding.Mesh] = partitioning.make_mesh
+  make_mesh: Callable[..., jax.sharding.Mesh] = partitioning.make_mesh
   eval_configs: Sequence[Any] = ()
   eval_period: int = 1000
   save: SaveConfig = SaveConfig()
@@ -176,6 +178,59 @@ class Training:
     }
 
 
+class Prepared(NamedTuple):
+  """What a run needs before anything is written or allocated.
+
+  Attributes:
+    batches: the batches.
+    router: plans batches on the host.
+    setup: how the state is made, and where it lies.
+  """
+
+  batches: batch_source.BatchSource
+  router: batch_router.RoutesBatches
+  setup: initial_state.Setup
+
+  @classmethod
+  def make(cls, training: Training, mesh: jax.sharding.Mesh) -> 'Prepared':
+    """Prepares a run on a mesh, and prints what it will be.
+
+    The training has been checked on this mesh.
+    """
+    model = training.model
+    batches = training.data.open(training.vocabulary, model)
+    router = evaluations.make_router(
+      model,
+      _trial_batches(batches, training.data.trial_steps),
+      mesh.shape,
+      training.num_microbatches,
+    )
+    module = families.build(model)
+    optimizer = training.optimizer
+    if training.freeze_experts and _has_experts_beside_tables(module):
+      optimizer = optimizers.Freeze(optimizer, costs.EXPERTS)
+    setup = initial_state.Setup.make(
+      module,
+      optimizer,
+      training.rows_trained_by,
+      mesh,
+      training.seed,
+      training.data.batch_size,
+    )
+    summary.show(
+      setup.abstract,
+      training.data,
+      batches,
+      mesh,
+      model,
+      training.freeze_experts,
+      optimizer,
+    )
+    if model_config.word_streams(model) and model.expert_names is None:
+      summary.show_experts(model.routing, router.seen_loads, mesh)
+    return cls(batches, router, setup)
+
+
 @dataclasses.dataclass(frozen=True)
 class BackTo:
   """Says from which checkpoint a run goes on.
@@ -196,10 +251,9 @@ class CannotResumeError(manifests.DamagedCheckpointError):
 def train(
   training: Training,
   *,
-  dry_run: bool = False,
   back_to: BackTo | None = None,
   config_text: Callable[[], str] | None = None,
-) -> train_state.TrainState | None:
+) -> train_state.TrainState:
   """Trains a model in `training.model_dir`, continuing what is there.
 
   The run starts from the latest checkpoint in `model_dir`; else from the
@@ -209,14 +263,12 @@ def train(
 
   Args:
     training: all parts and settings of the run.
-    dry_run: whether only to print what would be done.
     back_to: an older checkpoint to go on from, in place of the latest.
     config_text: a function that returns the text that is kept as `config.gin`
       in the folder; None keeps none.
 
   Returns:
-    The last state, without tables if they are not on the device; None after a
-    dry run.
+    The last state, without tables if they are not on the device.
 
   Raises:
     ValueError: parts do not fit together. It is raised before anything is
@@ -228,39 +280,7 @@ def train(
   mesh = training.make_mesh()
   training.check(mesh)
   _check_processes(training, config_text)
-  model = training.model
-  batches = training.data.open(training.vocabulary, model)
-  router = evaluations.make_router(
-    model,
-    _trial_batches(batches, training.data.trial_steps),
-    mesh.shape,
-    training.num_microbatches,
-  )
-  module = families.build(model)
-  optimizer = training.optimizer
-  if training.freeze_experts and _has_experts_beside_tables(module):
-    optimizer = optimizers.Freeze(optimizer, costs.EXPERTS)
-  setup = initial_state.Setup.make(
-    module,
-    optimizer,
-    training.rows_trained_by,
-    mesh,
-    training.seed,
-    training.data.batch_size,
-  )
-  summary.show(
-    setup.abstract,
-    training.data,
-    batches,
-    mesh,
-    model,
-    training.freeze_experts,
-    optimizer,
-  )
-  if model_config.word_streams(model) and model.expert_names is None:
-    summary.show_experts(model.routing, router.seen_loads, mesh)
-  if dry_run:
-    return None
+  prepared = Prepared.make(training, mesh)
   # Of several processes of one run the first one holds the lock.
   is_first = jax.process_index() == 0
   lock = writer_locks.of_folder(training.model_dir)
@@ -268,7 +288,7 @@ def train(
     atomic_files.naming(training.model_dir),
     lock if is_first else contextlib.nullcontext(),
   ):
-    return _run(training, setup, batches, router, back_to, config_text)
+    return _run(training, prepared, back_to, config_text)
 
 
 def _check_processes(
@@ -289,13 +309,12 @@ def _check_processes(
 
 def _run(
   training: Training,
-  setup: initial_state.Setup,
-  batches: batch_source.BatchSource,
-  router: batch_router.RoutesBatches,
+  prepared: Prepared,
   back_to: BackTo | None,
   config_text: Callable[[], str] | None,
 ) -> train_state.TrainState:
   """Starts or resumes the run, trains it to its end and saves it."""
+  batches, router, setup = prepared
   folder = model_folder.create(
     training.model_dir, training.model, training.vocabulary
   )
@@ -404,6 +423,33 @@ def _start(
     raise CannotResumeError(str(error)) from error
 
 
+def jitted_step(
+  training: Training, setup: initial_state.Setup, num_slots: int | None
+) -> Callable[..., Any]:
+  """Returns the jitted step of a run.
+
+  Args:
+    training: all parts and settings of the run.
+    setup: how its state is made.
+    num_slots: rows of the tables of word experts in the step; None if they have
+      all experts, or there are none.
+
+  Returns:
+    A function (state, frozen tables, batch, plan, limit of the loss or None) ->
+    (state, metrics); see `training_step.make_train_step`.
+  """
+  return setup.jit(
+    training_step.make_train_step(
+      _with_layers(setup.model, num_slots=num_slots),
+      optimizer=setup.optimizer,
+      row_optimizer=setup.row_optimizer,
+      loss=training.loss,
+      seed=training.seed,
+      num_microbatches=training.num_microbatches,
+    )
+  )
+
+
 class _TrainStep:
   """One step of the whole run: experts are read, and the batch is put."""
 
@@ -413,16 +459,7 @@ class _TrainStep:
     self._spikes = spikes
     self._num_done = first_step
     self._batch_sharding = partitioning.batch_sharding(setup.mesh)
-    self._step = setup.jit(
-      training_step.make_train_step(
-        _with_layers(setup.model, num_slots=experts.num_slots),
-        optimizer=setup.optimizer,
-        row_optimizer=setup.row_optimizer,
-        loss=training.loss,
-        seed=training.seed,
-        num_microbatches=training.num_microbatches,
-      )
-    )
+    self._step = jitted_step(training, setup, experts.num_slots)
 
   def __call__(self, state, batch, fed):
     state, frozen, plan = self._experts.ready(state, fed)

@@ -94,6 +94,16 @@ class Store(Protocol):
   def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if a run on this mesh cannot have its experts there."""
 
+  def rows_on_device(
+    self, num_experts: int, experts_at_once: int
+  ) -> int | None:
+    """How many rows the tables on the device have; None if they have them all.
+
+    Args:
+      num_experts: how many experts there are.
+      experts_at_once: how many experts an ordinary batch has, with some slack.
+    """
+
   def open(
     self,
     file: row_file.RowFile,
@@ -137,6 +147,9 @@ class DeviceStore:
   def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
     """Accepts any mesh."""
 
+  def rows_on_device(self, num_experts: int, experts_at_once: int) -> None:
+    """See `Store.rows_on_device`."""
+
   def open(
     self,
     file: row_file.RowFile,
@@ -175,6 +188,10 @@ class _SlotStore:
         'mesh axis expert.'
       )
 
+  def rows_on_device(self, num_experts: int, experts_at_once: int) -> int:
+    """See `Store.rows_on_device`."""
+    return min(self.num_slots or 2 * experts_at_once, num_experts)
+
   def open(
     self,
     file: row_file.RowFile,
@@ -185,11 +202,10 @@ class _SlotStore:
     experts_at_once: int,
   ) -> Experts:
     """See `Store.open`."""
-    num_slots = self.num_slots or 2 * experts_at_once
     return cached_experts.CachedExperts(
       self._backing(file, is_resumed),
       abstract,
-      min(num_slots, file.num_experts),
+      self.rows_on_device(file.num_experts, experts_at_once),
       is_trained,
     )
 

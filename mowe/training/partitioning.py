@@ -175,52 +175,68 @@ def put_batch(batch: Any, sharding: NamedSharding) -> Any:
   )
 
 
-def put_plan(plan: step_plans.StepPlan | None, mesh: Mesh) -> Any:
+def abstract_batch(batch: Any, sharding: NamedSharding) -> Any:
+  """What `put_batch` would put, as shapes that a program is compiled for."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+  )
+
+
+def put_plan(
+  plan: step_plans.StepPlan | None,
+  mesh: Mesh,
+  put: Callable[[Any, NamedSharding], Any] = put_batch,
+) -> Any:
   """Puts the plan of a batch, or None, on the devices.
 
   An ExpertPlan goes to all devices, and each part of a ShardedPlan to its own
   device. Rows of memories go to all devices, and places of tokens go where
   their tokens are.
+
+  Args:
+    plan: the plan.
+    mesh: the mesh of devices.
+    put: puts a tree of arrays in a sharding, `put_batch` or `abstract_batch`.
   """
   if plan is None:
     return None
   return step_plans.StepPlan(
-    _put_experts(plan.experts, mesh),
-    {name: _put_rows(rows, mesh) for name, rows in plan.memories.items()},
+    _put_experts(plan.experts, mesh, put),
+    {name: _put_rows(rows, mesh, put) for name, rows in plan.memories.items()},
   )
 
 
-def _put_rows(plan, mesh):
+def _put_rows(plan, mesh, put):
   def put_places(places):
     # Places of several microbatches have another axis before the batch.
     is_cut = places.ndim > 3
     spec = PartitionSpec(*[None] * is_cut, ('data', 'expert'))
-    return put_batch(places, NamedSharding(mesh, spec))
+    return put(places, NamedSharding(mesh, spec))
 
   return plan._replace(
-    rows=put_batch(plan.rows, replicated(mesh)),
+    rows=put(plan.rows, replicated(mesh)),
     places=jax.tree.map(put_places, plan.places),
   )
 
 
-def _put_experts(plan, mesh):
+def _put_experts(plan, mesh, put):
   if not isinstance(plan, sharded_plan.ShardedPlan):
-    return put_batch(plan, replicated(mesh))
+    return put(plan, replicated(mesh))
 
-  def put(arrays, *axes):
-    return put_batch(arrays, NamedSharding(mesh, PartitionSpec(*axes)))
+  def put_on(arrays, *axes):
+    return put(arrays, NamedSharding(mesh, PartitionSpec(*axes)))
 
   def put_stream(stream):
     if stream is None:
       return None
     # Plans of several microbatches have another axis before those of devices.
     is_cut = stream.places.ndim > 3
-    return put(stream, *[None] * is_cut, *sharded_plan.DEVICE_AXES)
+    return put_on(stream, *[None] * is_cut, *sharded_plan.DEVICE_AXES)
 
   return sharded_plan.ShardedPlan(
     put_stream(plan.encoder),
     put_stream(plan.decoder),
-    put(plan.updates, sharded_plan.DEVICE_AXES[1]),
+    put_on(plan.updates, sharded_plan.DEVICE_AXES[1]),
   )
 
 

@@ -365,15 +365,6 @@ def test_eight_devices_and_microbatches_train_alike(world, tmp_path, capsys):
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
-def test_a_dry_run_writes_nothing(world, tmp_path, capsys):
-  assert world.train(tmp_path / 'run', 2, dry_run=True) is None
-  assert not (tmp_path / 'run').exists()
-  shown = capsys.readouterr().out
-  for part in ('Parameters', 'experts', 'active per token', 'forward FLOPs'):
-    assert part in shown
-  assert '(8, 18)' in shown and 'decoder_target_tokens (8, 11)' in shown
-
-
 def test_sizes_that_do_not_fit_are_refused_before_anything(world, tmp_path):
   refused = functools.partial(pytest.raises, ValueError)
   run = functools.partial(world.train, tmp_path / 'run', 2)

@@ -26,7 +26,7 @@ _TOTAL = 120
 # Kills at random moments need a run that is long enough for all of them.
 _TOTAL_OF_KILLS = 120
 # With two processes every step waits for both, so these runs are shorter.
-_TOTAL_OF_TWO = 60
+_TOTAL_OF_TWO = 30
 _SECONDS = 240
 
 
@@ -200,7 +200,7 @@ def test_experts_on_disk_survive_kills(world, tmp_path):
   saved = checkpointing.Checkpoints(folder)
   newest = lambda: saved.latest_step() or 0
   killed_at = [0]
-  for index in range(5):
+  for index in range(4):
     process = _start(world, folder, *on_disk)
     # Most of the time goes into starting up. Every other kill waits for a new
     # checkpoint, so that the run makes progress on any machine. The others come

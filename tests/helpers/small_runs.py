@@ -89,16 +89,8 @@ class World:
     }
     return data_config.DataConfig(**(settings | changes))
 
-  def train(
-    self,
-    model_dir,
-    total_steps,
-    dry_run=False,
-    config_text=None,
-    back_to=None,
-    **changes,
-  ) -> Any:
-    """Trains on one device, as programs for eight take longer to compile."""
+  def training(self, model_dir, total_steps, **changes) -> Any:
+    """A run on one device, as programs for eight take longer to compile."""
     settings = {
       'model': self.config(),
       'vocabulary': self.vocabulary,
@@ -112,11 +104,18 @@ class World:
       'log_period': 2,
       'tensorboard': False,
     }
-    training = train_command.Training(
+    return train_command.Training(
       model_dir=str(model_dir), total_steps=total_steps, **(settings | changes)
     )
+
+  def train(
+    self, model_dir, total_steps, config_text=None, back_to=None, **changes
+  ) -> Any:
+    """Trains with `training(...)`."""
     return train_command.train(
-      training, dry_run=dry_run, back_to=back_to, config_text=config_text
+      self.training(model_dir, total_steps, **changes),
+      back_to=back_to,
+      config_text=config_text,
     )
 
 

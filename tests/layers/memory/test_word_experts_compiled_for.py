@@ -1,20 +1,23 @@
-"""Tables of word experts stay in place on a TPU, as its own compiler tells.
+"""Tables of word experts stay in place on TPU and GPU, as their compilers tell.
 
-The compiler runs without a TPU. Tables have the widths of mowe_base.
+The compilers run without the chips. Tables have the widths of mowe_base.
 
-Also tests `compile_ahead` and `platforms`.
+Also tests `platforms`.
 """
 
 import pytest
 
-pytest.importorskip('libtpu', reason='needs pip install "jax[tpu]"')
+pytest.importorskip('libtpu', reason="needs pip install '.[compile]'")
+pytest.importorskip(
+  'jax_cuda13_plugin', reason="needs pip install '.[compile]'"
+)
 
 from benchmarks import compiled_sizes
 
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.parametrize('dtype', ['float32', 'bfloat16']),
-  pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1']),
+  pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'h100:1x1x1']),
 ]
 
 
