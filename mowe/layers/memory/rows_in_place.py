@@ -9,7 +9,9 @@ table in three cases, each of which is avoided here (libtpu 0.0.42 and 0.0.50):
   last two axes of an array in tiles of 8 x 128 numbers, and the axis last that
   needs less padding. A kernel of 768 x 408 lies in memory as 408 x 768. So the
   table is first seen with its axes in that order, and then cut along the axis
-  that is not last, into parts of whole tiles. Both are bitcasts.
+  that is not last, into parts of whole tiles. Both are bitcasts. If neither
+  axis is a multiple of 128, XLA may keep the rows themselves along the last
+  axis; such a table is still copied.
 - It moves a conversion of what was gathered before the gather, and converts the
   whole table to bfloat16. So float32 rows go through a `reduce_precision` that
   changes no number, but is not moved.
