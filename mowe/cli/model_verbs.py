@@ -109,6 +109,8 @@ def _dry_run(options, bindings):
   if options.topology is not None:
     # Nothing runs, and JAX must not look for devices of other platforms.
     os.environ['JAX_PLATFORMS'] = 'cpu'
+    # JAX cannot read programs for devices that are not there from its cache.
+    os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
     from mowe.layers import platforms
     from mowe.training.compiling import compile_ahead
 

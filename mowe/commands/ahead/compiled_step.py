@@ -1,5 +1,6 @@
 """Compiles the step of a run from shapes alone, before anything is allocated."""
 
+import math
 import time
 import types
 from collections.abc import Mapping
@@ -25,12 +26,15 @@ class CompiledStep(NamedTuple):
     batch: shapes of the first batch.
     table_sizes: for each large table of experts or of a memory, how many
       numbers of it lie on one device.
+    least_bytes: bytes that a device reads and writes at least: it reads the
+      batch and all state but tables, and writes that state again.
     seconds: how long tracing and compiling took.
   """
 
   program: jax.stages.Compiled
   batch: Any
   table_sizes: frozenset[int]
+  least_bytes: int
   seconds: float
 
 
@@ -78,10 +82,27 @@ def compile_step(
     partitioning.put_plan(plan, setup.mesh, partitioning.abstract_batch),
     np.float32(0) if training.spikes.skips else None,
   ).compile(compiler_options=dict(compiler_options))
-  on_one = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-  sizes = map(on_one, jax.tree.leaves((state.tables, frozen)))
-  large = frozenset(size for size in sizes if size >= _LARGE)
-  return CompiledStep(program, batch, large, time.monotonic() - begin)
+  sizes = map(_size_on_one, jax.tree.leaves((state.tables, frozen)))
+  ordinary = state.replace(tables={}, table_state={})
+  return CompiledStep(
+    program,
+    batch,
+    frozenset(size for size in sizes if size >= _LARGE),
+    2 * _bytes_on_one(ordinary) + _bytes_on_one(batch),
+    time.monotonic() - begin,
+  )
+
+
+def _size_on_one(leaf) -> int:
+  """How many numbers of an array lie on one device."""
+  return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def _bytes_on_one(tree) -> int:
+  """Bytes that the arrays of a tree have on one device."""
+  return sum(
+    _size_on_one(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+  )
 
 
 def _on_device(tree, slots):

@@ -26,7 +26,8 @@ def dry_run(
 ) -> None:
   """Prepares a run and compiles its step, and prints what it found.
 
-  Nothing is written, but for the compiled program in JAX's cache.
+  Nothing is written, but for the compiled program in JAX's cache, where the run
+  finds it.
 
   Args:
     training: all parts and settings of the run.
@@ -92,27 +93,31 @@ def _show_roofline(training, prepared, step, exchanges, topology):
   """Prints the least time of a step, and what takes it."""
   num_chips = prepared.setup.mesh.size
   of_model = _model_flops(training, prepared, step.batch) / num_chips
-  counted, num_bytes = program_facts.flops_and_bytes(step.program)
-  memory = program_facts.memory(step.program)
+  counted, traffic = program_facts.flops_and_bytes(step.program)
   # XLA counts what is in a loop once, and nothing at all for GPUs.
   flops = max(of_model, counted or 0)
-  if num_bytes is None:
-    num_bytes = memory.arguments + memory.results
   least = roofline.roofline(
     topology.chip,
     num_chips=num_chips,
     flops=flops,
-    memory_bytes=num_bytes,
+    memory_bytes=step.least_bytes,
     collectives=exchanges,
   )
   share = of_model / topology.chip.flops / least.seconds
   print(
     f'Roofline   a step takes at least {_ms(least.seconds)}, for '
     f'{least.cause}: compute {_ms(least.compute)} ({flops / 1e12:,.3g} TFLOP '
-    f'on each device), memory {_ms(least.memory)} ({num_bytes / 1e9:,.3g} GB), '
+    f'on each device), memory {_ms(least.memory)} '
+    f'({step.least_bytes / 1e9:,.3g} GB of state and batch), '
     f'links {_ms(least.links)}. The share of peak FLOPs (MFU) is at most '
     f'{share:.0%}'
   )
+  if traffic is not None:
+    print(
+      f'Traffic    XLA counts {traffic / 1e9:,.3g} GB that are read and written, '
+      f'{_ms(traffic / topology.chip.memory_speed)} for the memory if none of it '
+      'stays on the chip'
+    )
 
 
 def _model_flops(training, prepared, batch) -> float:
@@ -160,7 +165,9 @@ def _memory_advice(prepared, memory, topology) -> Iterable[str]:
 def _padding_advice(prepared) -> Iterable[str]:
   """Names the parameter that loses the most memory to tiles."""
   state = prepared.setup.abstract
-  leaves = jax.tree_util.tree_leaves_with_path((state.params, state.tables))
+  leaves = jax.tree_util.tree_leaves_with_path(
+    parameters.merge_tables(state.params, state.tables)
+  )
   lost, whole, worst = 0, 0, (0, '', ())
   for path, leaf in leaves:
     shape = leaf.sharding.shard_shape(leaf.shape)
@@ -169,9 +176,10 @@ def _padding_advice(prepared) -> Iterable[str]:
     size = int(np.prod(shape))
     padding = size // (shape[-2] * shape[-1]) * _padded(*shape[-2:]) - size
     lost, whole = lost + padding, whole + size
-    worst = max(worst, (padding, jax.tree_util.keystr(path), shape))
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    worst = max(worst, (padding, name, shape))
   if lost > _MUCH_PADDING * whole:
-    padding, name, shape = worst
+    _, name, shape = worst
     yield (
       f'Memory of a TPU has tiles of {_TILE[0]} x {_TILE[1]} numbers, and '
       f'{lost / (lost + whole):.0%} of that of parameters is padding; most of '

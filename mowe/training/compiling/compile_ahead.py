@@ -24,6 +24,8 @@ _NO_TPU = {
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
+# How many numbers a shape has.
+_NUM_AXES = {'tpu': (2, 3), 'gpu': (3,)}
 _GPU_TARGETS = pathlib.Path(__file__).parent / 'gpu_targets'
 
 
@@ -94,9 +96,6 @@ class Topology:
       ) from error
     assert len(devices) == math.prod(self.shape)
     return devices
-
-
-_NUM_AXES = {'tpu': (2, 3), 'gpu': (3,)}
 
 
 def _tpu_devices(topology):

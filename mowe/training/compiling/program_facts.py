@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-# What XLA calls the exchanges between devices. Asynchronous ones begin with an
-# instruction whose name ends with `-start`.
+# What XLA calls the exchanges between devices. An asynchronous one begins with
+# an instruction whose name ends with `-start`, and has its results from one whose
+# name ends with `-done`; only the latter is counted.
 _KINDS = (
   'all-reduce',
   'all-gather',
@@ -20,13 +21,12 @@ _KINDS = (
 )
 _COLLECTIVE = re.compile(
   r'^\s*(?:ROOT )?%?\S+ = (?P<shapes>.*?) '
-  rf'(?P<kind>{"|".join(_KINDS)})(?P<start>-start)?\(',
-  re.MULTILINE,
+  rf'(?P<kind>{"|".join(_KINDS)})(?:-done)?\('
 )
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
 _INSTRUCTION = re.compile(
-  r'^\s*(?:ROOT )?%?\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(', re.MULTILINE
+  r'^\s*(?:ROOT )?%?\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\('
 )
 # Instructions that give an array of the size of a table but copy nothing. A
 # fusion may be a scatter; if it is a copy, temporary memory tells it.
@@ -94,14 +94,14 @@ def collectives(text: str) -> dict[str, Collectives]:
     # XLA for TPU writes one exchange several times, where it is overlapped with
     # steps of a computation.
     channel = _CHANNEL.search(line)
-    if channel is not None and (kind, channel[1]) in seen:
-      continue
-    seen.add((kind, channel and channel[1]))
-    arrays = [_num_bytes(*one) for one in _ARRAY.findall(found['shapes'])]
+    if channel is not None:
+      if (kind, channel[1]) in seen:
+        continue
+      seen.add((kind, channel[1]))
     numbers[kind] += 1
-    # The start of an exchange has its operands, its results, and numbers of
-    # its own.
-    sizes[kind] += max(arrays) if found['start'] else sum(arrays)
+    sizes[kind] += sum(
+      _num_bytes(*one) for one in _ARRAY.findall(found['shapes'])
+    )
   return {k: Collectives(numbers[k], sizes[k]) for k in sorted(numbers)}
 
 

@@ -3,6 +3,7 @@
 Also tests `compiled_step`.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -13,7 +14,7 @@ from mowe.commands import train
 from mowe.commands.ahead import compiled_step, dry_run
 from mowe.stores import expert_stores
 from mowe.training import partitioning
-from mowe.training.compiling import program_facts
+from mowe.training.compiling import compile_ahead, program_facts
 
 
 def test_a_dry_run_writes_nothing(world, tmp_path, capsys):
@@ -59,3 +60,35 @@ def test_several_devices_exchange(world, tmp_path, capsys):
   dry_run.dry_run(world.training(tmp_path / 'run', 2, make_mesh=make_mesh))
   shown = capsys.readouterr().out
   assert re.search(r'^Exchanges +\d+ all-', shown, re.MULTILINE)
+
+
+def test_a_topology_gets_a_roofline(world, tmp_path, capsys, monkeypatch):
+  # A device of this machine stands for one whose compiler is not installed.
+  here = jax.devices()[:1]
+  monkeypatch.setattr(compile_ahead.Topology, 'devices', lambda self: here)
+  one = compile_ahead.Topology.parse('v5e:1x1')
+  training = world.training(tmp_path / 'run', 2)
+  training = dataclasses.replace(training, make_mesh=partitioning.make_mesh)
+  dry_run.dry_run(training, one)
+  shown = capsys.readouterr().out
+  assert 'of 16.0 GiB' in shown
+  assert re.search(r'^Roofline +a step takes at least', shown, re.MULTILINE)
+  # The widest matrix is 12 x 14, of which a tile has 8 x 128.
+  assert re.search(
+    r'^Advice .* \d\d% of that of parameters is padding', shown, re.MULTILINE
+  )
+
+
+def test_a_step_that_does_not_fit_gets_advice(world, tmp_path, capsys):
+  training = world.training(tmp_path / 'run', 2)
+  mesh = training.make_mesh()
+  prepared = train.Prepared.make(training, mesh)
+  small = program_facts.Memory(1, 0, 2 * 2**30, 0)
+  large = program_facts.Memory(90 * 2**30, 0, 2 * 2**30, 0)
+  chip = compile_ahead.Topology.parse('v4:2x2x1')
+  advise = lambda memory: list(dry_run._memory_advice(prepared, memory, chip))
+  assert advise(small) == []
+  (said,) = advise(large)
+  assert 'needs 92.0 GiB of 32.0 GiB. State is most of it' in said
+  (said,) = advise(large._replace(arguments=1, temporary=90 * 2**30))
+  assert 'take more NUM_MICROBATCHES' in said

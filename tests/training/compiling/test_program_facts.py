@@ -47,10 +47,12 @@ def test_lines_of_a_tpus_program():
       # The same exchange, written twice where it is overlapped.
       '  %all-gather.8 = bf16[4,448]{1,0} all-gather(%p.1), channel_id=86, x',
       '  %all-gather.9 = bf16[4,448]{1,0} all-gather(%p.2), channel_id=86, x',
-      # Operands, results and two numbers of its own.
+      # The start has operands, results and two numbers of its own.
       '  %cp = (s32[13]{0}, s32[26]{0}, u32[], u32[]) '
       'collective-permute-start(%reshape), channel_id=1',
       '  %done = s32[26]{0} collective-permute-done(%cp)',
+      '  %start = (f32[5]{0}, f32[9]{0}) all-reduce-start(%a, %b), channel_id=3',
+      '  %sums = (f32[5]{0}, f32[9]{0}) all-reduce-done(%start)',
       '  ROOT %both = (f32[5]{0}, pred[8]{0}) all-reduce(%a, %b), channel_id=2',
       '  %copy.1 = f32[1024,3,2]{2,1,0} copy(%param.1)',
       '  %param.1 = f32[1024,3,2]{0,2,1} parameter(0)',
@@ -59,7 +61,7 @@ def test_lines_of_a_tpus_program():
   )
   assert program_facts.collectives(text) == {
     'all-gather': (1, 4 * 448 * 2),
-    'all-reduce': (1, 5 * 4 + 8),
+    'all-reduce': (2, (5 + 9) * 4 + 5 * 4 + 8),
     'collective-permute': (1, 26 * 4),
   }
   copies = program_facts.table_copies(text, {6 * 1024})
