@@ -1,5 +1,6 @@
 """Settings of all tests, such as eight virtual CPU devices; shared fixtures."""
 
+import ctypes
 import dataclasses
 import gc
 import os
@@ -103,7 +104,7 @@ def compilation_cache(pytestconfig):
   """
   settings = {
     'jax_compilation_cache_dir': str(pytestconfig.cache.mkdir('programs')),
-    'jax_persistent_cache_min_compile_time_secs': 0.2,
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
     'jax_persistent_cache_min_entry_size_bytes': 0,
   }
   with pytest.MonkeyPatch.context() as patch:
@@ -142,12 +143,19 @@ def release_programs():
 
   Those of all files together would take more than 10 GB of memory. What another
   file needs again is read from the cache of programs.
+
+  The C library keeps freed memory unless it is told to return it. Without that,
+  the process would stay large, and programs be forgotten after every file.
   """
   yield
   status = pathlib.Path('/proc/self/statm')
   pages = int(status.read_text().split()[1]) if status.exists() else None
   if pages is None or pages * os.sysconf('SC_PAGE_SIZE') > _MOST_RESIDENT:
     jax.clear_caches()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+      trim(0)
 
 
 @pytest.fixture(scope='session')

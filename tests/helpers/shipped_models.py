@@ -21,8 +21,9 @@ NAMES = sorted(
 )
 # The model reads the ids of bytes; 0 is padding and 1 is EOS.
 VOCAB = 384
-# More blocks would take longer, and could do nothing that these cannot.
-_DEPTH = 2
+# More blocks would take longer, and could do nothing that these cannot. Those of
+# a decoder are of both kinds, dense and sparse, if the model has both.
+_DEPTHS = {'encoder': 1, 'decoder': 2}
 
 
 def make(name, folder):
@@ -59,18 +60,24 @@ def make(name, folder):
 
 
 def _shallow(config):
-  """The model with two blocks in each stack, of every kind that it has."""
+  """The model with few blocks in each stack."""
   fields = {}
   for stream, depth in config.depths().items():
     blocks = config.sparse_blocks()[stream]
     name = f'sparse_{stream}_layers'
-    fields[name] = kept = tuple(i for i in blocks if i < _DEPTH)
-    assert bool(blocks) == bool(kept)
-    assert (len(blocks) == depth) == (len(kept) == _DEPTH)
+    fields[name] = kept = _kept(stream, blocks)
+    if stream == 'decoder':
+      assert (len(blocks) == depth) == (len(kept) == _DEPTHS[stream])
     field = f'num_{stream}_layers' if len(config.depths()) > 1 else 'num_layers'
-    fields[field] = _DEPTH
+    fields[field] = _DEPTHS[stream]
   memories = tuple(map(_in_first_blocks, config.memories))
   return dataclasses.replace(config, memories=memories, **fields)
+
+
+def _kept(stream, blocks):
+  """Those of some blocks of a stack that are left; at least one, if any."""
+  kept = tuple(i for i in blocks if i < _DEPTHS[stream])
+  return kept or (0,) * bool(blocks)
 
 
 def _in_first_blocks(memory):
@@ -78,8 +85,7 @@ def _in_first_blocks(memory):
   place = memory.place
   if isinstance(place, token_memories.MemoryPlace):
     kept = {
-      stream: tuple(i for i in blocks if i < _DEPTH)
-      for stream, blocks in place.blocks().items()
+      stream: _kept(stream, blocks) for stream, blocks in place.blocks().items()
     }
     place = dataclasses.replace(place, **kept)
   return dataclasses.replace(memory, place=place)

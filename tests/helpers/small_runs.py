@@ -57,6 +57,11 @@ class World:
   def cache_dir(self) -> str:
     return str(self.folder / 'cache')
 
+  @functools.cached_property
+  def sparse_model(self) -> t5_config.T5Config:
+    """The one config of most runs, whose parameters are traced once."""
+    return self.config()
+
   def config(self, sparse=True, **changes) -> t5_config.T5Config:
     sizes = {
       'vocab_size': self.vocabulary.size + 3,
@@ -92,7 +97,7 @@ class World:
   def training(self, model_dir, total_steps, **changes) -> Any:
     """A run on one device, as programs for eight take longer to compile."""
     settings = {
-      'model': self.config(),
+      'model': self.sparse_model,
       'vocabulary': self.vocabulary,
       'data': self.data(),
       'optimizer': optimizers.AdamW(1e-2),

@@ -285,7 +285,11 @@ def run_table(strategy, log_probs, key=None):
     'example': jnp.arange(batch_size)[:, None],
     'position': jnp.zeros((), jnp.int32),
   }
-  tokens, scores = strategy(step_function, cache, batch_size, max_length, key)
+  tokens, scores = jax.jit(
+    lambda cache, key: strategy(
+      step_function, cache, batch_size, max_length, key
+    )
+  )(cache, key)
   return np.asarray(tokens), np.asarray(scores)
 
 

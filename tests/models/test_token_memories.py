@@ -86,14 +86,20 @@ def _apply(model):
 
 
 def _step_by_step(model, params, inputs, targets):
-  step, cache = model.start_generation(
-    {'params': params}, jnp.asarray(inputs), targets.shape[1], 1
-  )
-  step, logits = jax.jit(step), []
-  for tokens in _shifted(targets).T:
-    found, cache, _ = step(tokens[:, None], cache)
-    logits.append(found)
-  return jnp.stack(logits, axis=1)
+  @jax.jit
+  def generate(params, inputs, given):
+    step, cache = model.start_generation(
+      {'params': params}, inputs, targets.shape[1], 1
+    )
+
+    def one(cache, tokens):
+      logits, cache, _ = step(tokens[:, None], cache)
+      return cache, logits
+
+    _, logits = jax.lax.scan(one, cache, given.T)
+    return logits.swapaxes(0, 1)
+
+  return generate(params, inputs, _shifted(targets))
 
 
 @pytest.mark.slow

@@ -149,12 +149,12 @@ def test_the_model_as_it_is_called_has_the_same_logits(loaded, io):
   inputs, targets = io['input_ids'], io['decoder_input_ids']
   real = io['attention_mask'].astype(bool)
   assert np.all(real[:, :-1] >= real[:, 1:])
-  logits = model.apply(
+  apply = functools.partial(model.apply, enable_dropout=False)
+  logits = jax.jit(apply)(
     {'params': params},
     np.where(real, inputs, 0),
     targets,
     np.ones_like(targets),
-    enable_dropout=False,
   )
   assert_close(logits, io['logits'])
 
@@ -167,6 +167,7 @@ def test_routers_equal_transformers(stack, results, io):
     assert_close(logits, io[f'{stack}_router_logits_{i}'])
 
 
+@jax.jit
 def losses(logits_of_layers):
   """The z-loss and aux loss of a stack; its layers are joined along tokens."""
   logits = jnp.concatenate(logits_of_layers, axis=1)

@@ -65,11 +65,10 @@ def _train(sparse, mesh_sizes=None):
 
   devices = None if mesh_sizes else jax.devices()[:1]
   mesh = partitioning.make_mesh(**(mesh_sizes or {}), devices=devices)
-  key = jax.random.key(0)
-  shardings = partitioning.state_shardings(
-    jax.eval_shape(create, key), _axes(model), mesh
-  )
-  state = jax.jit(create, out_shardings=shardings)(key)
+  # On one device, where fresh parameters are compiled once for all meshes.
+  state = jax.device_get(jax.jit(create)(jax.random.key(0)))
+  shardings = partitioning.state_shardings(state, _axes(model), mesh)
+  state = jax.device_put(state, shardings)
   step = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, None))
   for number in range(_STEPS):
     batch = tiny_training.make_batch(number)

@@ -43,7 +43,7 @@ def _case(num_queries, num_keys, seed=0, size=1.0):
 @pytest.mark.parametrize('lengths', [(1, 7), (5, 5), (9, 70), (33, 64)])
 def test_equals_the_recursion(lengths):
   arguments = _case(*lengths)
-  got = stick_breaking.stick_breaking_attention(*arguments)
+  got = jax.jit(stick_breaking.stick_breaking_attention)(*arguments)
   expected = _oracle(*arguments)
   np.testing.assert_allclose(
     got, expected, rtol=0, atol=1e-6 * np.abs(expected).max()
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_plain_formula():
 
   def gradients(function):
     total = lambda *x: jnp.sum(function(*x) * cotangent)
-    return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value)
 
   ours = gradients(lambda *x: stick_breaking.stick_breaking_attention(*x, mask))
   for got, expected in zip(ours, gradients(plain), strict=True):
@@ -82,18 +82,20 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
   arguments = _case(11, 13)
   cotangent = np.random.default_rng(1).normal(size=arguments[0].shape)
 
-  def both():
+  def both(query, key, value, mask):
     outputs, pull = jax.vjp(
-      lambda q, k, v: stick_breaking.stick_breaking_attention(
-        q, k, v, arguments[3]
-      ),
-      *arguments[:3],
+      lambda *x: stick_breaking.stick_breaking_attention(*x, mask),
+      query,
+      key,
+      value,
     )
     return outputs, *pull(jnp.asarray(cotangent, jnp.float32))
 
-  whole = both()
+  whole = jax.jit(both)(*arguments)
   monkeypatch.setattr(stick_breaking, '_QUERY_BLOCK', 4)
-  for got, expected in zip(both(), whole, strict=True):
+  # Another function, as the one above is traced already.
+  in_blocks = jax.jit(lambda *arguments: both(*arguments))(*arguments)
+  for got, expected in zip(in_blocks, whole, strict=True):
     np.testing.assert_allclose(
       got, expected, rtol=0, atol=1e-6 * np.abs(expected).max()
     )
@@ -106,8 +108,9 @@ def test_keys_that_no_query_sees_need_not_be_computed(num_queries, monkeypatch):
   *arguments, mask = _case(num_queries, 23)
   num_visible = 23 - num_queries + 1 + np.arange(num_queries)
   attend = stick_breaking.stick_breaking_attention
-  got = attend(*arguments, mask, num_visible)
-  expected = attend(*arguments, mask)
+  # Which keys are seen decides the shapes, so it is not traced.
+  got = jax.jit(lambda *x: attend(*x, num_visible))(*arguments, mask)
+  expected = jax.jit(attend)(*arguments, mask)
   np.testing.assert_allclose(
     got, expected, rtol=0, atol=1e-6 * np.abs(expected).max()
   )

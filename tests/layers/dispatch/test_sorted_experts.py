@@ -1,5 +1,7 @@
 """Tests rows sorted by expert against a loop, for any shares of the experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,13 @@ def loop(rows, kernels, sizes, keep, activations):
   return jnp.concatenate(outputs)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(compute, rows, kernels, cotangent):
+  """The outputs, and the gradients of rows and kernels."""
+  outputs, backward = jax.vjp(compute, rows, kernels)
+  return outputs, *backward(cotangent)
+
+
 def close(actual, expected):
   largest = np.abs(expected).max(initial=1e-3)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * largest)
@@ -66,23 +75,27 @@ def test_values_and_gradients_equal_the_loop(sizes, activations, with_dropout):
 
   expert = experts.ExpertFeedForward(activations)
 
-  @jax.jit
-  def both(rows, kernels, sizes):
-    outputs, backward = jax.vjp(
-      lambda r, k: sorted_experts.by_expert(
-        r, k, None, sorted_experts.Rows(sizes, pairs), dropout, expert, share
-      ),
-      rows,
-      kernels,
-    )
-    return outputs, *backward(cotangent)
-
-  outputs, d_rows, d_kernels = both(rows, kernels, jnp.asarray(sizes))
-  used = sum(sizes)
-  expected, backward = jax.vjp(
-    lambda r, k: loop(r, k, sizes, keep, activations), rows[:used], kernels
+  outputs, d_rows, d_kernels = with_gradients(
+    lambda r, k: sorted_experts.by_expert(
+      r,
+      k,
+      None,
+      sorted_experts.Rows(jnp.asarray(sizes), pairs),
+      dropout,
+      expert,
+      share,
+    ),
+    rows,
+    kernels,
+    cotangent,
   )
-  expected_rows, expected_kernels = backward(cotangent[:used])
+  used = sum(sizes)
+  expected, expected_rows, expected_kernels = with_gradients(
+    lambda r, k: loop(r, k, sizes, keep, activations),
+    rows[:used],
+    kernels,
+    cotangent[:used],
+  )
   close(outputs[:used], expected)
   close(d_rows[:used], expected_rows)
   jax.tree.map(close, d_kernels, expected_kernels)
@@ -111,11 +124,12 @@ def test_an_expert_may_have_another_width(share):
   def one_by_one(rows, kernel):
     return jnp.einsum('rm,rmf->rf', rows[:9], kernel[expert])
 
-  outputs, backward = jax.vjp(ours, rows, kernel)
-  expected, expected_backward = jax.vjp(one_by_one, rows, kernel)
+  cotangent = normal(9, 8)
+  outputs, d_rows, d_kernel = with_gradients(ours, rows, kernel, cotangent)
+  expected, expected_rows, expected_kernel = with_gradients(
+    one_by_one, rows, kernel, cotangent
+  )
   close(outputs, expected)
-  d_rows, d_kernel = backward(expected)
-  expected_rows, expected_kernel = expected_backward(expected)
   close(d_rows[:9], expected_rows[:9])
   close(d_kernel, expected_kernel)
 

@@ -124,10 +124,10 @@ def test_the_best_pairs_are_exact(n1, n2, knn):
   rng = np.random.default_rng(0)
   # With few whole numbers there are many ties.
   first, second = (
-    jnp.asarray(rng.integers(0, 5, size=(2, 3, n)), jnp.float32)
-    for n in (n1, n2)
+    rng.integers(0, 5, size=(2, 3, n)).astype(np.float32) for n in (n1, n2)
   )
-  index, best = product_keys.best_pairs(first, second, knn)
+  best_pairs = jax.jit(product_keys.best_pairs, static_argnums=2)
+  index, best = best_pairs(first, second, knn)
   sums = np.asarray(first)[..., :, None] + np.asarray(second)[..., None, :]
   sums = sums.reshape(2, 3, -1)
   np.testing.assert_array_equal(best, -np.sort(-sums)[..., :knn])
@@ -144,8 +144,8 @@ def test_dense_heads_with_one_query_are_one_head():
     name: params[name].sum(0, keepdims=True) for name in ('keys_0', 'keys_1')
   }
   close(
-    layer.apply({'params': params}, tokens),
-    layer.clone(num_heads=1).apply({'params': one}, tokens),
+    jax.jit(layer.apply)({'params': params}, tokens),
+    jax.jit(layer.clone(num_heads=1).apply)({'params': one}, tokens),
   )
 
 
@@ -156,8 +156,8 @@ def test_one_head_of_all_values_is_dense():
   params = make_params(sparse, tokens)
   dense = make_layer(sparse=False, num_heads=1)
   close(
-    sparse.apply({'params': params}, tokens),
-    dense.apply({'params': params}, tokens),
+    jax.jit(sparse.apply)({'params': params}, tokens),
+    jax.jit(dense.apply)({'params': params}, tokens),
   )
 
 

@@ -78,6 +78,13 @@ def make_case(seed, activations):
   return layer, params, tokens, ids, cotangent
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(apply, params, inputs, cotangent):
+  """The outputs, and the gradients of what `apply` was given."""
+  outputs, backward = jax.vjp(apply, params, inputs)
+  return outputs, *backward(cotangent)
+
+
 def close(actual, expected):
   expected = np.asarray(expected)
   np.testing.assert_allclose(
@@ -90,10 +97,9 @@ def close(actual, expected):
 @pytest.mark.parametrize('seed', range(3))
 def test_few_tokens_equal_the_loop(seed, activations):
   layer, params, tokens, ids, cotangent = make_case(seed, activations)
-  outputs, backward = jax.vjp(
-    lambda p, x: layer.apply({'params': p}, x, ids), params, tokens
+  outputs, d_params, d_tokens = with_gradients(
+    lambda p, x: layer.apply({'params': p}, x, ids), params, tokens, cotangent
   )
-  d_params, d_tokens = backward(cotangent)
   expected = oracle(tokens, ids, params['experts'], cotangent)
   close(outputs, expected[0])
   close(d_tokens, expected[1])
@@ -120,10 +126,12 @@ def experts_at_once(request, monkeypatch):
 def test_planned_equals_the_loop(seed, activations, experts_at_once):
   layer, params, tokens, ids, cotangent = make_case(seed, activations)
   stream = make_plan(ids).encoder
-  outputs, backward = jax.vjp(
-    lambda p, x: layer.apply({'params': p}, x, plan=stream), params, tokens
+  outputs, d_params, d_tokens = with_gradients(
+    lambda p, x: layer.apply({'params': p}, x, plan=stream),
+    params,
+    tokens,
+    cotangent,
   )
-  d_params, d_tokens = backward(cotangent)
   expected = oracle(tokens, ids, params['experts'], cotangent)
   close(outputs, expected[0])
   close(d_tokens, expected[1])
@@ -136,18 +144,21 @@ def test_planned_equals_the_loop(seed, activations, experts_at_once):
 def test_gradients_of_some_experts_follow_from_the_factors(activations):
   layer, params, tokens, ids, cotangent = make_case(0, activations)
   plan = make_plan(ids)
-  _, zeros = layer.apply(
-    {'params': params},
-    tokens,
-    plan=plan.encoder,
-    mutable=[word_experts.FACTORS],
+  _, zeros = jax.eval_shape(
+    lambda params: layer.apply(
+      {'params': params},
+      tokens,
+      plan=plan.encoder,
+      mutable=[word_experts.FACTORS],
+    ),
+    params,
   )
-  _, backward = jax.vjp(
+  _, d_params, factors = with_gradients(
     lambda p, f: layer.apply({'params': p} | f, tokens, plan=plan.encoder),
     params,
-    zeros,
+    jax.tree.map(lambda factor: np.zeros(factor.shape, factor.dtype), zeros),
+    cotangent,
   )
-  d_params, factors = backward(cotangent)
   factors = factors[word_experts.FACTORS]
   expected = oracle(tokens, ids, params['experts'], cotangent)[2]
   for name, d in expected.items():
@@ -249,6 +260,8 @@ def test_dropout_is_the_same_with_and_without_a_plan(shape):
   ids = rng.integers(-1, NUM_EXPERTS + 1, shape).astype(np.int32)
   variables = drawn_parameters.variables(layer, tokens, ids)
 
+  cotangent = rng.normal(size=tokens.shape).astype(np.float32)
+
   def gradient(**routing):
     apply = lambda params, tokens: layer.apply(
       {'params': params},
@@ -257,13 +270,13 @@ def test_dropout_is_the_same_with_and_without_a_plan(shape):
       deterministic=False,
       rngs={'dropout': jax.random.key(1)},
     )
-    outputs, backward = jax.vjp(apply, variables['params'], tokens)
-    return outputs, *backward(jnp.cos(outputs))
+    return with_gradients(apply, variables['params'], tokens, cotangent)
 
   planned = gradient(plan=make_plan(ids).encoder)
   unplanned = gradient(routing_ids=ids)
   jax.tree.map(close, unplanned, planned)
-  assert not np.allclose(planned[0], layer.apply(variables, tokens, ids))
+  still = jax.jit(layer.apply)(variables, tokens, ids)
+  assert not np.allclose(planned[0], still)
 
 
 def test_many_tokens_without_a_plan_need_little_memory():

@@ -356,11 +356,11 @@ def test_one_expert_is_the_dense_feed_forward(dispatch):
   tokens = jax.random.normal(jax.random.key(0), (BATCH, LENGTH, EMBED))
   params = drawn_parameters.variables(layer, tokens)['params']
   dense = jax.tree.map(lambda w: w[0], params['expert'])
-  expected = feed_forward.DenseFeedForward(EXPERT_DIM).apply(
+  expected = jax.jit(feed_forward.DenseFeedForward(EXPERT_DIM).apply)(
     {'params': dense}, tokens
   )
   # With one expert, the softmax of the single logit is one.
-  close(layer.apply({'params': params}, tokens), expected)
+  close(jax.jit(layer.apply)({'params': params}, tokens), expected)
 
 
 @pytest.mark.slow
@@ -368,7 +368,7 @@ def test_shared_expert_is_added():
   layer, params, tokens, ids = make_case(
     6, 'top2', 'dropless', shared_expert_dim=7
   )
-  shared = feed_forward.DenseFeedForward(7).apply(
+  shared = jax.jit(feed_forward.DenseFeedForward(7).apply)(
     {'params': params['shared_expert']}, tokens
   )
   both, _ = run(layer, params, tokens, ids)
@@ -386,16 +386,20 @@ def test_dropout_and_jitter_draw_from_the_dropout_stream(dispatch):
   layer, params, tokens, ids = make_case(
     7, router, dispatch, expert_dropout_rate=0.5
   )
-  apply = lambda key, layer=layer: layer.apply(
-    {'params': params},
-    tokens,
-    ids,
-    deterministic=False,
-    rngs={'dropout': jax.random.key(key)},
-  )
-  np.testing.assert_array_equal(apply(0), apply(0))
-  assert np.any(apply(0) != apply(1))
-  quiet = layer.apply({'params': params}, tokens, ids)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def apply(key, layer):
+    return layer.apply(
+      {'params': params},
+      tokens,
+      ids,
+      deterministic=False,
+      rngs={'dropout': jax.random.key(key)},
+    )
+
+  np.testing.assert_array_equal(apply(0, layer), apply(0, layer))
+  assert np.any(apply(0, layer) != apply(1, layer))
+  quiet = jax.jit(layer.apply)({'params': params}, tokens, ids)
   # Without jitter and dropout, training computes the same as evaluation.
   still = layer.clone(
     routing=dataclasses.replace(router, jitter=0.0), expert_dropout_rate=0.0
@@ -533,6 +537,6 @@ def test_the_bias_after_an_expert_may_be_its_own():
       hidden = np.maximum(token @ wi['kernel'][e] + wi['bias'][e], 0)
       output = hidden @ wo['kernel'][e] + wo['bias'][e]
       expected[b, i] += logits[e] / logits.sum() * output
-  got = layer.apply({'params': params}, tokens)
+  got = jax.jit(layer.apply)({'params': params}, tokens)
   largest = np.abs(expected).max()
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * largest)

@@ -69,17 +69,20 @@ def excluded_of(layer, params, key):
   def remember(call, args, kwargs, context):
     result = call(*args, **kwargs)
     if type(context.module).__name__ == 'ExcludedExperts':
-      found.append(np.asarray(result))
+      found.append(result)
     return result
 
-  tokens = jnp.zeros((BATCH, LENGTH, EMBED))
-  with flax.linen.intercept_methods(remember):
-    layer.apply(
-      {'params': params}, tokens, deterministic=False, rngs={'dropout': key}
-    )
-  return (
-    np.asarray(layer.groups.merge(found[0], BATCH, LENGTH)) if found else None
-  )
+  @jax.jit
+  def draw(params, key):
+    tokens = jnp.zeros((BATCH, LENGTH, EMBED))
+    with flax.linen.intercept_methods(remember):
+      layer.apply(
+        {'params': params}, tokens, deterministic=False, rngs={'dropout': key}
+      )
+    return [layer.groups.merge(mask, BATCH, LENGTH) for mask in found]
+
+  masks = draw(params, key)
+  return np.asarray(masks[0]) if masks else None
 
 
 def oracle(layer, params, tokens, ids, excluded):
@@ -192,9 +195,9 @@ def test_regularisers_of_the_batch_and_of_sequences(losses, number):
     'softmax', losses=losses, groups=token_groups.SequenceGroups()
   )
   ids[2] = -1  # A sequence without real tokens does not count.
-  _, sown = layer.apply(
-    {'params': params}, tokens, ids, mutable=['router_stats']
-  )
+  _, sown = jax.jit(
+    lambda *inputs: layer.apply(*inputs, mutable=['router_stats'])
+  )({'params': params}, tokens, ids)
   total, count = router_losses.losses(sown['router_stats']['stats'])[
     'entropy_regularizer'
   ]
@@ -280,7 +283,7 @@ def test_the_deviations_of_fresh_parameters():
     16, 24, initialization=initial_experts.SigmaInit(3)
   )
   tokens = jnp.zeros((1, 2, 80))
-  params = layer.init(jax.random.key(0), tokens)['params']
+  params = jax.jit(layer.init)(jax.random.key(0), tokens)['params']
   std = lambda fan_in: np.sqrt(2 / (3 * fan_in))
   expert = params['expert']
   assert np.std(expert['wi']['kernel']) == pytest.approx(std(80), rel=0.02)
@@ -293,7 +296,8 @@ def test_the_deviations_of_fresh_parameters():
   np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
   # This is the "standard init" of the paper.
   single = initial_experts.SingleExpertInit(3, scale=0.1)
-  params = layer.clone(initialization=single).init(jax.random.key(0), tokens)
+  layer = layer.clone(initialization=single)
+  params = jax.jit(layer.init)(jax.random.key(0), tokens)
   kernel = params['params']['expert']['wo']['kernel']
   assert np.std(kernel) == pytest.approx(np.sqrt(0.1) * std(24), rel=0.02)
 
@@ -330,9 +334,9 @@ def test_what_cannot_work_is_refused():
 def test_logits_that_are_not_finite_are_counted():
   layer, params, tokens, ids = make_case('sigmoid')
   tokens[0, 0, 0] = np.nan
-  _, sown = layer.apply(
-    {'params': params}, tokens, ids, mutable=['router_stats']
-  )
+  _, sown = jax.jit(
+    lambda *inputs: layer.apply(*inputs, mutable=['router_stats'])
+  )({'params': params}, tokens, ids)
   assert sown['router_stats']['stats'].num_not_finite == 1
 
 

@@ -160,14 +160,16 @@ def test_new_modules_change_no_bit_of_old_choices():
   logits[:, :, NUM_OLD:] *= 50
   is_valid = np.arange(5)[None] < np.array([[5], [3]])
   router = added_modules.AddedChoose(TOP2, NUM_OLD)
-  old = TOP2(
-    router_base.RouterInputs(is_valid=is_valid, logits=logits[:, :, :NUM_OLD]),
-    num_experts=NUM_OLD,
-  )
-  new = router(
-    router_base.RouterInputs(is_valid=is_valid, logits=logits),
-    num_experts=NUM_OLD + NUM_NEW,
-  )
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def choose(router, logits):
+    return router(
+      router_base.RouterInputs(is_valid=is_valid, logits=logits),
+      num_experts=logits.shape[-1],
+    )
+
+  old = choose(TOP2, logits[:, :, :NUM_OLD])
+  new = choose(router, logits)
   np.testing.assert_array_equal(new.weights[:, :10], old.weights)
   np.testing.assert_array_equal(new.pairs[:, :, :2], old.pairs)
   none = old.experts == NUM_OLD
@@ -293,11 +295,11 @@ def test_taking_over_is_what_old_modules_lose():
   is_valid = np.array([[True, True, False, True]])
   probs = np.stack([softmax(row) for row in logits[0].astype(np.float64)])
   losses = added_modules.AddedLosses(router_losses.RouterLosses(), NUM_NEW)
-  sums = losses.sums(
-    jnp.asarray(logits),
-    jnp.asarray(probs[None], jnp.float32),
-    jnp.ones((1, NUM_OLD + NUM_NEW), jnp.int32),
-    jnp.asarray(is_valid),
+  sums = jax.jit(losses.sums)(
+    logits,
+    probs[None].astype(np.float32),
+    np.ones((1, NUM_OLD + NUM_NEW), np.int32),
+    is_valid,
   )
   left = probs[:, :NUM_OLD].sum(-1)
   expected = -np.log(left[is_valid[0]]).sum()

@@ -4,6 +4,7 @@ Also tests `experts_choose`, `hash_routing`, `router_losses`, `sinkhorn_choose`,
 and `tokens_choose`.
 """
 
+import functools
 import pathlib
 
 import flaxformer_moe
@@ -34,12 +35,20 @@ LOGITS = jnp.log(PROBS)
 IS_VALID = jnp.array([[True, True, False, True]])
 
 
-def choose(router, logits=LOGITS, is_valid=IS_VALID, ids=None, bias=None):
+@functools.partial(jax.jit, static_argnums=0, static_argnames='num_experts')
+def choose(
+  router,
+  logits=LOGITS,
+  is_valid=IS_VALID,
+  ids=None,
+  bias=None,
+  num_experts=2,
+):
   return router(
     router_base.RouterInputs(
       is_valid=is_valid, logits=logits, routing_ids=ids, selection_bias=bias
     ),
-    num_experts=2,
+    num_experts=num_experts,
   )
 
 
@@ -128,20 +137,17 @@ def test_experts_follow_real_tokens_not_the_padded_length(length):
   logits = np.zeros((2, length, 4), np.float32)
   real = np.random.default_rng(0).normal(size=(2, 12, 4))
   logits[:, :12] = real
-  is_valid = jnp.arange(length)[None, :] < jnp.array([[12], [6]])
-  choices = router(
-    router_base.RouterInputs(
-      is_valid=is_valid, logits=jnp.asarray(logits), routing_ids=None
-    ),
-    num_experts=4,
-  )
+  is_valid = np.arange(length)[None, :] < np.array([[12], [6]])
+  choices = choose(router, logits, is_valid, num_experts=4)
   # Each expert chooses 2 x 12 / 4 or 2 x 6 / 4 tokens, with or without padding.
   counts = slots.count_choices(choices.experts, 4)
   np.testing.assert_array_equal(counts, [[6] * 4, [3] * 4])
   # Exactly these choices are computed.
-  plan = dropless_dispatch.DroplessDispatch().plan(
-    choices, router, num_experts=4
-  )
+  plan = jax.jit(
+    lambda choices: dropless_dispatch.DroplessDispatch().plan(
+      choices, router, num_experts=4
+    )
+  )(choices)
   assert plan.num_slots == 4 * (6 + 3)
 
 
@@ -224,11 +230,8 @@ def test_dropless_plan():
 def test_a_buffer_between_devices_is_filled_in_order_of_tokens():
   # There is one group of four tokens. Experts 0 and 1 are on the first device.
   router = hash_routing.HashRouter(4, table=(3, 2, 0, 2))
-  choices = router(
-    router_base.RouterInputs(
-      is_valid=jnp.ones((1, 4), bool), routing_ids=jnp.arange(4)[None]
-    ),
-    num_experts=4,
+  choices = choose(
+    router, None, np.ones((1, 4), bool), np.arange(4)[None], num_experts=4
   )
   # The even share of four pairs is two places for each device.
   exchange = dropless_exchange.DroplessExchange(2, buffer_factor=1.0)
@@ -262,7 +265,7 @@ def test_load_balance_is_one_at_balance(k):
   is_valid = jnp.ones((3, 8), bool)
   both = {}
   for rule in (router_losses.RouterLosses(), flaxformer_moe.FlaxformerLosses()):
-    sums = rule.sums(jnp.log(probs), probs, chosen, is_valid)
+    sums = jax.jit(rule.sums)(jnp.log(probs), probs, chosen, is_valid)
     both[type(rule).__name__] = sums['load_balance'] / sums['num_loss_tokens']
     np.testing.assert_allclose(sums['importance'], 0, atol=1e-6)
     # The probabilities sum to one, so the log-sum-exp of their logarithms is

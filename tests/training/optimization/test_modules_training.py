@@ -58,7 +58,8 @@ def make_params(seed=0):
 def state_after_a_step(optimizer, params):
   built = optimizer.build(tree(AXES))
   given = tree(params)
-  _, state = built.update(tree(make_params(1)), built.init(given), given)
+  state = jax.jit(built.init)(given)
+  _, state = jax.jit(built.update)(tree(make_params(1)), state, given)
   return built, state
 
 
@@ -97,9 +98,8 @@ def test_states_keep_what_is_left(name):
   if name == 'adam':
     # Clipping uses the norm of all gradients together.
     return
-  _, expected = built.update(
-    tree(gradients), built.init(tree(fewer)), tree(fewer)
-  )
+  state = jax.jit(built.init)(tree(fewer))
+  _, expected = jax.jit(built.update)(tree(gradients), state, tree(fewer))
   moments = lambda whole: [
     x
     for path, x in jax.tree_util.tree_leaves_with_path(whole)
@@ -153,7 +153,8 @@ def test_only_new_slices_change(name):
     PARTS, OPTIMIZERS[name].build(tree(AXES))
   )
   gradients = tree(make_params(1))
-  updates, state = built.update(gradients, built.init(params), params)
+  state = jax.jit(built.init)(params)
+  updates, state = jax.jit(built.update)(gradients, state, params)
   new = optax.apply_updates(params, updates)
   slabs, old_slabs = (x['mlp']['expert']['wi']['kernel'] for x in (new, params))
   columns, old_columns = (
@@ -172,8 +173,9 @@ def test_only_new_slices_change(name):
     }
   }
   inner = OPTIMIZERS[name].build(tree(AXES))
-  expected, _ = inner.update(
-    alone(gradients), inner.init(alone(params)), alone(params)
+  state_alone = jax.jit(inner.init)(alone(params))
+  expected, _ = jax.jit(inner.update)(
+    alone(gradients), state_alone, alone(params)
   )
   np.testing.assert_allclose(
     updates['mlp']['expert']['wi']['kernel'][3:],

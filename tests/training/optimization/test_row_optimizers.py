@@ -75,9 +75,10 @@ def _train_alone(transformation, expert, visits=None):
   """Runs an optax transformation on one expert, for its own visits only."""
   params = jax.tree.map(lambda x: x[expert], _table())
   state = transformation.init(params)
+  update = jax.jit(transformation.update)
   for step in _visits_of(expert) if visits is None else visits:
     gradients = jax.tree.map(lambda x: x[expert], _gradients(step))
-    updates, state = transformation.update(gradients, state, params)
+    updates, state = update(gradients, state, params)
     params = optax.apply_updates(params, updates)
   return params
 
@@ -196,12 +197,11 @@ def test_rows_do_not_see_each_other(name):
   optimizer = _OPTIMIZERS[name]
   table, gradients = _table(), _matrices(_gradients(0))
   state = optimizer.init(table)
-  together, _ = optimizer.update(gradients, state, table, 0)
+  update = jax.jit(optimizer.update)
+  together, _ = update(gradients, state, table, 0)
   order = jnp.array([3, 1, 4, 0, 2])
   shuffle = lambda tree: jax.tree.map(lambda x: x[order], tree)
-  shuffled, _ = optimizer.update(
-    shuffle(gradients), shuffle(state), shuffle(table), 0
-  )
+  shuffled, _ = update(shuffle(gradients), shuffle(state), shuffle(table), 0)
   jax.tree.map(
     np.testing.assert_array_equal, shuffle(dict(together)), dict(shuffled)
   )
@@ -227,9 +227,10 @@ def test_outer_products_are_their_matrices(name):
     }
   )
   state = optimizer.init(table)
+  update = jax.jit(optimizer.update)
   for step in range(2):
-    rows, rows_state = optimizer.update(outer, state, table, step)
-    table, state = optimizer.update(matrices, state, table, step)
+    rows, rows_state = update(outer, state, table, step)
+    table, state = update(matrices, state, table, step)
     assert jax.tree.structure(rows_state) == jax.tree.structure(state)
     for kernel in table:
       largest = np.abs(table[kernel]).max()
