@@ -17,5 +17,6 @@ echo "Installing mowe and what it needs in $VIRTUAL_ENV"
 # These are the versions with which all tests ran. CONSTRAINTS names another file
 # of versions; empty, it takes the newest that setup.py allows.
 constraints="${CONSTRAINTS-requirements/ci.txt}"
-python -m pip install --quiet --disable-pip-version-check \
+# Modules are compiled when they are imported: most of TensorFlow's never are.
+python -m pip install --quiet --disable-pip-version-check --no-compile \
   ${constraints:+--constraint "$constraints"} -e ".${extras:-}"

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import pathlib
+import re
 
+import flax
 import jax
+import numpy as np
 import pytest
 
 from mowe.commands.gin_files import gin_config
-from mowe.models import initialization
-from mowe.models.families import costs, families
+from mowe.models.families import costs
 from mowe.training import router_training, training_step
 
 # The parameters of one feed-forward, and the millions of the whole model.
@@ -26,6 +29,7 @@ _SIZES = {
 }
 
 
+_GOLDEN = pathlib.Path(__file__).resolve().parent / 'golden'
 _RUN = ('optimizers/adamw', 'runs/pretrain_lm')
 _BINDINGS = ("VOCABULARY_PATH = 'bytes'", "DTYPE = 'float32'")
 
@@ -45,6 +49,27 @@ def _router_loss(needed, *files):
   return gin_config.call(training_step.LossConfig).router
 
 
+def _params(name):
+  """The shapes of the parameters of a model, from its text file.
+
+  The model itself is compared with that file in test_gin_files.py, and tracing
+  it takes seconds.
+  """
+  path = _GOLDEN / f'parameters_{name}.txt'
+  *lines, _ = path.read_text('utf-8').splitlines()
+  shapes = {}
+  for line in lines:
+    parameter, sizes = re.match(r'(\S+) \(([^)]*)\)', line).groups()
+    shape = tuple(int(size) for size in sizes.split(',') if size)
+    shapes[parameter] = jax.ShapeDtypeStruct(shape, np.float32)
+  return flax.traverse_util.unflatten_dict(shapes, sep='/')
+
+
+def _costs(name):
+  config = _config(name)
+  return costs.model_costs(config, _params(name))
+
+
 def _count(tree):
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -58,7 +83,7 @@ def test_a_dense_model_has_the_published_size(name):
   assert (config.num_heads, config.head_dim) == (heads, kv)
   assert (config.memory_length, config.vocab_size) == (memory, vocab)
   assert config.sparse_layers()['decoder'].mlp_dim == hidden
-  params = initialization.abstract_variables(families.build(config))['params']
+  params = _params(f'xl_{name}')
   of_layer, millions = _DENSE[name]
   for number in range(blocks):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
@@ -88,14 +113,14 @@ def test_a_sigma_moe_is_the_dense_model_with_other_layers(name):
   dense = _config(f'xl_{twin}')
   # A config makes layers with what gin has read last, so the order matters.
   attention = dense.make_attention()
-  others = costs.model_costs(dense).total_parameters
+  others = _costs(f'xl_{twin}').total_parameters
   others -= dense.num_layers * _DENSE[twin][0]
   config = _config(f'xl_sigma_moe_{name}')
   layer = config.sparse_layers()['decoder']
   assert (layer.num_experts, layer.expert_dim) == (experts, 128)
   assert layer.routing.k == 4 and layer.routing.sigmoid
   assert layer.initialization.num_layers == config.num_layers
-  params = initialization.abstract_variables(families.build(config))['params']
+  params = _params(f'xl_sigma_moe_{name}')
   for number in range(config.num_layers):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
   total = costs.model_costs(config, params).total_parameters
@@ -132,7 +157,7 @@ def test_other_layers_have_the_parameters_of_the_dense_ones(kind, name):
     assert layer.num_layers == config.num_layers
   else:
     assert (layer.mlp_dim, layer.k) == (_SIZES[name][4], 128)
-  params = initialization.abstract_variables(families.build(config))['params']
+  params = _params(f'xl_{kind}_{name}')
   for number in range(config.num_layers):
     assert _count(params['decoder'][f'layers_{number}']['mlp']) == of_layer
 
@@ -211,7 +236,7 @@ def test_a_module_former_has_the_published_size(name):
   assert heads.routing.k == mlp.routing.k == k
   assert config.sparse_decoder_layers == tuple(range(blocks))
   assert (config.emb_dim, config.vocab_size) == (1024, 50295)
-  cost = costs.model_costs(config)
+  cost = costs.model_costs(config, _params(f'moduleformer_{name}'))
   assert round(cost.total_parameters / 1e6, 1) == millions
   of_vocabulary = 2 * config.emb_dim * config.vocab_size
   assert round((cost.active_parameters - of_vocabulary) / 1e6) == active
@@ -219,7 +244,7 @@ def test_a_module_former_has_the_published_size(name):
 
 @pytest.mark.slow
 def test_the_mini_models_have_as_many_parameters_as_the_dense_one():
-  dense = costs.model_costs(_config('xl_mini'))
+  dense = _costs('xl_mini')
   assert dense.total_parameters == 3_443_276
   # Each kind has its parameters, and its share of the dense model's FLOPs per
   # token.
@@ -230,7 +255,7 @@ def test_the_mini_models_have_as_many_parameters_as_the_dense_one():
     ('sigma_moe', 3_443_776, 0.257),
     ('switch', 3_437_632, 0.252),
   ]:
-    cost = costs.model_costs(_config(f'xl_{kind}_mini'))
+    cost = _costs(f'xl_{kind}_mini')
     assert cost.total_parameters == expected, kind
     saved = dense.flops_per_target_token - cost.flops_per_target_token
     of_dense = 2 * 4 * 2 * 128 * 1027

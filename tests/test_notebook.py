@@ -23,4 +23,4 @@ def test_the_notebook_answers_most_questions(tmp_path, monkeypatch):
       exec(compile(source, f'cell {number}', 'exec'), names)
   # One in ten would be right by chance.
   assert names['result'].em > 40
-  assert 'step 150' in repr(names['loaded'])
+  assert 'step 100' in repr(names['loaded'])

@@ -55,7 +55,7 @@ def show(
   )
   shapes = ', '.join(
     f'{name} {tuple(array.shape)}'
-    for name, array in next(batches.from_step(0)).items()
+    for name, array in batches.first_batch.items()
   )
   mesh_shape = ' x '.join(f'{n} {name}' for name, n in mesh.shape.items())
   console.print(f'Batch      {shapes}')

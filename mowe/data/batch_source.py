@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,11 @@ class BatchSource(abc.ABC):
   @abc.abstractmethod
   def from_step(self, first_step: int = 0) -> Iterator[Batch]:
     """Yields the batches from `first_step` on, without end."""
+
+  @functools.cached_property
+  def first_batch(self) -> Batch:
+    """The batch of step 0, which is made once: opening a stream takes long."""
+    return next(self.from_step(0))
 
   def batch_maker(self, first_step: int) -> Callable[[int], Batch]:
     """Returns a function that takes each step in turn and returns its batch.

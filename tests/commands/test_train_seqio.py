@@ -49,10 +49,20 @@ t5_config.T5Config:
   num_encoder_layers = {depth}
   num_decoder_layers = {depth}
 """
-# More blocks, rows or tokens would change nothing that depends on the task.
+# A larger model, rows or tokens would change nothing that depends on the task.
 _SMALL = [
-  '--gin.mowe.models.t5.t5_config.T5Config.num_encoder_layers=1',
-  '--gin.mowe.models.t5.t5_config.T5Config.num_decoder_layers=1',
+  *(
+    f'--gin.mowe.models.t5.t5_config.T5Config.{name}={size}'
+    for name, size in (
+      ('emb_dim', 8),
+      ('num_heads', 2),
+      ('head_dim', 4),
+      ('mlp_dim', 16),
+      ('num_encoder_layers', 1),
+      ('num_decoder_layers', 1),
+    )
+  ),
+  '--gin.VOCAB_SIZE=384',
   '--gin.BATCH_SIZE=8',
   "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 12}",
 ]

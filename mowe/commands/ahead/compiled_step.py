@@ -56,7 +56,7 @@ def compile_step(
   """
   batches, router, setup = prepared
   begin = time.monotonic()
-  batch, plan = router(next(batches.from_step(0)))
+  batch, plan = router(batches.first_batch)
   batch = partitioning.abstract_batch(
     batch, partitioning.batch_sharding(setup.mesh)
   )
