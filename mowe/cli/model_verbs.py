@@ -53,6 +53,14 @@ def _add_train(verbs):
     'without saving, or leaves the update of the batch out, or only says so '
     '(default: ON_SPIKE of the gin files)',
   )
+  parser.add_argument(
+    '--profile',
+    type=_number_of_steps,
+    default=0,
+    metavar='STEPS',
+    help="trace so many steps with JAX's profiler, from the third on, for "
+    'xprof or Perfetto, in the folder profile of MODEL_DIR',
+  )
   parser.add_argument('--tfds_data_dir', help='folder of the TFDS data sets')
   _add_distributed(parser)
   parser.set_defaults(run=_train)
@@ -66,6 +74,16 @@ def _step(text: str) -> int | str:
     raise argparse.ArgumentTypeError(
       f'a step must be a number or {_LAST_GOOD!r}, but is {text!r}. Take one of '
       'those that `mowe inspect` shows.'
+    )
+  return int(text)
+
+
+def _number_of_steps(text: str) -> int:
+  """Reads a number of steps, at least 1."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(
+      f'the number of steps must be at least 1, but is {text!r}. A few are '
+      'enough, such as 3.'
     )
   return int(text)
 
@@ -95,6 +113,7 @@ def _train(options, bindings):
       gin_config.call(train.Training),
       back_to=back_to,
       config_text=gin_config.operative_config,
+      num_profiled=options.profile,
     )
   except train.CannotResumeError as error:
     raise ValueError(

@@ -27,6 +27,8 @@ from mowe.training import (
   partitioning,
   progress_lines,
   run_history,
+  speed,
+  step_profile,
   train_metrics,
   train_state,
   training_step,
@@ -126,6 +128,16 @@ class Training:
     if not self.has_tables or self.freeze_experts:
       return None
     return self.row_optimizer
+
+  @property
+  def rates(self) -> dict[str, row_optimizers.LearningRate]:
+    """The learning rates by the names of their metrics."""
+    rates = {}
+    if self.optimizer.rate is not None:
+      rates['learning_rate'] = self.optimizer.rate
+    if self.rows_trained_by is not None:
+      rates['row_learning_rate'] = self.rows_trained_by.learning_rate
+    return rates
 
   def check(self, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the parts do not fit together on a mesh."""
@@ -253,6 +265,7 @@ def train(
   *,
   back_to: BackTo | None = None,
   config_text: Callable[[], str] | None = None,
+  num_profiled: int = 0,
 ) -> train_state.TrainState:
   """Trains a model in `training.model_dir`, continuing what is there.
 
@@ -266,6 +279,8 @@ def train(
     back_to: an older checkpoint to go on from, in place of the latest.
     config_text: a function that returns the text that is kept as `config.gin`
       in the folder; None keeps none.
+    num_profiled: number of steps that JAX's profiler traces, for the folder
+      `profile` in `model_dir`.
 
   Returns:
     The last state, without tables if they are not on the device.
@@ -288,7 +303,7 @@ def train(
     atomic_files.naming(training.model_dir),
     lock if is_first else contextlib.nullcontext(),
   ):
-    return _run(training, prepared, back_to, config_text)
+    return _run(training, prepared, back_to, config_text, num_profiled)
 
 
 def _check_processes(
@@ -312,6 +327,7 @@ def _run(
   prepared: Prepared,
   back_to: BackTo | None,
   config_text: Callable[[], str] | None,
+  num_profiled: int,
 ) -> train_state.TrainState:
   """Starts or resumes the run, trains it to its end and saves it."""
   batches, router, setup = prepared
@@ -356,9 +372,15 @@ def _run(
     stop = loop.StopSignal()
     log_period = training.log_period
     spikes = _spike_watch(training, checkpoints)
+    train_step = _TrainStep(training, setup, experts, spikes, first_step)
+    if num_profiled:
+      train_step = step_profile.ProfiledStep(
+        train_step, folder / 'profile', num_profiled
+      )
+      closing.callback(train_step.close)
     state = loop.run(
       state,
-      train_step=_TrainStep(training, setup, experts, spikes, first_step),
+      train_step=train_step,
       batches=experts.feed(prefetched),
       total_steps=total_steps,
       actions=[
@@ -379,6 +401,12 @@ def _run(
       ],
       writers=writers['train'],
       progress=progress_lines.Progress(total_steps, first_step, log_period),
+      meter=speed.SpeedMeter(
+        writers['speed'],
+        speed.Work.of_model(
+          training.model, setup.abstract, batches.first_batch, setup.mesh
+        ),
+      ),
       log_period=log_period,
       stop=stop,
       spikes=spikes,
@@ -446,6 +474,7 @@ def jitted_step(
       loss=training.loss,
       seed=training.seed,
       num_microbatches=training.num_microbatches,
+      rates=training.rates,
     )
   )
 
@@ -538,8 +567,8 @@ def _with_layers(module, **changes):
 
 
 def _open_writers(folder, first_step, tensorboard, closing):
-  """Opens the files of metrics of training and evaluation on process 0."""
-  writers = {'train': [], 'eval': []}
+  """Opens the files of metrics of training, evaluation and speed on process 0."""
+  writers = {'train': [], 'eval': [], 'speed': []}
   if jax.process_index() != 0:
     return writers
   for name, opened in writers.items():

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from mowe.training import (
   loss_spikes,
   progress_lines,
+  speed,
   train_metrics,
   train_state,
 )
@@ -30,6 +31,9 @@ _AGREE_PERIOD = 10
 # and a stop, which comes after all steps that were handed over, takes as long
 # as they do.
 _MOST_AHEAD = loss_spikes.LAG - 1
+
+# A run shows its loss after so many steps, if its log period is longer.
+_EARLY = 10
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -188,6 +192,7 @@ def run(
   actions: Sequence[Every] = (),
   writers: Sequence[train_metrics.Writer] = (),
   progress: progress_lines.Progress,
+  meter: speed.SpeedMeter | None = None,
   log_period: int = 100,
   stop: StopSignal | None = None,
   spikes: loss_spikes.SpikeWatch | None = None,
@@ -204,6 +209,7 @@ def run(
     actions: what is done between steps.
     writers: write the metrics of each log period.
     progress: shows some of these metrics, and how far the run is.
+    meter: times the steps; None does not.
     log_period: the number of steps between two lines of metrics.
     stop: listens to signals during the run, and is asked after every step; None
       makes one.
@@ -222,7 +228,8 @@ def run(
   """
   stop = stop or StopSignal()
   spikes = spikes or loss_spikes.SpikeWatch(loss_spikes.SpikeConfig())
-  step = int(state.step)
+  meter = meter or speed.SpeedMeter()
+  step = first_step = int(state.step)
   unlogged, in_flight = [], collections.deque()
   with stop.listening(step), progress:
     for batch, plan in batches:
@@ -231,8 +238,14 @@ def run(
       if step >= total_steps:
         break
       num_tokens = _num_tokens(batch)
+      if step == first_step:
+        progress.say('Compiling the step.')
       state, metrics = train_step(state, batch, plan)
       step += 1
+      if step == first_step + 1:
+        # The times of all later steps count from here.
+        jax.block_until_ready(metrics)
+      meter.step_done(num_tokens)
       unlogged.append(metrics)
       in_flight.append((step, metrics))
       if most_ahead is not None and len(in_flight) > most_ahead:
@@ -245,32 +258,29 @@ def run(
         if one.is_due(step, is_end=is_end, is_stop=is_stop)
       ]
       shown = None
-      if is_logged or due:
+      is_early = step == first_step + _EARLY
+      if is_logged or is_early or due:
         values = _checked_values(step, state, unlogged)
         while in_flight:
           spikes.see(*in_flight.popleft())
       if is_logged:
         unlogged = []
-        shown = _write(writers, step, values)
+        meter.write(step)
+        for writer in writers:
+          writer.write(step, values)
+      if is_logged or is_early:
+        shown = {
+          label: values[name]
+          for name, label in _SHOWN.items()
+          if name in values
+        }
       progress.update(step, num_tokens, shown)
-      for action in due:
-        action.action(step, state)
+      with meter.paused():
+        for action in due:
+          action.action(step, state)
       if is_end or is_stop:
         break
   return state
-
-
-def _write(
-  writers: Sequence[train_metrics.Writer],
-  step: int,
-  values: dict[str, train_metrics.Value],
-) -> dict[str, train_metrics.Value]:
-  """Writes the metrics of a log period; returns those to show, by label."""
-  for writer in writers:
-    writer.write(step, values)
-  return {
-    label: values[name] for name, label in _SHOWN.items() if name in values
-  }
 
 
 def _checked_values(step, state, unlogged) -> dict[str, train_metrics.Value]:

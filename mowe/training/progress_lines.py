@@ -1,7 +1,8 @@
 """One line that says how training goes: step, loss, tokens/s, time left.
 
 In a terminal it is a live bar. Elsewhere, as in a log file or the pipe of a
-notebook, there is one plain line per log period.
+notebook, there is one plain line per log period, and one whenever there is
+something new to show.
 """
 
 import sys
@@ -20,8 +21,8 @@ class Progress:
 
   Attributes:
     total_steps: the step at which the run ends.
-    first_step: the step at which it starts; the time that is left follows from
-      the steps after it, as earlier ones were done by another process.
+    first_step: the step at which it starts; earlier ones were done by another
+      process.
     log_period: steps between two plain lines; the last step always has one.
     stream: where to show the progress, as a bar if it is a terminal; None for
       the standard output.
@@ -47,17 +48,15 @@ class Progress:
     stream = sys.stdout if stream is None else stream
     self._stream = terminal_text.steerable(stream)
     self._clock = clock
-    self._start = self._clock()
-    self._period_start = self._start
+    # Speed and the time that is left follow from the steps after the first one
+    # of this process, which compiles the program.
+    self._timed_from: int | None = None
+    self._start = self._period_start = self._clock()
     self._tokens = 0
     self._values: dict[str, float] = {}
     self._bar = _Bar(self) if self._stream.isatty() else None
 
   def __enter__(self) -> 'Progress':
-    # Time counts from here, as the program may be compiled between the making
-    # of this object and the first step.
-    self._start = self._clock()
-    self._period_start = self._start
     if self._bar:
       self._bar.start()
     return self
@@ -65,6 +64,14 @@ class Progress:
   def __exit__(self, *unused_exception) -> None:
     if self._bar:
       self._bar.stop()
+
+  def say(self, text: str) -> None:
+    """Shows a sentence at once."""
+    if self._bar:
+      self._bar.say(text)
+    else:
+      self._stream.write(text + '\n')
+      self._stream.flush()
 
   def update(
     self,
@@ -80,11 +87,15 @@ class Progress:
       values: numbers to show by name, such as the loss. None shows the last
         ones again, so that a loop need not wait for the device at each step.
     """
-    self._tokens += num_tokens
     self._values.update(values or {})
+    if self._timed_from is None:
+      self._timed_from = step
+      self._start = self._period_start = self._clock()
+    else:
+      self._tokens += num_tokens
     if self._bar:
       self._bar.update(step, self._numbers(step))
-    elif step % self.log_period == 0 or step == self.total_steps:
+    elif values or step % self.log_period == 0 or step == self.total_steps:
       self._stream.write(self.line(step) + '\n')
       self._stream.flush()
     if step % self.log_period == 0:
@@ -103,7 +114,7 @@ class Progress:
       parts.append(
         f'{_short(self._tokens / (now - self._period_start))} tokens/s'
       )
-    done = step - self.first_step
+    done = step - self._timed_from
     if done > 0:
       left = (now - self._start) / done * (self.total_steps - step)
       parts.append(f'ETA {_duration(left)}')
@@ -131,6 +142,9 @@ class _Bar:
 
   def update(self, step: int, numbers: str) -> None:
     self._bar.update(self._task, completed=step, numbers=numbers)
+
+  def say(self, text: str) -> None:
+    self._bar.console.print(text, markup=False, highlight=False)
 
   def stop(self) -> None:
     self._bar.stop()

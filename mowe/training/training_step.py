@@ -8,7 +8,8 @@ pass and differentiates it, `_batch_gradients` adds up the microbatches, and
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -166,6 +167,7 @@ class _Setup:
   loss: LossConfig
   seed: int
   num_microbatches: int
+  rates: Mapping[str, row_optimizers.LearningRate]
 
 
 def make_train_step(
@@ -176,6 +178,7 @@ def make_train_step(
   loss: LossConfig,
   seed: int,
   num_microbatches: int = 1,
+  rates: Mapping[str, row_optimizers.LearningRate] = types.MappingProxyType({}),
 ) -> Callable[..., tuple[train_state.TrainState, Metrics]]:
   """The step `(state, frozen, batch, plan, limit) -> (state, metrics)`.
 
@@ -192,6 +195,7 @@ def make_train_step(
     seed: the seed of dropout, whose random numbers depend on (seed, step)
       alone.
     num_microbatches: parts of the batch that are computed one after another.
+    rates: learning rates that are given with the metrics, by their names there.
 
   Returns:
     A function to be jitted with the state donated. `frozen` holds the tables
@@ -200,7 +204,9 @@ def make_train_step(
     a number `limit`, the batch changes nothing but the step and the memory if
     its loss is above it.
   """
-  setup = _Setup(model, optimizer, row_optimizer, loss, seed, num_microbatches)
+  setup = _Setup(
+    model, optimizer, row_optimizer, loss, seed, num_microbatches, rates
+  )
 
   def train_step(state, frozen, batch, plan, limit=None):
     counts = _Counts(
@@ -377,6 +383,8 @@ def _apply_gradients(
   factors, memory = gradients.kept
   metrics |= router_training.metrics(stats)
   metrics['gradient_norm'] = Mean(_global_norm(grads), jnp.ones(()))
+  for name, rate in setup.rates.items():
+    metrics[name] = Mean(row_optimizers.rate_of(rate, state.step), jnp.ones(()))
   # Updates of tables depend on `usable`, so that they come after the backward
   # pass. That reads the tables, and XLA would give it a copy of them if it
   # could end after they change.

@@ -19,6 +19,7 @@ from mowe.cli import main
 from mowe.commands import ask, train, train_vocabulary
 from mowe.commands.gin_files import gin_config
 from mowe.comparison import quickstart
+from mowe.training import train_metrics
 from mowe.words import placement, routing_vocabulary, subword_vocabularies
 
 
@@ -88,7 +89,8 @@ def test_help_lists_the_verbs(capsys):
 
 @pytest.mark.parametrize(
   'arguments',
-  [[], ['fly'], ['train', '--gin_fil', 'x', '--wings=2'], ['ask', 'm', '--up']],
+  [[], ['fly'], ['train', '--gin_fil', 'x', '--wings=2'], ['ask', 'm', '--up']]
+  + [['train', '--profile', '0']],
 )
 def test_unknown_arguments_are_refused(arguments, capsys):
   with pytest.raises(SystemExit) as stopped:
@@ -191,16 +193,25 @@ def test_a_stopped_verb_says_so(monkeypatch, capsys, said, shown):
 @pytest.mark.slow
 def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
   folder = tmp_path / 'run'
-  arguments = _training(world, folder)
-  assert _run(*arguments) == 0
+  arguments = _training(world, folder, TRAIN_STEPS=3)
+  assert _run(*arguments, '--profile=1') == 0
   shown = capsys.readouterr().out
-  assert 'step 2/2' in shown and f'Finished step 2; saved in {folder}' in shown
+  assert 'step 3/3' in shown and f'Finished step 3; saved in {folder}' in shown
+  assert shown.index('Compiling the step.') < shown.index('step 3/3')
+  assert f'Traced 1 steps in {folder / "profile"}.' in shown
   files = {path.name for path in folder.iterdir()}
   assert files == {
-    'checkpoint_2', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',
-    'history.jsonl', 'model.json', 'routing_vocabulary.npz', 'tensorboard',
-    'train_metrics.jsonl', 'vocabulary.model',
+    'checkpoint_3', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',
+    'history.jsonl', 'model.json', 'profile', 'routing_vocabulary.npz',
+    'speed_metrics.jsonl', 'tensorboard', 'train_metrics.jsonl',
+    'vocabulary.model',
   }  # fmt: skip
+  # Rates are those of the gin files; speed is in a file of its own.
+  (line,) = train_metrics.read_json_lines(folder / 'train_metrics.jsonl')
+  assert line['learning_rate'] > 0 and line['row_learning_rate'] > 0
+  assert not any(name.startswith('speed/') for name in line)
+  (line,) = train_metrics.read_json_lines(folder / 'speed_metrics.jsonl')
+  assert line['step'] == 3 and line['speed/tokens_per_second'] > 0
   # A finished run can be started again from its config, and does nothing.
   assert _run('train', f'--gin_file={folder / "config.gin"}') == 0
   assert 'Resumed' in capsys.readouterr().out

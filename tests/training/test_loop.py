@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mowe.training import loop, loss_spikes, progress_lines, train_state
+from mowe.training import loop, loss_spikes, progress_lines, speed, train_state
 from mowe.training.train_metrics import Mean
 
 
@@ -46,6 +46,8 @@ def _run(
   stop=None,
   updates=None,
   spikes=None,
+  meter=None,
+  stream=None,
 ):
   """Runs fake steps; step n has the loss `losses[n]`, or n if there is none.
 
@@ -71,7 +73,7 @@ def _run(
     return state.replace(step=state.step + 1, params=params), metrics
 
   writer = _Recorder()
-  stream = io.StringIO()
+  stream = stream or io.StringIO()
   state = train_state.TrainState(jnp.int32(first_step), {}, {}, {}, {})
   error = None
   try:
@@ -85,6 +87,7 @@ def _run(
       progress=progress_lines.Progress(
         total_steps, first_step, log_period, stream
       ),
+      meter=meter,
       log_period=log_period,
       stop=stop,
       spikes=spikes,
@@ -125,6 +128,42 @@ def test_metrics_are_means_over_the_log_period():
     (4, 2.5),
     (5, 4.0),
   ]
+
+
+def test_the_first_loss_is_shown_soon():
+  stream = io.StringIO()
+  _, _, lines, _ = _run(14, first_step=1, log_period=14, stream=stream)
+  # The log has the mean of all thirteen steps, from 1 to 13.
+  assert [(step, values['loss']) for step, values in lines] == [(14, 7.0)]
+  told, early, last = stream.getvalue().splitlines()
+  assert told == 'Compiling the step.'
+  # The mean of 1 to 10.
+  assert early.startswith('step 11/14  loss 5.5  accuracy 0.5')
+  assert last.startswith('step 14/14  loss 7 ')
+
+
+def test_steps_are_timed_without_what_is_between_them():
+  lines = []
+  now = [0.0]
+
+  class _Writer:
+    write = lambda self, step, values: lines.append((step, values))
+
+  def pass_time(seconds):
+    now[0] += seconds
+
+  _run(
+    4,
+    log_period=2,
+    on_step=lambda number: pass_time(9.0 if number == 0 else 2.0),
+    actions=[loop.Every(1, lambda step, state: pass_time(30.0))],
+    meter=speed.SpeedMeter([_Writer()], clock=lambda: now[0]),
+  )
+  assert [step for step, _ in lines] == [2, 4]
+  for _, values in lines:
+    # There are four tokens in a batch.
+    assert values['speed/step_seconds'] == 2.0
+    assert values['speed/tokens_per_second'] == 2.0
 
 
 def test_a_resumed_run_makes_the_remaining_steps():

@@ -45,6 +45,20 @@ def test_plain_lines_once_per_period():
   ]
 
 
+def test_the_first_step_counts_for_neither_speed_nor_time():
+  clock, stream = _Clock(), io.StringIO()
+  with progress_lines.Progress(5, 0, 1, stream, clock) as line:
+    line.say('Compiling.')
+    for step, seconds in ((1, 100.0), (2, 2.0)):
+      clock.seconds += seconds
+      line.update(step, num_tokens=3000)
+  assert stream.getvalue().splitlines() == [
+    'Compiling.',
+    'step 1/5  ',
+    'step 2/5  1.5K tokens/s  ETA 6s',
+  ]
+
+
 def test_a_resumed_run_counts_its_own_steps_only():
   lines = _run(io.StringIO(), first_step=1000, total_steps=1004).splitlines()
   assert lines[0] == 'step 1002/1004  loss 0.00998  1.5K tokens/s  ETA 4s'

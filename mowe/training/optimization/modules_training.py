@@ -59,6 +59,11 @@ class TrainAdded(optimizers.Optimizer):
     axis, number = self._parts.get(name, (0, 0))
     return size - size // shape[axis] * number
 
+  @property
+  def rate(self) -> optimizers.LearningRate | None:
+    """See `Optimizer.rate`."""
+    return self.optimizer.rate
+
   @functools.cached_property
   def _parts(self):
     """Name of a parameter -> its axis of modules, and how many are new."""

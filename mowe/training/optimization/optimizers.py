@@ -41,6 +41,11 @@ class Optimizer:
     del path, shape
     return 0
 
+  @property
+  def rate(self) -> LearningRate | None:
+    """The learning rate to show with the metrics; None shows none."""
+    return None
+
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(adafactor_transform.AdafactorSettings, Optimizer):
@@ -49,6 +54,11 @@ class Adafactor(adafactor_transform.AdafactorSettings, Optimizer):
   def build(self, logical_axes: PyTree | None) -> optax.GradientTransformation:
     """See `Optimizer.build`; parameters of rank 3 or more must have axes."""
     return adafactor_transform.adafactor(self, logical_axes)
+
+  @property
+  def rate(self) -> LearningRate:
+    """See `Optimizer.rate`."""
+    return self.learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +96,11 @@ class AdamW(Optimizer):
       no_decay=self.no_decay,
     )
 
+  @property
+  def rate(self) -> LearningRate:
+    """See `Optimizer.rate`."""
+    return self.learning_rate
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipByGlobalNorm(Optimizer):
@@ -110,6 +125,11 @@ class ClipByGlobalNorm(Optimizer):
     """See `Optimizer.num_frozen`."""
     return self.optimizer.num_frozen(path, shape)
 
+  @property
+  def rate(self) -> LearningRate | None:
+    """See `Optimizer.rate`."""
+    return self.optimizer.rate
+
 
 @dataclasses.dataclass(frozen=True)
 class Freeze(Optimizer):
@@ -133,6 +153,11 @@ class Freeze(Optimizer):
     if re.fullmatch(self.pattern, '/'.join(path)):
       return math.prod(shape)
     return self.optimizer.num_frozen(path, shape)
+
+  @property
+  def rate(self) -> LearningRate | None:
+    """See `Optimizer.rate`."""
+    return self.optimizer.rate
 
 
 def adamw(

@@ -29,7 +29,13 @@ LearningRate = float | Callable[[jax.Array], jax.Array]
 
 
 class RowOptimizer(Protocol):
-  """What the training step needs of an optimizer of table rows."""
+  """What the training step needs of an optimizer of table rows.
+
+  Attributes:
+    learning_rate: a number, or a schedule of the global step.
+  """
+
+  learning_rate: LearningRate
 
   def init(self, table: Table) -> RowState:
     """Returns the state of a whole table before the first update: zeros.

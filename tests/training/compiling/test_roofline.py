@@ -2,7 +2,9 @@
 
 from mowe.training.compiling import chips, program_facts, roofline
 
-CHIP = chips.Chip('tpu', 2**30, flops=1e12, memory_speed=1e9, link_speed=1e8)
+CHIP = chips.Chip(
+  'tpu', (), 2**30, flops=1e12, memory_speed=1e9, link_speed=1e8
+)
 
 
 def make(**changes):
