@@ -100,12 +100,18 @@ def measured(routing_paths):
   return functools.cache(lambda name: _measure(_config(name, routing_paths)))
 
 
-def _measure(config):
-  """A line of name, shape and logical axes for each parameter; then a total."""
-  model = families.build(config)
+def _measure(config, num_blocks=4):
+  """A line of name, shape and logical axes for each parameter; then a total.
+
+  Tracing a deep model takes seconds. So a stack is traced with its first blocks
+  alone, and the others get the parameters of the last one of their kind.
+  """
+  traced = config if config.memories else _with_blocks(config, num_blocks)
+  model = families.build(traced)
   variables = jax.eval_shape(
     lambda key: parameters.initial_variables(model, key), jax.random.key(0)
   )
+  variables = _with_all_blocks(variables, traced, config)
   cost = costs.model_costs(config, variables['params'])
   axes = partitioning.parameter_axes(variables['params_axes'])
   leaves = flax.traverse_util.flatten_dict(variables['params'])
@@ -119,6 +125,31 @@ def _measure(config):
     partitioning.sharding_of_axes(axes[path], mesh)
     lines.append(_line('/'.join(path), leaf.shape, axes[path]))
   return _Measured('\n'.join([*lines, f'total {total:,}']) + '\n', cost)
+
+
+def _with_blocks(config, number):
+  """The model with a number of blocks in each stack, or until one is sparse."""
+  fields = {}
+  for stream, depth in config.depths().items():
+    blocks = config.sparse_blocks()[stream]
+    few = min(depth, max([number, *(i + 1 for i in blocks[:1])]))
+    fields[f'sparse_{stream}_layers'] = tuple(i for i in blocks if i < few)
+    field = f'num_{stream}_layers' if len(config.depths()) > 1 else 'num_layers'
+    fields[field] = few
+  return dataclasses.replace(config, **fields)
+
+
+def _with_all_blocks(variables, traced, config):
+  """The variables of `config`, from those of the same model with few blocks."""
+  variables = flax.core.unfreeze(variables)
+  for stream, depth in config.depths().items():
+    few, is_sparse = traced.depths()[stream], config.sparse_blocks()[stream]
+    for i in range(few, depth):
+      alike = [j for j in range(few) if (j in is_sparse) == (i in is_sparse)]
+      for name in ('params', 'params_axes'):
+        blocks = variables[name][stream]
+        blocks[f'layers_{i}'] = blocks[f'layers_{alike[-1]}']
+  return variables
 
 
 def _line(name, shape, axes):
@@ -493,4 +524,5 @@ if __name__ == '__main__':
     _write_routing(path, number)
   for model in _MODELS:
     target = _GOLDEN / f'parameters_{model}.txt'
-    target.write_text(_measure(_config(model, written)).described)
+    whole = _measure(_config(model, written), num_blocks=1000)
+    target.write_text(whole.described)

@@ -14,10 +14,22 @@ from mowe.models.families import families
 from mowe.words import byte_vocabulary, vocabulary_builder
 
 _FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'gin_configs' / 'models'
+# What a payload does with its rows is the same in both kinds of stack. So T5 has
+# every memory, and the stack without an encoder two of them, of which one looks
+# at several tokens and one has several rows for a token.
+_MEMORIES = {
+  'stem',
+  'per_layer',
+  'over_encoding',
+  'mole',
+  'memory_plus',
+  'peer',
+}
+_LEFT_OUT = {f'decoder_only_{name}_tiny' for name in _MEMORIES}
 NAMES = sorted(
   path.stem
   for path in _FOLDER.glob('*.gin')
-  if path.stem.endswith(('_tiny', '_mini'))
+  if path.stem.endswith(('_tiny', '_mini')) and path.stem not in _LEFT_OUT
 )
 # The model reads the ids of bytes; 0 is padding and 1 is EOS.
 VOCAB = 384
