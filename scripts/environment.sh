@@ -17,6 +17,5 @@ echo "Installing mowe and what it needs in $VIRTUAL_ENV"
 # These are the versions with which all tests ran. CONSTRAINTS names another file
 # of versions; empty, it takes the newest that setup.py allows.
 constraints="${CONSTRAINTS-requirements/ci.txt}"
-# Modules are compiled when they are imported: most of TensorFlow's never are.
-python -m pip install --quiet --disable-pip-version-check --no-compile \
+python -m pip install --quiet --disable-pip-version-check \
   ${constraints:+--constraint "$constraints"} -e ".${extras:-}"

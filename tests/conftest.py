@@ -14,6 +14,8 @@ import jax
 import pytest
 from jax._src import compiler
 
+from mowe.training.performance import kept_memory
+
 # Tracing makes many objects and few cycles, so that most searches find nothing.
 gc.set_threshold(50_000, 20, 100)
 
@@ -114,6 +116,17 @@ def compilation_cache(pytestconfig):
       patch.setenv(name.upper(), str(value))
     for name, value in _QUICK_ENVIRONMENT.items():
       patch.setenv(name, value)
+    yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def memory_of_its_own():
+  """Verbs called in this process leave its memory as it is.
+
+  Some tests measure that memory. Processes that tests start keep theirs.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(kept_memory, 'keep_on_cpu', lambda: False)
     yield
 
 

@@ -18,6 +18,7 @@ from mowe.cli import (
   modules_verbs,
   program_cache,
 )
+from mowe.training.performance import kept_memory
 from mowe.words import terminal_text, terminations
 
 # `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
@@ -57,6 +58,8 @@ def _run(arguments: list[str]) -> int:
   options.command = shlex.join(['mowe', *arguments])
   if options.keep_programs:
     program_cache.use()
+  if options.runs_models:
+    kept_memory.keep_on_cpu()
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   try:
     if options.trust_module:
@@ -111,7 +114,7 @@ def _make_parser() -> argparse.ArgumentParser:
     group.add_to(verbs)
   # The other verbs compile little, or measure runs of their own, in which a
   # program that is found in the cache would not count.
-  parser.set_defaults(trust_module=[], keep_programs=False)
+  parser.set_defaults(trust_module=[], keep_programs=False, runs_models=False)
   return parser
 
 
@@ -141,6 +144,7 @@ def _add_shared_options(parser):
       action='store_false',
       help='compile every program again, and keep none in the user cache folder',
     )
+    parser.set_defaults(runs_models=True)
 
 
 if __name__ == '__main__':

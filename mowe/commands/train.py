@@ -28,12 +28,12 @@ from mowe.training import (
   progress_lines,
   run_history,
   speed,
-  step_profile,
   train_metrics,
   train_state,
   training_step,
 )
 from mowe.training.optimization import optimizers, row_optimizers
+from mowe.training.performance import step_profile
 from mowe.words import atomic_files, base_vocabulary, writer_locks
 from mowe.words.plans import batch_router
 

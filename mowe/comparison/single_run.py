@@ -29,6 +29,7 @@ from mowe.comparison import (
   peak_memory,
   planned_runs,
 )
+from mowe.training.performance import kept_memory
 from mowe.words import atomic_files, json_files, terminal_text
 
 # The exit status of a process that was stopped.
@@ -273,6 +274,7 @@ def _stop_with(parent: int, stop: Callable[[], None]) -> None:
 def main(path: str) -> int:
   """Does the run that a file describes, and returns the exit status."""
   planned = planned_runs.Run.from_json(pathlib.Path(path).read_text('utf-8'))
+  kept_memory.keep_on_cpu()
   _stop_with(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
   with terminal_text.harmless_output():
     return _run_or_say_why(planned)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from mowe.training import step_profile
+from mowe.training.performance import step_profile
 
 
 class _Model(nn.Module):
