@@ -39,8 +39,9 @@ MIXTURE_OR_TASK_NAME = 'sums'
 TASK_FEATURE_LENGTHS = {{'inputs': 64, 'targets': 32}}
 BATCH_SIZE = {batch_size}
 """
-# The default of glibc on a machine with 64 bits.
-_AS_IT_IS = {'MALLOC_MMAP_MAX_': '65536'}
+# The default of glibc. Others, such as MALLOC_MMAP_MAX_, would also turn off that
+# it learns how large the pieces are that a process frees.
+_AS_IT_IS = {'MALLOC_PERTURB_': '0'}
 
 
 def prepare(folder: pathlib.Path, width: int, batch_size: int) -> None:

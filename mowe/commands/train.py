@@ -330,7 +330,7 @@ def _run(
   num_profiled: int,
 ) -> train_state.TrainState:
   """Starts or resumes the run, trains it to its end and saves it."""
-  batches, router, setup = prepared
+  router, setup = prepared.router, prepared.setup
   folder = model_folder.create(
     training.model_dir, training.model, training.vocabulary
   )
@@ -359,25 +359,16 @@ def _run(
       _prepared_evaluations(training, setup, experts), writers['eval'], experts
     )
     prefetched = closing.enter_context(
-      prefetch.Prefetcher(
-        batches.batch_maker(first_step),
-        first_step,
-        total_steps,
-        transform=router,
-      )
+      _prefetcher(prepared, first_step, total_steps)
     )
     verification = closing.enter_context(
       cache_verification.Verification(training.data.caches(training.vocabulary))
     )
     stop = loop.StopSignal()
-    log_period = training.log_period
     spikes = _spike_watch(training, checkpoints)
     train_step = _TrainStep(training, setup, experts, spikes, first_step)
     if num_profiled:
-      train_step = step_profile.ProfiledStep(
-        train_step, folder / 'profile', num_profiled
-      )
-      closing.callback(train_step.close)
+      train_step = _profiled(train_step, folder, num_profiled, closing)
     state = loop.run(
       state,
       train_step=train_step,
@@ -400,20 +391,44 @@ def _run(
         ),
       ],
       writers=writers['train'],
-      progress=progress_lines.Progress(total_steps, first_step, log_period),
-      meter=speed.SpeedMeter(
-        writers['speed'],
-        speed.Work.of_model(
-          training.model, setup.abstract, batches.first_batch, setup.mesh
-        ),
+      progress=progress_lines.Progress(
+        total_steps, first_step, training.log_period
       ),
-      log_period=log_period,
+      meter=speed.SpeedMeter(writers['speed'], _work(training, prepared)),
+      log_period=training.log_period,
       stop=stop,
       spikes=spikes,
     )
     checkpoints.wait()
     _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
+
+
+def _prefetcher(
+  prepared: Prepared, first_step: int, total_steps: int
+) -> prefetch.Prefetcher:
+  """Makes and plans the batches of coming steps ahead."""
+  return prefetch.Prefetcher(
+    prepared.batches.batch_maker(first_step),
+    first_step,
+    total_steps,
+    transform=prepared.router,
+  )
+
+
+def _profiled(train_step, folder, num_profiled, closing):
+  """The step, of which some calls are traced for the folder of the run."""
+  traced = step_profile.ProfiledStep(
+    train_step, folder / 'profile', num_profiled
+  )
+  closing.callback(traced.close)
+  return traced
+
+
+def _work(training: Training, prepared: Prepared) -> speed.Work | None:
+  """What a step asks of the devices, as far as their speed is known."""
+  setup, batch = prepared.setup, prepared.batches.first_batch
+  return speed.Work.of_model(training.model, setup.abstract, batch, setup.mesh)
 
 
 def _spike_watch(

@@ -23,13 +23,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mowe.commands import data_config, evaluations, out_of_memory, train
 from mowe.commands.gin_files import gin_config
-from mowe.comparison import (
-  experiment_data,
-  measurements,
-  peak_memory,
-  planned_runs,
-)
-from mowe.training.performance import kept_memory
+from mowe.comparison import experiment_data, measurements, planned_runs
+from mowe.training.performance import kept_memory, peak_memory
 from mowe.words import atomic_files, json_files, terminal_text
 
 # The exit status of a process that was stopped.

@@ -211,8 +211,7 @@ def run(
     progress: shows some of these metrics, and how far the run is.
     meter: times the steps; None does not.
     log_period: the number of steps between two lines of metrics.
-    stop: listens to signals during the run, and is asked after every step; None
-      makes one.
+    stop: listens to signals, and is asked after every step; None makes one.
     spikes: sees the loss of every step in order; None prints a line on spikes.
     most_ahead: how many steps are handed to the device beyond the one that is
       being done; None for as many as there are in a log period.
@@ -227,10 +226,11 @@ def run(
     LossSpikeError: the loss rose suddenly, and `spikes` says to stop then.
   """
   stop = stop or StopSignal()
-  spikes = spikes or loss_spikes.SpikeWatch(loss_spikes.SpikeConfig())
   meter = meter or speed.SpeedMeter()
+  spikes = spikes or loss_spikes.SpikeWatch(loss_spikes.SpikeConfig())
+  period = _Period(spikes, most_ahead)
   step = first_step = int(state.step)
-  unlogged, in_flight = [], collections.deque()
+  train_step = _announced(train_step, progress)
   with stop.listening(step), progress:
     for batch, plan in batches:
       # A stop that came since the last step is seen after this one: leaving
@@ -238,43 +238,25 @@ def run(
       if step >= total_steps:
         break
       num_tokens = _num_tokens(batch)
-      if step == first_step:
-        progress.say('Compiling the step.')
       state, metrics = train_step(state, batch, plan)
       step += 1
-      if step == first_step + 1:
-        # The times of all later steps count from here.
-        jax.block_until_ready(metrics)
       meter.step_done(num_tokens)
-      unlogged.append(metrics)
-      in_flight.append((step, metrics))
-      if most_ahead is not None and len(in_flight) > most_ahead:
-        spikes.see(*in_flight.popleft())
+      period.add(step, metrics)
       is_end, is_stop = step == total_steps, stop.is_due(step)
       is_logged = step % log_period == 0 or is_end or is_stop
-      due = [
-        one
-        for one in actions
-        if one.is_due(step, is_end=is_end, is_stop=is_stop)
-      ]
-      shown = None
-      is_early = step == first_step + _EARLY
+      is_early = log_period > _EARLY and step == first_step + _EARLY
+      ends = {'is_end': is_end, 'is_stop': is_stop}
+      due = [one for one in actions if one.is_due(step, **ends)]
+      values = {}
       if is_logged or is_early or due:
-        values = _checked_values(step, state, unlogged)
-        while in_flight:
-          spikes.see(*in_flight.popleft())
+        values = period.values(step, state)
       if is_logged:
-        unlogged = []
+        period.clear()
         meter.write(step)
         for writer in writers:
           writer.write(step, values)
-      if is_logged or is_early:
-        shown = {
-          label: values[name]
-          for name, label in _SHOWN.items()
-          if name in values
-        }
-      progress.update(step, num_tokens, shown)
+      is_shown = is_logged or is_early
+      progress.update(step, num_tokens, _to_show(values) if is_shown else None)
       with meter.paused():
         for action in due:
           action.action(step, state)
@@ -283,16 +265,65 @@ def run(
   return state
 
 
-def _checked_values(step, state, unlogged) -> dict[str, train_metrics.Value]:
-  """The means over the steps since the last line, if the run has not diverged.
+def _announced(train_step, progress):
+  """The step, whose first call is told, as it compiles the program.
 
-  Here the host waits for all steps. It does so before every action, so that no
-  checkpoint is saved of a run that has diverged.
+  The host waits for the end of that call: all later steps are timed from there.
   """
-  values = _mean_values(unlogged)
-  _check_finite(step, values)
-  _check_state(step, state)
-  return values
+  is_first = True
+
+  def step(*arguments):
+    nonlocal is_first
+    if not is_first:
+      return train_step(*arguments)
+    is_first = False
+    progress.say('Compiling the step.')
+    state, metrics = train_step(*arguments)
+    return state, jax.block_until_ready(metrics)
+
+  return step
+
+
+class _Period:
+  """The metrics of the steps since the last line of the log."""
+
+  def __init__(self, spikes: loss_spikes.SpikeWatch, most_ahead: int | None):
+    self._spikes = spikes
+    self._most_ahead = most_ahead
+    self._metrics = []
+    # Steps whose loss the host has not looked at.
+    self._in_flight = collections.deque()
+
+  def add(self, step: int, metrics: dict[str, Any]) -> None:
+    """Adds a step, and waits for one that is too many steps behind it."""
+    self._metrics.append(metrics)
+    self._in_flight.append((step, metrics))
+    if self._most_ahead is not None and len(self._in_flight) > self._most_ahead:
+      self._spikes.see(*self._in_flight.popleft())
+
+  def values(self, step: int, state: Any) -> dict[str, train_metrics.Value]:
+    """The means over the period, if the run has not diverged.
+
+    Here the host waits for all steps. It does so before every action, so that
+    no checkpoint is saved of a run that has diverged.
+    """
+    values = _mean_values(self._metrics)
+    _check_finite(step, values)
+    _check_state(step, state)
+    while self._in_flight:
+      self._spikes.see(*self._in_flight.popleft())
+    return values
+
+  def clear(self) -> None:
+    """Begins the next period."""
+    self._metrics = []
+
+
+def _to_show(values: dict[str, train_metrics.Value]) -> dict[str, float]:
+  """Those metrics that the line of progress shows, by their labels there."""
+  return {
+    label: values[name] for name, label in _SHOWN.items() if name in values
+  }
 
 
 def _mean_values(unlogged) -> dict[str, train_metrics.Value]:

@@ -1,13 +1,11 @@
 """Measures how fast a run trains, and how much memory that takes.
 
-These numbers differ each time a run is repeated, while all other metrics are
-the same to the last bit. So they have a file of their own.
+These numbers differ each time a run is repeated. Those of training are the same
+to the last bit, but for how long stores wait. So these have a file of their own.
 """
 
 import contextlib
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -18,10 +16,9 @@ from mowe.models import model_config, parameters
 from mowe.models.families import costs
 from mowe.training import train_metrics, train_state
 from mowe.training.compiling import chips
+from mowe.training.performance import peak_memory
 
 _GIB = 2**30
-# The unit of `ru_maxrss`.
-_RESIDENT_UNIT = 1 if sys.platform == 'darwin' else 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +134,8 @@ class SpeedMeter:
       if self._work is not None:
         done = self._work.flops_per_step / seconds
         values['speed/mfu'] = done / self._work.peak_flops
-    peaks = [
-      stats['peak_bytes_in_use']
-      for stats in (one.memory_stats() for one in jax.local_devices())
-      if stats and 'peak_bytes_in_use' in stats
-    ]
-    if peaks:
-      values['memory/device_peak_gib'] = max(peaks) / _GIB
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    values['memory/process_peak_gib'] = resident * _RESIDENT_UNIT / _GIB
+    of_device = peak_memory.device_peak()
+    if of_device is not None:
+      values['memory/device_peak_gib'] = of_device / _GIB
+    values['memory/process_peak_gib'] = peak_memory.process_peak() / _GIB
     return values

@@ -198,7 +198,7 @@ def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
   shown = capsys.readouterr().out
   assert 'step 3/3' in shown and f'Finished step 3; saved in {folder}' in shown
   assert shown.index('Compiling the step.') < shown.index('step 3/3')
-  assert f'Traced 1 steps in {folder / "profile"}.' in shown
+  assert f'Traced steps: 1. The trace is in {folder / "profile"}.' in shown
   files = {path.name for path in folder.iterdir()}
   assert files == {
     'checkpoint_3', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',

@@ -142,6 +142,13 @@ def test_the_first_loss_is_shown_soon():
   assert last.startswith('step 14/14  loss 7 ')
 
 
+def test_a_short_log_period_has_no_other_lines():
+  stream = io.StringIO()
+  _run(14, log_period=7, stream=stream)
+  steps = [line.split()[1] for line in stream.getvalue().splitlines()[1:]]
+  assert steps == ['7/14', '14/14']
+
+
 def test_steps_are_timed_without_what_is_between_them():
   lines = []
   now = [0.0]

@@ -2,7 +2,7 @@
 
 On a CPU, XLA asks for the temporaries of every step anew and frees them after
 it. The C library returns large pieces to the operating system, which fills them
-with zeros when they are touched again: about a third of the time of a step
+with zeros when they are touched again: a quarter of the time of a step
 (`python -m benchmarks.freed_memory`). On an accelerator, JAX keeps the memory
 of the device itself.
 """

@@ -58,6 +58,7 @@ class ProfiledStep:
       jax.block_until_ready(self._metrics)
       jax.profiler.stop_trace()
       print(
-        f'Traced {self._num_done - _NUM_BEFORE} steps in {self._folder}.',
+        f'Traced steps: {self._num_done - _NUM_BEFORE}. The trace is in '
+        f'{self._folder}.',
         flush=True,
       )

@@ -36,7 +36,9 @@ def test_some_steps_are_traced(tmp_path, capsys, state, num_steps, num_done):
   traced.close()
   number = min(num_steps, num_done - 2)
   folder = tmp_path / 'profile'
-  assert capsys.readouterr().out == f'Traced {number} steps in {folder}.\n'
+  assert capsys.readouterr().out == (
+    f'Traced steps: {number}. The trace is in {folder}.\n'
+  )
   (file,) = folder.rglob('*.trace.json.gz')
   events = gzip.decompress(file.read_bytes()).decode()
   (protocol,) = folder.rglob('*.xplane.pb')
