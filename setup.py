@@ -51,6 +51,11 @@ setuptools.setup(
   long_description=_long_description(),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
+  project_urls={
+    'MoWE (paper)': 'https://arxiv.org/abs/2311.10768',
+    'sigma-MoE (paper)': 'https://arxiv.org/abs/2310.10837',
+    'ModuleFormer (paper)': 'https://arxiv.org/abs/2306.04640',
+  },
   python_requires='>=3.11',
   packages=_PACKAGES
   + ['mowe.tasks']
@@ -86,6 +91,9 @@ setuptools.setup(
     'tensorflow>=2.20,<3',
     'tensorflow-datasets>=4.9.10,<5',
     'tensorstore>=0.1.74,<0.2',
+    # JAX compresses the programs in its cache with it, or else with zlib, which
+    # takes eight times as long.
+    "zstandard>=0.22,<1; python_version < '3.14'",
   ],
   extras_require={
     # Compilers of accelerators that are not there, on Linux on x86-64.

@@ -17,5 +17,13 @@ echo "Installing mowe and what it needs in $VIRTUAL_ENV"
 # These are the versions with which all tests ran. CONSTRAINTS names another file
 # of versions; empty, it takes the newest that setup.py allows.
 constraints="${CONSTRAINTS-requirements/ci.txt}"
-python -m pip install --quiet --disable-pip-version-check \
-  ${constraints:+--constraint "$constraints"} -e ".${extras:-}"
+# Python writes the compiled form of a module when it is first imported, also
+# where that is turned off: each test that starts a process imports hundreds.
+unset PYTHONDONTWRITEBYTECODE
+# uv installs in a third of pip's time. It does not know pip's settings, such as
+# the address of a mirror, so pip does the work where uv fails.
+python -m pip install --quiet --disable-pip-version-check uv
+python -m uv pip install --quiet ${constraints:+--constraint "$constraints"} \
+  -e ".${extras:-}" ||
+  python -m pip install --quiet --disable-pip-version-check \
+    ${constraints:+--constraint "$constraints"} -e ".${extras:-}"

@@ -1,5 +1,6 @@
 """Every experiment can be parsed, and its models can be sized and run."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -61,10 +62,23 @@ def test_an_experiment_has_models_of_its_own(name):
 
 @pytest.fixture(scope='module')
 def planned(prepared):
-  """From the name of an experiment to the plan of its first seed.
+  """From the name of an experiment to the plan of its first seed and try.
 
-  Takes any width, because sizing takes seconds and is tested elsewhere.
+  Tries differ in the learning rate alone. Takes any width, because sizing takes
+  seconds and is tested elsewhere.
   """
+
+  def plan(name):
+    experiment = _load(name, 'SEEDS = (0,)')
+    tuning = experiment.tuning
+    if tuning is not None:
+      tuning = dataclasses.replace(
+        tuning, rates=tuning.rates[:1], row_rates=tuning.row_rates[:1]
+      )
+    return planned_runs.Plan(
+      dataclasses.replace(experiment, tuning=tuning), prepared
+    )
+
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
       costs, 'model_costs', lambda config: costs.ModelCosts(9, 0, 0, 7, 5)
@@ -76,9 +90,7 @@ def planned(prepared):
         24 * granule, cost_of(24 * granule), target
       ),
     )
-    yield functools.cache(
-      lambda name: planned_runs.Plan(_load(name, 'SEEDS = (0,)'), prepared)
-    )
+    yield functools.cache(plan)
 
 
 @pytest.mark.slow

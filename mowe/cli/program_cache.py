@@ -30,7 +30,7 @@ def use() -> None:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
   for name, value in (
     ('JAX_COMPILATION_CACHE_MAX_SIZE', _MOST_BYTES),
-    ('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', 0.2),
+    ('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', 0),
   ):
     os.environ.setdefault(name, str(value))
 

@@ -25,7 +25,10 @@ _MEMORIES = {
   'memory_plus',
   'peer',
 }
-_LEFT_OUT = {f'decoder_only_{name}_tiny' for name in _MEMORIES}
+# With few blocks, some mini models are wider ones of the tiny models of their
+# names. ModuleFormers have the attention of `decoder_only_mini`, too.
+_WIDER = {'decoder_only_mini', 'xl_mini', 'xl_sigma_moe_mini'}
+_LEFT_OUT = _WIDER | {f'decoder_only_{name}_tiny' for name in _MEMORIES}
 NAMES = sorted(
   path.stem
   for path in _FOLDER.glob('*.gin')

@@ -117,11 +117,44 @@ class World:
     self, model_dir, total_steps, config_text=None, back_to=None, **changes
   ) -> Any:
     """Trains with `training(...)`."""
-    return train_command.train(
-      self.training(model_dir, total_steps, **changes),
-      back_to=back_to,
-      config_text=config_text,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train_command, 'jitted_step', _jitted_once)
+      return train_command.train(
+        self.training(model_dir, total_steps, **changes),
+        back_to=back_to,
+        config_text=config_text,
+      )
+
+
+_jitted_step = train_command.jitted_step
+_JITTED = []
+
+
+def _jitted_once(training, setup, num_slots):
+  """Jits a step once for all runs in which it is the same, as they trace it.
+
+  Two steps are the same if all is equal that `train.jitted_step` reads, and
+  that its optimizers are made from. Equal configs of models may stand for what
+  gin files bind at different times, so the config must be the very same.
+  """
+  read = (
+    training.optimizer,
+    training.freeze_experts,
+    setup.row_optimizer,
+    training.loss,
+    training.seed,
+    training.num_microbatches,
+    setup.mesh,
+    num_slots,
+    # Programs with other optimizations are other programs.
+    jax.config.read('jax_disable_most_optimizations'),
+  )
+  for model, other, jitted in _JITTED:
+    if model is training.model and other == read:
+      return jitted
+  jitted = _jitted_step(training, setup, num_slots)
+  _JITTED.append((training.model, read, jitted))
+  return jitted
 
 
 @pytest.fixture(scope='session')
