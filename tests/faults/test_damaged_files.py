@@ -8,6 +8,7 @@ and otherwise a handful.
 import contextlib
 import hashlib
 import io
+import json
 import pathlib
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from mowe.cli import main
 from mowe.commands import train
 from mowe.model_folders import model_folder
+from mowe.models.families import saved_config
 from mowe.stores import expert_stores
 from mowe.training import manifests
 
@@ -148,6 +150,23 @@ def whole(world, tmp_path_factory):
     copy = shutil.copytree(folder, place / 'run')
     expected[name] = verb(world, copy, place / 'out')
   return folder, expected
+
+
+_READ = {}
+
+
+@pytest.fixture(autouse=True)
+def configs_are_read_once(monkeypatch):
+  """Gives the same object for the same text, so its model is traced once."""
+  from_json = saved_config.from_json
+
+  def once(tree, routing=None, **changes):
+    key = json.dumps(tree), routing and routing.sha256, repr(changes)
+    if key not in _READ:
+      _READ[key] = from_json(tree, routing, **changes)
+    return _READ[key]
+
+  monkeypatch.setattr(saved_config, 'from_json', once)
 
 
 def _contents(folder):
