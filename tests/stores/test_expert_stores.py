@@ -171,8 +171,9 @@ def on_device(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('table_dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('store', ['host', 'disk'])
+@pytest.mark.parametrize(
+  'store, table_dtype', [('host', 'bfloat16'), ('disk', 'float32')]
+)
 def test_same_bits_as_on_the_device(tmp_path, on_device, store, table_dtype):
   run = _Run(tmp_path, _STORES[store], table_dtype)
   values = run.train(_STEPS)
