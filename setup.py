@@ -43,6 +43,15 @@ _DOCS = [
   'mkdocstrings[python]>=1.0,<2',
 ]
 
+# What the tasks in tasks/ need, and seqio tasks of one's own.
+_TASKS = [
+  # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
+  'importlib_resources>=6.4,<8',
+  'seqio>=0.0.20,<0.1',
+  'tensorflow>=2.20,<3',
+  'tensorflow-datasets>=4.9.10,<5',
+]
+
 setuptools.setup(
   name='mowe',
   version=_version(),
@@ -77,8 +86,6 @@ setuptools.setup(
     'filelock>=3.15,<5',
     'flax>=0.12.0,<0.13',
     'gin-config>=0.5.0,<0.6',
-    # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
-    'importlib_resources>=6.4,<8',
     'jax>=0.9.0,<0.13',
     'matplotlib>=3.9,<4',
     'numpy>=2.0,<3',
@@ -86,10 +93,7 @@ setuptools.setup(
     'orbax-checkpoint>=0.11.28,<0.13',
     'rich>=13.7,<16',
     'sentencepiece>=0.2.3,<0.3',
-    'seqio>=0.0.20,<0.1',
     'tensorboardX>=2.6.2,<3',
-    'tensorflow>=2.20,<3',
-    'tensorflow-datasets>=4.9.10,<5',
     'tensorstore>=0.1.74,<0.2',
     # JAX compresses the programs in its cache with it, or else with zlib, which
     # takes eight times as long.
@@ -100,10 +104,12 @@ setuptools.setup(
     'compile': ['jax[cuda13-local,tpu]'],
     'docs': _DOCS,
     'gpu': ['jax[cuda12]'],
+    'tasks': _TASKS,
     'tpu': ['jax[tpu]'],
     # A test builds the documentation.
     'test': [
       *_DOCS,
+      *_TASKS,
       'hypothesis>=6.130,<7',
       'pytest>=8.3,<10',
       'pytest-timeout>=2.3,<3',

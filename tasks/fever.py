@@ -13,11 +13,13 @@ import sys
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from mowe.data import seqio_stream
 
-seqio_stream.import_seqio()  # TensorFlow must not take the accelerators.
+# This tells what to install, and TensorFlow must not take the accelerators.
+seqio_stream.import_seqio()
+
+import tensorflow_datasets as tfds  # noqa: E402
 
 URLS = {
   'train': 'https://fever.ai/download/fever/train.jsonl',

@@ -28,17 +28,17 @@ def import_seqio() -> tuple[types.ModuleType, types.ModuleType]:
   """Returns the modules tensorflow, without its accelerators, and seqio.
 
   Raises:
-    ImportError: one of them is not installed.
+    ModuleNotFoundError: one of them is not installed.
   """
   try:
     import seqio
     import tensorflow as tf
   except ImportError as error:
-    raise ImportError(
-      'Streaming a seqio task needs the packages tensorflow, '
-      f'tensorflow-datasets and seqio, but {error}. Install them with '
-      '`pip install seqio tensorflow tensorflow-datasets`, or train from a '
-      'token cache, which needs none of them.'
+    raise ModuleNotFoundError(
+      'A seqio task needs the packages tensorflow, tensorflow-datasets and '
+      f"seqio, but {error}. Install them with `pip install 'mowe[tasks]'` (in "
+      "a checkout `pip install -e '.[tasks]'`), or read your own files into a "
+      'token cache, which needs none of them: `mowe cache-task --help`.'
     ) from error
   try:
     tf.config.set_visible_devices([], 'GPU')

@@ -165,7 +165,7 @@ def test_importing_the_data_room_loads_no_tensorflow():
     'try:\n'
     '  seqio_stream.SeqioBatches("a", 1, {})\n'
     'except ImportError as error:\n'
-    '  assert "pip install seqio" in str(error), error\n'
+    '  assert "mowe[tasks]" in str(error), error\n'
     'else:\n'
     '  raise AssertionError\n'
   )

@@ -57,9 +57,14 @@ def parse(
   # Gin raises nearly every kind of error, so all of them are caught. Their
   # texts name the file and the line.
   except Exception as error:
+    advice = 'Correct the name or value in the file and line named above.'
+    if isinstance(error, ImportError):
+      advice = (
+        'Correct the import in the file and line named above, or install what '
+        'it needs.'
+      )
     raise GinError(
-      f'The gin configuration cannot be read: {error}\nCorrect the name or '
-      'value in the file and line named above.'
+      f'The gin configuration cannot be read: {error}\n{advice}'
     ) from error
   _check_macros(bindings)
   for binding in bindings:

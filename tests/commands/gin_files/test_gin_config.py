@@ -1,5 +1,7 @@
 """Tests gin files and bindings: what is refused, and with which message."""
 
+import sys
+
 import pytest
 
 from mowe.commands import train
@@ -49,6 +51,23 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
     gin_config.parse(['own.gin'])
   gin_config.parse(['own.gin'], paths=[str(own)])
   assert gin_config.macro('VOCAB_SIZE') == 333
+
+
+def test_an_import_says_which_packages_it_needs(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'seqio', None)
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'tasks_of_a_user.py').write_text(
+    'from mowe.data import seqio_stream\nseqio_stream.import_seqio()\n'
+  )
+  file = _write(tmp_path / 'own.gin', 'import tasks_of_a_user\n')
+  with pytest.raises(gin_config.GinError) as caught:
+    gin_config.parse([file])
+  first, *_, last = str(caught.value).splitlines()
+  assert "`pip install 'mowe[tasks]'`" in first
+  assert any(
+    'own.gin", line 2' in line for line in str(caught.value).split('\n')
+  )
+  assert last.endswith('or install what it needs.')
 
 
 def test_the_working_folder_does_not_replace_shipped_files(
