@@ -95,6 +95,7 @@ setuptools.setup(
     'sentencepiece>=0.2.3,<0.3',
     'tensorboardX>=2.6.2,<3',
     'tensorstore>=0.1.74,<0.2',
+    'typeguard>=4.3,<5',
     # JAX compresses the programs in its cache with it, or else with zlib, which
     # takes eight times as long.
     "zstandard>=0.22,<1; python_version < '3.14'",

@@ -1,5 +1,14 @@
 """The options of gin, which several verbs share, and how they are read."""
 
+import ast
+
+# What begins with one of these is gin's own: a reference, a macro, a text in
+# quotes, or a list, tuple or dict.
+_OF_GIN = tuple('@%\'"([{')
+# Words that somebody writes for Python's constants: they are refused, not taken
+# for texts.
+_CONSTANTS = ('true', 'false', 'none', 'null')
+
 
 def add_to(parser) -> None:
   """Adds --gin_file, --gin_search_paths and --gin_bindings to a verb."""
@@ -35,6 +44,8 @@ def search_paths(options) -> list[str]:
 def take_bindings(rest: list[str]) -> list[str]:
   """Removes all `--gin.NAME=VALUE` from `rest`, and returns them as bindings.
 
+  A text among the values may stand without quotes.
+
   Raises:
     SystemExit: an argument has no `=`.
   """
@@ -45,9 +56,25 @@ def take_bindings(rest: list[str]) -> list[str]:
       raise SystemExit(
         f'mowe: {argument} must be --gin.NAME=VALUE. Put no blank around =.'
       )
-    bindings.append(f'{name} = {value}')
+    bindings.append(f'{name} = {_as_gin(value)}')
     rest.remove(argument)
   return bindings
+
+
+def _as_gin(value: str) -> str:
+  """A value of the command line as gin reads it.
+
+  A text needs no quotes there: what is neither a number nor anything else that
+  gin reads becomes a text, so `--gin.MODEL_DIR=runs/a` is enough.
+  """
+  bare = value.strip()
+  if not bare or bare.startswith(_OF_GIN) or bare.lower() in _CONSTANTS:
+    return value
+  try:
+    ast.literal_eval(bare)
+  except (ValueError, SyntaxError):
+    return repr(value)
+  return value
 
 
 def parse(options, bindings: list[str]):

@@ -2,13 +2,16 @@
 
 import argparse
 import errno
+import importlib.metadata
 import logging
 import os
+import platform
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 
+import mowe
 from mowe.cli import (
   config_verbs,
   data_verbs,
@@ -105,6 +108,13 @@ def _run(arguments: list[str]) -> int:
 def _make_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='mowe', description='Sparse T5-style language models in JAX.'
+  )
+  parser.add_argument(
+    '--version',
+    action='version',
+    version=f'mowe {mowe.__version__}, Python {platform.python_version()}, '
+    f'jax {importlib.metadata.version("jax")}',
+    help='show the versions of mowe, Python and JAX',
   )
   verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
   for group in _OF_MODELS:

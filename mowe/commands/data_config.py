@@ -58,6 +58,24 @@ class DataConfig:
   trial_steps: int = 20
   registered_tasks: Any = None
 
+  def __post_init__(self):
+    lengths = self.task_feature_lengths
+    if 'targets' not in lengths or not set(lengths) <= {'inputs', 'targets'}:
+      raise ValueError(
+        'task_feature_lengths, the macro TASK_FEATURE_LENGTHS, must have the '
+        "names 'inputs' and 'targets', or 'targets' alone for language models, "
+        f'but is {dict(lengths)}. Correct the names.'
+      )
+
+  def check_streams(self, model: model_config.ModelConfig) -> None:
+    """Raises ValueError unless all streams of a model have a length."""
+    if 'encoder' in model.streams and 'inputs' not in self.task_feature_lengths:
+      raise ValueError(
+        'A model with an encoder must have a length of its inputs, but '
+        'task_feature_lengths, the macro TASK_FEATURE_LENGTHS, is '
+        f"{dict(self.task_feature_lengths)}. Add 'inputs'."
+      )
+
   def open(
     self, vocabulary: Any, model: model_config.ModelConfig
   ) -> batch_source.BatchSource:

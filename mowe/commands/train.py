@@ -152,6 +152,7 @@ class Training:
       model.routing.check_subwords(vocabulary)
     for address in token_memories.addresses(model).values():
       address.check_subwords(vocabulary)
+    self.data.check_streams(model)
     batch_size = self.data.batch_size
     partitioning.check_batch_size(batch_size, mesh, self.num_microbatches)
     model.check_mesh(
@@ -171,6 +172,10 @@ class Training:
       model_folder.check_same_vocabularies(
         self.initial_checkpoint_path, model, vocabulary
       )
+      with checkpointing.Checkpoints(self.model_dir) as own:
+        # A run that goes on does not read it any more.
+        if own.latest_step() is None:
+          model_folder.check_has_checkpoint(self.initial_checkpoint_path)
     if self.save.best_metric and not self.eval_configs:
       raise ValueError(
         'The best checkpoint needs an evaluation that gives its metric, but '

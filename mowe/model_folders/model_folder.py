@@ -190,6 +190,13 @@ def split_checkpoint_path(path: str) -> tuple[pathlib.Path, int | None]:
   return whole, None
 
 
+def check_has_checkpoint(path: str) -> None:
+  """Raises NoCheckpointError unless a folder, or a path in it, has weights."""
+  folder, step = split_checkpoint_path(path)
+  with checkpointing.Checkpoints(folder) as checkpoints:
+    checkpoints.finished(step)
+
+
 def load(
   path: str, store: expert_stores.Store | None = None, **changes: Any
 ) -> LoadedModel:

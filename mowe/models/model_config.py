@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from mowe.layers import feed_forward_base, platforms
@@ -139,14 +140,25 @@ def default_dtype() -> str:
   return 'float32' if platforms.target() == 'cpu' else 'bfloat16'
 
 
-def check_activation_dtype(dtype: Any) -> None:
-  """Raises ValueError for float16."""
-  if jnp.dtype(dtype) == jnp.float16:
+def activation_dtype(dtype: Any) -> np.dtype:
+  """The dtype that a name or type stands for.
+
+  Raises:
+    ValueError: there is no such dtype, or it is float16.
+  """
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError as error:
+    raise ValueError(
+      f'dtype must be float32 or bfloat16, but is {dtype!r}. Take one of them.'
+    ) from error
+  if found == jnp.float16:
     raise ValueError(
       'dtype must be float32 or bfloat16, but is float16: the activations '
       'of T5 exceed its largest number, 65504, and training ends in NaN. '
       "Use 'bfloat16'."
     )
+  return found
 
 
 def of_block(config: Any, stream: str, number: int) -> Any:

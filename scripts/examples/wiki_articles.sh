@@ -46,15 +46,15 @@ for seed in $seeds; do
     run=$output/$model-$seed
     mowe train --gin_file="gin_configs/models/xl_$model.gin" \
       --gin_file=gin_configs/examples/wiki_articles_lm.gin \
-      --gin.VOCABULARY_PATH="'$pieces'" --gin.CACHE_DIR="'$output/cache'" \
-      --gin.MIXTURE_OR_TASK_NAME="'train'" --gin.MODEL_DIR="'$run'" \
+      --gin.VOCABULARY_PATH="$pieces" --gin.CACHE_DIR="$output/cache" \
+      --gin.MIXTURE_OR_TASK_NAME=train --gin.MODEL_DIR="$run" \
       --gin.RANDOM_SEED="$seed" --gin.TRAIN_STEPS="${STEPS:-1200}"
     for part in validation test; do
       if [ ! -e "$run/$part/results.json" ]; then
         mowe evaluate --gin_file=gin_configs/runs/evaluate.gin \
-          --gin.CHECKPOINT_PATH="'$run'" --gin.EVAL_OUTPUT_DIR="'$run/$part'" \
-          --gin.CACHE_DIR="'$output/cache'" \
-          --gin.MIXTURE_OR_TASK_NAME="'$part'" --gin.BATCH_SIZE=16 \
+          --gin.CHECKPOINT_PATH="$run" --gin.EVAL_OUTPUT_DIR="$run/$part" \
+          --gin.CACHE_DIR="$output/cache" \
+          --gin.MIXTURE_OR_TASK_NAME="$part" --gin.BATCH_SIZE=16 \
           --gin.TASK_FEATURE_LENGTHS="{'targets': 128}"
       fi
     done

@@ -135,6 +135,33 @@ def test_a_misspelt_macro(world, tmp_path, capsys):
   assert 'TRAIN_STEP ' in text and 'Did you mean TRAIN_STEPS?' in text
 
 
+def test_versions(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    _run('--version')
+  assert stopped.value.code == 0
+  assert re.match(
+    r'mowe [\d.]+, Python 3\.\d+\.\d+, jax \d', capsys.readouterr().out
+  )
+
+
+def test_a_dry_run_looks_for_the_first_weights(world, tmp_path, capsys):
+  file = 'gin_configs/examples/text_finetune_t5.gin'
+  macros = {
+    'VOCABULARY_PATH': world.vocabulary_path,
+    'VOCAB_SIZE': 256,
+    'CACHE_DIR': world.cache_dir,
+    'MIXTURE_OR_TASK_NAME': 'questions',
+    'MODEL_DIR': str(tmp_path / 'run'),
+    'INITIAL_CHECKPOINT_PATH': str(tmp_path / 'nowhere'),
+    'BATCH_SIZE': 8,
+  }
+  text = _refused(
+    capsys, 'train', f'--gin_file={file}', *_gin(**macros), '--dry_run'
+  )
+  assert 'nowhere must hold a checkpoint' in text
+  assert not list(tmp_path.iterdir())
+
+
 def test_missing_macros_are_named(capsys):
   file = 'gin_configs/examples/text_pretrain_t5.gin'
   text = _refused(capsys, 'train', f'--gin_file={file}', *_gin(MODEL_DIR='a'))
@@ -145,6 +172,10 @@ def test_missing_macros_are_named(capsys):
   ('macros', 'parts'),
   [
     ({'DTYPE': 'float16'}, ['float16', 'bfloat16', 'NaN']),
+    ({'DTYPE': 'float99'}, ['must be float32 or bfloat16', "'float99'"]),
+    ({'TASK_FEATURE_LENGTHS': {'input': 8, 'target': 8}},
+     ["names 'inputs' and 'targets'", "'input': 8"]),
+    ({'TASK_FEATURE_LENGTHS': {'targets': 8}}, ["Add 'inputs'"]),
     ({'BATCH_SIZE': 12}, ['data x expert x microbatches', 'Use 16']),
     ({'NUM_MICROBATCHES': 3}, ['8 x 1 x 3', 'Use 24']),
     ({'VOCAB_SIZE': 128}, ['vocab_size', '140', '128', 'Set it to 256']),

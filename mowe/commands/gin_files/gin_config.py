@@ -12,6 +12,8 @@ from typing import Any
 
 import gin
 
+from mowe.commands.gin_files import gin_types
+
 _MACRO = re.compile(r'([A-Z][A-Z0-9_]*)\s*=')
 _REQUIRED = '%gin.REQUIRED'
 
@@ -42,6 +44,7 @@ def parse(
   Raises:
     GinError: a file is missing or a name in it is unknown (with file and
       line), or a binding sets a macro that no file knows.
+    UnfitValueError: a value is not of the type of its field.
   """
   gin.clear_config()
   # Gin's second reader looks for the file in a Python package. It fails if the
@@ -72,6 +75,7 @@ def parse(
       gin.parse_config(binding)
     except Exception as error:
       raise GinError(_bad_binding(binding, error)) from error
+  gin_types.check()
 
 
 def call(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -177,8 +181,8 @@ def _bad_binding(binding, error) -> str:
   if isinstance(error, SyntaxError):
     return (
       f'--gin.{name} must have a value that gin can read, but {value} led to: '
-      f'{error}\nCorrect it; a text stands in quotes, as in '
-      '--gin.MODEL_DIR="\'runs/a\'".'
+      f"{error}\nCorrect it. Python's constants are True, False and None; texts "
+      "in a list or dict stand in quotes, as in --gin.NAMES=\"['a', 'b']\"."
     )
   return (
     f'--gin.{name} must set a macro, or a field of a class that a gin file '
@@ -240,8 +244,7 @@ def _check_all_given():
   if required:
     raise GinError(
       f'These macros must be given, but are not: {", ".join(required)}. Add '
-      f'each to the command, as --gin.{required[0]}=VALUE; a text stands in '
-      'quotes of its own: "\'runs/a\'".'
+      f'each to the command, as --gin.{required[0]}=VALUE.'
     )
   missing = set(_read_macros(text)) - set(given)
   if missing:

@@ -97,9 +97,9 @@ class DecoderOnlyConfig:
   shared_fields = types.MappingProxyType({})
 
   def __post_init__(self):
-    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
+    dtype = model_config.activation_dtype(self.dtype)
+    object.__setattr__(self, 'dtype', dtype)
     feed_forward.check_activations(self.mlp_activations)
-    model_config.check_activation_dtype(self.dtype)
     model_config.check_blocks(
       'decoder', self.sparse_decoder_layers, self.num_layers
     )

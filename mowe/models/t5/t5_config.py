@@ -97,9 +97,9 @@ class T5Config:
   memories: tuple[token_memories.Memory, ...] = ()
 
   def __post_init__(self):
-    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype))
+    dtype = model_config.activation_dtype(self.dtype)
+    object.__setattr__(self, 'dtype', dtype)
     feed_forward.check_activations(self.mlp_activations)
-    model_config.check_activation_dtype(self.dtype)
     for stream, blocks in self.sparse_blocks().items():
       model_config.check_blocks(stream, blocks, self.depths()[stream])
     model_config.check_block_layers(self)
