@@ -44,6 +44,14 @@ class BatchSource(abc.ABC):
     """
     return {}
 
+  def epochs(self, num_steps: int) -> dict[str, float]:
+    """Returns how often a run of some steps reads each task, by its name.
+
+    The length of a stream is not known, so a stream returns nothing.
+    """
+    del num_steps
+    return {}
+
 
 class RandomAccessSource(BatchSource):
   """Batches that are functions of their step: none needs those before it."""
@@ -167,6 +175,15 @@ class Batches(RandomAccessSource):
     return {
       task.name: {**task.report(), 'rows': _num_rows(rows, task)}
       for task, rows in zip(self.tasks, self._rows, strict=True)
+    }
+
+  def epochs(self, num_steps: int) -> dict[str, float]:
+    """See `BatchSource.epochs`; rates of a mixture hold on average."""
+    shares = self._mixture.counts / sampling.BLOCK
+    num_read = num_steps * self.batch_size * shares
+    return {
+      task.name: float(read) / _num_rows(rows, task)
+      for task, rows, read in zip(self.tasks, self._rows, num_read, strict=True)
     }
 
   def _task_rows(

@@ -108,6 +108,10 @@ class ContiguousBatches(batch_source.RandomAccessSource):
     batch['decoder_begins_part'] = np.full(self.batch_size, place == 0)
     return batch
 
+  def epochs(self, num_steps: int) -> dict[str, float]:
+    """See `BatchSource.epochs`."""
+    return {self.task.name: num_steps / self.steps_per_epoch}
+
   def report(self) -> dict[str, dict[str, int]]:
     """Returns counts of the task, and of tokens that do not fill a batch."""
     used = self.steps_per_epoch * self.batch_size * self._length

@@ -1,5 +1,6 @@
 """`mowe train --dry_run`: says what a run would be and need, and starts none."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 
 from mowe.commands import train
-from mowe.commands.ahead import compiled_step
+from mowe.commands.ahead import compiled_step, run_plan
 from mowe.models import parameters
 from mowe.models.families import costs
 from mowe.training.compiling import compile_ahead, program_facts, roofline
@@ -44,6 +45,8 @@ def dry_run(
     mesh = training.make_mesh(devices=topology.devices())
   training.check(mesh)
   prepared = train.Prepared.make(training, mesh)
+  for line in run_plan.lines(training, prepared):
+    print(line)
   print('Compiling the step ...', flush=True)
   step = compiled_step.compile_step(
     training, prepared, topology.compiler_options if topology else {}
@@ -52,7 +55,7 @@ def dry_run(
   text = step.program.as_text()
   memory = program_facts.memory(step.program)
   print(
-    f'Memory     {_gib(memory.peak)} on each device{_room(mesh, topology)}: '
+    f'Memory     {_gib(memory.peak)}{_room(mesh, topology)} on each device: '
     f'{_gib(memory.arguments)} of state and batch, {_gib(memory.temporary)} '
     f'while a step runs, {_gib(memory.results)} of results, '
     f'{_gib(memory.program)} of program'
@@ -203,11 +206,17 @@ def _room(mesh, topology) -> str:
 
 
 def _memory_of_device(mesh: Any, topology: Any) -> int | None:
-  """Bytes of memory of a device; None if it does not say."""
+  """Bytes of memory of a device; None if it does not say.
+
+  The devices of a CPU share its memory.
+  """
   if topology is not None:
     return topology.chip.memory_bytes
-  stats = mesh.devices.flat[0].memory_stats() or {}
-  return stats.get('bytes_limit')
+  device = mesh.devices.flat[0]
+  if device.platform == 'cpu':
+    whole = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return whole // len(mesh.local_devices)
+  return (device.memory_stats() or {}).get('bytes_limit')
 
 
 def _gib(num_bytes: float) -> str:

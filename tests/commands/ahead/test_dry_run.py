@@ -24,7 +24,9 @@ def test_a_dry_run_writes_nothing(world, tmp_path, capsys):
   for part in ('Parameters', 'experts', 'active per token', 'forward FLOPs'):
     assert part in shown
   assert '(8, 18)' in shown and 'decoder_target_tokens (8, 11)' in shown
-  assert re.search(r'^Memory +[\d.]+ MiB on each device: ', shown, re.MULTILINE)
+  assert re.search(
+    r'^Memory +[\d.]+ MiB of [\d.]+ GiB on each device: ', shown, re.MULTILINE
+  )
   assert 'Exchanges' not in shown and 'Roofline' not in shown
 
 
