@@ -73,7 +73,9 @@ def _infer(checkpoint_path, output_dir, data, store, strategy):
   if first:
     print(f'{path} has {first:,} predictions; continuing after them.')
   group = data.batch_size * _BATCHES_AT_ONCE
-  shown = progress_lines.Progress(cache.num_examples, first, log_period=group)
+  shown = progress_lines.Progress(
+    cache.num_examples, first, log_period=group, unit='example'
+  )
   decode = loaded.vocabulary.decode
   with path.open('a', encoding='utf-8') as file, shown:
     for start in range(first, cache.num_examples, group):

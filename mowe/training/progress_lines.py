@@ -27,6 +27,7 @@ class Progress:
     stream: where to show the progress, as a bar if it is a terminal; None for
       the standard output.
     clock: returns the time in seconds; another one is for tests.
+    unit: what is counted. Other units than steps are shown per second, too.
   """
 
   def __init__(
@@ -36,6 +37,7 @@ class Progress:
     log_period: int = 100,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
+    unit: str = 'step',
   ):
     if log_period < 1:
       raise ValueError(
@@ -45,6 +47,7 @@ class Progress:
     self.total_steps = total_steps
     self.first_step = first_step
     self.log_period = log_period
+    self.unit = unit
     stream = sys.stdout if stream is None else stream
     self._stream = terminal_text.steerable(stream)
     self._clock = clock
@@ -104,7 +107,7 @@ class Progress:
 
   def line(self, step: int) -> str:
     """Returns the plain line of a step."""
-    return f'step {step}/{self.total_steps}  {self._numbers(step)}'
+    return f'{self.unit} {step}/{self.total_steps}  {self._numbers(step)}'
 
   def _numbers(self, step: int) -> str:
     """Returns the values, tokens/s of this log period, and the time left."""
@@ -116,6 +119,9 @@ class Progress:
       )
     done = step - self._timed_from
     if done > 0:
+      if self.unit != 'step':
+        speed = done / max(now - self._start, 1e-9)
+        parts.append(f'{_short(speed)} {self.unit}s/s')
       left = (now - self._start) / done * (self.total_steps - step)
       parts.append(f'ETA {_duration(left)}')
     return '  '.join(parts)
@@ -126,7 +132,7 @@ class _Bar:
 
   def __init__(self, owner: Progress):
     self._bar = rich.progress.Progress(
-      rich.progress.TextColumn('step'),
+      rich.progress.TextColumn(owner.unit),
       rich.progress.MofNCompleteColumn(),
       rich.progress.BarColumn(bar_width=None),
       rich.progress.TextColumn('{task.fields[numbers]}', markup=False),

@@ -45,6 +45,21 @@ def test_plain_lines_once_per_period():
   ]
 
 
+def test_other_units_are_shown_per_second():
+  clock, stream = _Clock(), io.StringIO()
+  with progress_lines.Progress(
+    900, 0, 100, stream, clock, unit='example'
+  ) as line:
+    for done in (200, 500):
+      clock.seconds += 2.0
+      line.update(done)
+  # The first examples are compiled for, and do not count.
+  assert stream.getvalue().splitlines() == [
+    'example 200/900  ',
+    'example 500/900  150 examples/s  ETA 3s',
+  ]
+
+
 def test_the_first_step_counts_for_neither_speed_nor_time():
   clock, stream = _Clock(), io.StringIO()
   with progress_lines.Progress(5, 0, 1, stream, clock) as line:
