@@ -21,9 +21,8 @@ constraints="${CONSTRAINTS-requirements/ci.txt}"
 # where that is turned off: each test that starts a process imports hundreds.
 unset PYTHONDONTWRITEBYTECODE
 # uv installs in a third of pip's time. It does not know pip's settings, such as
-# the address of a mirror, so pip does the work where uv fails.
-python -m pip install --quiet --disable-pip-version-check uv
-python -m uv pip install --quiet ${constraints:+--constraint "$constraints"} \
-  -e ".${extras:-}" ||
-  python -m pip install --quiet --disable-pip-version-check \
-    ${constraints:+--constraint "$constraints"} -e ".${extras:-}"
+# the address of a mirror, so pip does the work where uv fails or is not there.
+wanted=(${constraints:+--constraint "$constraints"} -e ".${extras:-}")
+pip=(python -m pip install --quiet --disable-pip-version-check)
+{ "${pip[@]}" uv && python -m uv pip install --quiet "${wanted[@]}"; } ||
+  "${pip[@]}" "${wanted[@]}"

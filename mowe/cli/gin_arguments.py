@@ -1,13 +1,16 @@
 """The options of gin, which several verbs share, and how they are read."""
 
-import ast
+import os
+import re
 
 # What begins with one of these is gin's own: a reference, a macro, a text in
 # quotes, or a list, tuple or dict.
 _OF_GIN = tuple('@%\'"([{')
-# Words that somebody writes for Python's constants: they are refused, not taken
-# for texts.
-_CONSTANTS = ('true', 'false', 'none', 'null')
+# Gin reads the first three. Somebody who writes one of the others means them,
+# and gin refuses it.
+_CONSTANTS = ('True', 'False', 'None', 'true', 'false', 'none', 'null')
+_NUMBER = re.compile(r'-?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?')
+_BINDING = re.compile(r'([\w./]+)\s*=\s*(.*)', re.DOTALL)
 
 
 def add_to(parser) -> None:
@@ -65,16 +68,24 @@ def _as_gin(value: str) -> str:
   """A value of the command line as gin reads it.
 
   A text needs no quotes there: what is neither a number nor anything else that
-  gin reads becomes a text, so `--gin.MODEL_DIR=runs/a` is enough.
+  gin reads becomes a text, so `--gin.MODEL_DIR=runs/a` is enough. The shell
+  replaces ~ by the home folder only where a word begins, so it is done here.
   """
   bare = value.strip()
-  if not bare or bare.startswith(_OF_GIN) or bare.lower() in _CONSTANTS:
+  if (
+    not bare
+    or bare.startswith(_OF_GIN)
+    or bare in _CONSTANTS
+    or _NUMBER.fullmatch(bare)
+  ):
     return value
-  try:
-    ast.literal_eval(bare)
-  except (ValueError, SyntaxError):
-    return repr(value)
-  return value
+  return repr(os.path.expanduser(bare))
+
+
+def _read_leniently(binding: str) -> str:
+  """A binding such as 'NAME = VALUE', whose text may stand without quotes."""
+  found = _BINDING.fullmatch(binding.strip())
+  return f'{found[1]} = {_as_gin(found[2])}' if found else binding
 
 
 def parse(options, bindings: list[str]):
@@ -87,7 +98,7 @@ def parse(options, bindings: list[str]):
 
   gin_config.parse(
     options.gin_file,
-    [*options.gin_bindings, *bindings],
+    [*map(_read_leniently, options.gin_bindings), *bindings],
     search_paths(options),
   )
   return gin_config

@@ -144,19 +144,22 @@ def activation_dtype(dtype: Any) -> np.dtype:
   """The dtype that a name or type stands for.
 
   Raises:
-    ValueError: there is no such dtype, or it is float16.
+    ValueError: it is neither float32 nor bfloat16.
   """
   try:
     found = jnp.dtype(dtype)
-  except TypeError as error:
+  except TypeError:
+    found = None
+  if found not in (jnp.float32, jnp.bfloat16):
+    reason = ''
+    if found == jnp.float16:
+      reason = (
+        ': the activations of T5 exceed its largest number, 65504, and '
+        'training ends in NaN'
+      )
     raise ValueError(
-      f'dtype must be float32 or bfloat16, but is {dtype!r}. Take one of them.'
-    ) from error
-  if found == jnp.float16:
-    raise ValueError(
-      'dtype must be float32 or bfloat16, but is float16: the activations '
-      'of T5 exceed its largest number, 65504, and training ends in NaN. '
-      "Use 'bfloat16'."
+      f'dtype must be float32 or bfloat16, but is {dtype}{reason}. Use '
+      "'bfloat16'."
     )
   return found
 

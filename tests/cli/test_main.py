@@ -172,7 +172,7 @@ def test_missing_macros_are_named(capsys):
   ('macros', 'parts'),
   [
     ({'DTYPE': 'float16'}, ['float16', 'bfloat16', 'NaN']),
-    ({'DTYPE': 'float99'}, ['must be float32 or bfloat16', "'float99'"]),
+    ({'DTYPE': 'float99'}, ['must be float32 or bfloat16, but is float99']),
     ({'TASK_FEATURE_LENGTHS': {'input': 8, 'target': 8}},
      ["names 'inputs' and 'targets'", "'input': 8"]),
     ({'TASK_FEATURE_LENGTHS': {'targets': 8}}, ["Add 'inputs'"]),

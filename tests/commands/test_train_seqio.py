@@ -216,7 +216,7 @@ def test_examples_register_their_tasks(
         f'--tfds_data_dir={tmp_path}',
         *_SMALL,
       ]
-      + ["--gin.INITIAL_CHECKPOINT_PATH='none'"] * (example != 'c4_pretrain')
+      + ['--gin.INITIAL_CHECKPOINT_PATH=None'] * (example != 'c4_pretrain')
     )
   assert status == 0, capsys.readouterr().err
   task = name if name in seqio.TaskRegistry.names() else 'glue_mnli_v002'

@@ -172,7 +172,7 @@ def on_device(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'store, table_dtype', [('host', 'bfloat16'), ('disk', 'float32')]
+  'store, table_dtype', [('host', 'float32'), ('disk', 'bfloat16')]
 )
 def test_same_bits_as_on_the_device(tmp_path, on_device, store, table_dtype):
   run = _Run(tmp_path, _STORES[store], table_dtype)

@@ -1,6 +1,7 @@
 """`mowe train --dry_run`: says what a run would be and need, and starts none."""
 
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -214,9 +215,17 @@ def _memory_of_device(mesh: Any, topology: Any) -> int | None:
     return topology.chip.memory_bytes
   device = mesh.devices.flat[0]
   if device.platform == 'cpu':
-    whole = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    return whole // len(mesh.local_devices)
+    return _memory_of_machine() // len(mesh.local_devices)
   return (device.memory_stats() or {}).get('bytes_limit')
+
+
+def _memory_of_machine() -> int:
+  """Bytes that this process may have: those of its container, if in one."""
+  limits = [os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')]
+  limit = pathlib.Path('/sys/fs/cgroup/memory.max')
+  if limit.exists() and (text := limit.read_text().strip()).isdigit():
+    limits.append(int(text))
+  return min(limits)
 
 
 def _gib(num_bytes: float) -> str:

@@ -72,22 +72,35 @@ def _disk(training: train.Training, prepared: train.Prepared) -> str:
     math.prod(leaf.shape) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(state)
   )
-  save = training.save
-  number = math.ceil(training.total_steps / save.period)
-  if save.keep_last is not None:
-    # The best one may be older than the last ones, and is kept, too.
-    number = min(number, save.keep_last + bool(save.best_metric))
-  free = shutil.disk_usage(_existing(training.model_dir)).free
+  kept, at_once = _num_checkpoints(training)
+  folder = _existing(training.model_dir)
+  free = shutil.disk_usage(folder).free
   said = (
-    f'checkpoints: {number:,} of up to {size / _GIB:,.2f} GiB; '
+    f'checkpoints: {kept:,} of up to {size / _GIB:,.2f} GiB; '
     f'{free / _GIB:,.1f} GiB are free'
   )
-  if number * size > free:
+  there = len(list(pathlib.Path(training.model_dir).glob('checkpoint_*')))
+  if max(0, at_once - there) * size > free:
     said += (
       '. That is too little: free some, set another MODEL_DIR, or keep fewer '
       '(SaveConfig.keep_last)'
     )
   return said
+
+
+def _num_checkpoints(training: train.Training) -> tuple[int, int]:
+  """How many are kept in the end, and how many there are for a moment.
+
+  A new checkpoint is written before the oldest is removed.
+  """
+  save = training.save
+  # The best checkpoint is one of those that were evaluated.
+  period = training.eval_period if save.best_metric else save.period
+  saved = math.ceil(training.total_steps / period) if period else 1
+  if save.keep_last is None:
+    return saved, saved
+  kept = save.keep_last + bool(save.best_metric)
+  return min(saved, kept), min(saved, kept + 1)
 
 
 def _existing(folder: str) -> pathlib.Path:

@@ -181,8 +181,8 @@ def _bad_binding(binding, error) -> str:
   if isinstance(error, SyntaxError):
     return (
       f'--gin.{name} must have a value that gin can read, but {value} led to: '
-      f"{error}\nCorrect it. Python's constants are True, False and None; texts "
-      "in a list or dict stand in quotes, as in --gin.NAMES=\"['a', 'b']\"."
+      f"{error}\nCorrect it. Python's constants are True, False and None, and "
+      "texts stand in quotes: --gin.NAMES=\"['a', 'b']\"."
     )
   return (
     f'--gin.{name} must set a macro, or a field of a class that a gin file '

@@ -25,17 +25,18 @@ class UnfitValueError(ValueError):
 def check() -> None:
   """Checks all values that gin has parsed.
 
-  A value that gin makes by a call (`@name()`) is not known before the call, and
-  is not checked. A list may stand for a tuple.
+  Only functions and classes of mowe are looked at: those of others may take
+  more than their annotations say. A value that gin makes by a call (`@name()`)
+  is not known before the call, and is not checked. A list may stand for a tuple.
 
   Raises:
-    UnfitValueError: a value does not have the type of its field or argument.
+    UnfitValueError: a value does not have the type of its field or argument,
+      or macros stand for each other.
   """
   for (_, selector), values in list(gin.config._CONFIG.items()):
-    if selector == _MACRO:
+    if not selector.startswith('mowe.'):
       continue
-    configurable = gin.config._REGISTRY.get_match(selector)
-    hints = _hints(configurable.wrapped) if configurable else {}
+    hints = _hints(gin.config._REGISTRY.get_match(selector).wrapped)
     for name, value in values.items():
       macro, value = _resolved(value)
       if name not in hints or _has_reference(value):
@@ -47,14 +48,20 @@ def check() -> None:
 
 def _resolved(value: Any) -> tuple[str | None, Any]:
   """The macro in which a value stands in the end, if any, and the value."""
-  macro = None
+  seen: list[str] = []
   while isinstance(value, gin.config.ConfigurableReference):
     name, selector = value.config_key
     given = gin.config._CONFIG.get((name, selector), {})
     if selector != _MACRO or 'value' not in given:
       break
-    macro, value = name, given['value']
-  return macro, value
+    if name in seen:
+      raise UnfitValueError(
+        f'A macro must stand for a value, but {" = %".join((*seen, name))} goes '
+        f'round. Give a value with --gin.{name}=VALUE.'
+      )
+    seen.append(name)
+    value = given['value']
+  return (seen[-1] if seen else None), value
 
 
 def _has_reference(value: Any) -> bool:
@@ -81,8 +88,7 @@ def _hints(configured: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-  candidates = [value, tuple(value)] if isinstance(value, list) else [value]
-  for candidate in candidates:
+  for candidate in (value, _with_tuples(value)):
     try:
       typeguard.check_type(
         candidate,
@@ -96,12 +102,21 @@ def _fits(value: Any, hint: Any) -> bool:
   return False
 
 
+def _with_tuples(value: Any) -> Any:
+  """The value with tuples in place of its lists, at any depth."""
+  if isinstance(value, dict):
+    return {key: _with_tuples(inner) for key, inner in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(map(_with_tuples, value))
+  return value
+
+
 def _message(macro: str | None, field: str, hint: Any, value: Any) -> str:
   name = macro or field
   also = f', which is {field},' if macro else ''
   quoted = ''
-  if not isinstance(value, str) and _fits(str(value), hint):
-    quoted = f' A text that looks like a number has quotes: "\'{value}\'".'
+  if isinstance(value, int | float) and _fits('', hint):
+    quoted = ' A text that looks like a number stands in quotes of its own.'
   return (
     f'{name}{also} must be {_said(hint)}, but is {value!r}. Correct it in the gin '
     f'file, or give another value with --gin.{name}=VALUE.{quoted}'

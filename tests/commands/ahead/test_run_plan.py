@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import optax
+import pytest
 
 from mowe.commands import train
 from mowe.commands.ahead import run_plan
@@ -25,26 +26,17 @@ def test_lines(world, tmp_path, monkeypatch):
     40,
     model=world.config(sparse=False),
     optimizer=optimizers.AdamW(optax.linear_schedule(0.0, 1e-2, 40)),
-    save=train.SaveConfig(period=10, keep_last=2, best_metric='qa/em'),
+    save=train.SaveConfig(period=10, keep_last=2),
   )
-  prepared, (steps, padding, rate, disk) = _lines(training)
+  prepared, (steps, _, rate, disk) = _lines(training)
   # Forty batches of 8 rows; the texts of the world fill 30.
   assert steps == 'Steps      40 of 8 rows: 10.7 epochs of text'
-  batch = prepared.batches.first_batch
-  inputs, targets = (
-    np.mean(batch[name] == 0)
-    for name in ('encoder_input_tokens', 'decoder_target_tokens')
-  )
-  assert padding == (
-    f'Padding    {inputs:.0%} of inputs, {targets:.0%} of targets in the first '
-    'batch'
-  )
   assert rate == (
     'Rate       learning_rate: 0 at step 0, 0.001 at step 4, '
     '0.005 at step 20, 0.01 at step 40'
   )
   assert disk == (
-    'Disk       checkpoints: 3 of up to 0.00 GiB; 0.0 GiB are free'
+    'Disk       checkpoints: 2 of up to 0.00 GiB; 0.0 GiB are free'
   )
   monkeypatch.setattr(
     shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(0, 0, 1000)
@@ -68,3 +60,33 @@ def test_rates_of_a_mixture_and_of_rows(world, tmp_path):
     'Rate       learning_rate: 0.01 at all steps',
     'Rate       row_learning_rate: 0.01 at all steps',
   ]
+
+
+def test_padding_has_the_id_0():
+  batch = {
+    'encoder_input_tokens': np.array([[5, 0], [7, 0]]),
+    'decoder_target_tokens': np.array([[5, 6, 1, 0], [8, 9, 9, 1]]),
+  }
+  assert run_plan._padding(batch) == '50% of inputs, 12% of targets'
+  del batch['encoder_input_tokens']
+  assert run_plan._padding(batch) == '12% of targets'
+
+
+@pytest.mark.parametrize(
+  'save, numbers',
+  [
+    # A period of 0 saves at the end alone.
+    ({'period': 0}, (1, 1)),
+    ({'period': 10, 'keep_last': None}, (4, 4)),
+    # One more is there while it is written.
+    ({'period': 10, 'keep_last': 2}, (2, 3)),
+    ({'period': 30, 'keep_last': 2}, (2, 2)),
+    # With a best one every evaluation is saved, each 5 steps.
+    ({'period': 30, 'keep_last': 2, 'best_metric': 'qa/em'}, (3, 4)),
+  ],
+)
+def test_the_number_of_checkpoints(world, tmp_path, save, numbers):
+  training = world.training(
+    tmp_path, 40, save=train.SaveConfig(**save), eval_period=5
+  )
+  assert run_plan._num_checkpoints(training) == numbers

@@ -15,7 +15,9 @@ _RUN = 'gin_configs/examples/text_pretrain_t5.gin'
      r'whole number, but is 2.0. Correct it .* --gin.TRAIN_STEPS=VALUE.$'),
     ("BATCH_SIZE = '8'", "^BATCH_SIZE, which is DataConfig.batch_size, must be a "
      "whole number, but is '8'"),
-    ('MODEL_DIR = 2024', 'must be a text, but is 2024.* has quotes: "\'2024\'".$'),
+    ('MODEL_DIR = 2024', 'must be a text, but is 2024.* in quotes of its own.$'),
+    ("MIXTURE_OR_TASK_NAME = ['a']", r"but is \['a'\].*=VALUE.$"),
+    ('BATCH_SIZE = %BATCH_SIZE', '%BATCH_SIZE goes round. Give a value'),
     ("OPTIMIZER = 'adafactor'", "of the type Optimizer, but is 'adafactor'"),
     ("TASK_FEATURE_LENGTHS = {'inputs': '64'}", r'Mapping\[str, int\]'),
     ("t5_config.T5Config.mlp_activations = 'gelu'",
@@ -33,6 +35,7 @@ def test_a_value_of_another_type_is_refused(binding, said):
     # A whole number is a number, and a list may stand for a tuple.
     'DROPOUT_RATE = 0',
     "t5_config.T5Config.mlp_activations = ['gelu', 'linear']",
+    't5_config.T5Config.sparse_encoder_layers = []',
     # What a call makes is not known before it is called.
     'BATCH_SIZE = @t5_config.default_dtype()',
     "MODEL_DIR = 'runs/a'",
