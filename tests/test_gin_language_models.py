@@ -41,10 +41,14 @@ def _config(name):
 
 def _router_loss(needed, *files):
   """The router loss that `mowe train` adds, with a macro that files need."""
-  names = ['MODEL_DIR', 'MIXTURE_OR_TASK_NAME', 'TASK_FEATURE_LENGTHS', needed]
+  names = ['MODEL_DIR', 'MIXTURE_OR_TASK_NAME', needed]
   gin_config.parse(
     [f'gin_configs/{file}.gin' for file in files],
-    [*(f"{name} = 'bytes'" for name in names), 'TRAIN_STEPS = 1'],
+    [
+      *(f"{name} = 'bytes'" for name in names),
+      "TASK_FEATURE_LENGTHS = {'targets': 8}",
+      'TRAIN_STEPS = 1',
+    ],
   )
   return gin_config.call(training_step.LossConfig).router
 

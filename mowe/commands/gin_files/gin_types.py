@@ -27,7 +27,8 @@ def check() -> None:
 
   Only functions and classes of mowe are looked at: those of others may take
   more than their annotations say. A value that gin makes by a call (`@name()`)
-  is not known before the call, and is not checked. A list may stand for a tuple.
+  is not known before the call, and is not checked, nor is None, which files give
+  to parts that are not used. A list may stand for a tuple.
 
   Raises:
     UnfitValueError: a value does not have the type of its field or argument,
@@ -39,7 +40,7 @@ def check() -> None:
     hints = _hints(gin.config._REGISTRY.get_match(selector).wrapped)
     for name, value in values.items():
       macro, value = _resolved(value)
-      if name not in hints or _has_reference(value):
+      if value is None or name not in hints or _has_reference(value):
         continue
       if not _fits(value, hints[name]):
         field = f'{selector.rpartition(".")[2]}.{name}'

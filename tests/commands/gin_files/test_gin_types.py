@@ -39,6 +39,8 @@ def test_a_value_of_another_type_is_refused(binding, said):
     # What a call makes is not known before it is called.
     'BATCH_SIZE = @t5_config.default_dtype()',
     "MODEL_DIR = 'runs/a'",
+    # Nothing is known of parts that are not used.
+    'TRAIN_STEPS = None',
   ],
 )
 def test_values_that_fit(binding):
