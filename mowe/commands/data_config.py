@@ -143,7 +143,7 @@ class DataConfig:
       FileNotFoundError: there is no such token cache.
       ValueError: the cache was made with another subword vocabulary.
     """
-    path = pathlib.Path(self.cache_dir or '.') / name
+    path = pathlib.Path(self.cache_dir or '.').expanduser() / name
     if not path.is_dir():
       folder = path.parent
       found = sorted(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -117,6 +118,9 @@ class Training:
   seed: int = 0
   tensorboard: bool = True
 
+  def __post_init__(self):
+    object.__setattr__(self, 'model_dir', os.path.expanduser(self.model_dir))
+
   @property
   def has_tables(self) -> bool:
     """Whether the model has tables of word experts or of memories."""
@@ -141,6 +145,7 @@ class Training:
 
   def check(self, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the parts do not fit together on a mesh."""
+    atomic_files.check_local(self.model_dir)
     model, vocabulary = self.model, self.vocabulary
     if model.vocab_size < vocabulary.size:
       raise ValueError(

@@ -183,7 +183,7 @@ def split_checkpoint_path(path: str) -> tuple[pathlib.Path, int | None]:
   The step is None if the path is that of the folder itself, instead of one of a
   checkpoint `.../checkpoint_<step>`.
   """
-  whole = pathlib.Path(path)
+  whole = pathlib.Path(path).expanduser()
   prefix, _, step = whole.name.rpartition('_')
   if prefix == 'checkpoint' and step.isdigit():
     return whole.parent, int(step)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 
@@ -62,11 +63,31 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def check_local(path: str | os.PathLike) -> None:
+  """Raises ValueError if a path would make folders called `gs:` or `~`."""
+  for part in pathlib.Path(path).parts:
+    if re.fullmatch(r'[a-z][a-z0-9+.-]+:', part):
+      raise ValueError(
+        f'A folder must be on a file system of this machine, but {path} names '
+        'another place. Write to a folder here and copy it, or mount that place.'
+      )
+    if part == '~':
+      raise ValueError(
+        f'A folder must be named without ~, but is {path}. Write '
+        f'{os.path.expanduser("~")} in its place.'
+      )
+
+
 def make_folder(path: str | os.PathLike) -> None:
-  """Makes a folder and those above it where they are missing, on disk."""
+  """Makes a folder and those above it where they are missing, on disk.
+
+  Raises:
+    ValueError: it is not there, and not local; see `check_local`.
+  """
   path = pathlib.Path(path)
   if path.is_dir():
     return
+  check_local(path)
   make_folder(path.parent)
   path.mkdir(exist_ok=True)
   sync(path.parent)

@@ -202,6 +202,25 @@ def test_parts_that_do_not_fit(world, tmp_path, capsys, macros, parts):
   assert not (tmp_path / 'run').exists()
 
 
+def test_folders_elsewhere_are_refused(
+  world, trained, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  elsewhere = 'on a file system of this machine, but '
+  text = _refused(capsys, *_training(world, 'gs://bucket/run', '--dry_run'))
+  assert f'{elsewhere}gs://bucket/run names' in text
+  to_safetensors = ('--to', 'safetensors')
+  text = _refused(capsys, 'convert', trained, 's3://b/m', *to_safetensors)
+  assert elsewhere in text
+  text = _refused(
+    capsys,
+    *('cache-task', '~/cache', str(world.folder / 'text.jsonl')),
+    *('--vocabulary', world.vocabulary_path),
+  )
+  assert 'must be named without ~, but is ' in text
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_trace_can_be_asked_for(monkeypatch):
   monkeypatch.setenv('MOWE_TRACE', '1')
   with pytest.raises(FileNotFoundError):
