@@ -70,7 +70,7 @@ class Training:
     model: sizes and parts of the model.
     vocabulary: the subword vocabulary.
     data: the training examples.
-    model_dir: folder of the run (see `model_folder`).
+    model_dir: folder of the run (see `model_folder`); ~ is the home folder.
     total_steps: number of updates in all, those before a resume included.
     optimizer: the optimizer of the ordinary parameters.
     row_optimizer: the optimizer of the expert tables. It is needed if the model

@@ -158,7 +158,7 @@ def activation_dtype(dtype: Any) -> np.dtype:
         'training ends in NaN'
       )
     raise ValueError(
-      f'dtype must be float32 or bfloat16, but is {dtype}{reason}. Use '
+      f'dtype must be float32 or bfloat16, but is {found or dtype}{reason}. Use '
       "'bfloat16'."
     )
   return found

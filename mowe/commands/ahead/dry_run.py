@@ -14,7 +14,6 @@ from mowe.models import parameters
 from mowe.models.families import costs
 from mowe.training.compiling import compile_ahead, program_facts, roofline
 
-_GIB = 2**30
 # A backward pass has two products for each one of the forward pass.
 _PASSES = 3
 # Rows and columns of a tile in a TPU's memory, into which arrays are padded.
@@ -56,10 +55,10 @@ def dry_run(
   text = step.program.as_text()
   memory = program_facts.memory(step.program)
   print(
-    f'Memory     {_gib(memory.peak)}{_room(mesh, topology)} on each device: '
-    f'{_gib(memory.arguments)} of state and batch, {_gib(memory.temporary)} '
-    f'while a step runs, {_gib(memory.results)} of results, '
-    f'{_gib(memory.program)} of program'
+    f'Memory     {run_plan.in_words(memory.peak)}{_room(mesh, topology)} on each device: '
+    f'{run_plan.in_words(memory.arguments)} of state and batch, {run_plan.in_words(memory.temporary)} '
+    f'while a step runs, {run_plan.in_words(memory.results)} of results, '
+    f'{run_plan.in_words(memory.program)} of program'
   )
   exchanges = program_facts.collectives(text)
   if mesh.size > 1:
@@ -150,7 +149,7 @@ def _memory_advice(prepared, memory, topology) -> Iterable[str]:
   )
   if memory.peak > room:
     yield (
-      f'The step does not fit: it needs {_gib(memory.peak)} of {_gib(room)}. '
+      f'The step does not fit: it needs {run_plan.in_words(memory.peak)} of {run_plan.in_words(room)}. '
       + (
         'State is most of it: split it over more devices '
         '(partitioning.make_mesh.expert or .model).'
@@ -161,7 +160,7 @@ def _memory_advice(prepared, memory, topology) -> Iterable[str]:
     )
   if table_bytes > _MUCH_MEMORY * room:
     yield (
-      f"TABLE_DTYPE = 'bfloat16' saves {_gib(table_bytes / 2)} on each device; "
+      f"TABLE_DTYPE = 'bfloat16' saves {run_plan.in_words(table_bytes / 2)} on each device; "
       'updates are then rounded stochastically.'
     )
 
@@ -203,7 +202,7 @@ def _padded(outer: int, inner: int) -> int:
 
 def _room(mesh, topology) -> str:
   room = _memory_of_device(mesh, topology)
-  return '' if room is None else f' of {_gib(room)}'
+  return '' if room is None else f' of {run_plan.in_words(room)}'
 
 
 def _memory_of_device(mesh: Any, topology: Any) -> int | None:
@@ -226,11 +225,6 @@ def _memory_of_machine() -> int:
   if limit.exists() and (text := limit.read_text().strip()).isdigit():
     limits.append(int(text))
   return min(limits)
-
-
-def _gib(num_bytes: float) -> str:
-  unit = ('GiB', _GIB) if num_bytes >= 0.1 * _GIB else ('MiB', 2**20)
-  return f'{num_bytes / unit[1]:,.1f} {unit[0]}'
 
 
 def _ms(seconds: float) -> str:

@@ -39,6 +39,12 @@ def lines(training: train.Training, prepared: train.Prepared) -> Iterable[str]:
   yield f'Disk       {_disk(training, prepared)}'
 
 
+def in_words(num_bytes: float) -> str:
+  """A number of bytes in GiB, or in MiB if it is small."""
+  unit = ('GiB', _GIB) if num_bytes >= 0.1 * _GIB else ('MiB', 2**20)
+  return f'{num_bytes / unit[1]:,.1f} {unit[0]}'
+
+
 def _few_digits(number: float) -> str:
   return f'{number:,.0f}' if number >= 100 else f'{number:.3g}'
 
@@ -76,8 +82,8 @@ def _disk(training: train.Training, prepared: train.Prepared) -> str:
   folder = _existing(training.model_dir)
   free = shutil.disk_usage(folder).free
   said = (
-    f'checkpoints: {kept:,} of up to {size / _GIB:,.2f} GiB; '
-    f'{free / _GIB:,.1f} GiB are free'
+    f'checkpoints: {kept:,} of up to {in_words(size)}; '
+    f'{in_words(free)} are free'
   )
   there = len(list(pathlib.Path(training.model_dir).glob('checkpoint_*')))
   if max(0, at_once - there) * size > free:

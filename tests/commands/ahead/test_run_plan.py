@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import numpy as np
 import optax
@@ -19,7 +20,7 @@ def _lines(training):
 
 def test_lines(world, tmp_path, monkeypatch):
   monkeypatch.setattr(
-    shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(0, 0, 10**6)
+    shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=2**30)
   )
   training = world.training(
     tmp_path / 'run' / 'deeper',
@@ -36,10 +37,10 @@ def test_lines(world, tmp_path, monkeypatch):
     '0.005 at step 20, 0.01 at step 40'
   )
   assert disk == (
-    'Disk       checkpoints: 2 of up to 0.00 GiB; 0.0 GiB are free'
+    'Disk       checkpoints: 2 of up to 0.1 MiB; 1.0 GiB are free'
   )
   monkeypatch.setattr(
-    shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(0, 0, 1000)
+    shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=1000)
   )
   *_, disk = run_plan.lines(training, prepared)
   assert 'That is too little: free some' in disk
