@@ -18,7 +18,12 @@ from mowe.models import initialization, model_config, parameters, threefry
 from mowe.models.surgery import upcycling
 from mowe.stores import expert_sources, expert_stores, no_experts, store_groups
 from mowe.stores.row_files import expert_records, row_file, row_index
-from mowe.training import checkpointing, partitioning, train_state
+from mowe.training import (
+  checkpointing,
+  partitioning,
+  table_layouts,
+  train_state,
+)
 from mowe.training.optimization import optimizers, row_optimizers
 
 # Name of a group of tables -> the source of its rows.
@@ -79,13 +84,8 @@ class Setup:
       ordinary,
       tables,
     )
-    shardings = partitioning.state_shardings(abstract, axes, mesh)
-    abstract = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      abstract,
-      shardings,
+    abstract = _placed(
+      abstract, partitioning.state_shardings(abstract, axes, mesh)
     )
     return cls(model, built, row_optimizer, abstract, seed, make_memory)
 
@@ -174,7 +174,7 @@ class Setup:
     return jax.jit(
       partitioning.on_mesh(train_step, self.mesh),
       donate_argnums=0,
-      out_shardings=(_shardings(trained), None),
+      out_shardings=(table_layouts.formats(trained), None),
     )
 
   def _tables(self, group: str) -> expert_sources.Arrays:
@@ -267,6 +267,24 @@ class Setup:
       return False
     upcycling.check(self.model.config)
     return True
+
+
+def _placed(
+  abstract: train_state.TrainState, shardings: train_state.TrainState
+) -> train_state.TrainState:
+  """The abstract state with its shardings, and tables in their order."""
+
+  def with_sharding(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(with_sharding, abstract, shardings).replace(
+    tables=jax.tree.map(
+      table_layouts.laid_out, abstract.tables, shardings.tables
+    ),
+    table_state=jax.tree.map(
+      table_layouts.laid_out, abstract.table_state, shardings.table_state
+    ),
+  )
 
 
 def _shardings(abstract: Any) -> Any:

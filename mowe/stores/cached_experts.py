@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mowe.models import parameters
@@ -34,7 +33,7 @@ from mowe.stores import (
   slot_schedule,
 )
 from mowe.stores.row_files import background, expert_records, row_index
-from mowe.training import train_metrics, train_state
+from mowe.training import table_layouts, train_metrics, train_state
 from mowe.words.plans import batch_plans
 
 
@@ -142,11 +141,11 @@ class CachedExperts:
   def start(self, source: expert_sources.ExpertSource) -> expert_sources.Arrays:
     """See `Experts.start`."""
     self._backing.start(source)
-    tables, table_state = jax.tree.map(
-      lambda leaf: jnp.zeros(
-        (self.num_slots, *leaf.shape[1:]), leaf.dtype, device=leaf.sharding
-      ),
-      self._abstract,
+    tables, table_state = table_layouts.zeros(
+      jax.tree.map(
+        lambda leaf: table_layouts.with_rows(leaf, self.num_slots),
+        self._abstract,
+      )
     )
     if self._is_trained:
       return tables, table_state

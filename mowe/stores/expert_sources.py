@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from mowe.models import initialization, parameters, threefry
 from mowe.stores.row_files import expert_records, row_index
+from mowe.training import table_layouts
 from mowe.words.plans import step_plans
 
 # Bytes that are on their way between disk, host and device at a time.
@@ -110,15 +111,16 @@ class FreshExperts:
 
   def arrays(self, abstract: Arrays) -> Arrays:
     """See `ExpertSource.arrays`."""
-    tables, table_state = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    tables, table_state = abstract
     drawn = initialization.initial_parameters(
-      self._model, self._key, parameters.merge_tables({}, tables)
+      self._model,
+      self._key,
+      parameters.merge_tables({}, table_layouts.formats(tables)),
     )
-    zeros = lambda: jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract[1]
+    return (
+      parameters.split_tables(drawn)[1],
+      table_layouts.zeros(table_state),
     )
-    fresh_state = jax.jit(zeros, out_shardings=table_state)()
-    return parameters.split_tables(drawn)[1], fresh_state
 
   def close(self) -> None:
     """See `ExpertSource.close`."""
@@ -255,7 +257,10 @@ class SavedExperts:
       ]
       # Chunks that a busy device has not taken yet must not pile up.
       parts = jax.block_until_ready(_fill(parts, rows, first - start))
-    return parts
+    return [
+      table_layouts.put_in_order(part, leaf)
+      for part, leaf in zip(parts, jax.tree.leaves(abstract), strict=True)
+    ]
 
 
 def chunks(start: int, stop: int, dtype: np.dtype) -> Iterator[tuple[int, int]]:

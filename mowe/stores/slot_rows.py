@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from mowe.layers.memory import rows_in_place
+from mowe.training import table_layouts
 
 # Bytes of rows in the largest call, and by how much smaller calls are divided.
 _CALL_BYTES = 2**24
@@ -69,7 +70,6 @@ def get(
   return jax.lax.with_sharding_constraint(taken, sharding)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def put(arrays: Any, rows: jax.Array, values: Any) -> Any:
   """Writes rows in place, and returns the arrays.
 
@@ -78,8 +78,21 @@ def put(arrays: Any, rows: jax.Array, values: Any) -> Any:
     rows: <int32>[n], distinct rows; numbers beyond all rows write nothing.
     values: a tree of arrays [n, ...].
   """
-  return jax.tree.map(
-    lambda array, value: rows_in_place.write(array, rows, value),
-    arrays,
-    values,
+  formats, structure = jax.tree.flatten(table_layouts.formats(arrays))
+  return _put_program(structure, tuple(formats))(arrays, rows, values)
+
+
+@functools.cache
+def _put_program(structure, formats):
+  """Writes rows of arrays that keep their sharding and order in memory."""
+
+  def write_all(arrays, rows, values):
+    return jax.tree.map(
+      lambda array, value: rows_in_place.write(array, rows, value),
+      arrays,
+      values,
+    )
+
+  return jax.jit(
+    write_all, donate_argnums=0, out_shardings=structure.unflatten(formats)
   )

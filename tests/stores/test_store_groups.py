@@ -1,6 +1,6 @@
 """Tables of several groups: word experts, and memories of every kind.
 
-Also tests `step_plans`.
+Also tests `step_plans` and `table_layouts`.
 """
 
 import functools
@@ -11,12 +11,19 @@ import pytest
 import tiny_memories
 import tiny_training
 
+from mowe.layers import platforms
+from mowe.layers.memory import rows_in_place
 from mowe.model_folders import initial_state
 from mowe.models import parameters, token_memories
 from mowe.models.t5 import t5
 from mowe.stores import expert_stores, store_groups
 from mowe.stores.row_files import row_index
-from mowe.training import checkpointing, partitioning, training_step
+from mowe.training import (
+  checkpointing,
+  partitioning,
+  table_layouts,
+  training_step,
+)
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.words.plans import row_plans, step_plans
 
@@ -55,20 +62,23 @@ def _plan(config, batch):
   return step_plans.StepPlan(experts, memories)
 
 
-@functools.cache
-def _step(num_slots):
-  """One program serves all runs in stores with this number of slots."""
+def _train_step(num_slots):
   config = _config()
   if num_slots is not None:
     config = config.with_layer_changes(num_slots=num_slots)
-  function = training_step.make_train_step(
+  return training_step.make_train_step(
     t5.T5(config),
     optimizer=_OPTIMIZER.build(None),
     row_optimizer=_ROW_OPTIMIZER,
     loss=training_step.LossConfig(),
     seed=0,
   )
-  return jax.jit(function, donate_argnums=0)
+
+
+@functools.cache
+def _step(num_slots):
+  """One program serves all runs in stores with this number of slots."""
+  return jax.jit(_train_step(num_slots), donate_argnums=0)
 
 
 class _Run:
@@ -78,7 +88,7 @@ class _Run:
     folder.mkdir(exist_ok=True)
     self.config = _config()
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    setup = initial_state.Setup.make(
+    self.setup = initial_state.Setup.make(
       t5.T5(self.config),
       _OPTIMIZER,
       _ROW_OPTIMIZER,
@@ -87,7 +97,7 @@ class _Run:
       batch_size=tiny_training.BATCH,
     )
     self.checkpoints = checkpointing.Checkpoints(folder)
-    self.state, self.stores = setup.start(
+    self.state, self.stores = self.setup.start(
       self.checkpoints, {}, None, store, {'experts': 12, 'engram': 100}
     )
     self.step = _step(self.stores.num_slots)
@@ -164,6 +174,48 @@ def test_all_stores_end_with_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, tables, expected)
     files = {path.name for path in (tmp_path / name).glob('*.rows')}
     assert files == {f'{group}.0.rows' for group in _GROUPS}
+
+
+def _order(array):
+  layout = array.format.layout
+  return None if layout is None else layout.major_to_minor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('store', ['device', 'disk'])
+def test_tables_keep_the_order_of_a_tpu(tmp_path, monkeypatch, store):
+  plain = _Run(tmp_path / 'plain', _STORES['device'])
+  plain.train(3)
+  plain.save()
+  plain.close()
+
+  laid_out = table_layouts.laid_out
+
+  def as_on_tpu(leaf, sharding):
+    with platforms.compiling_for('tpu'):
+      return laid_out(leaf, sharding)
+
+  monkeypatch.setattr(table_layouts, 'laid_out', as_on_tpu)
+  # A CPU keeps no table in this order by itself.
+  orders = {2: (1, 0), 3: (2, 0, 1)}
+  monkeypatch.setattr(
+    rows_in_place, 'axes_in_memory', lambda shape: orders.get(len(shape))
+  )
+  for last in (2, 3):
+    run = _Run(tmp_path / 'ordered', _STORES[store])
+    run.step = run.setup.jit(_train_step(run.stores.num_slots))
+    run.train(last)
+    for leaf in jax.tree.leaves((run.state.tables, run.state.table_state)):
+      assert leaf.ndim == 1 or _order(leaf) == orders[leaf.ndim]
+    # One program serves all steps, those after a move of rows, too.
+    assert run.step._cache_size() == 1
+    run.save()
+    run.close()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _tables(tmp_path / 'ordered'),
+    _tables(tmp_path / 'plain'),
+  )
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 
 from mowe.commands import train
 from mowe.models import parameters
-from mowe.training import partitioning
+from mowe.training import partitioning, table_layouts
 from mowe.words.plans import step_plans
 
 # Tables of fewer numbers may have as many as some other array of the step.
@@ -111,8 +111,7 @@ def _on_device(tree, slots):
   def with_rows(leaf, number):
     if number is None or not leaf.ndim:
       return leaf
-    shape = number, *leaf.shape[1:]
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+    return table_layouts.with_rows(leaf, number)
 
   kept = {}
   for group, own in parameters.in_groups(tree).items():

@@ -1,22 +1,25 @@
 """Reads and writes some rows of an expert table without copying the table.
 
 A gather and a scatter do this on CPU and GPU. XLA for TPU copies the whole
-table in three cases, each of which is avoided here (libtpu 0.0.42 and 0.0.50):
+table in four cases, each of which is avoided here (libtpu 0.0.42 and 0.0.50):
 
 - It splits the operand of a gather whose rows have more than 2^18 numbers. So a
   row is read and written in several parts.
-- The parts must be a view of the table, and not another array. XLA keeps the
-  last two axes of an array in tiles of 8 x 128 numbers, and the axis last that
-  needs less padding. A kernel of 768 x 408 lies in memory as 408 x 768. So the
+- The parts must be a view of the table, and not another array. The last two
+  axes of an array lie in tiles of 8 x 128 numbers, and the axis that needs less
+  padding comes last. A kernel of 768 x 408 lies in memory as 408 x 768. So the
   table is first seen with its axes in that order, and then cut along the axis
-  that is not last, into parts of whole tiles. Both are bitcasts. If neither
-  axis is a multiple of 128, XLA may keep the rows themselves along the last
-  axis; such a table is still copied.
+  that is not last, into parts of whole tiles. Both are bitcasts.
+- Rows of fewer than 128 numbers would need least padding with the rows
+  themselves along the last axis, and XLA keeps them so, where nobody asks for
+  another order. One row then lies in many tiles. So the order is fixed, see
+  `axes_in_memory`.
 - It moves a conversion of what was gathered before the gather, and converts the
   whole table to bfloat16. So float32 rows go through a `reduce_precision` that
   changes no number, but is not moved.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -24,6 +27,8 @@ import jax.numpy as jnp
 
 # The largest number of numbers in a row that XLA for TPU gathers in place.
 _MOST_NUMBERS = 2**18
+# Rows of so few numbers are left to XLA.
+_FEW_NUMBERS = 32
 # Rows and columns of a tile in a TPU's memory.
 _TILE = (8, 128)
 
@@ -60,6 +65,31 @@ def write(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(
     table, rows, values, tpu=_write_parts, default=_set
   )
+
+
+def axes_in_memory(shape: Sequence[int]) -> tuple[int, ...] | None:
+  """Returns the order in which a TPU has to keep the axes of a table.
+
+  Rows are never along the last axis, which costs padding: rows of 64 numbers
+  lie in lines of 128.
+
+  Args:
+    shape: the shape of a table, or of the state of its optimizer, [num_rows,
+      ...].
+
+  Returns:
+    The axes, the slowest first; None if XLA may choose. It may where rows have
+    few numbers, as lines of 128 would be mostly padding.
+  """
+  row = shape[1:]
+  if math.prod(row) <= _FEW_NUMBERS or len(row) not in (1, 2):
+    return None
+  if len(row) == 1:
+    return 0, 1
+  if _is_turned(row):
+    return 0, 2, 1
+  # A few parts of a row would be padded to the eight rows of a tile.
+  return (1, 0, 2) if row[0] < _TILE[0] else (0, 1, 2)
 
 
 def _take(table, rows):

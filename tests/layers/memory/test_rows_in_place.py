@@ -76,3 +76,22 @@ def test_states_of_optimizers_have_fewer_axes(shape):
   np.testing.assert_array_equal(read, table[rows])
   written = rows_in_place.write(table, rows, read + 1)
   np.testing.assert_array_equal(written, table.at[rows].add(1))
+
+
+@pytest.mark.parametrize(
+  ('row', 'axes'),
+  [
+    ((768, 408), (0, 2, 1)),
+    ((408, 768), (0, 1, 2)),
+    ((64, 88), (0, 1, 2)),
+    # A part of a row for each of two blocks.
+    ((2, 64), (1, 0, 2)),
+    ((1, 33), (1, 0, 2)),
+    ((1, 32), None),
+    ((408,), (0, 1)),
+    ((2,), None),
+    ((), None),
+  ],
+)
+def test_rows_are_never_along_the_last_axis(row, axes):
+  assert rows_in_place.axes_in_memory((1000, *row)) == axes
