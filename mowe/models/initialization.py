@@ -129,8 +129,9 @@ def initial_rows(
       read, so abstract arrays will do.
 
   Returns:
-    A function from the numbers of experts <int>[n] to their rows. Programs are
-    compiled for each kind of kernel and few numbers of them, see `_ROOMS`.
+    A function from the numbers of experts <int>[n] to their rows, arrays of
+    NumPy. Programs are compiled for each kind of kernel and few numbers of
+    them, see `_ROOMS`.
   """
   recipes = _recipes(abstract_variables(model))
   paths = {
@@ -138,23 +139,33 @@ def initial_rows(
     for table, kernels in tables.items()
   }
 
-  def draw(rows):
+  def draw_some(rows):
     room = next(one for one in _ROOMS if one >= len(rows))
     padded = np.resize(np.asarray(rows, np.uint32), room)
     return jax.tree.map(
-      lambda path: _program_of_rows(recipes[path])(_key_of(path, key), padded)[
-        : len(rows)
-      ],
+      lambda path: _program_of_rows(recipes[path])(_key_of(path, key), padded),
       paths,
       is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+  def draw(rows):
+    largest = _ROOMS[-1]
+    drawn = [
+      draw_some(rows[first : first + largest])
+      for first in range(0, max(1, len(rows)), largest)
+    ]
+    # Only the last ones may be too many. JAX would compile a slice of them
+    # anew for each number of rows.
+    return jax.tree.map(
+      lambda *some: np.concatenate(some)[: len(rows)], *jax.device_get(drawn)
     )
 
   return draw
 
 
-# Rows are drawn so many at a time: a few programs, and at most four times as
-# many rows as were asked for.
-_ROOMS = tuple(4**i for i in range(2, 16))
+# Rows are drawn so many at a time, more than the largest number in several
+# calls: so there are a few programs, and few rows are drawn in vain.
+_ROOMS = tuple(4**i for i in range(2, 7))
 
 
 def _recipes(variables: Any) -> dict[_Path, parameter.Recipe]:

@@ -126,7 +126,7 @@ class HostRecords:
         raise KeyError(f'Expert {experts[~is_there][0]} was never written.')
       records[~is_there] = self._fresh(experts[~is_there], self._dtype)
     for block, to, places in self._in_blocks(numbers):
-      records[to] = block[places]
+      _as_bytes(records)[to] = block[places]
     return records
 
   def write(self, experts: np.ndarray, records: np.ndarray) -> None:
@@ -134,9 +134,10 @@ class HostRecords:
     with self._lock:
       numbers = self._numbers.add(experts)
       while len(self._blocks) * self._in_block < len(self._numbers):
-        self._blocks.append(np.empty(self._in_block, self._dtype))
+        new = np.empty(self._in_block, self._dtype)
+        self._blocks.append(_as_bytes(new))
     for block, to, places in self._in_blocks(numbers):
-      block[places] = records[to]
+      block[places] = _as_bytes(records)[to]
 
   def _in_blocks(self, numbers):
     """Yields each block, which numbers <int64>[n] are in it, and where."""
@@ -144,6 +145,11 @@ class HostRecords:
     for i in np.unique(of_each[numbers >= 0]).tolist():
       to = np.flatnonzero(of_each == i)
       yield self._blocks[i], to, numbers[to] - i * self._in_block
+
+
+def _as_bytes(records):
+  """Views records as plain bytes, which NumPy copies whole, not by field."""
+  return records.view(np.dtype((np.void, records.dtype.itemsize)))
 
 
 def _written(source, dtype):

@@ -102,8 +102,9 @@ class FreshExperts:
     records = np.empty(len(experts), dtype)
     for first in range(0, len(experts), at_once(dtype)):
       some = experts[first : first + at_once(dtype)]
-      drawn = jax.device_get(self._draw_rows(some))
-      kernels = expert_records.from_arrays(self._dtype, drawn, {})
+      kernels = expert_records.from_arrays(
+        self._dtype, self._draw_rows(some), {}
+      )
       records[first : first + len(some)] = expert_records.converted(
         kernels, dtype
       )
