@@ -186,6 +186,16 @@ class Run:
     )
     return statistics.median(timed)
 
+  def save(self) -> None:
+    """Saves a checkpoint, and waits until it is on the disk."""
+    self._checkpoints.save(
+      int(self.state.step),
+      self.state.replace(tables={}, table_state={}),
+      metadata={},
+      attach=lambda path: self._stores.save(path, self.state),
+    )
+    self._checkpoints.wait()
+
   def close(self) -> None:
     """Ends threads and closes files."""
     self._stores.close()

@@ -357,12 +357,15 @@ class RowReader:
     Returns:
       <uint32>[n, 2]; of records without row state the second has no meaning.
     """
-    data = records.view(np.uint8).reshape(len(records), -1)
-    parts = [
-      [zlib.crc32(row[: self._split]), zlib.crc32(row[self._split :])]
-      for row in data
-    ]
-    return np.array(parts, np.uint32)
+    # A view of memory is cut in half the time of an array: this is done for
+    # every record that is written or read.
+    data = memoryview(records.view(np.uint8).reshape(-1))
+    size, split = records.dtype.itemsize, self._split
+    starts = range(0, len(data), size)
+    checksums = np.empty((len(records), 2), np.uint32)
+    checksums[:, 0] = [zlib.crc32(data[i : i + split]) for i in starts]
+    checksums[:, 1] = [zlib.crc32(data[i + split : i + size]) for i in starts]
+    return checksums
 
   def close(self) -> None:
     """Ends the threads and closes the files."""
