@@ -23,8 +23,8 @@ def _add_vocabulary(parser):
   parser.add_argument(
     '--extra_ids',
     type=int,
-    default=100,
-    help='sentinels of the vocabulary (default: 100)',
+    help='sentinels that are added to the vocabulary (default: 100, or none if '
+    'it has its own)',
   )
 
 

@@ -292,7 +292,8 @@ def _add_convert(verbs):
   parser.add_argument(
     '--extra_ids',
     type=int,
-    help='number of sentinels of the vocabulary; default: 100',
+    help='sentinels that are added to the vocabulary (default: 100, or none if '
+    'it has its own)',
   )
   parser.add_argument(
     '--like', help='a folder with the config for a checkpoint of T5X'

@@ -30,7 +30,7 @@ def build_routing_vocabulary(
   num_blocks: int = 1,
   field: str = 'text',
   num_workers: int | None = None,
-  extra_ids: int = 100,
+  extra_ids: int | None = None,
   skip_bad_records: bool = False,
 ) -> routing_vocabulary.RoutingVocabulary:
   """Builds a routing vocabulary from files, saves it, and prints a summary.
@@ -52,7 +52,8 @@ def build_routing_vocabulary(
     field: the field of .jsonl records that holds the text.
     num_workers: number of worker processes; 0 works in this process. None: one
       for each core if the files exceed 32 MiB, else 0.
-    extra_ids: number of sentinels of the subword vocabulary.
+    extra_ids: number of sentinels of the vocabulary; see
+      `subword_vocabularies.load_subwords`.
     skip_bad_records: whether records that cannot be read are left out; it is then
       printed how many they were.
 

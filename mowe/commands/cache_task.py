@@ -289,7 +289,7 @@ def cache_task(
   vocabulary: str,
   source: CacheSource,
   *,
-  extra_ids: int = 100,
+  extra_ids: int | None = None,
   overwrite: bool = False,
   num_workers: int | None = None,
   progress: Callable[[int], None] | None = None,
@@ -301,7 +301,8 @@ def cache_task(
     output: path of the folder to write.
     vocabulary: path of a SentencePiece file, or 'bytes'.
     source: what the cache is built from, such as `TextFiles`.
-    extra_ids: number of sentinels of the vocabulary.
+    extra_ids: number of sentinels of the vocabulary; see
+      `subword_vocabularies.load_subwords`.
     overwrite: whether a cache at `output` that was made from other things is
       replaced.
     num_workers: number of processes that tokenise; None takes one, and more for

@@ -22,6 +22,7 @@ import rich.table
 
 from mowe.interop import (
   huggingface,
+  huggingface_tokenizer,
   mowe_safetensors,
   new_folder,
   safetensors_folder,
@@ -42,8 +43,8 @@ _WIDTH = 110
 _WITHOUT_CONFIG = ('t5x', 't5x-orbax')
 
 _SPIECE = 'spiece.model'
-# The number of sentinels in the vocabularies of T5.
-_EXTRA_IDS = 100
+# Of tokens that are lost, so many are named.
+_MOST_NAMED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +225,8 @@ def _sentinels(source, found, vocabulary, extra_ids) -> dict[str, int]:
 def _with_vocabulary(given, path, extra_ids) -> weights.Weights:
   """Adds a vocabulary; if the model has one already, it must be the same."""
   own = given.vocabulary
-  if extra_ids is None:
-    extra_ids = _EXTRA_IDS if own is None else own.extra_ids
+  if extra_ids is None and own is not None:
+    extra_ids = own.extra_ids
   loaded = subword_vocabularies.load_subwords(path, extra_ids)
   if own is not None and (loaded.sha256, loaded.size) != (
     own.sha256,
@@ -360,16 +361,30 @@ def _table(read, written) -> rich.table.Table:
 
 
 @contextlib.contextmanager
-def _opened_huggingface(
-  path, extra_ids=_EXTRA_IDS
-) -> Iterator[weights.Weights]:
+def _opened_huggingface(path, extra_ids=None) -> Iterator[weights.Weights]:
   config, params = huggingface.load(path)
   spiece = pathlib.Path(path) / _SPIECE
   vocabulary = None
   if spiece.is_file():
-    vocabulary = subword_vocabularies.load_subwords(spiece, extra_ids)
+    vocabulary = _vocabulary_of(spiece, extra_ids)
   flat = flax.traverse_util.flatten_dict(params)
   yield weights.Weights(config, flat, vocabulary=vocabulary)
+
+
+def _vocabulary_of(spiece, extra_ids):
+  """The vocabulary of a tokenizer; what of it is lost is printed."""
+  vocabulary = subword_vocabularies.load_subwords(spiece, extra_ids)
+  settings = huggingface_tokenizer.read(spiece.parent, vocabulary)
+  if settings.added:
+    named = ', '.join(map(repr, settings.added[:_MOST_NAMED]))
+    more = ', ...' if len(settings.added) > _MOST_NAMED else ''
+    print(
+      f'Tokens that were added to the tokenizer are lost ({named}{more}): texts '
+      f'with them are read by the pieces of {spiece.name} alone.'
+    )
+  if extra_ids is None and settings.extra_ids is not None:
+    return subword_vocabularies.load_subwords(spiece, settings.extra_ids)
+  return vocabulary
 
 
 def _save_huggingface(folder, given):

@@ -265,7 +265,7 @@ class SalientSpanTask:
       rng,
       inputs_length=self.feature_lengths['inputs'],
       targets_length=self.feature_lengths['targets'],
-      max_spans=self.cache.vocabulary['extra_ids'],
+      max_spans=len(self.cache.sentinels),
       noise_density=self.noise_density,
     )
     return _mask(self.cache, tokens, spans)
@@ -354,9 +354,7 @@ class TextToTextTask:
 def _mask(
   cache: token_cache.TokenCache, tokens: np.ndarray, spans: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  inputs, targets = span_corruption.mask_spans(
-    tokens, spans, cache.sentinel_id(0)
-  )
+  inputs, targets = span_corruption.mask_spans(tokens, spans, cache.sentinels)
   eos = np.int32(cache.vocabulary['eos_id'])
   return np.append(inputs, eos), np.append(targets, eos)
 
@@ -383,11 +381,11 @@ def _check_text(cache: token_cache.TokenCache) -> None:
 
 
 def _check_sentinels(cache: token_cache.TokenCache, num_spans: int) -> None:
-  extra_ids = cache.vocabulary['extra_ids']
-  if num_spans > extra_ids:
+  there = len(cache.sentinels)
+  if num_spans > there:
     raise ValueError(
       f'A chunk needs {num_spans} sentinels, but the vocabulary of '
-      f'{cache.path} has only {extra_ids} extra ids. Use shorter feature '
+      f'{cache.path} has only {there}. Use shorter feature '
       'lengths, longer spans, or a vocabulary with more extra_ids.'
     )
 

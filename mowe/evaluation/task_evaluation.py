@@ -259,7 +259,7 @@ def span_recall(
       f'have up to {longest} tokens and max_target_length is '
       f'{generator.max_target_length}. Make it larger.'
     )
-  sentinels = range(subwords.size - subwords.extra_ids, subwords.size)
+  sentinels = subwords.sentinels
   wanted = [split_spans(tokens, sentinels) for tokens in targets]
   if counts is not None:
     wanted = [

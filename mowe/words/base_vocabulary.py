@@ -10,6 +10,9 @@ CONTINUES, STARTS, ALONE, SPECIAL = range(4)
 # The ids of padding, end of sequence, and what is unknown, as in T5.
 PAD_ID, EOS_ID, UNK_ID = range(3)
 
+# How many sentinels a vocabulary gets that has none of its own, as in T5.
+NUM_SENTINELS = 100
+
 # The id of byte 0 in a vocabulary of bytes, as in ByT5.
 BYTE_OFFSET = 3
 
@@ -19,7 +22,7 @@ class Vocabulary:
 
   Attributes:
     size: number of ids, sentinels included.
-    extra_ids: number of sentinels, which are the last ids.
+    extra_ids: number of sentinels that were added as the last ids.
     sha256: hex digest of the file or the description of the vocabulary.
   """
 
@@ -28,14 +31,23 @@ class Vocabulary:
   extra_ids: int
   sha256: str
 
+  @property
+  def sentinels(self) -> range:
+    """The ids of `<extra_id_0>`, `<extra_id_1>`, and so on.
+
+    They fall from the last id, as in T5. A vocabulary to which none are added
+    may have some of its own.
+    """
+    return range(self.size - 1, self.size - 1 - self.extra_ids, -1)
+
   def sentinel_id(self, index: int) -> int:
-    """Returns the id of `<extra_id_{index}>`: size - 1 - index, as in T5."""
-    if not 0 <= index < self.extra_ids:
+    """Returns the id of `<extra_id_{index}>`."""
+    if not 0 <= index < len(self.sentinels):
       raise ValueError(
-        f'A sentinel index must be in 0..{self.extra_ids - 1}, but is {index}. '
-        'Load the subwords with more extra_ids, or mask fewer spans.'
+        f'A sentinel index must be in 0..{len(self.sentinels) - 1}, but is '
+        f'{index}. Load the subwords with more extra_ids, or mask fewer spans.'
       )
-    return self.size - 1 - index
+    return self.sentinels[index]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
@@ -44,6 +56,14 @@ class Vocabulary:
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of each text, without EOS."""
     return [self.encode(text) for text in texts]
+
+  def encode_after_space(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids that each text has where it stands after a space.
+
+    They are those of the texts alone, unless a vocabulary marks the beginning
+    of a text in another way than that of a word.
+    """
+    return self.encode_batch(texts)
 
   def _runs(self, ids: Sequence[int]) -> Iterator[list[int] | str]:
     """Yields runs of text ids and the names of the sentinels between them."""

@@ -7,13 +7,17 @@ import numpy as np
 
 from mowe.words import base_vocabulary
 
+# The bytes from this one on stand in no text in UTF-8.
+_FIRST_UNUSED = 0xF5
+
 
 class ByteVocabulary(base_vocabulary.Vocabulary):
   """The 256 bytes of UTF-8 as ids 3..258, then sentinels, as in ByT5.
 
   A space is a word of its own, and the byte after it starts a word. Bytes from
   128 on count as letters, since one byte does not tell which character it is
-  in.
+  in. Without added sentinels, the ids of bytes that no text has are sentinels,
+  258 first, as in ByT5.
 
   Attributes:
     size: number of ids, 259 and the sentinels.
@@ -28,6 +32,14 @@ class ByteVocabulary(base_vocabulary.Vocabulary):
       f'mowe bytes: pad 0, eos 1, unk 2, byte + 3, {extra_ids} extra'
     )
     self.sha256 = hashlib.sha256(description.encode()).hexdigest()
+
+  @property
+  def sentinels(self) -> range:
+    """See `Vocabulary.sentinels`."""
+    if self.extra_ids:
+      return super().sentinels
+    last = base_vocabulary.BYTE_OFFSET + 255
+    return range(last, base_vocabulary.BYTE_OFFSET + _FIRST_UNUSED - 1, -1)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""

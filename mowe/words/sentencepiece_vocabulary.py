@@ -10,10 +10,17 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from mowe.words import atomic_files, base_vocabulary
 
 _WORD_START = '\u2581'  # The mark that SentencePiece puts where a space was.
+
+# The names of a sentinel that is a piece, as in the files of mT5.
+_SENTINEL_NAMES = ('<extra_id_{}>', f'{_WORD_START}<extra_id_{{}}>')
+
+# It stands before a text, so that the text is encoded as after a space.
+_BEFORE = 'a'
 
 # The trainer skips lines of more bytes, its max_sentence_length. Longer ones,
 # in scripts with several bytes for each character, are cut into parts of some
@@ -32,22 +39,26 @@ def _has_letter(text: str) -> bool:
 class SentencePieceVocabulary(base_vocabulary.Vocabulary):
   """A SentencePiece model file with T5's sentinels after its pieces.
 
+  If no sentinels are added, pieces that are called like sentinels are the
+  sentinels, as in mT5. By default 100 are added to a file without such pieces.
+
   Attributes:
     path: the file it was read from.
     size: number of ids, which are the pieces of the file and the sentinels.
-    extra_ids: number of sentinels.
+    extra_ids: number of sentinels that are added.
+    sentinels: see `Vocabulary.sentinels`.
     sha256: hex digest of the file. It does not cover the number of sentinels,
       so compare `size` too.
 
   Raises:
     FileNotFoundError: there is no file at `path`.
-    ValueError: the file is not a SentencePiece model, or its padding, EOS and
-      unknown pieces do not have the ids 0, 1, 2.
+    ValueError: the file is not a SentencePiece model, its padding, EOS and
+      unknown pieces do not have the ids 0, 1, 2, or the ids of its own
+      sentinels are not neighbours in their order.
   """
 
-  def __init__(self, path: str | os.PathLike, extra_ids: int = 100):
+  def __init__(self, path: str | os.PathLike, extra_ids: int | None = None):
     self.path = os.fspath(path)
-    self.extra_ids = extra_ids
     if not os.path.isfile(self.path):
       raise FileNotFoundError(
         'The subword vocabulary must be a SentencePiece model file, but there '
@@ -69,7 +80,6 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
         f'{self.path!r} ({len(model):,} bytes, beginning {model[:12]!r}) '
         'cannot be read as one. Copy the file again, or give another path.'
       )
-    self.size = num_pieces + extra_ids
     found = (
       self._processor.pad_id(),
       self._processor.eos_id(),
@@ -87,9 +97,48 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
         'bos_id=-1.'
       )
     self._texts = [self._piece_text(i) for i in range(num_pieces)]
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    self._user_defined = {
+      i for i, piece in enumerate(proto.pieces) if piece.type == user_defined
+    }
+    self._own_sentinels = range(0) if extra_ids else self._find_sentinels()
+    if extra_ids is None:
+      has_own = bool(self._own_sentinels)
+      extra_ids = 0 if has_own else base_vocabulary.NUM_SENTINELS
+    self.extra_ids = extra_ids
+    self.size = num_pieces + extra_ids
+    # Whether the first word of a text looks like a word after a space.
+    self._marks_first_word = proto.normalizer_spec.add_dummy_prefix
 
   def __reduce__(self):
     return type(self), (self.path, self.extra_ids)
+
+  @property
+  def sentinels(self) -> range:
+    """See `Vocabulary.sentinels`."""
+    return self._own_sentinels or super().sentinels
+
+  def _find_sentinels(self) -> range:
+    """The ids of those pieces of the file that are called like sentinels."""
+    for name in _SENTINEL_NAMES:
+      ids = []
+      while (i := self._processor.PieceToId(name.format(len(ids)))) != (
+        base_vocabulary.UNK_ID
+      ):
+        ids.append(i)
+      if not ids:
+        continue
+      for step in (-1, 1):
+        found = range(ids[0], ids[0] + step * len(ids), step)
+        if ids == list(found):
+          return found
+      raise ValueError(
+        f'The ids of sentinels must fall or rise one by one from that of '
+        f'{name.format(0)}, as they fall in mT5, but are {ids[:3]} ... in '
+        f'{self.path!r}. Add sentinels after the pieces: --extra_ids 100.'
+      )
+    return range(0)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
@@ -106,6 +155,14 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
       return self._processor.encode(texts, num_threads=1)
     except _NOT_UTF8:
       return [self.encode(text) for text in texts]
+
+  def encode_after_space(self, texts: Sequence[str]) -> list[list[int]]:
+    """See `Vocabulary.encode_after_space`."""
+    if self._marks_first_word:
+      return self.encode_batch(texts)
+    num_before = len(self.encode(_BEFORE))
+    encoded = self.encode_batch([f'{_BEFORE} {text}' for text in texts])
+    return [ids[num_before:] for ids in encoded]
 
   def encode_with_offsets(
     self, text: str
@@ -158,7 +215,8 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
 
     A bare word-start mark is STARTS, because T5 writes it before a word whose
     first letter has no piece with a mark; the letters that follow continue it.
-    The unknown piece is ALONE, because the text that it stands for is lost.
+    The unknown piece is ALONE, because the text that it stands for is lost, and
+    so is a symbol that the file's author defined, such as `<sep>`.
     """
     kinds = np.full(self.size, base_vocabulary.SPECIAL, np.uint8)
     for i in range(self.size - self.extra_ids):
@@ -170,6 +228,10 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
       return base_vocabulary.ALONE
     if self._processor.IsControl(i) or self._processor.IsUnused(i):
       return base_vocabulary.SPECIAL
+    if i in self._own_sentinels:
+      return base_vocabulary.SPECIAL
+    if i in self._user_defined:
+      return base_vocabulary.ALONE
     if self._processor.IsByte(i):
       return base_vocabulary.byte_kind(
         int(self._processor.IdToPiece(i)[1:-1], 16)

@@ -8,6 +8,7 @@ most frequent words. The result does not depend on the number of processes.
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 
@@ -22,6 +23,10 @@ Progress = Callable[[str, int], None]
 _MAX_SPELLINGS = 8
 _TEXTS_PER_BLOCK = 2000
 _CHUNKS_PER_BLOCK = 20_000
+# Of the first texts, so many characters are encoded as they stand. The share of
+# tokens in known words may be smaller there by this much than it is counted.
+_SAMPLE_CHARACTERS = 200_000
+_MOST_DIFFERENCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +133,14 @@ def build_routing_vocabulary(
     The routing vocabulary, and the report on its build.
 
   Raises:
-    ValueError: the texts hold no word, or a number is out of range.
+    ValueError: the texts hold no word, a number is out of range, or the
+      vocabulary writes words in a text differently than alone.
   """
   progress = progress or _no_progress
   _check_numbers(num_words, max_chunks)
+  sample: list[str] = []
   with _Workers(vocabulary, num_workers) as run:
-    chunks = _count_chunks(texts, run, max_chunks, progress)
+    chunks = _count_chunks(_sampled(texts, sample), run, max_chunks, progress)
     sequences = _cut_chunks(chunks.counts, vocabulary, run, progress)
     allowed = None
     if names is not None:
@@ -144,6 +151,7 @@ def build_routing_vocabulary(
   words, num_distinct = _select(sequences, vocabulary, num_words, allowed)
   spellings = _spellings(words, sequences, vocabulary)
   keys, key_words, collisions = _keys(spellings, vocabulary)
+  _check_running_text(sample, keys, vocabulary)
   entries = _number_entries(
     words, keys, key_words, collisions, sequences, vocabulary
   )
@@ -180,6 +188,68 @@ def _check_words(sequences: _Sequences) -> None:
       'The texts must hold at least one word, but all were empty. Check the '
       'files and the field that is read from them.'
     )
+
+
+def _sampled(
+  texts: Iterable[str] | Iterable[list[str]], sample: list[str]
+) -> Iterator[str] | Iterator[list[str]]:
+  """Passes texts on, and puts the first of them into a list."""
+  num_characters = 0
+  for item in texts:
+    if not isinstance(item, str):
+      item = list(item)
+    for text in [item] if isinstance(item, str) else item:
+      if num_characters < _SAMPLE_CHARACTERS:
+        sample.append(text[:_SAMPLE_CHARACTERS])
+        num_characters += len(text)
+    yield item
+
+
+def _check_running_text(
+  sample: list[str], keys: np.ndarray, vocabulary: base_vocabulary.Vocabulary
+) -> None:
+  """Raises ValueError if words are not found where they stand in texts."""
+  chunks = [chunk for text in sample for chunk in text.split()]
+  counted = _known_share(
+    vocabulary.encode_after_space(chunks), keys, vocabulary
+  )
+  found = _known_share(vocabulary.encode_batch(sample), keys, vocabulary)
+  if found < counted - _MOST_DIFFERENCE:
+    raise ValueError(
+      'A subword vocabulary must write a word in a text as it writes it alone, '
+      f'but of the tokens of words in the first texts {found:.0%} are in a '
+      f'known one, and {counted:.0%} if words are encoded one by one. Take a vocabulary '
+      'whose pieces begin with the mark of a space and do not go beyond a word '
+      '(in SentencePiece: treat_whitespace_as_suffix=False, '
+      'split_by_whitespace=True).'
+    )
+
+
+def _known_share(
+  encoded: list[list[int]],
+  keys: np.ndarray,
+  vocabulary: base_vocabulary.Vocabulary,
+) -> float:
+  """The fraction of the tokens of words that lie in a word with a key.
+
+  Pieces that are no part of a word are left out, such as spaces among bytes.
+  """
+  kinds = vocabulary.piece_kinds()
+  words = [
+    word
+    for word, _ in cut_words(encoded, kinds)
+    if kinds[np.frombuffer(word, np.int32, 1)[0]] < base_vocabulary.ALONE
+  ]
+  if not words:
+    return 0.0
+  lengths = np.array([len(word) // 4 for word in words], np.int64)
+  hashes = lookup.hash_words(
+    lookup.hash_pieces(vocabulary.size),
+    np.frombuffer(b''.join(words), np.int32),
+    np.concatenate([[0], np.cumsum(lengths)]),
+  )
+  is_known = np.isin(hashes, keys)
+  return float(lengths[is_known].sum() / lengths.sum())
 
 
 def _report(
@@ -294,7 +364,7 @@ def _cut_block(
   block: list[tuple[str, int]],
 ) -> tuple[dict[bytes, int], int]:
   vocabulary, kinds = _worker_vocabulary()
-  encoded = vocabulary.encode_batch([chunk for chunk, _ in block])
+  encoded = vocabulary.encode_after_space([chunk for chunk, _ in block])
   merged: dict[bytes, int] = {}
   for sequence, row in cut_words(encoded, kinds):
     merged[sequence] = merged.get(sequence, 0) + block[row][1]
@@ -370,7 +440,7 @@ def _spellings(
   """Returns up to 8 piece sequences of each word.
 
   The usual spellings come first (lower, Capitalised, UPPER, each as after a
-  space), because a model may meet them even if the counted text has none of
+  space and as the first word of a text), because a model may meet them even if the counted text has none of
   them. The spellings that were observed follow by falling count: those with
   other capitals, and those after punctuation.
   """
@@ -382,9 +452,13 @@ def _spellings(
     for variant in dict.fromkeys((word, word.capitalize(), word.upper()))
   ]
   kinds = vocabulary.piece_kinds()
-  for begin in range(0, len(variants), _CHUNKS_PER_BLOCK):
+  ways = [vocabulary.encode_after_space]
+  if vocabulary.encode_batch(['a']) != vocabulary.encode_after_space(['a']):
+    ways.append(vocabulary.encode_batch)
+  starts = range(0, len(variants), _CHUNKS_PER_BLOCK)
+  for begin, encode in itertools.product(starts, ways):
     block = variants[begin : begin + _CHUNKS_PER_BLOCK]
-    encoded = vocabulary.encode_batch([variant for _, variant in block])
+    encoded = encode([variant for _, variant in block])
     for sequence, row in cut_words(encoded, kinds):
       # A variant is no spelling of the word if it was cut in two (it has an
       # unknown letter) or spells another word (the upper case of one letter

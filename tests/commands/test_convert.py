@@ -1,4 +1,7 @@
-"""Tests `mowe convert`: every format becomes every other without loss."""
+"""Tests `mowe convert`: every format becomes every other without loss.
+
+Also tests `huggingface_tokenizer`.
+"""
 
 import dataclasses
 import functools
@@ -23,6 +26,7 @@ from mowe.layers.routers import tokens_choose
 from mowe.model_folders import model_folder
 from mowe.models import token_memories
 from mowe.training.optimization import optimizers
+from mowe.words import subword_vocabularies
 from mowe.words.addresses import piece_address
 
 
@@ -442,6 +446,39 @@ def test_sentinels_of_a_spiece_model(world, pretrained, tmp_path):
   assert mowe_safetensors.load(out).vocabulary.extra_ids == 2
   with pytest.raises(ValueError, match='must be 0 or more, but is -1'):
     convert.convert(str(theirs), str(tmp_path / 'no'), 'mowe', extra_ids=-1)
+
+
+def test_what_a_tokenizer_says_of_its_tokens(
+  world, pretrained, tmp_path, capsys
+):
+  theirs = tmp_path / 'theirs'
+  convert.convert(str(pretrained), str(theirs), 'huggingface')
+  own = subword_vocabularies.load_subwords(theirs / 'spiece.model')
+  piece = {'id': 5, 'content': own.piece(5)}
+  added = [piece, {'id': 1200, 'content': '<ORG>'}, 'damaged', {'id': 1201}]
+  settings = {
+    'extra_ids': 100,
+    'added_tokens_decoder': {
+      '1': {'content': '</s>'},
+      '1202': {'content': '{'},
+      '1100': {'content': '<extra_id_0>'},
+    },
+  }
+  (theirs / 'tokenizer.json').write_text(json.dumps({'added_tokens': added}))
+  (theirs / 'tokenizer_config.json').write_text(json.dumps(settings))
+  capsys.readouterr()
+  convert.convert(str(theirs), str(tmp_path / 'whole'), 'safetensors')
+  told = capsys.readouterr().out
+  assert "added to the tokenizer are lost ('<ORG>', '{'): texts" in told
+  settings = {'extra_ids': 3}
+  (theirs / 'tokenizer_config.json').write_text(json.dumps(settings))
+  (theirs / 'tokenizer.json').unlink()
+  convert.convert(str(theirs), str(tmp_path / 'few'), 'safetensors')
+  assert mowe_safetensors.load(tmp_path / 'few').vocabulary.extra_ids == 3
+  assert 'lost' not in capsys.readouterr().out
+  (theirs / 'tokenizer_config.json').write_text('{')
+  with pytest.raises(ValueError, match=r'tokenizer_config\.json must be JSON'):
+    convert.convert(str(theirs), str(tmp_path / 'no'), 'safetensors')
 
 
 @pytest.mark.parametrize(

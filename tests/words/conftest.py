@@ -1,6 +1,7 @@
 """Fixtures: a tiny subword vocabulary, and a routing vocabulary built on it."""
 
 import pytest
+import sentencepiece
 
 from mowe.words import (
   sentencepiece_vocabulary,
@@ -30,6 +31,29 @@ def model_path(tmp_path_factory):
   path = tmp_path_factory.mktemp('subwords') / 'tiny.model'
   sentencepiece_vocabulary.train_sentencepiece(TEXTS, path, 90)
   return path
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+  """Returns the path of a SentencePiece model with other settings than T5's."""
+
+  def train(**settings):
+    path = tmp_path_factory.mktemp('unusual') / 'unusual.model'
+    settings = {
+      'vocab_size': 90,
+      'pad_id': 0,
+      'eos_id': 1,
+      'unk_id': 2,
+      'bos_id': -1,
+      'minloglevel': 3,
+    } | settings
+    with path.open('wb') as file:
+      sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(TEXTS), model_writer=file, **settings
+      )
+    return path
+
+  return train
 
 
 @pytest.fixture(scope='session')

@@ -190,3 +190,41 @@ def test_errors_of_the_texts_stay_what_they_are(tmp_path):
   with pytest.raises(ValueError, match=r'^In a\.jsonl, line 2\.$'):
     sentencepiece_vocabulary.train_sentencepiece(texts(), tmp_path / 'v', 60)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['<extra_id_{}>', '\u2581<extra_id_{}>'])
+def test_sentinels_of_the_vocabulary_itself(trained, name):
+  symbols = [name.format(i) for i in reversed(range(4))]
+  path = trained(user_defined_symbols=symbols)
+  vocabulary = subword_vocabularies.load_subwords(path, extra_ids=0)
+  assert vocabulary.sentinels == range(6, 2, -1)
+  assert vocabulary.piece(vocabulary.sentinel_id(0)) == name.format(0)
+  kinds = vocabulary.piece_kinds()
+  assert set(kinds[3:7]) == {base_vocabulary.SPECIAL}
+  with pytest.raises(ValueError, match=r'in 0\.\.3, but is 4'):
+    vocabulary.sentinel_id(4)
+  assert subword_vocabularies.load_subwords(path).size == vocabulary.size
+  # Added sentinels come first.
+  more = subword_vocabularies.load_subwords(path, extra_ids=5)
+  assert more.sentinel_id(0) == more.size - 1
+
+
+def test_own_sentinels_in_another_order_are_refused(trained):
+  names = [f'<extra_id_{i}>' for i in range(3)]
+  rising = subword_vocabularies.load_subwords(
+    trained(user_defined_symbols=names)
+  )
+  assert rising.sentinels == range(3, 6)
+  path = trained(user_defined_symbols=[names[i] for i in (1, 0, 2)])
+  with pytest.raises(ValueError, match='must fall or rise one by one'):
+    subword_vocabularies.load_subwords(path)
+  added = subword_vocabularies.load_subwords(path, extra_ids=100)
+  assert added.sentinel_id(0) == added.size - 1
+
+
+def test_bytes_have_sentinels_of_their_own():
+  vocabulary = byte_vocabulary.ByteVocabulary(extra_ids=0)
+  assert vocabulary.sentinels[:2] == range(258, 256, -1)
+  # No text has one of them.
+  every = ''.join(map(chr, [*range(0xD800), *range(0xE000, 0x110000, 97)]))
+  assert not set(vocabulary.encode(every)) & set(vocabulary.sentinels)

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from mowe.words import base_vocabulary, lookup, vocabulary_builder
+from mowe.words import (
+  base_vocabulary,
+  lookup,
+  subword_vocabularies,
+  vocabulary_builder,
+)
 
 
 def test_counts_by_hand(tiny):
@@ -142,3 +147,60 @@ def test_problems(tiny):
     vocabulary_builder.build_routing_vocabulary(
       ['a'], tiny, num_words=1, num_experts=0
     )
+
+
+def _words_of(routing, vocabulary, text):
+  """The words of a text, each with whether it is known, without repeats."""
+  rows = routing.explain(text, vocabulary)
+  return list(dict.fromkeys((row.word, row.reason) for row in rows))
+
+
+def test_words_are_counted_as_they_stand_after_a_space(trained, texts):
+  path = trained(add_dummy_prefix=False)
+  vocabulary = subword_vocabularies.load_subwords(path)
+  alone, after = (
+    vocabulary.encode('dog'),
+    vocabulary.encode_after_space(['dog']),
+  )
+  assert alone != after[0] == vocabulary.encode('fox dog')[-len(after[0]) :]
+  routing, report = vocabulary_builder.build_routing_vocabulary(
+    texts, vocabulary, num_words=100, num_experts=5, num_skipped=0
+  )
+  # The share that is said is that of running text, but for the first words.
+  found = vocabulary_builder._known_share(
+    vocabulary.encode_batch(texts), routing.keys, vocabulary
+  )
+  assert found > report.known_share - 0.03 > 0.8
+  # The first word of a text is known as well, where it was not met elsewhere.
+  assert _words_of(routing, vocabulary, 'Quimby met') == [
+    ('quimby', 'whole word'),
+    ('met', 'whole word'),
+  ]
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {'treat_whitespace_as_suffix': True},
+    # The pieces are whole sentences.
+    {'split_by_whitespace': False, 'vocab_size': 200, 'model_type': 'bpe'},
+  ],
+)
+def test_words_that_differ_in_running_text_are_refused(
+  trained, texts, settings
+):
+  vocabulary = subword_vocabularies.load_subwords(trained(**settings))
+  with pytest.raises(ValueError, match='in a text as it writes it alone'):
+    vocabulary_builder.build_routing_vocabulary(
+      texts, vocabulary, num_words=100, num_experts=5
+    )
+
+
+def test_symbols_of_the_vocabulary_are_words(trained, texts):
+  path = trained(user_defined_symbols=['<sep>', '<hl>'])
+  vocabulary = subword_vocabularies.load_subwords(path)
+  routing, _ = vocabulary_builder.build_routing_vocabulary(
+    texts, vocabulary, num_words=100, num_experts=5, num_skipped=0
+  )
+  words = _words_of(routing, vocabulary, 'The dog<sep>Karlsburg')
+  assert [word for word, _ in words] == ['the', 'dog', '<sep>', 'karlsburg']

@@ -38,7 +38,7 @@ from mowe.words import (
   writer_locks,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SUMMARY = 'cache.json'
 # The ending of the name of a cache that is being replaced.
 _OLD = '.old'
@@ -67,6 +67,11 @@ def describe_vocabulary(subwords: base_vocabulary.Vocabulary) -> dict[str, Any]:
     'sha256': subwords.sha256,
     'size': int(subwords.size),
     'extra_ids': int(subwords.extra_ids),
+    'sentinels': [
+      subwords.sentinels.start,
+      subwords.sentinels.stop,
+      subwords.sentinels.step,
+    ],
     'eos_id': int(subwords.eos_id),
   }
 
@@ -139,7 +144,7 @@ class TokenCache:
 
   @property
   def vocabulary(self) -> Mapping[str, Any]:
-    """The vocabulary, by its sha256, size, extra_ids and eos_id."""
+    """The vocabulary: sha256, size, extra_ids, sentinels and eos_id."""
     return self.summary['recipe']['vocabulary']
 
   @property
@@ -163,9 +168,10 @@ class TokenCache:
     """Counts of the text before it was tokenised; {} if none were taken."""
     return self.summary.get('totals', {})
 
-  def sentinel_id(self, number: int) -> int:
-    """Returns the id of the sentinel <extra_id_{number}>."""
-    return self.vocabulary['size'] - 1 - number
+  @property
+  def sentinels(self) -> range:
+    """The ids of the sentinels, see `Vocabulary.sentinels`."""
+    return range(*self.vocabulary['sentinels'])
 
   def check_vocabulary(self, subwords: base_vocabulary.Vocabulary) -> None:
     """Raises ValueError unless the cache was made with this vocabulary."""

@@ -2,7 +2,7 @@
 
 The format is T5's. Each masked span becomes one sentinel in the inputs. The
 targets hold every sentinel, followed by the tokens that it stands for. The ids
-of sentinels fall from the last id of the vocabulary: size - 1, size - 2, ...
+of sentinels are those of the vocabulary, in T5 its last ids.
 The functions here append no EOS to either sequence; the tasks do.
 
 Source: T5 (Raffel et al. 2020), section 3.1.4, and the arithmetic of its
@@ -11,6 +11,7 @@ et al. 2020.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -252,14 +253,14 @@ def draw_salient(
 
 
 def mask_spans(
-  tokens: np.ndarray, spans: np.ndarray, first_sentinel: int
+  tokens: np.ndarray, spans: np.ndarray, sentinels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
   """Replaces spans by sentinels.
 
   Args:
     tokens: <int>[length], the text.
     spans: <int>[num_spans, 2], bounds [start, end), in order, not overlapping.
-    first_sentinel: id of the first sentinel; those of the next ones fall.
+    sentinels: the ids of the sentinels, at least one for each span.
 
   Returns:
     The inputs <int32>[n] and the targets <int32>[m], both without EOS.
@@ -267,7 +268,7 @@ def mask_spans(
   # The targets begin with an empty array, because there may be no span.
   inputs, targets, position = [], [tokens[:0]], 0
   for number, (start, end) in enumerate(np.asarray(spans).tolist()):
-    sentinel = [first_sentinel - number]
+    sentinel = [sentinels[number]]
     inputs += [tokens[position:start], sentinel]
     targets += [sentinel, tokens[start:end]]
     position = end
@@ -276,11 +277,16 @@ def mask_spans(
 
 
 def restore(
-  inputs: np.ndarray, targets: np.ndarray, first_sentinel: int, num_spans: int
+  inputs: np.ndarray, targets: np.ndarray, marks: Sequence[int]
 ) -> np.ndarray:
-  """Returns the tokens that `mask_spans` was given, to look at examples."""
+  """Returns the tokens that `mask_spans` was given, to look at examples.
+
+  Args:
+    inputs: <int32>[n], as `mask_spans` returned them.
+    targets: <int32>[m], the same.
+    marks: the sentinels of all spans.
+  """
   parts, position = [], 0
-  marks = [first_sentinel - number for number in range(num_spans)]
   starts = [int(np.flatnonzero(targets == mark)[0]) for mark in marks]
   for mark, start, end in zip(
     marks, starts, starts[1:] + [len(targets)], strict=True

@@ -42,7 +42,7 @@ def test_text_cache_by_hand(tmp_path):
   assert built.flat('targets').tolist() == stream
   assert built.flat('targets').dtype == np.uint16
   assert built.lengths('targets').tolist() == [18, 11]
-  assert built.sentinel_id(0) == _BYTES.sentinel_id(0)
+  assert built.sentinels == _BYTES.sentinels
   assert built.record(0) == {}
   assert list(built.records()) == [{}, {}]
 
@@ -151,7 +151,7 @@ def test_another_format_is_refused(tmp_path):
   summary = json.loads((built.path / 'cache.json').read_text())
   summary['recipe']['format_version'] = 99
   (built.path / 'cache.json').write_text(json.dumps(summary))
-  with pytest.raises(ValueError, match='must be version 2.*has version 99'):
+  with pytest.raises(ValueError, match='must be version 3.*has version 99'):
     token_cache.TokenCache.open(built.path)
 
 

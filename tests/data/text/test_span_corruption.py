@@ -8,13 +8,13 @@ from hypothesis import strategies
 from mowe.data.text import span_corruption
 
 # Sentinels count down from here and must not reach the ids of tokens.
-_FIRST = 9999
+_SENTINELS = range(9999, 8999, -1)
 
 
 def test_mask_spans_by_hand():
   tokens = np.array([10, 11, 12, 13, 14, 15])
   inputs, targets = span_corruption.mask_spans(
-    tokens, np.array([[1, 3], [5, 6]]), first_sentinel=99
+    tokens, np.array([[1, 3], [5, 6]]), sentinels=range(99, 89, -1)
   )
   np.testing.assert_array_equal(inputs, [10, 99, 13, 14, 98])
   np.testing.assert_array_equal(targets, [99, 11, 12, 98, 15])
@@ -23,7 +23,7 @@ def test_mask_spans_by_hand():
 
 def test_no_span_leaves_the_text():
   inputs, targets = span_corruption.mask_spans(
-    np.array([10, 11]), np.zeros((0, 2), int), 99
+    np.array([10, 11]), np.zeros((0, 2), int), [99]
   )
   np.testing.assert_array_equal(inputs, [10, 11])
   assert len(targets) == 0
@@ -49,7 +49,7 @@ def test_lengths_are_exact_and_the_text_comes_back(length, density, mean, seed):
   tokens = np.arange(length)
   rng = np.random.default_rng(seed)
   spans = span_corruption.random_spans(length, rng, density, mean)
-  inputs, targets = span_corruption.mask_spans(tokens, spans, _FIRST)
+  inputs, targets = span_corruption.mask_spans(tokens, spans, _SENTINELS)
   lengths = span_corruption.lengths_after_corruption(length, density, mean)
   assert len(inputs) + 1 == lengths.inputs
   assert len(targets) + 1 == lengths.targets
@@ -58,7 +58,7 @@ def test_lengths_are_exact_and_the_text_comes_back(length, density, mean, seed):
   assert spans[0, 0] > 0 and spans[-1, 1] == length
   assert (spans[:, 1] > spans[:, 0]).all()
   assert (spans[1:, 0] > spans[:-1, 1]).all()
-  restored = span_corruption.restore(inputs, targets, _FIRST, len(spans))
+  restored = span_corruption.restore(inputs, targets, _SENTINELS[: len(spans)])
   np.testing.assert_array_equal(restored, tokens)
 
 
@@ -168,10 +168,10 @@ def test_salient_examples_fit_and_come_back(
   )
   if not len(chosen):
     return
-  inputs, targets = span_corruption.mask_spans(tokens, chosen, _FIRST)
+  inputs, targets = span_corruption.mask_spans(tokens, chosen, _SENTINELS)
   assert len(inputs) + 1 <= inputs_length
   assert len(targets) + 1 <= targets_length
-  restored = span_corruption.restore(inputs, targets, _FIRST, len(chosen))
+  restored = span_corruption.restore(inputs, targets, _SENTINELS[: len(chosen)])
   np.testing.assert_array_equal(restored, tokens)
   # The tokens are numbered by place, so it shows that whole spans are masked.
   for start, end in chosen:

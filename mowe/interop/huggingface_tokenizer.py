@@ -1,0 +1,69 @@
+"""What transformers says of a tokenizer beside its SentencePiece model."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mowe.words import base_vocabulary, json_files
+
+_SETTINGS = 'tokenizer_config.json'
+_TOKENIZER = 'tokenizer.json'
+_ADVICE = 'Copy the file again from where it was whole.'
+
+
+class Tokenizer(NamedTuple):
+  """Settings of a tokenizer.
+
+  Attributes:
+    extra_ids: how many sentinels it adds to its SentencePiece model; None if
+      the files do not say.
+    added: texts that somebody added as tokens.
+  """
+
+  extra_ids: int | None
+  added: tuple[str, ...]
+
+
+def read(
+  folder: str | os.PathLike, vocabulary: base_vocabulary.Vocabulary
+) -> Tokenizer:
+  """Reads the settings of the tokenizer in a folder of `save_pretrained`.
+
+  Args:
+    folder: the folder; it may lack both files.
+    vocabulary: its SentencePiece model. What is a piece of it was not added.
+
+  Raises:
+    ValueError: a file is damaged.
+  """
+  settings = _read(folder, _SETTINGS)
+  extra_ids = settings.get('extra_ids')
+  # Both files have all of them, where both are there.
+  tokens = _items(_read(folder, _TOKENIZER).get('added_tokens'))
+  decoder = settings.get('added_tokens_decoder')
+  if isinstance(decoder, Mapping):
+    tokens += _items([*decoder.values()])
+  names = {vocabulary.piece(i) for i in range(vocabulary.size)}
+  return Tokenizer(
+    extra_ids if isinstance(extra_ids, int) else None,
+    tuple(
+      text
+      for text in dict.fromkeys(token.get('content') for token in tokens)
+      if isinstance(text, str)
+      and text not in names
+      and not text.startswith('<extra_id_')
+    ),
+  )
+
+
+def _read(folder, name) -> dict[str, Any]:
+  path = pathlib.Path(folder) / name
+  return json_files.read_object(path, _ADVICE) if path.is_file() else {}
+
+
+def _items(value: Any) -> list[Mapping[str, Any]]:
+  """The objects of a list; nothing of another value."""
+  if not isinstance(value, list):
+    return []
+  return [one for one in value if isinstance(one, Mapping)]
