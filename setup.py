@@ -95,6 +95,7 @@ setuptools.setup(
     'protobuf>=6,<8',
     'rich>=13.7,<16',
     'sentencepiece>=0.2.3,<0.3',
+    'shtab>=1.7,<2',
     'tensorboardX>=2.6.2,<3',
     'tensorstore>=0.1.74,<0.2',
     'typeguard>=4.3,<5',

@@ -152,6 +152,7 @@ def test_gin_and_tensorflow_have_one_place_each():
   assert gin == {
     'commands/gin_files/gin_config.py',
     'commands/gin_files/gin_check.py',
+    'commands/gin_files/gin_order.py',
     'commands/gin_files/gin_types.py',
   }
   assert {n for n in tensorflow if not n.startswith('interop/')} <= {

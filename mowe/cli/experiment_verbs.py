@@ -35,11 +35,12 @@ def _compare(options, bindings):
   _leave_devices_to_runs()
   from mowe.comparison import compare, experiments
 
+  files = [options.experiment, *options.gin_file]
+  paths = gin_arguments.search_paths(options)
   experiment = experiments.load(
-    [options.experiment, *options.gin_file],
-    [*options.gin_bindings, *bindings],
-    gin_arguments.search_paths(options),
+    files, gin_arguments.all_bindings(options, bindings), paths
   )
+  gin_arguments.say_what_is_lost(files, paths)
   for added in options.add:
     experiment = experiments.with_folder(experiment, added)
   compared = compare.compare(experiment, dry_run=options.dry_run)

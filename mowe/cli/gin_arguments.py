@@ -3,6 +3,8 @@
 import os
 import re
 
+import shtab
+
 # What begins with one of these is gin's own: a reference, a macro, a text in
 # quotes, or a list, tuple or dict.
 _OF_GIN = tuple('@%\'"([{')
@@ -15,12 +17,14 @@ _BINDING = re.compile(r'([\w./]+)\s*=\s*(.*)', re.DOTALL)
 
 def add_to(parser) -> None:
   """Adds --gin_file, --gin_search_paths and --gin_bindings to a verb."""
-  parser.add_argument(
+  file = parser.add_argument(
     '--gin_file',
     action='append',
     default=[],
     help='a gin file; may be repeated, and files are read in their order',
   )
+  # Shells complete the names of files here.
+  file.complete = shtab.FILE
   add_search_paths(parser)
   parser.add_argument(
     '--gin_bindings',
@@ -97,8 +101,20 @@ def parse(options, bindings: list[str]):
   from mowe.commands.gin_files import gin_config
 
   gin_config.parse(
-    options.gin_file,
-    [*map(_read_leniently, options.gin_bindings), *bindings],
-    search_paths(options),
+    options.gin_file, all_bindings(options, bindings), search_paths(options)
   )
+  say_what_is_lost(options.gin_file, search_paths(options))
   return gin_config
+
+
+def all_bindings(options, bindings: list[str]) -> list[str]:
+  """The bindings of --gin_bindings, and then those of `take_bindings`."""
+  return [*map(_read_leniently, options.gin_bindings), *bindings]
+
+
+def say_what_is_lost(files: list[str], paths: list[str]) -> None:
+  """Prints which settings of these files have no effect."""
+  from mowe.commands.gin_files import gin_order
+
+  for sentence in gin_order.taken_back(files, paths):
+    print(sentence)

@@ -11,6 +11,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+import shtab
+
 import mowe
 from mowe.cli import (
   config_verbs,
@@ -115,6 +117,12 @@ def _make_parser() -> argparse.ArgumentParser:
     version=f'mowe {mowe.__version__}, Python {platform.python_version()}, '
     f'jax {importlib.metadata.version("jax")}',
     help='show the versions of mowe, Python and JAX',
+  )
+  shtab.add_argument_to(
+    parser,
+    '--print_completion',
+    help='print a script that completes the names of verbs and options in a '
+    'shell',
   )
   verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
   for group in _OF_MODELS:

@@ -144,6 +144,15 @@ def test_versions(capsys):
   )
 
 
+def test_completion_knows_verbs_and_options(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    _run('--print_completion', 'bash')
+  assert stopped.value.code == 0
+  script = capsys.readouterr().out
+  for name in ('build-routing-vocabulary', '--extra_ids', 'prune'):
+    assert name in script
+
+
 def test_a_dry_run_looks_for_the_first_weights(world, tmp_path, capsys):
   file = 'gin_configs/examples/text_finetune_t5.gin'
   macros = {
@@ -576,8 +585,9 @@ def test_a_resume_of_a_damaged_step_names_the_command(monkeypatch, capsys):
   monkeypatch.setattr(train, 'Training', object)
   monkeypatch.setattr(gin_config, 'parse', lambda *unused: None)
   monkeypatch.setattr(gin_config, 'call', lambda *unused: None)
-  text = _refused(capsys, 'train', '--gin_file=a.gin', "--gin.MODEL_DIR='x y'")
-  command = """mowe train --gin_file=a.gin '--gin.MODEL_DIR='"'"'x y'"'"''"""
+  file = '--gin_file=gin_configs/models/t5_tiny.gin'
+  text = _refused(capsys, 'train', file, "--gin.MODEL_DIR='x y'")
+  command = f"""mowe train {file} '--gin.MODEL_DIR='"'"'x y'"'"''"""
   assert f'that is whole: {command} --from_step last_good' in text
 
 

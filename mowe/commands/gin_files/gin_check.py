@@ -115,7 +115,7 @@ def _read_with_included(file, paths, outer, read):
     outer: the paths of the files by way of which it is included.
     read: what was found in each file so far, by its path.
   """
-  path = _find(file, paths, outer)
+  path = find(file, paths, outer)
   if path in outer:
     raise gin_config.GinError(
       f'A gin file must not include itself, but {path} does, by way of '
@@ -129,8 +129,17 @@ def _read_with_included(file, paths, outer, read):
   read[path] = own
 
 
-def _find(file, paths, outer):
-  """The path of a file in the folders in which gin would look for it."""
+def find(file: str, paths: Sequence[str], outer: Sequence[str] = ()) -> str:
+  """Returns the path of a file in the folders in which gin would look for it.
+
+  Args:
+    file: its name, as a command or another file gives it.
+    paths: see `check`.
+    outer: the paths of the files by way of which it is included.
+
+  Raises:
+    GinError: it is not there.
+  """
   for folder in gin_config.search_paths(paths):
     path = os.path.normpath(os.path.join(folder, file))
     if os.path.isfile(path):
@@ -152,8 +161,18 @@ class _Names(config_parser.ParserDelegate):
     del macro_name
 
 
-def _statements(path: str, names: _Names) -> Iterator[tuple]:
-  """Yields the statements of a file; `names` gets the references in them."""
+def statements(
+  path: str, names: config_parser.ParserDelegate
+) -> Iterator[tuple]:
+  """Yields the statements of a file, of classes of `gin.config_parser`.
+
+  Args:
+    path: the file.
+    names: makes values of the references in it.
+
+  Raises:
+    GinError: it is no gin file.
+  """
   try:
     with open(path, encoding='utf-8') as file:
       yield from config_parser.ConfigParser(file, names)
@@ -169,7 +188,7 @@ def _read(path: str) -> tuple[Checked, list[str]]:
   names, modules, included = _Names(), {}, []
   imports, configured, called = [], [], []
   shown = pathlib.Path(path).name
-  for statement in _statements(path, names):
+  for statement in statements(path, names):
     place = f'{shown}:{statement.location.line_num}'
     match statement:
       case config_parser.ImportStatement(module='__gin__.dynamic_registration'):
