@@ -22,6 +22,12 @@ def _add_compare(verbs):
     '--dry_run', action='store_true', help='print the sizes of models and stop'
   )
   parser.add_argument(
+    '--as_measured',
+    action='store_true',
+    help='train nothing: make the report from the measurements that are there, '
+    'though an earlier version or other settings may have made them',
+  )
+  parser.add_argument(
     '--add',
     action='append',
     default=[],
@@ -43,7 +49,9 @@ def _compare(options, bindings):
   gin_arguments.say_what_is_lost(files, paths)
   for added in options.add:
     experiment = experiments.with_folder(experiment, added)
-  compared = compare.compare(experiment, dry_run=options.dry_run)
+  compared = compare.compare(
+    experiment, dry_run=options.dry_run, as_measured=options.as_measured
+  )
   if compared is not None:
     compare.show(compared)
 

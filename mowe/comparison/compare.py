@@ -49,7 +49,10 @@ class Compared:
 
 
 def compare(
-  experiment: experiments.Experiment, *, dry_run: bool = False
+  experiment: experiments.Experiment,
+  *,
+  dry_run: bool = False,
+  as_measured: bool = False,
 ) -> Compared | None:
   """Does all runs of an experiment that are not done, and writes the report.
 
@@ -57,13 +60,16 @@ def compare(
     experiment: the experiment whose models are compared.
     dry_run: prepares the data, sizes the models, prints what would be run, and
       stops.
+    as_measured: trains nothing, and takes the measurements that are there,
+      though an earlier version or other settings may have made them. The report
+      says how many of them are such.
 
   Returns:
     The results; None after a dry run.
 
   Raises:
-    ValueError: a setting cannot work, before anything is trained; or a run
-      failed.
+    ValueError: a setting cannot work, before anything is trained; a run
+      failed; or one was never measured, with `as_measured`.
     PlaceInUseError: another process is doing an experiment in this output.
     KeyboardInterrupt: a signal was received. The same call continues.
   """
@@ -77,6 +83,9 @@ def compare(
     _say(plan)
     if dry_run:
       return None
+    if as_measured:
+      chosen, notes = _as_measured(experiment, plan)
+      return _report(experiment, prepared, plan, chosen, notes)
     chosen = {}
     with run_process.Runner(lock) as runner:
       for name, tries in plan.tries.items():
@@ -108,6 +117,39 @@ def _do(runner: run_process.Runner, runs: Sequence[planned_runs.Run]) -> None:
       runner.do(run)
 
 
+def _as_measured(experiment, plan):
+  """Chooses among runs that were measured.
+
+  Returns:
+    Name of a model -> the choice of its learning rate; and the sentences that
+    the report gets.
+  """
+  chosen, taken = {}, {}
+  for name, tries in plan.tries.items():
+    _check_measured(tries)
+    chosen[name] = _choose(experiment, tries)
+    of_seeds = plan.runs(name, chosen[name].number)
+    _check_measured(of_seeds)
+    taken |= {run.folder: run for run in (*tries, *of_seeds)}
+  others = sum(not single_run.is_finished(run) for run in taken.values())
+  if not others:
+    return chosen, ()
+  return chosen, (
+    f'{others} of {len(taken)} runs were measured by an earlier version or with '
+    'other settings than those of the experiment now.',
+  )
+
+
+def _check_measured(runs: Sequence[planned_runs.Run]) -> None:
+  missing = [run.folder for run in runs if not single_run.is_measured(run)]
+  if missing:
+    raise ValueError(
+      'With --as_measured every run must have been measured, but there is no '
+      f'{measurements.RESULTS} in {missing[0]}, one of {len(missing)}. Leave '
+      'the option out to train them, or copy their folders there.'
+    )
+
+
 def _choose(experiment, tries) -> rate_choice.Choice:
   tuning = experiment.tuning
   choice = rate_choice.choose(tries, tuning.questions if tuning else ())
@@ -137,7 +179,7 @@ def _say(plan: planned_runs.Plan) -> None:
     )
 
 
-def _report(experiment, prepared, plan, chosen) -> Compared:
+def _report(experiment, prepared, plan, chosen, notes=()) -> Compared:
   vocabulary = subword_vocabularies.load_subwords(prepared.vocabulary)
   runs = {
     name: plan.runs(name, choice.number) for name, choice in chosen.items()
@@ -158,6 +200,7 @@ def _report(experiment, prepared, plan, chosen) -> Compared:
     questions=questions,
     notes=(
       *prepared.notes,
+      *notes,
       f'{len(questions):,} questions; seed{many} {seeds}.',
     ),
     word_experts=_word_experts(runs, results, questions, vocabulary),

@@ -93,10 +93,14 @@ def _train_and_measure(planned, results):
   atomic_files.write_atomically(results, content.encode())
 
 
+def is_measured(planned: planned_runs.Run) -> bool:
+  """Returns whether a run has been measured, with whatever settings."""
+  return (pathlib.Path(planned.folder) / measurements.RESULTS).is_file()
+
+
 def is_finished(planned: planned_runs.Run) -> bool:
   """Returns whether a run has been trained and measured as it is planned."""
-  results = pathlib.Path(planned.folder) / measurements.RESULTS
-  if not results.is_file():
+  if not is_measured(planned):
     return False
   found = measurements.read_results(pathlib.Path(planned.folder))
   return found.get('digest') == planned.digest()

@@ -216,6 +216,21 @@ def test_killed_and_continued(world, tmp_path, capfd):
   assert [one.name for one in compared.results] == ['T5', 'MoWE']
   found = compared.results[0].answers[0]
   assert found.predictions == first_answers.predictions
+  _check_as_measured(file, folder, first_answers)
+
+
+def _check_as_measured(file, folder, answers):
+  """Measurements of another version are taken, if that is asked for."""
+  path = folder / 'runs' / 't5_seed0' / 'results.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'digest': 'x'}))
+  load = lambda: experiments.load([str(file)], [f'OUTPUT = {str(folder)!r}'])
+  compared = compare.compare(load(), as_measured=True)
+  assert compared.results[0].answers[0].predictions == answers.predictions
+  report = (folder / 'report' / 'report.md').read_text()
+  assert '1 of 2 runs were measured by an earlier version or' in report
+  path.unlink()
+  with pytest.raises(ValueError, match='no results.json in .*t5_seed0, one of'):
+    compare.compare(load(), as_measured=True)
 
 
 def test_a_thread_can_compare():
