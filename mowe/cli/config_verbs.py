@@ -25,3 +25,4 @@ def _check(options, bindings):
 
   paths = gin_arguments.search_paths(options)
   gin_check.show(gin_check.check(options.files, paths))
+  gin_arguments.say_what_is_lost(options.files, paths)

@@ -24,7 +24,7 @@ def _add_compare(verbs):
   parser.add_argument(
     '--as_measured',
     action='store_true',
-    help='train nothing: make the report from the measurements that are there, '
+    help='train no model: make the report from the measurements that are there, '
     'though an earlier version or other settings may have made them',
   )
   parser.add_argument(

@@ -87,7 +87,8 @@ def convert(
     vocabulary: path of a subword vocabulary, or 'bytes', for a source without a
       vocabulary.
     extra_ids: number of sentinels of `vocabulary`, or of the spiece.model in
-      the source. None: as many as the model's own vocabulary has, or 100.
+      the source. None: as many as the model's own vocabulary has, or its
+      tokenizer says, or 100 if it has none as pieces.
     like: a folder that describes the model, for a source that does not.
     bake: whether experts that see nothing but a token's row become a table; see
       `baked_experts`. The optimizer's state is then left out.

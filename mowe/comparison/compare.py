@@ -7,7 +7,7 @@ so that a comparison that was stopped continues where it was.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def compare(
     experiment: the experiment whose models are compared.
     dry_run: prepares the data, sizes the models, prints what would be run, and
       stops.
-    as_measured: trains nothing, and takes the measurements that are there,
+    as_measured: trains no model, and takes the measurements that are there,
       though an earlier version or other settings may have made them. The report
       says how many of them are such.
 
@@ -84,8 +84,7 @@ def compare(
     if dry_run:
       return None
     if as_measured:
-      chosen, notes = _as_measured(experiment, plan)
-      return _report(experiment, prepared, plan, chosen, notes)
+      return _report_as_measured(experiment, prepared, plan)
     chosen = {}
     with run_process.Runner(lock) as runner:
       for name, tries in plan.tries.items():
@@ -117,37 +116,54 @@ def _do(runner: run_process.Runner, runs: Sequence[planned_runs.Run]) -> None:
       runner.do(run)
 
 
-def _as_measured(experiment, plan):
-  """Chooses among runs that were measured.
-
-  Returns:
-    Name of a model -> the choice of its learning rate; and the sentences that
-    the report gets.
-  """
+def _report_as_measured(experiment, prepared, plan) -> Compared:
+  """The report of the measurements that are there; see `compare`."""
+  asked = set(experiment.questions)
+  if experiment.tuning is not None:
+    asked |= set(experiment.tuning.questions)
   chosen, taken = {}, {}
   for name, tries in plan.tries.items():
-    _check_measured(tries)
+    _check_measured(tries, asked)
     chosen[name] = _choose(experiment, tries)
     of_seeds = plan.runs(name, chosen[name].number)
-    _check_measured(of_seeds)
+    _check_measured(of_seeds, asked)
     taken |= {run.folder: run for run in (*tries, *of_seeds)}
   others = sum(not single_run.is_finished(run) for run in taken.values())
-  if not others:
-    return chosen, ()
-  return chosen, (
-    f'{others} of {len(taken)} runs were measured by an earlier version or with '
-    'other settings than those of the experiment now.',
-  )
-
-
-def _check_measured(runs: Sequence[planned_runs.Run]) -> None:
-  missing = [run.folder for run in runs if not single_run.is_measured(run)]
-  if missing:
-    raise ValueError(
-      'With --as_measured every run must have been measured, but there is no '
-      f'{measurements.RESULTS} in {missing[0]}, one of {len(missing)}. Leave '
-      'the option out to train them, or copy their folders there.'
+  notes = ()
+  if others:
+    notes = (
+      f'{others} of {len(taken)} runs were measured by an earlier version or '
+      'with other settings than those of the experiment now.',
     )
+  try:
+    return _report(experiment, prepared, plan, chosen, notes)
+  except KeyError as error:
+    raise ValueError(
+      'With --as_measured the measurements must have all that is reported now, '
+      f'but some lack {error}. Leave the option out to measure again.'
+    ) from error
+
+
+def _check_measured(
+  runs: Sequence[planned_runs.Run], asked: Collection[str]
+) -> None:
+  """Raises ValueError unless all runs have answered these questions."""
+  for run in runs:
+    folder = pathlib.Path(run.folder)
+    if not single_run.is_measured(run):
+      names = f'{measurements.RESULTS} and {measurements.QUESTIONS}'
+      raise ValueError(
+        f'With --as_measured every run must have been measured, but {folder} '
+        f'does not have {names}. Leave the option out to train it, or copy them '
+        'there.'
+      )
+    answered = {line['task'] for line in measurements.read_answers(folder)}
+    if not asked <= answered:
+      raise ValueError(
+        f'With --as_measured every run must have answered {sorted(asked)}, but '
+        f'{folder} has answers to {sorted(answered)} alone. Leave the option '
+        'out to ask again.'
+      )
 
 
 def _choose(experiment, tries) -> rate_choice.Choice:

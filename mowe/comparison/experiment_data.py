@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from mowe.commands import build_routing_vocabulary, cache_task, train_vocabulary
+from mowe.data.caches import token_cache
 from mowe.data.text import (
   claims,
   generated_world,
@@ -332,7 +333,10 @@ def _prepare(
       source = dataclasses.replace(source, cut=cut)
       said |= {name: value for name, value in vars(cut).items() if value}
     say('cache-task', cache, file, **said)
-    cache_task.cache_task(cache, vocabulary, source)
+    # The caches of an experiment are its own: those of another version of mowe
+    # are built again.
+    overwrite = token_cache.has_other_format(cache)
+    cache_task.cache_task(cache, vocabulary, source, overwrite=overwrite)
   return Prepared(
     vocabulary=vocabulary,
     cache_dir=str(folder / 'cache'),

@@ -95,7 +95,9 @@ def _train_and_measure(planned, results):
 
 def is_measured(planned: planned_runs.Run) -> bool:
   """Returns whether a run has been measured, with whatever settings."""
-  return (pathlib.Path(planned.folder) / measurements.RESULTS).is_file()
+  folder = pathlib.Path(planned.folder)
+  files = measurements.RESULTS, measurements.QUESTIONS
+  return all((folder / name).is_file() for name in files)
 
 
 def is_finished(planned: planned_runs.Run) -> bool:

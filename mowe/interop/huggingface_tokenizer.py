@@ -9,6 +9,7 @@ from mowe.words import base_vocabulary, json_files
 
 _SETTINGS = 'tokenizer_config.json'
 _TOKENIZER = 'tokenizer.json'
+_MOST_SENTINELS = 100_000
 _ADVICE = 'Copy the file again from where it was whole.'
 
 
@@ -35,24 +36,30 @@ def read(
     vocabulary: its SentencePiece model. What is a piece of it was not added.
 
   Raises:
-    ValueError: a file is damaged.
+    ValueError: a file is damaged, or its number of sentinels is none.
   """
   settings = _read(folder, _SETTINGS)
   extra_ids = settings.get('extra_ids')
+  is_number = type(extra_ids) is int and 0 <= extra_ids <= _MOST_SENTINELS
+  if extra_ids is not None and not is_number:
+    raise ValueError(
+      f'extra_ids of {pathlib.Path(folder) / _SETTINGS} must be a number of '
+      f'sentinels up to {_MOST_SENTINELS:,}, but is {extra_ids!r}. {_ADVICE}'
+    )
   # Both files have all of them, where both are there.
   tokens = _items(_read(folder, _TOKENIZER).get('added_tokens'))
   decoder = settings.get('added_tokens_decoder')
   if isinstance(decoder, Mapping):
     tokens += _items([*decoder.values()])
+  contents = [token.get('content') for token in tokens]
+  texts = dict.fromkeys(one for one in contents if isinstance(one, str))
   names = {vocabulary.piece(i) for i in range(vocabulary.size)}
   return Tokenizer(
-    extra_ids if isinstance(extra_ids, int) else None,
+    extra_ids,
     tuple(
       text
-      for text in dict.fromkeys(token.get('content') for token in tokens)
-      if isinstance(text, str)
-      and text not in names
-      and not text.startswith('<extra_id_')
+      for text in texts
+      if text not in names and not text.startswith('<extra_id_')
     ),
   )
 

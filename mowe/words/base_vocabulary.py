@@ -67,7 +67,7 @@ class Vocabulary:
 
   def _runs(self, ids: Sequence[int]) -> Iterator[list[int] | str]:
     """Yields runs of text ids and the names of the sentinels between them."""
-    first_sentinel = self.size - self.extra_ids
+    sentinels = self.sentinels
     run: list[int] = []
     for i in ids:
       i = int(i)
@@ -75,11 +75,11 @@ class Vocabulary:
         break
       if i == PAD_ID:
         continue
-      if first_sentinel <= i < self.size:
+      if i in sentinels:
         yield run
-        yield f'<extra_id_{self.size - 1 - i}>'
+        yield f'<extra_id_{sentinels.index(i)}>'
         run = []
-      elif 0 <= i < first_sentinel:
+      elif 0 <= i < self.size - self.extra_ids:
         run.append(i)
     yield run
 

@@ -71,8 +71,8 @@ class ByteVocabulary(base_vocabulary.Vocabulary):
 
   def piece(self, i: int) -> str:
     """Returns the written form of one id."""
-    if i >= self.size - self.extra_ids:
-      return f'<extra_id_{self.size - 1 - i}>'
+    if i in self.sentinels:
+      return f'<extra_id_{self.sentinels.index(i)}>'
     if i < base_vocabulary.BYTE_OFFSET:
       return ('<pad>', '</s>', '<unk>')[i]
     byte = i - base_vocabulary.BYTE_OFFSET
@@ -95,4 +95,5 @@ class ByteVocabulary(base_vocabulary.Vocabulary):
       kinds[byte + base_vocabulary.BYTE_OFFSET] = base_vocabulary.byte_kind(
         byte
       )
+    kinds[self.sentinels] = base_vocabulary.SPECIAL
     return kinds

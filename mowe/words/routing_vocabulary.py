@@ -346,7 +346,7 @@ class RoutingVocabulary:
     if piece == base_vocabulary.UNK_ID:
       reason = 'unknown piece'
     elif self.piece_kinds[piece] == base_vocabulary.ALONE:
-      reason = 'punctuation'
+      reason = 'punctuation or symbol'
     elif self.is_piece[word_id]:
       reason = 'backed off to the piece'
     else:

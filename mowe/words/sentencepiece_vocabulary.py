@@ -52,9 +52,8 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
 
   Raises:
     FileNotFoundError: there is no file at `path`.
-    ValueError: the file is not a SentencePiece model, its padding, EOS and
-      unknown pieces do not have the ids 0, 1, 2, or the ids of its own
-      sentinels are not neighbours in their order.
+    ValueError: the file is not a SentencePiece model, or its padding, EOS and
+      unknown pieces do not have the ids 0, 1, 2.
   """
 
   def __init__(self, path: str | os.PathLike, extra_ids: int | None = None):
@@ -120,7 +119,10 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
     return self._own_sentinels or super().sentinels
 
   def _find_sentinels(self) -> range:
-    """The ids of those pieces of the file that are called like sentinels."""
+    """The ids of those pieces of the file that are called like sentinels.
+
+    They must be neighbours in their order. Otherwise the file has none.
+    """
     for name in _SENTINEL_NAMES:
       ids = []
       while (i := self._processor.PieceToId(name.format(len(ids)))) != (
@@ -133,11 +135,6 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
         found = range(ids[0], ids[0] + step * len(ids), step)
         if ids == list(found):
           return found
-      raise ValueError(
-        f'The ids of sentinels must fall or rise one by one from that of '
-        f'{name.format(0)}, as they fall in mT5, but are {ids[:3]} ... in '
-        f'{self.path!r}. Add sentinels after the pieces: --extra_ids 100.'
-      )
     return range(0)
 
   def encode(self, text: str) -> list[int]:
@@ -216,7 +213,8 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
     A bare word-start mark is STARTS, because T5 writes it before a word whose
     first letter has no piece with a mark; the letters that follow continue it.
     The unknown piece is ALONE, because the text that it stands for is lost, and
-    so is a symbol that the file's author defined, such as `<sep>`.
+    so is a symbol that the file's author defined, such as `<sep>`, unless it is
+    written like a word.
     """
     kinds = np.full(self.size, base_vocabulary.SPECIAL, np.uint8)
     for i in range(self.size - self.extra_ids):
@@ -230,8 +228,6 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
       return base_vocabulary.SPECIAL
     if i in self._own_sentinels:
       return base_vocabulary.SPECIAL
-    if i in self._user_defined:
-      return base_vocabulary.ALONE
     if self._processor.IsByte(i):
       return base_vocabulary.byte_kind(
         int(self._processor.IdToPiece(i)[1:-1], 16)
@@ -239,6 +235,8 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
     piece = self._processor.IdToPiece(i)
     if piece == _WORD_START:
       return base_vocabulary.STARTS
+    if i in self._user_defined and not self._texts[i].isalnum():
+      return base_vocabulary.ALONE
     if not _has_letter(piece):
       return base_vocabulary.ALONE
     return (

@@ -456,6 +456,7 @@ def test_what_a_tokenizer_says_of_its_tokens(
   own = subword_vocabularies.load_subwords(theirs / 'spiece.model')
   piece = {'id': 5, 'content': own.piece(5)}
   added = [piece, {'id': 1200, 'content': '<ORG>'}, 'damaged', {'id': 1201}]
+  added.append({'id': 1203, 'content': ['no text']})
   settings = {
     'extra_ids': 100,
     'added_tokens_decoder': {
@@ -476,6 +477,13 @@ def test_what_a_tokenizer_says_of_its_tokens(
   convert.convert(str(theirs), str(tmp_path / 'few'), 'safetensors')
   assert mowe_safetensors.load(tmp_path / 'few').vocabulary.extra_ids == 3
   assert 'lost' not in capsys.readouterr().out
+  for wrong in (-1, True, 10**12, '100'):
+    settings = {'extra_ids': wrong}
+    (theirs / 'tokenizer_config.json').write_text(json.dumps(settings))
+    with pytest.raises(
+      ValueError, match=r'tokenizer_config\.json must be a num'
+    ):
+      convert.convert(str(theirs), str(tmp_path / 'no'), 'safetensors')
   (theirs / 'tokenizer_config.json').write_text('{')
   with pytest.raises(ValueError, match=r'tokenizer_config\.json must be JSON'):
     convert.convert(str(theirs), str(tmp_path / 'no'), 'safetensors')

@@ -223,13 +223,23 @@ def _check_as_measured(file, folder, answers):
   """Measurements of another version are taken, if that is asked for."""
   path = folder / 'runs' / 't5_seed0' / 'results.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {'digest': 'x'}))
+  # The caches are of another version, too.
+  for cache in (folder / 'data').rglob('cache.json'):
+    summary = json.loads(cache.read_text())
+    summary['recipe']['format_version'] = 0
+    cache.write_text(json.dumps(summary | {'fingerprint': 'x'}))
   load = lambda: experiments.load([str(file)], [f'OUTPUT = {str(folder)!r}'])
   compared = compare.compare(load(), as_measured=True)
   assert compared.results[0].answers[0].predictions == answers.predictions
   report = (folder / 'report' / 'report.md').read_text()
   assert '1 of 2 runs were measured by an earlier version or' in report
+  measured = json.loads(path.read_text())
+  del measured['flops_has_loops']
+  path.write_text(json.dumps(measured))
+  with pytest.raises(ValueError, match="some lack 'flops_has_loops'"):
+    compare.compare(load(), as_measured=True)
   path.unlink()
-  with pytest.raises(ValueError, match='no results.json in .*t5_seed0, one of'):
+  with pytest.raises(ValueError, match='t5_seed0 does not have results.json'):
     compare.compare(load(), as_measured=True)
 
 

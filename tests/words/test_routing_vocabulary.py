@@ -203,7 +203,7 @@ def test_explain(routing, tiny):
   assert by_word['dog'].reason == 'whole word'
   assert by_word['dog'].expert == by_word['dog'].word_id % 7
   assert by_word['unheard'].reason.startswith('backed off to the piece')
-  assert by_word['!'].reason == 'punctuation'
+  assert by_word['!'].reason == 'punctuation or symbol'
   table = routing_vocabulary.format_explanation(rows).splitlines()
   assert len(table) == 1 + len(rows)
   assert table[0].split() == ['piece', 'word', 'id', 'count', 'expert', 'how']

@@ -197,10 +197,22 @@ def test_words_that_differ_in_running_text_are_refused(
 
 
 def test_symbols_of_the_vocabulary_are_words(trained, texts):
-  path = trained(user_defined_symbols=['<sep>', '<hl>'])
+  path = trained(user_defined_symbols=['<sep>', '<hl>', 'town'])
   vocabulary = subword_vocabularies.load_subwords(path)
   routing, _ = vocabulary_builder.build_routing_vocabulary(
     texts, vocabulary, num_words=100, num_experts=5, num_skipped=0
   )
   words = _words_of(routing, vocabulary, 'The dog<sep>Karlsburg')
   assert [word for word, _ in words] == ['the', 'dog', '<sep>', 'karlsburg']
+  assert ('<sep>', 'punctuation or symbol') in words
+  # A symbol that is a word is a part of longer ones.
+  assert _words_of(routing, vocabulary, 'towns') == [('towns', 'whole word')]
+
+
+def test_lines_that_begin_anew_are_no_reason_to_refuse(trained, texts):
+  path = trained(user_defined_symbols=['\n'])
+  vocabulary = subword_vocabularies.load_subwords(path)
+  lines = ['\n'.join(text.split()) for text in texts]
+  vocabulary_builder.build_routing_vocabulary(
+    lines, vocabulary, num_words=100, num_experts=5
+  )

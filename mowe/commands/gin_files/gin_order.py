@@ -29,18 +29,22 @@ class _Setting(NamedTuple):
 
 
 class _Reference(NamedTuple):
-  """A reference or a macro, by which values can be compared."""
+  """A reference or a macro as gin writes it, by which values are compared."""
 
-  name: str
-  is_called: bool
+  text: str
+
+  def __repr__(self) -> str:
+    return self.text
 
 
 class _Names(config_parser.ParserDelegate):
+  """Keeps references and macros as they are written."""
+
   def configurable_reference(self, scoped_configurable_name, evaluate):
-    return _Reference(scoped_configurable_name, evaluate)
+    return _Reference(f'@{scoped_configurable_name}{"()" if evaluate else ""}')
 
   def macro(self, macro_name):
-    return _Reference(macro_name, False)
+    return _Reference(f'%{macro_name}')
 
 
 def taken_back(
@@ -63,6 +67,7 @@ def _settings(file, paths, outer, lost) -> dict[_Name, _Setting]:
   path = gin_check.find(file, paths, outer)
   own: dict[_Name, _Setting] = {}
   whole: dict[_Name, _Setting] = {}
+  modules: dict[str, str] = {}
   for statement in gin_check.statements(path, _Names()):
     match statement:
       case config_parser.IncludeStatement(filename=name):
@@ -72,11 +77,16 @@ def _settings(file, paths, outer, lost) -> dict[_Name, _Setting]:
           if mine.value != theirs.value:
             lost[_sentence(key, mine, theirs, statement, path)] = None
         whole |= included
+      case config_parser.ImportStatement(module=module):
+        bound = statement.bound_name()
+        whole_name = statement.is_from or statement.alias
+        modules[bound] = module if whole_name else bound
       case config_parser.BindingStatement(
         scope=scope, selector=selector, arg_name=argument, value=value
       ):
         # Files may import the same class by other names.
-        key = scope, selector.rpartition('.')[2], argument
+        first, dot, rest = selector.partition('.')
+        key = scope, f'{modules.get(first, first)}{dot}{rest}', argument
         place = f'{path}:{statement.location.line_num}'
         own[key] = whole[key] = _Setting(place, value)
   return whole

@@ -425,6 +425,15 @@ class CacheWriter:
     }
 
 
+def has_other_format(path: str | os.PathLike) -> bool:
+  """Returns whether there is a cache that another version of mowe has built."""
+  summary = pathlib.Path(path) / _SUMMARY
+  if not summary.is_file():
+    return False
+  recipe = json_files.read_object(summary, _BUILD_AGAIN).get('recipe', {})
+  return recipe.get('format_version') != FORMAT_VERSION
+
+
 def find_finished(
   path: str | os.PathLike, recipe: Mapping[str, Any], overwrite: bool
 ) -> TokenCache | None:

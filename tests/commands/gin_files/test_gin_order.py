@@ -34,13 +34,25 @@ def test_a_setting_above_an_include_is_told(told, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'above',
-  ['module.Layer.width = 3', 'LAYER = @module.Other', 'RATE = %STEPS'],
+  ('above', 'shown'),
+  [
+    ('module.Layer.width = 3', 'module.Layer.width = 3 has no'),
+    ('LAYER = @module.Other()', 'LAYER = @module.Other() has no'),
+    ('RATE = %STEPS', 'RATE = %STEPS has no'),
+  ],
 )
-def test_all_kinds_of_settings(told, above):
-  assert len(told(above)) == 1
+def test_all_kinds_of_settings(told, above, shown):
+  (sentence,) = told(above)
+  assert shown in sentence
   # Also by way of another file, which sets nothing of it itself.
   assert len(told(above, included='outer.gin')) == 1
+
+
+def test_classes_are_told_apart_by_their_modules(told):
+  assert not told('import other\nother.Layer.width = 3')
+  # The same class by another name.
+  (sentence,) = told('import module as own\nown.Layer.width = 3')
+  assert 'sets it to 7' in sentence
 
 
 def test_what_has_an_effect_is_not_told(told):
