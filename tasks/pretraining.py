@@ -234,12 +234,12 @@ def _corrupt_spans(
   length = span_corruption.tokens_that_fill(
     sequence_length['inputs'], sequence_length['targets'], noise_density
   )
-  first_sentinel = subwords.sentinel_id(0)
+  sentinels = subwords.sentinels
 
   def corrupt(tokens, seed):
     rng = np.random.default_rng(seed.astype(np.uint32).tolist())
     spans = span_corruption.random_spans(len(tokens), rng, noise_density)
-    return span_corruption.mask_spans(tokens, spans, first_sentinel)
+    return span_corruption.mask_spans(tokens, spans, sentinels)
 
   @seqio.map_over_dataset(num_seeds=1)
   def corrupt_one(tokens, seed):
@@ -283,7 +283,7 @@ def _mask_salient(
   noise_density: float,
 ) -> Any:
   """Masks salient spans, and leaves out texts without one that fits."""
-  first_sentinel = subwords.sentinel_id(0)
+  sentinels = subwords.sentinels
 
   def mask(tokens, spans, seed):
     rng = np.random.default_rng(seed.astype(np.uint32).tolist())
@@ -293,10 +293,10 @@ def _mask_salient(
       rng,
       inputs_length=sequence_length['inputs'],
       targets_length=sequence_length['targets'],
-      max_spans=subwords.extra_ids,
+      max_spans=len(sentinels),
       noise_density=noise_density,
     )
-    return span_corruption.mask_spans(tokens, spans, first_sentinel)
+    return span_corruption.mask_spans(tokens, spans, sentinels)
 
   @seqio.map_over_dataset(num_seeds=1)
   def mask_one(example, seed):

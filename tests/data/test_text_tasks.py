@@ -21,7 +21,7 @@ def _restored(inputs, targets):
   assert inputs[-1] == targets[-1] == 1
   num_spans = int((targets > _SENTINEL - _BYTES.extra_ids).sum())
   return span_corruption.restore(
-    inputs[:-1], targets[:-1], _SENTINEL, num_spans
+    inputs[:-1], targets[:-1], _BYTES.sentinels[:num_spans]
   )
 
 
