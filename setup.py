@@ -91,8 +91,6 @@ setuptools.setup(
     'numpy>=2.0,<3',
     'optax>=0.2.5,<0.3',
     'orbax-checkpoint>=0.11.28,<0.13',
-    # sentencepiece needs it to read the settings of a model.
-    'protobuf>=6,<8',
     'rich>=13.7,<16',
     'sentencepiece>=0.2.3,<0.3',
     'shtab>=1.7,<2',

@@ -42,7 +42,9 @@ def formats(arrays: Any) -> Any:
   return jax.tree.map(lambda array: array.format, arrays)
 
 
-def with_rows(leaf: jax.ShapeDtypeStruct, num_rows: int) -> Any:
+def with_rows(
+  leaf: jax.ShapeDtypeStruct, num_rows: int
+) -> jax.ShapeDtypeStruct:
   """Returns an abstract table that has another number of rows."""
   shape = num_rows, *leaf.shape[1:]
   return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.format)

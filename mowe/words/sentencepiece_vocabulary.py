@@ -1,5 +1,6 @@
 """Reads SentencePiece models as vocabularies, and trains them."""
 
+import functools
 import hashlib
 import io
 import os
@@ -10,9 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
-from mowe.words import atomic_files, base_vocabulary
+from mowe.words import atomic_files, author_symbols, base_vocabulary
 
 _WORD_START = '\u2581'  # The mark that SentencePiece puts where a space was.
 
@@ -96,19 +96,12 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
         'bos_id=-1.'
       )
     self._texts = [self._piece_text(i) for i in range(num_pieces)]
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    user_defined = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
-    self._user_defined = {
-      i for i, piece in enumerate(proto.pieces) if piece.type == user_defined
-    }
     self._own_sentinels = range(0) if extra_ids else self._find_sentinels()
     if extra_ids is None:
       has_own = bool(self._own_sentinels)
       extra_ids = 0 if has_own else base_vocabulary.NUM_SENTINELS
     self.extra_ids = extra_ids
     self.size = num_pieces + extra_ids
-    # Whether the first word of a text looks like a word after a space.
-    self._marks_first_word = proto.normalizer_spec.add_dummy_prefix
 
   def __reduce__(self):
     return type(self), (self.path, self.extra_ids)
@@ -117,6 +110,10 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
   def sentinels(self) -> range:
     """See `Vocabulary.sentinels`."""
     return self._own_sentinels or super().sentinels
+
+  @functools.cached_property
+  def _user_defined(self) -> frozenset[int]:
+    return author_symbols.find(self._processor.serialized_model_proto())
 
   def _find_sentinels(self) -> range:
     """The ids of those pieces of the file that are called like sentinels.
@@ -155,11 +152,12 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
 
   def encode_after_space(self, texts: Sequence[str]) -> list[list[int]]:
     """See `Vocabulary.encode_after_space`."""
-    if self._marks_first_word:
+    before = self.encode(_BEFORE)
+    if self.encode(f'{_BEFORE} {_BEFORE}') == 2 * before:
+      # The first word of a text is marked like all others.
       return self.encode_batch(texts)
-    num_before = len(self.encode(_BEFORE))
     encoded = self.encode_batch([f'{_BEFORE} {text}' for text in texts])
-    return [ids[num_before:] for ids in encoded]
+    return [ids[len(before) :] for ids in encoded]
 
   def encode_with_offsets(
     self, text: str

@@ -443,8 +443,8 @@ def _spellings(
   """Returns up to 8 piece sequences of each word.
 
   The usual spellings come first (lower, Capitalised, UPPER, each as after a
-  space and as the first word of a text), because a model may meet them even if the counted text has none of
-  them. The spellings that were observed follow by falling count: those with
+  space and as the first word of a text), because a model may meet them even if
+  the counted text has none of them. The spellings that were observed follow by falling count: those with
   other capitals, and those after punctuation.
   """
   word_ids = {word: i for i, word in enumerate(words)}

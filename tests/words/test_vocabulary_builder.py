@@ -1,4 +1,7 @@
-"""Tests the words that are counted and chosen, by hand."""
+"""Tests the words that are counted and chosen, by hand.
+
+Also tests `author_symbols`.
+"""
 
 import numpy as np
 import pytest

@@ -72,7 +72,7 @@ def _settings(file, paths, outer, lost) -> dict[_Name, _Setting]:
     match statement:
       case config_parser.IncludeStatement(filename=name):
         included = _settings(name, paths, (*outer, path), lost)
-        for key in own.keys() & included.keys():
+        for key in [key for key in own if key in included]:
           mine, theirs = own.pop(key), included[key]
           if mine.value != theirs.value:
             lost[_sentence(key, mine, theirs, statement, path)] = None
