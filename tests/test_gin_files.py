@@ -8,8 +8,10 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 from typing import NamedTuple
 
@@ -80,6 +82,10 @@ def routing_paths(tmp_path_factory):
 
 def _config(name, routing_paths):
   bindings = ["VOCABULARY_PATH = 'bytes'", "DTYPE = 'float32'"]
+  gin_config.parse([f'gin_configs/models/{name}.gin'], bindings)
+  if '@' in str(gin_config.macro('VOCAB_SIZE')):
+    # The published sizes are those with T5's vocabulary.
+    bindings.append(f'VOCAB_SIZE = {_VOCAB}')
   if name in _EXPERTS:
     path = routing_paths[_EXPERTS[name]]
     bindings.append(f'ROUTING_VOCABULARY = {str(path)!r}')
@@ -406,12 +412,30 @@ def _parse(files, routing_paths):
   text = gin_config.gin.config_str(max_line_length=1000)
   required = re.findall(r'^([A-Z_]+) = %gin.REQUIRED$', text, re.MULTILINE)
   values = {k: v for k, v in _REQUIRED.items() if k in required}
+  if 'CHECKPOINT_PATH' in required:
+    # Otherwise the lengths are those with which this checkpoint was trained.
+    values['TASK_FEATURE_LENGTHS'] = _REQUIRED['TASK_FEATURE_LENGTHS']
   if 'TASK_FEATURE_LENGTHS' in required and '_lm' in files[-1]:
     values['TASK_FEATURE_LENGTHS'] = {'targets': 4}
   if 'ROUTING_VOCABULARY' in required:
-    number = gin_config.macro('NUM_EXPERTS')
-    values['ROUTING_VOCABULARY'] = str(routing_paths[number])
+    values['ROUTING_VOCABULARY'] = str(routing_paths[_MILLION])
   gin_config.parse(files, [f'{k} = {v!r}' for k, v in values.items()])
+
+
+def test_other_programs_read_the_files_from_anywhere(tmp_path):
+  """T5X's commands have gin's own readers, one of which imports packages."""
+  script = (
+    'import gin\n'
+    f'gin.add_config_file_search_path({str(_ROOT)!r})\n'
+    f'gin.parse_config_file({str(_ROOT / "gin_configs/models/mowe_tiny.gin")!r})'
+  )
+  path = os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])
+  subprocess.run(
+    [sys.executable, '-c', script],
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': path},
+    check=True,
+  )
 
 
 def _made(name):

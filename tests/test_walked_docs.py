@@ -44,7 +44,6 @@ def test_adding_a_layer(world, write_files, monkeypatch):
   run = folder / 'runs' / 'bottleneck'
   settings = _gin(
     VOCABULARY_PATH=world.vocabulary_path,
-    VOCAB_SIZE=256,
     CACHE_DIR=world.cache_dir,
     MIXTURE_OR_TASK_NAME='text',
     MODEL_DIR=str(run),

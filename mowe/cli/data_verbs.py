@@ -289,6 +289,28 @@ def _add_train_vocabulary(verbs):
     default=(),
     help='.jsonl files whose field `question` is trained on too',
   )
+  # These have no default here, so that it is known which were given.
+  add = functools.partial(
+    parser.add_argument_group('options of pieces').add_argument,
+    default=argparse.SUPPRESS,
+  )
+  add(
+    '--model_type',
+    choices=('unigram', 'bpe'),
+    help='how SentencePiece finds pieces (default: unigram, as in T5)',
+  )
+  add(
+    '--character_coverage',
+    type=float,
+    help='fraction of the characters that get a piece (default: 0.9999); the '
+    'others are unknown. 0.9995 suits scripts with thousands of characters',
+  )
+  add(
+    '--byte_fallback',
+    action='store_true',
+    help='write characters without a piece as bytes, so that nothing is '
+    'unknown; takes 256 of the ids',
+  )
   _add_on_bad_record(parser)
   parser.set_defaults(run=_train_vocabulary)
 
@@ -297,6 +319,15 @@ def _train_vocabulary(options, bindings):
   del bindings
   from mowe.commands import train_vocabulary
 
+  of_pieces = {
+    field.name for field in dataclasses.fields(train_vocabulary.Pieces)
+  }
+  given = {k: v for k, v in vars(options).items() if k in of_pieces}
+  if given and options.words:
+    raise ValueError(
+      f'--{min(given)} must be given for pieces of SentencePiece, but --words '
+      'takes whole words. Leave one of them out.'
+    )
   vocabulary = train_vocabulary.train_vocabulary(
     options.output,
     options.files,
@@ -304,6 +335,7 @@ def _train_vocabulary(options, bindings):
     field=options.field,
     questions=options.questions,
     words=options.words,
+    pieces=train_vocabulary.Pieces(**given),
     skip_bad_records=options.on_bad_record == 'skip',
   )
   print(f'{options.output}: {vocabulary.size:,} ids with sentinels.')

@@ -54,6 +54,12 @@ def infer(
 def _infer(checkpoint_path, output_dir, data, store, strategy):
   loaded = model_folder.load(checkpoint_path, store)
   cache = data.open_verified(data.mixture_or_task_name, loaded.vocabulary)
+  if 'inputs' not in data.task_feature_lengths:
+    raise ValueError(
+      'Lengths must say how many tokens of each text are read before it is '
+      'continued, but task_feature_lengths, the macro TASK_FEATURE_LENGTHS, is '
+      f"{dict(data.task_feature_lengths)}. Add 'inputs'."
+    )
   generator = data.make_generator(
     loaded.model, loaded.params, strategy=strategy
   )

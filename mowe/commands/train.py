@@ -35,7 +35,12 @@ from mowe.training import (
 )
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.training.performance import step_profile
-from mowe.words import atomic_files, base_vocabulary, writer_locks
+from mowe.words import (
+  atomic_files,
+  base_vocabulary,
+  subword_vocabularies,
+  writer_locks,
+)
 from mowe.words.plans import batch_router
 
 # Under this name a checkpoint keeps the losses with which the next ones are
@@ -151,7 +156,8 @@ class Training:
       raise ValueError(
         'vocab_size must be at least the size of the subword vocabulary with '
         f'its sentinels, {vocabulary.size}, but is {model.vocab_size}. Set it '
-        f'to {-(-vocabulary.size // 128) * 128}, the next multiple of 128.'
+        f'to {subword_vocabularies.embedding_rows(vocabulary)}, or leave it to '
+        'the gin files, which take it from the vocabulary.'
       )
     if model.routing is not None:
       model.routing.check_subwords(vocabulary)

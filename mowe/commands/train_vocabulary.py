@@ -1,5 +1,6 @@
 """`mowe train-vocabulary`: makes a subword vocabulary from text files."""
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Sequence
@@ -14,6 +15,23 @@ from mowe.words import (
 _NUM_PIECES = 32_000
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+  """How SentencePiece finds pieces; see `train_sentencepiece`.
+
+  Attributes:
+    model_type: 'unigram' as in T5, or 'bpe'.
+    character_coverage: fraction of the characters that get a piece, from 0.98
+      to 1.
+    byte_fallback: whether other characters are written as bytes, and not as
+      unknown.
+  """
+
+  model_type: str = 'unigram'
+  character_coverage: float = 0.9999
+  byte_fallback: bool = False
+
+
 def train_vocabulary(
   output: str | os.PathLike,
   files: Sequence[str],
@@ -22,6 +40,7 @@ def train_vocabulary(
   field: str = 'text',
   questions: Sequence[str] = (),
   words: bool = False,
+  pieces: Pieces = Pieces(),
   skip_bad_records: bool = False,
 ) -> base_vocabulary.Vocabulary:
   """Trains a vocabulary on texts, and on questions if they are given.
@@ -37,6 +56,7 @@ def train_vocabulary(
       marks, which would then be unknown.
     words: whether to take whole words between white space instead of pieces of
       SentencePiece.
+    pieces: how pieces are found; not read for words.
     skip_bad_records: whether records that cannot be read are left out; it is then
       printed how many they were.
 
@@ -60,7 +80,7 @@ def train_vocabulary(
     vocabulary = word_vocabulary.build_word_vocabulary(texts, output, size)
   else:
     vocabulary = sentencepiece_vocabulary.train_sentencepiece(
-      texts, output, size or _NUM_PIECES
+      texts, output, size or _NUM_PIECES, **dataclasses.asdict(pieces)
     )
   bad.say()
   return vocabulary

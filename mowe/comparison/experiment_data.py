@@ -96,9 +96,8 @@ class Prepared:
 
   def vocab_size(self) -> int:
     """Returns the rows of an embedding for it, a multiple of 128."""
-    return (
-      -(-subword_vocabularies.load_subwords(self.vocabulary).size // 128) * 128
-    )
+    vocabulary = subword_vocabularies.load_subwords(self.vocabulary)
+    return subword_vocabularies.embedding_rows(vocabulary)
 
   def routing_vocabulary(self, words: Words) -> str:
     """Returns the path of a routing vocabulary, which is built if missing."""

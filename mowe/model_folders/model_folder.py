@@ -259,6 +259,31 @@ def load_config(
   return model_description.load(file, model_description.read(file), **changes)
 
 
+def trained_lengths(checkpoint_path: str) -> dict[str, int]:
+  """Returns the feature lengths with which a model was trained.
+
+  Args:
+    checkpoint_path: a model folder (its latest checkpoint), or one checkpoint.
+
+  Returns:
+    The most tokens of 'inputs', if it has them, and of 'targets', EOS included.
+
+  Raises:
+    FileNotFoundError: there is no model folder, or no such checkpoint in it.
+    ValueError: the checkpoint was converted, not trained.
+  """
+  folder, step = split_checkpoint_path(checkpoint_path)
+  with checkpointing.Checkpoints(folder) as checkpoints:
+    metadata = checkpoints.metadata(step)
+  if 'data' not in metadata:
+    raise ValueError(
+      'A model must have been trained by `mowe train` to know the lengths of '
+      f'its inputs and targets, but {folder} was converted. Give them as '
+      "--gin.TASK_FEATURE_LENGTHS=\"{'inputs': 64, 'targets': 32}\"."
+    )
+  return metadata['data']['task_feature_lengths']
+
+
 def _check_same(file, described):
   old = model_description.read(file)
   if old == described:

@@ -435,6 +435,11 @@ def load(path: str | os.PathLike) -> RoutingVocabulary:
   return vocabulary
 
 
+def num_experts(routing: RoutingVocabulary) -> int:
+  """The number of experts that the words of a vocabulary share."""
+  return routing.num_experts
+
+
 def format_explanation(rows: list[ExplainedPiece]) -> str:
   """Returns the rows of `RoutingVocabulary.explain` as a plain-text table."""
   table = [('piece', 'word', 'id', 'count', 'expert', 'how')]

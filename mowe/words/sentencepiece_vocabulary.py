@@ -267,15 +267,21 @@ def train_sentencepiece(
     vocab_size: number of ids in the file: pieces, padding, EOS and unknown.
       Sentinels are added when the file is loaded.
     model_type: 'unigram' as in T5, or 'bpe'.
-    character_coverage: fraction of the characters that get a piece; 0.9995
-      suits scripts with thousands of characters.
+    character_coverage: fraction of the characters that get a piece, from 0.98
+      to 1; 0.9995 suits scripts with thousands of characters.
     max_lines: number of lines of text to train on; the rest is not read.
     byte_fallback: encode characters without a piece as bytes, not as unknown.
 
   Raises:
-    ValueError: there is no text, or vocab_size is larger or smaller than what
-      the text can fill.
+    ValueError: there is no text, vocab_size is larger or smaller than what
+      the text can fill, or character_coverage is out of its range.
   """
+  if not 0.98 <= character_coverage <= 1:
+    raise ValueError(
+      'character_coverage must be from 0.98 to 1, which are the bounds of '
+      f'SentencePiece, but is {character_coverage}. 0.9995 suits scripts with '
+      'thousands of characters, and 0.9999 all others.'
+    )
   model = io.BytesIO()
   lines = _Kept(_lines(texts, max_lines))
   try:
@@ -358,7 +364,8 @@ def _training_problem(message: str, vocab_size: int) -> str:
     )
   if too_low:
     return (
-      'vocab_size must hold every character of the text, at least '
+      'vocab_size must hold every character of the text (and, with '
+      'byte_fallback, every byte), at least '
       f'{too_low.group(1)}, but is {vocab_size}. Set vocab_size='
       f'{too_low.group(1)} or more, or a lower character_coverage.'
     )

@@ -9,6 +9,8 @@ from mowe.words import (
   word_vocabulary,
 )
 
+_GRANULE = 128
+
 
 def load_subwords(
   path: str | os.PathLike, extra_ids: int | None = None
@@ -37,3 +39,13 @@ def load_subwords(
   if os.path.isfile(path) and word_vocabulary.is_word_vocabulary(path):
     return word_vocabulary.WordVocabulary(path, number)
   return sentencepiece_vocabulary.SentencePieceVocabulary(path, extra_ids)
+
+
+def embedding_rows(vocabulary: base_vocabulary.Vocabulary) -> int:
+  """The rows of an embedding: its ids, sentinels included, and padding.
+
+  The number is a multiple of 128, as T5's 32,128 for 32,100 ids is: products
+  with such a matrix fill the tiles of an accelerator, and it can be split over
+  many devices.
+  """
+  return -(-vocabulary.size // _GRANULE) * _GRANULE

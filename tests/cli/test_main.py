@@ -53,7 +53,6 @@ def _gin(**macros):
 def _training(world, model_dir, *more, model='mowe', **macros):
   macros = {
     'VOCABULARY_PATH': world.vocabulary_path,
-    'VOCAB_SIZE': 256,
     'MODEL_DIR': str(model_dir),
     'CACHE_DIR': world.cache_dir,
     'MIXTURE_OR_TASK_NAME': 'text',
@@ -64,7 +63,6 @@ def _training(world, model_dir, *more, model='mowe', **macros):
   } | macros
   if model == 'mowe':
     macros.setdefault('ROUTING_VOCABULARY', world.routing_path)
-    macros.setdefault('NUM_EXPERTS', small_runs.NUM_EXPERTS)
   return [
     'train',
     f'--gin_file=gin_configs/examples/text_pretrain_{model}.gin',
@@ -157,7 +155,6 @@ def test_a_dry_run_looks_for_the_first_weights(world, tmp_path, capsys):
   file = 'gin_configs/examples/text_finetune_t5.gin'
   macros = {
     'VOCABULARY_PATH': world.vocabulary_path,
-    'VOCAB_SIZE': 256,
     'CACHE_DIR': world.cache_dir,
     'MIXTURE_OR_TASK_NAME': 'questions',
     'MODEL_DIR': str(tmp_path / 'run'),
@@ -198,8 +195,8 @@ def test_missing_macros_are_named(capsys):
     ),
     # The routing vocabulary, and then the cache, is for another subword
     # vocabulary.
-    ({'VOCABULARY_PATH': 'bytes', 'VOCAB_SIZE': 384}, ['built for', 'sha256']),
-    ({'VOCABULARY_PATH': 'bytes', 'VOCAB_SIZE': 384, 'model': 't5'},
+    ({'VOCABULARY_PATH': 'bytes'}, ['built for', 'sha256']),
+    ({'VOCABULARY_PATH': 'bytes', 'model': 't5'},
      ['vocabulary', 'cache']),
   ],
 )  # fmt: skip
@@ -441,6 +438,20 @@ def test_train_vocabulary(world, tmp_path, capsys):
   assert '9000' in text and 'or less' in text
 
 
+def test_train_vocabulary_takes_options_of_pieces(world, tmp_path, capsys):
+  output = tmp_path / 'own.model'
+  arguments = 'train-vocabulary', output, world.folder / 'text.jsonl'
+  options = '--model_type', 'bpe', '--byte_fallback', '--size', 300
+  assert _run(*arguments, *options) == 0
+  own = subword_vocabularies.load_subwords(output)
+  # The text has no such letter, which is written as its two bytes.
+  assert own.decode(own.encode('\u00f8')) == '\u00f8'
+  text = _refused(capsys, *arguments, '--character_coverage', 1.5)
+  assert 'from 0.98 to 1' in text and 'but is 1.5' in text
+  text = _refused(capsys, *arguments, '--words', '--byte_fallback')
+  assert '--byte_fallback must be given for pieces' in text
+
+
 def test_a_vocabulary_knows_the_characters_of_questions(world, tmp_path):
   output = tmp_path / 'own.model'
   asked = tmp_path / 'questions.jsonl'
@@ -464,7 +475,6 @@ def _asking(world, verb, trained, output, **macros):
     name: str(output),
     'CACHE_DIR': world.cache_dir,
     'MIXTURE_OR_TASK_NAME': 'questions',
-    'TASK_FEATURE_LENGTHS': {'inputs': 26, 'targets': 3},
     'BATCH_SIZE': 2,
   } | macros
   return [verb, f'--gin_file=gin_configs/runs/{verb}.gin', *_gin(**macros)]
