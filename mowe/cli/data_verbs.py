@@ -7,6 +7,11 @@ import functools
 # Each verb imports what it needs only when it runs, so that `mowe --help` is
 # fast.
 
+# What a verb says of files of text.
+TEXT_FILES = (
+  '.txt or .jsonl files, also packed (.gz, .xz, .bz2, .zst), or globs of them'
+)
+
 
 def add_to(verbs) -> None:
   """Adds the verbs to the subparsers of `mowe`."""
@@ -28,7 +33,17 @@ def _add_vocabulary(parser):
   )
 
 
-def _add_on_bad_record(parser):
+def add_field(parser):
+  """Adds the option that names the field of the text."""
+  parser.add_argument(
+    '--field',
+    default='text',
+    help='field of .jsonl records that holds the text (default: text)',
+  )
+
+
+def add_on_bad_record(parser):
+  """Adds the option that says what is done about bad records."""
   parser.add_argument(
     '--on_bad_record',
     choices=('stop', 'skip'),
@@ -43,9 +58,7 @@ def _add_build_routing_vocabulary(verbs):
     'build-routing-vocabulary', help='count words and give each an expert'
   )
   parser.add_argument('output', help='the file to write (.npz)')
-  parser.add_argument(
-    'files', nargs='+', help='.txt or .jsonl files, also .gz, or globs of them'
-  )
+  parser.add_argument('files', nargs='+', help=TEXT_FILES)
   _add_vocabulary(parser)
   parser.add_argument(
     '--num_experts',
@@ -83,17 +96,13 @@ def _add_build_routing_vocabulary(verbs):
     help='blocks of experts with even loads, to be split over devices; 128 '
     'suits many numbers of devices',
   )
-  parser.add_argument(
-    '--field',
-    default='text',
-    help='field of .jsonl records that holds the text',
-  )
+  add_field(parser)
   parser.add_argument(
     '--num_workers',
     type=int,
     help='processes that read the text; default: more than one for much text',
   )
-  _add_on_bad_record(parser)
+  add_on_bad_record(parser)
   parser.set_defaults(run=_build_routing_vocabulary)
 
 
@@ -143,9 +152,7 @@ def _explain(options, bindings):
 def _add_cache_task(verbs):
   parser = verbs.add_parser('cache-task', help='write a task as token ids')
   parser.add_argument('output', help='the folder to write')
-  parser.add_argument(
-    'files', nargs='*', help='.txt or .jsonl files, also with .gz, or globs'
-  )
+  parser.add_argument('files', nargs='*', help=TEXT_FILES)
   _add_vocabulary(parser)
   parser.add_argument(
     '--overwrite',
@@ -191,7 +198,7 @@ def _add_cache_task(verbs):
   add('--split', help='of the seqio task (default: train)')
   add('--task_modules', nargs='+', help="default: mowe's own tasks")
   add('--tfds_data_dir', help='where TFDS keeps its data sets')
-  _add_on_bad_record(parser)
+  add_on_bad_record(parser)
   parser.set_defaults(run=_cache_task)
 
 
@@ -267,22 +274,24 @@ def _add_train_vocabulary(verbs):
     'train-vocabulary', help='make a subword vocabulary from text'
   )
   parser.add_argument('output', help='the file to write')
+  parser.add_argument('files', nargs='+', help=TEXT_FILES)
   parser.add_argument(
-    'files', nargs='+', help='.txt or .jsonl files, also with .gz, or globs'
+    '--size',
+    type=int,
+    help='number of ids; default: 32,000 pieces, or as many as the text fills; '
+    'with --words all words',
   )
   parser.add_argument(
-    '--size', type=int, help='number of ids; default: 32,000, or all words'
+    '--at_most',
+    action='store_true',
+    help='take fewer ids than --size if the text does not fill them',
   )
   parser.add_argument(
     '--words',
     action='store_true',
     help='take whole words between white space, not pieces',
   )
-  parser.add_argument(
-    '--field',
-    default='text',
-    help='field of .jsonl records that holds the text (default: text)',
-  )
+  add_field(parser)
   parser.add_argument(
     '--questions',
     nargs='+',
@@ -311,7 +320,7 @@ def _add_train_vocabulary(verbs):
     help='write characters without a piece as bytes, so that nothing is '
     'unknown; takes 256 of the ids',
   )
-  _add_on_bad_record(parser)
+  add_on_bad_record(parser)
   parser.set_defaults(run=_train_vocabulary)
 
 
@@ -334,6 +343,7 @@ def _train_vocabulary(options, bindings):
     size=options.size,
     field=options.field,
     questions=options.questions,
+    at_most=options.at_most,
     words=options.words,
     pieces=train_vocabulary.Pieces(**given),
     skip_bad_records=options.on_bad_record == 'skip',

@@ -22,13 +22,14 @@ from mowe.cli import (
   model_verbs,
   modules_verbs,
   program_cache,
+  text_verbs,
 )
 from mowe.training.performance import kept_memory
 from mowe.words import terminal_text, terminations
 
 # `mowe --help` shows the verbs in this order. Those of _OF_MODELS read model
 # folders and run models, so they have the options of `_add_shared_options`.
-_OF_MODELS = (model_verbs, modules_verbs)
+_OF_MODELS = (text_verbs, model_verbs, modules_verbs)
 _OTHERS = (data_verbs, experiment_verbs, config_verbs)
 # Errors of a place without room, and of a user without more of it.
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -30,8 +30,11 @@ def _add_train(verbs):
   gin_arguments.add_to(parser)
   parser.add_argument(
     '--dry_run',
-    action='store_true',
-    help='print what would be done and what memory a step needs, and stop',
+    nargs='?',
+    const='compile',
+    choices=('compile', 'measure'),
+    help='print what would be done and what memory a step needs, and stop; '
+    '--dry_run=measure also makes a few steps and says how long the run takes',
   )
   parser.add_argument(
     '--topology',
@@ -125,6 +128,12 @@ def _train(options, bindings):
 def _dry_run(options, bindings):
   topology = None
   tracing = contextlib.nullcontext()
+  is_measured = options.dry_run == 'measure'
+  if is_measured and options.topology is not None:
+    raise SystemExit(
+      'mowe: --dry_run=measure makes steps on the devices of this machine, but '
+      f'--topology {options.topology} asks for others. Leave one of them out.'
+    )
   if options.topology is not None:
     # Nothing runs, and JAX must not look for devices of other platforms.
     os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -142,7 +151,9 @@ def _dry_run(options, bindings):
     from mowe.commands.ahead import dry_run
 
     _use_tfds_folder(options)
-    dry_run.dry_run(gin_config.call(train.Training), topology)
+    dry_run.dry_run(
+      gin_config.call(train.Training), topology, is_measured=is_measured
+    )
 
 
 def _use_tfds_folder(options):

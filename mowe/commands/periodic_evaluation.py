@@ -1,6 +1,8 @@
 """Evaluates a model while it is trained, and shows and writes the numbers."""
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,51 @@ from mowe.stores import expert_stores
 from mowe.training import train_metrics, train_state
 
 
+@dataclasses.dataclass
+class Improvement:
+  """Whether the evaluations of a run still get better.
+
+  Attributes:
+    metric: name of the metric by which they are compared.
+    mode: 'max' or 'min', which of its values is best.
+    patience: number of evaluations in a row, none of them the best so far,
+      after which a run has trained enough.
+    best: the best value so far; None before the first one. NaN is never best.
+    num_no_better: number of evaluations since the first one with this value.
+  """
+
+  metric: str
+  mode: str
+  patience: int
+  best: float | None = None
+  num_no_better: int = 0
+
+  def see(self, values: Mapping[str, float]) -> None:
+    """Compares one more evaluation with the best one."""
+    value = values[self.metric]
+    sign = 1 if self.mode == 'max' else -1
+    best = -math.inf if self.best is None else sign * self.best
+    if sign * value > best:
+      self.best, self.num_no_better = value, 0
+    else:
+      self.num_no_better += 1
+
+  @property
+  def is_over(self) -> bool:
+    """Whether it lasted too long that nothing got better."""
+    return self.best is not None and self.num_no_better >= self.patience
+
+  def kept(self) -> dict[str, float | int | None]:
+    """What a checkpoint keeps, for the run that goes on from it."""
+    return {'best': self.best, 'num_no_better': self.num_no_better}
+
+  def __str__(self) -> str:
+    return (
+      f'{self.metric} is not better than {self.best:.4g} in '
+      f'{self.num_no_better} evaluations.'
+    )
+
+
 class PeriodicEvaluation:
   """Runs all evaluations of a run.
 
@@ -17,6 +64,7 @@ class PeriodicEvaluation:
     prepared: the evaluations, in the order in which they are run.
     writers: writers that get all numbers.
     experts: the word experts of the run, from which evaluations get the tables.
+    improvement: sees the numbers; None if nobody asks whether they get better.
 
   Call: takes a step and its state, evaluates it, and prints one line.
   """
@@ -26,10 +74,12 @@ class PeriodicEvaluation:
     prepared: Sequence[evaluations.Evaluation],
     writers: Sequence[Any],
     experts: expert_stores.Experts,
+    improvement: Improvement | None = None,
   ):
     self._prepared = prepared
     self._writers = writers
     self._experts = experts
+    self._improvement = improvement
     self._latest: tuple[int, dict[str, float]] | None = None
 
   def __call__(self, step: int, state: train_state.TrainState) -> None:
@@ -44,6 +94,8 @@ class PeriodicEvaluation:
     # A value per expert is too long for a line, and is in the files.
     numbers = {k: v for k, v in values.items() if np.ndim(v) == 0}
     self._latest = step, numbers
+    if self._improvement is not None:
+      self._improvement.see(numbers)
     shown = '  '.join(
       f'{name} {value:.4g}'
       for name, value in numbers.items()

@@ -46,6 +46,8 @@ from mowe.words.plans import batch_router
 # Under this name a checkpoint keeps the losses with which the next ones are
 # compared.
 _RECENT_LOSSES = 'recent_losses'
+# The same for the evaluations of a run that ends when they no longer improve.
+_IMPROVEMENT = 'improvement'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +61,26 @@ class SaveConfig:
     best_metric: name of a metric of an evaluation, such as 'validation/em'; the
       checkpoint that is best by it is kept as well.
     best_mode: 'max' or 'min', which value of the metric is best.
+    patience: number of evaluations in a row, none of them better by
+      `best_metric` than all before, after which the run ends early; None never
+      ends it early.
   """
 
   period: int = 1000
   keep_last: int | None = 3
   best_metric: str | None = None
   best_mode: str = 'max'
+  patience: int | None = None
+
+  def __post_init__(self):
+    if self.patience is None:
+      return
+    if self.patience < 1 or self.best_metric is None:
+      raise ValueError(
+        'patience must be a number of evaluations, at least 1, and needs a '
+        f'best_metric to compare them by, but is {self.patience} with '
+        f'best_metric {self.best_metric!r}. Correct it, or leave it out.'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,10 +237,7 @@ class Prepared(NamedTuple):
 
   @classmethod
   def make(cls, training: Training, mesh: jax.sharding.Mesh) -> 'Prepared':
-    """Prepares a run on a mesh, and prints what it will be.
-
-    The training has been checked on this mesh.
-    """
+    """Prepares a run on a mesh, on which the training has been checked."""
     model = training.model
     batches = training.data.open(training.vocabulary, model)
     router = evaluations.make_router(
@@ -234,29 +247,30 @@ class Prepared(NamedTuple):
       training.num_microbatches,
     )
     module = families.build(model)
-    optimizer = training.optimizer
-    if training.freeze_experts and _has_experts_beside_tables(module):
-      optimizer = optimizers.Freeze(optimizer, costs.EXPERTS)
     setup = initial_state.Setup.make(
       module,
-      optimizer,
+      _optimizer(training, module),
       training.rows_trained_by,
       mesh,
       training.seed,
       training.data.batch_size,
     )
+    return cls(batches, router, setup)
+
+  def show(self, training: Training) -> None:
+    """Prints what the run will be."""
+    model, setup = training.model, self.setup
     summary.show(
       setup.abstract,
       training.data,
-      batches,
-      mesh,
+      self.batches,
+      setup.mesh,
       model,
       training.freeze_experts,
-      optimizer,
+      _optimizer(training, setup.model),
     )
     if model_config.word_streams(model) and model.expert_names is None:
-      summary.show_experts(model.routing, router.seen_loads, mesh)
-    return cls(batches, router, setup)
+      summary.show_experts(model.routing, self.router.seen_loads, setup.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +326,7 @@ def train(
   training.check(mesh)
   _check_processes(training, config_text)
   prepared = Prepared.make(training, mesh)
+  prepared.show(training)
   # Of several processes of one run the first one holds the lock.
   is_first = jax.process_index() == 0
   lock = writer_locks.of_folder(training.model_dir)
@@ -371,18 +386,22 @@ def _run(
     # the folder as it was.
     if jax.process_index() == 0:
       run_history.begin(folder, first_step, config_text and config_text())
+    improvement = _improvement(save, checkpoints)
     evaluate = periodic_evaluation.PeriodicEvaluation(
-      _prepared_evaluations(training, setup, experts), writers['eval'], experts
+      _prepared_evaluations(training, setup, experts),
+      writers['eval'],
+      experts,
+      improvement,
     )
     prefetched = closing.enter_context(
-      _prefetcher(prepared, first_step, total_steps)
+      prefetcher(prepared, first_step, total_steps)
     )
     verification = closing.enter_context(
       cache_verification.Verification(training.data.caches(training.vocabulary))
     )
     stop = loop.StopSignal()
     spikes = _spike_watch(training, checkpoints)
-    train_step = _TrainStep(training, setup, experts, spikes, first_step)
+    train_step = TrainStep(training, setup, experts, spikes, first_step)
     if num_profiled:
       train_step = _profiled(train_step, folder, num_profiled, closing)
     state = loop.run(
@@ -403,6 +422,7 @@ def _run(
             spikes,
             [*writers['train'], *writers['eval']],
             described,
+            improvement,
           ),
         ),
       ],
@@ -414,13 +434,16 @@ def _run(
       log_period=training.log_period,
       stop=stop,
       spikes=spikes,
+      is_enough=lambda: improvement is not None and improvement.is_over,
     )
     checkpoints.wait()
+    if improvement is not None and improvement.is_over:
+      print(f'{improvement} The best step is {checkpoints.best_step()}.')
     _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
 
 
-def _prefetcher(
+def prefetcher(
   prepared: Prepared, first_step: int, total_steps: int
 ) -> prefetch.Prefetcher:
   """Makes and plans the batches of coming steps ahead."""
@@ -455,6 +478,20 @@ def _spike_watch(
   if checkpoints.latest_step() is not None:
     losses = checkpoints.metadata().get(_RECENT_LOSSES, ())
   return loss_spikes.SpikeWatch(training.spikes, losses)
+
+
+def _improvement(
+  save: SaveConfig, checkpoints: checkpointing.Checkpoints
+) -> periodic_evaluation.Improvement | None:
+  """Watches whether evaluations get better, from what a checkpoint has kept."""
+  if save.patience is None:
+    return None
+  kept = {}
+  if checkpoints.latest_step() is not None:
+    kept = checkpoints.metadata().get(_IMPROVEMENT, {})
+  return periodic_evaluation.Improvement(
+    save.best_metric, save.best_mode, save.patience, **kept
+  )
 
 
 def _start(
@@ -510,8 +547,19 @@ def jitted_step(
   )
 
 
-class _TrainStep:
-  """One step of the whole run: experts are read, and the batch is put."""
+class TrainStep:
+  """One step of the whole run: experts are read, and the batch is put.
+
+  Args:
+    training: all parts and settings of the run.
+    setup: how its state is made, and where it lies.
+    experts: the opened tables of the run.
+    spikes: knows from which loss on an update is left out.
+    first_step: number of updates that were made before.
+
+  Call: takes a state, a batch of the host, and what `experts.feed` made of its
+  plan; returns the next state and the metrics.
+  """
 
   def __init__(self, training, setup, experts, spikes, first_step):
     self._mesh = setup.mesh
@@ -548,6 +596,7 @@ class _SaveCheckpoint:
   spikes: loss_spikes.SpikeWatch
   writers: Sequence[train_metrics.Writer]
   described: dict[str, Any]
+  improvement: periodic_evaluation.Improvement | None
 
   def __call__(self, step, state):
     # Nothing is kept of a run on damaged data.
@@ -563,7 +612,8 @@ class _SaveCheckpoint:
       | {
         'origin': {'time': run_history.now(), **run_history.origin()},
         _RECENT_LOSSES: self.spikes.recent(),
-      },
+      }
+      | ({_IMPROVEMENT: self.improvement.kept()} if self.improvement else {}),
       attach=lambda path: self.experts.save(path, state),
     )
 
@@ -583,6 +633,13 @@ def _prepared_evaluations(training, setup, experts):
     )
     for one in training.eval_configs
   ]
+
+
+def _optimizer(training, module) -> optimizers.Optimizer:
+  """The optimizer of ordinary parameters, without experts that are frozen."""
+  if training.freeze_experts and _has_experts_beside_tables(module):
+    return optimizers.Freeze(training.optimizer, costs.EXPERTS)
+  return training.optimizer
 
 
 def _has_experts_beside_tables(module) -> bool:

@@ -37,6 +37,7 @@ def train_vocabulary(
   files: Sequence[str],
   *,
   size: int | None = None,
+  at_most: bool = False,
   field: str = 'text',
   questions: Sequence[str] = (),
   words: bool = False,
@@ -49,7 +50,8 @@ def train_vocabulary(
     output: the file to write.
     files: paths or globs of text files (.txt or .jsonl, also .gz).
     size: number of ids, with padding, EOS and unknown but without sentinels.
-      None: 32,000 for pieces, or all words.
+      None: 32,000 for pieces, or as many as the text fills; or all words.
+    at_most: whether fewer ids are taken if the text does not fill `size`.
     field: the field of .jsonl records that holds the text.
     questions: paths or globs of .jsonl files whose records have `question`.
       They matter because an encyclopedia, for example, may have no question
@@ -80,7 +82,11 @@ def train_vocabulary(
     vocabulary = word_vocabulary.build_word_vocabulary(texts, output, size)
   else:
     vocabulary = sentencepiece_vocabulary.train_sentencepiece(
-      texts, output, size or _NUM_PIECES, **dataclasses.asdict(pieces)
+      texts,
+      output,
+      size or _NUM_PIECES,
+      is_exact=size is not None and not at_most,
+      **dataclasses.asdict(pieces),
     )
   bad.say()
   return vocabulary

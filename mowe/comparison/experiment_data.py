@@ -13,11 +13,11 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from mowe.commands import build_routing_vocabulary, cache_task, train_vocabulary
+from mowe.commands.own_text import question_split, shown_commands
 from mowe.data.caches import token_cache
 from mowe.data.text import (
   claims,
@@ -121,7 +121,7 @@ class Prepared:
     shown = options | {'names': options['names_files']}
     del shown['names_files'], shown['balanced']
     flags = ['--balanced'] if words.balanced else []
-    say(
+    shown_commands.say(
       'build-routing-vocabulary',
       path,
       *self.documents,
@@ -280,26 +280,6 @@ class Caches:
     )
 
 
-def say(verb: str, *arguments: Any, **options: Any) -> None:
-  """Prints the command that does what is about to be done."""
-  words = ['mowe', verb, *map(str, arguments)]
-  for name, value in options.items():
-    values = value if isinstance(value, tuple) else (value,)
-    words += [f'--{name}', *map(str, values)]
-  print_command(words)
-
-
-def print_command(words: Sequence[str]) -> None:
-  """Prints a command as it can be typed, with gin's own quotes in it."""
-  print('$', *map(_quoted, words), flush=True)
-
-
-def _quoted(word: str) -> str:
-  if "'" in word and not set('"$`\\!') & set(word):
-    return f'"{word}"'
-  return shlex.quote(word)
-
-
 def _prepare(
   folder, files, vocabulary, size, notes, cut=passages.Passages()
 ) -> Prepared:
@@ -319,7 +299,9 @@ def _prepare(
       options = {'size': size}
       if asked:
         options['questions'] = (files['qa_train'],)
-      say('train-vocabulary', vocabulary, files['documents'], **options)
+      shown_commands.say(
+        'train-vocabulary', vocabulary, files['documents'], **options
+      )
       train_vocabulary.train_vocabulary(
         vocabulary, [files['documents']], **options
       )
@@ -331,7 +313,7 @@ def _prepare(
     if kind == 'text':
       source = dataclasses.replace(source, cut=cut)
       said |= {name: value for name, value in vars(cut).items() if value}
-    say('cache-task', cache, file, **said)
+    shown_commands.say('cache-task', cache, file, **said)
     # The caches of an experiment are its own: those of another version of mowe
     # are built again.
     overwrite = token_cache.has_other_format(cache)
@@ -361,9 +343,8 @@ def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:
   (first, *_) = fields[kind]
   for record in text_files.read_records(file, fields[kind]):
     about = record.get('entity') or record[first]
-    digest = hashlib.sha256(str(about).encode('utf-8', 'replace')).digest()
-    number = int.from_bytes(digest[:8], 'big')
-    parts[REPORTED if number % _CHOOSING_PART else CHOOSING].append(record)
+    number = question_split.part_number(about, _CHOOSING_PART)
+    parts[REPORTED if number else CHOOSING].append(record)
   if not parts[REPORTED]:
     # There are so few questions that none are left to choose by.
     parts = {CHOOSING: [], REPORTED: parts[CHOOSING]}

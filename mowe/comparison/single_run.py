@@ -23,6 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mowe.commands import data_config, evaluations, out_of_memory, train
 from mowe.commands.gin_files import gin_config
+from mowe.commands.own_text import shown_commands
 from mowe.comparison import experiment_data, measurements, planned_runs
 from mowe.training.performance import kept_memory, peak_memory
 from mowe.words import atomic_files, json_files, terminal_text
@@ -122,7 +123,7 @@ def _train(planned, stage, is_pretraining):
   atomic_files.write_atomically(folder / _SETTINGS, settings.encode())
   words = [f'--gin_file={file}' for file in stage.gin_files]
   words += [f'--gin.{one.replace(" = ", "=", 1)}' for one in stage.bindings]
-  experiment_data.print_command(['mowe', 'train', *words])
+  shown_commands.print_command(['mowe', 'train', *words])
   gin_config.parse(stage.gin_files, stage.bindings)
   total = gin_config.made('TRAIN_STEPS')
   changes = {}

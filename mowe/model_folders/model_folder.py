@@ -259,6 +259,27 @@ def load_config(
   return model_description.load(file, model_description.read(file), **changes)
 
 
+def saved_config(path: str, **changes: Any) -> model_config.ModelConfig:
+  """Returns the config of a model folder, or of a checkpoint in it.
+
+  Args:
+    path: the folder, or `.../checkpoint_<step>`.
+    **changes: fields of the config to replace, such as `dropout_rate`.
+
+  Raises:
+    FileNotFoundError: the folder has no model.json.
+    ValueError: a vocabulary in the folder is not the one that model.json names.
+  """
+  folder, _ = split_checkpoint_path(path)
+  return load_config(folder, **changes)[0]
+
+
+def saved_vocabulary(path: str) -> base_vocabulary.Vocabulary:
+  """Returns the subword vocabulary of a model folder; see `saved_config`."""
+  folder, _ = split_checkpoint_path(path)
+  return load_config(folder)[1]
+
+
 def trained_lengths(checkpoint_path: str) -> dict[str, int]:
   """Returns the feature lengths with which a model was trained.
 

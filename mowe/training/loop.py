@@ -197,6 +197,7 @@ def run(
   stop: StopSignal | None = None,
   spikes: loss_spikes.SpikeWatch | None = None,
   most_ahead: int | None = _MOST_AHEAD,
+  is_enough: Callable[[], bool] = lambda: False,
 ) -> train_state.TrainState:
   """Trains until `total_steps` updates are made or a stop is asked for.
 
@@ -215,6 +216,9 @@ def run(
     spikes: sees the loss of every step in order; None prints a line on spikes.
     most_ahead: how many steps are handed to the device beyond the one that is
       being done; None for as many as there are in a log period.
+
+    is_enough: asked before the first step, and after the actions of each step,
+      whether the run ends early.
 
   Returns:
     The last state.
@@ -235,7 +239,7 @@ def run(
     for batch, plan in batches:
       # A stop that came since the last step is seen after this one: leaving
       # here would lose the steps since the last checkpoint.
-      if step >= total_steps:
+      if step >= total_steps or (step == first_step and is_enough()):
         break
       num_tokens = _num_tokens(batch)
       state, metrics = train_step(state, batch, plan)
@@ -260,7 +264,7 @@ def run(
       with meter.paused():
         for action in due:
           action.action(step, state)
-      if is_end or is_stop:
+      if is_end or is_stop or (due and is_enough()):
         break
   return state
 

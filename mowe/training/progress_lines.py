@@ -123,7 +123,7 @@ class Progress:
         speed = done / max(now - self._start, 1e-9)
         parts.append(f'{_short(speed)} {self.unit}s/s')
       left = (now - self._start) / done * (self.total_steps - step)
-      parts.append(f'ETA {_duration(left)}')
+      parts.append(f'ETA {duration(left)}')
     return '  '.join(parts)
 
 
@@ -165,8 +165,8 @@ def _short(number: float) -> str:
   return f'{number:.3g}G'
 
 
-def _duration(seconds: float) -> str:
-  """Returns 59s, 12m05s, 3h07m or 2d04h."""
+def duration(seconds: float) -> str:
+  """Returns a number of seconds as 59s, 12m05s, 3h07m or 2d04h."""
   seconds = round(seconds)
   if seconds < 60:
     return f'{seconds}s'

@@ -256,6 +256,7 @@ def train_sentencepiece(
   character_coverage: float = 0.9999,
   max_lines: int = 2_000_000,
   byte_fallback: bool = False,
+  is_exact: bool = True,
 ) -> SentencePieceVocabulary:
   """Trains a SentencePiece model with T5's ids and normalisation.
 
@@ -271,6 +272,8 @@ def train_sentencepiece(
       to 1; 0.9995 suits scripts with thousands of characters.
     max_lines: number of lines of text to train on; the rest is not read.
     byte_fallback: encode characters without a piece as bytes, not as unknown.
+    is_exact: whether a text that cannot fill vocab_size is refused; if not, it
+      gives fewer ids.
 
   Raises:
     ValueError: there is no text, vocab_size is larger or smaller than what
@@ -292,6 +295,7 @@ def train_sentencepiece(
       model_type=model_type,
       character_coverage=character_coverage,
       byte_fallback=byte_fallback,
+      hard_vocab_limit=is_exact,
       normalization_rule_name='nmt_nfkc',
       pad_id=base_vocabulary.PAD_ID,
       eos_id=base_vocabulary.EOS_ID,

@@ -327,6 +327,46 @@ def test_evaluations_during_training(world, tmp_path):
   assert int(state.step) == 5
 
 
+@dataclasses.dataclass
+class _Scripted:
+  """An evaluation with given results, one for each time that it is run."""
+
+  results: list[float]
+
+  def prepare(self, model, vocabulary, loss):
+    del model, vocabulary, loss
+    return lambda params, tables: {'validation/em': self.results.pop(0)}
+
+
+@pytest.mark.parametrize('stops', [(), (3,)])
+def test_a_run_ends_when_its_evaluations_are_no_better(
+  world, tmp_path, capsys, stops
+):
+  scripted = _Scripted([3.0, 5.0, 5.0, 4.0, 9.0])
+  settings = {
+    'eval_configs': [scripted],
+    'eval_period': 1,
+    'save': train_command.SaveConfig(best_metric='validation/em', patience=2),
+  }
+  for total_steps in (*stops, 9):
+    state = world.train(tmp_path / 'run', total_steps, **settings)
+  assert int(state.step) == 4 and scripted.results == [9.0]
+  said = (
+    'validation/em is not better than 5 in 2 evaluations. The best step is 3.'
+  )
+  assert said in capsys.readouterr().out
+  # The same command finds that the run has ended.
+  assert int(world.train(tmp_path / 'run', 9, **settings).step) == 4
+  assert scripted.results == [9.0]
+
+
+def test_patience_needs_a_metric():
+  with pytest.raises(ValueError, match='patience must be a number .* but is 0'):
+    train_command.SaveConfig(best_metric='validation/em', patience=0)
+  with pytest.raises(ValueError, match='with best_metric None'):
+    train_command.SaveConfig(patience=3)
+
+
 @pytest.mark.slow
 def test_eight_devices_and_microbatches_train_alike(world, tmp_path, capsys):
   settings = {

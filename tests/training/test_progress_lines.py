@@ -92,7 +92,7 @@ def test_a_terminal_gets_a_bar():
   + [(187_200, '2d04h')],
 )
 def test_durations(seconds, text):
-  assert progress_lines._duration(seconds) == text
+  assert progress_lines.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from mowe.commands import train
-from mowe.commands.ahead import compiled_step, run_plan
+from mowe.commands.ahead import compiled_step, run_plan, step_time
 from mowe.models import parameters
 from mowe.models.families import costs
+from mowe.training import progress_lines
 from mowe.training.compiling import compile_ahead, program_facts, roofline
 
 # A backward pass has two products for each one of the forward pass.
@@ -23,7 +24,10 @@ _MUCH_PADDING, _MUCH_MEMORY = 0.1, 0.1
 
 
 def dry_run(
-  training: train.Training, topology: compile_ahead.Topology | None = None
+  training: train.Training,
+  topology: compile_ahead.Topology | None = None,
+  *,
+  is_measured: bool = False,
 ) -> None:
   """Prepares a run and compiles its step, and prints what it found.
 
@@ -34,6 +38,8 @@ def dry_run(
     training: all parts and settings of the run.
     topology: the devices that the run is to have, which need not be there; None
       for the devices of this machine.
+    is_measured: whether a few steps are made on the devices of this machine,
+      to say how long the run takes. What they trained is thrown away.
 
   Raises:
     ValueError: parts do not fit together.
@@ -45,6 +51,7 @@ def dry_run(
     mesh = training.make_mesh(devices=topology.devices())
   training.check(mesh)
   prepared = train.Prepared.make(training, mesh)
+  prepared.show(training)
   for line in run_plan.lines(training, prepared):
     print(line)
   print('Compiling the step ...', flush=True)
@@ -66,6 +73,8 @@ def dry_run(
   copies = program_facts.table_copies(text, step.table_sizes)
   if step.table_sizes:
     print(f'Tables     {_tables_said(copies)}')
+  if is_measured:
+    print(f'Time       {_time(training, prepared)}')
   advice = [*_memory_advice(prepared, memory, topology)]
   if topology is not None:
     _show_roofline(training, prepared, step, exchanges, topology)
@@ -73,6 +82,16 @@ def dry_run(
       advice += _padding_advice(prepared)
   for line in advice:
     print(f'Advice     {line}')
+
+
+def _time(training, prepared) -> str:
+  taken = step_time.measure(training, prepared)
+  whole = progress_lines.duration(taken.of_steps(training.total_steps))
+  return (
+    f'a step takes {taken.seconds:.3g} s (median of {taken.num_steps}), the '
+    f'first one {taken.first_seconds:.3g} s; all {training.total_steps:,} take '
+    f'about {whole}, without saving and evaluations'
+  )
 
 
 def _show_exchanges(exchanges):

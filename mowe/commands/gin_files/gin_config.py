@@ -106,6 +106,12 @@ def has_macro(name: str) -> bool:
   return name in _known_macros()
 
 
+def required_macros() -> list[str]:
+  """The macros that must still be given a value."""
+  given = _given_macros(gin.config_str(max_line_length=10_000))
+  return [name for name, value in given.items() if value == _REQUIRED]
+
+
 def made(name: str) -> Any:
   """The value of a macro, with every reference in it (`@name()`) called."""
   # Gin calls a reference when it is deep-copied.
@@ -227,6 +233,11 @@ def _known_macros() -> set[str]:
   )
 
 
+def _given_macros(text: str) -> dict[str, str]:
+  """The values of all macros, as gin writes them."""
+  return dict(re.findall(r'^([A-Z][A-Z0-9_]*) = (.*)$', text, re.MULTILINE))
+
+
 def _read_macros(text: str) -> list[str]:
   """Names of macros that values refer to; what stands in quotes is a text."""
   without = re.sub(r"""'[^'\n]*'|"[^"\n]*\"""", "''", text)
@@ -239,9 +250,8 @@ def _check_all_given():
   Gin itself would pass on a placeholder, or fail deep inside a call.
   """
   text = gin.config_str(max_line_length=10_000)
-  given = dict(re.findall(r'^([A-Z][A-Z0-9_]*) = (.*)$', text, re.MULTILINE))
-  required = [name for name, value in given.items() if value == _REQUIRED]
-  if required:
+  given = _given_macros(text)
+  if required := required_macros():
     raise GinError(
       f'These macros must be given, but are not: {", ".join(required)}. Add '
       f'each to the command, as --gin.{required[0]}=VALUE.'

@@ -1,6 +1,6 @@
 """Tests what a dry run tells before a run, and that it holds.
 
-Also tests `compiled_step`.
+Also tests `compiled_step` and `step_time`.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import pytest
 import small_runs
 
 from mowe.commands import train
-from mowe.commands.ahead import compiled_step, dry_run
+from mowe.commands.ahead import compiled_step, dry_run, step_time
 from mowe.stores import expert_stores
 from mowe.training import partitioning
 from mowe.training.compiling import compile_ahead, program_facts
@@ -28,6 +28,27 @@ def test_a_dry_run_writes_nothing(world, tmp_path, capsys):
     r'^Memory +[\d.]+ MiB of [\d.]+ GiB on each device: ', shown, re.MULTILINE
   )
   assert 'Exchanges' not in shown and 'Roofline' not in shown
+
+
+def test_a_dry_run_measures_steps(world, tmp_path, capsys, monkeypatch):
+  store = expert_stores.DiskStore(num_slots=small_runs.NUM_EXPERTS)
+  training = world.training(tmp_path / 'run', 300, store=store)
+  monkeypatch.setattr(step_time, '_MOST_STEPS', 3)
+  dry_run.dry_run(training, is_measured=True)
+  assert not (tmp_path / 'run').exists()
+  shown = capsys.readouterr().out
+  assert re.search(
+    r'^Time +a step takes [\d.e-]+ s \(median of 3\), the first one .* all 300 '
+    r'take about ',
+    shown,
+    re.MULTILINE,
+  )
+
+
+def test_steps_and_seconds_are_those_of_a_run():
+  taken = step_time.StepTime(30.0, 0.5, 10)
+  assert taken.of_steps(1) == 30.0 and taken.of_steps(61) == 60.0
+  assert taken.steps_in(60.0) == 120 and taken.steps_in(0.1) == 1
 
 
 def _compiled(training):

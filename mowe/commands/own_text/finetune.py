@@ -1,0 +1,142 @@
+"""`mowe finetune`: from a model and questions to a model that is scored."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mowe.commands import cache_task, data_config, evaluate
+from mowe.commands.own_text import own_run, question_split, run_budget
+from mowe.data.caches import token_cache
+from mowe.data.text import bad_records
+from mowe.evaluation import task_evaluation
+from mowe.model_folders import model_folder
+from mowe.training import checkpointing
+from mowe.words import atomic_files, base_vocabulary, json_files
+
+_RECIPE = 'gin_configs/examples/text_finetune_saved.gin'
+_FINISHED = 'finished.json'
+_METRIC = 'validation/em'
+# Lengths are multiples of this, so that few of them make programs of their own.
+_GRANULE = 8
+# Texts that are longer are cut.
+_MOST_TOKENS = {'inputs': 512, 'targets': 128}
+
+
+def finetune(
+  model: str,
+  questions: question_split.QuestionFiles,
+  output: str | None = None,
+  *,
+  budget: run_budget.Budget | None = None,
+  gin_files: Sequence[str] = (),
+  bindings: Sequence[str] = (),
+  search_paths: Sequence[str] = (),
+  skip_bad_records: bool = False,
+) -> task_evaluation.EvaluationResult:
+  """Finetunes a model on questions, chooses its best checkpoint, and scores it.
+
+  The questions for choosing are answered several times during training. It ends
+  early when they are no longer answered better, and the latest checkpoint of
+  the output is the one that answered the most. The reported questions are
+  answered by this one alone. A command that was stopped goes on.
+
+  Args:
+    model: a model folder, or a checkpoint in it.
+    questions: the files of questions.
+    output: the model folder of the finetuned model; None puts `_finetuned`
+      behind the name of the model's folder. Its folder `data` holds what is
+      made of the questions, and its folder `reported` the answers and scores.
+    budget: how long to train at most; None takes the steps of the recipe.
+    gin_files: gin files that are read after the recipe.
+    bindings: gin bindings that are read last.
+    search_paths: folders in which gin files are looked up first.
+    skip_bad_records: whether records that cannot be read are left out.
+
+  Returns:
+    The scores on the reported questions.
+
+  Raises:
+    ValueError: a file cannot be read, a part of the questions is empty, or
+      `output` holds another model.
+  """
+  source, _ = model_folder.split_checkpoint_path(model)
+  vocabulary = model_folder.saved_vocabulary(model)
+  model_folder.check_has_checkpoint(model)
+  folder = pathlib.Path(output or f'{source}_finetuned').expanduser()
+  data = folder / 'data'
+  bad = bad_records.BadRecords(skip_bad_records)
+  paths = question_split.split(questions, data, bad)
+  bad.say()
+  caches = {
+    name: _cache(data / 'cache' / name, path, vocabulary)
+    for name, path in paths.items()
+  }
+  lengths = _lengths(caches.values())
+  if (data / _FINISHED).exists():
+    print(f'{folder} is finetuned. To do it anew, give another --output.')
+  else:
+    macros = {
+      'INITIAL_CHECKPOINT_PATH': model,
+      'CACHE_DIR': str(data / 'cache'),
+      'MIXTURE_OR_TASK_NAME': question_split.TRAINING,
+      'EVAL_TASK_NAME': question_split.CHOOSING,
+      'TASK_FEATURE_LENGTHS': lengths,
+      'MODEL_DIR': str(folder),
+    }
+    own_run.run(
+      [_RECIPE, *gin_files],
+      [*(f'{name} = {value!r}' for name, value in macros.items()), *bindings],
+      search_paths,
+      budget,
+      data,
+    )
+    _keep_best(folder, data / _FINISHED)
+  finished = json_files.read_object(
+    data / _FINISHED, 'Remove it, and finetune again.'
+  )
+  print(
+    f'Step {finished["step"]} answered the most of the '
+    f'{caches[question_split.CHOOSING].num_examples:,} questions for choosing: '
+    f'EM {finished["em"]:.1f}.'
+  )
+  result = evaluate.evaluate(
+    checkpoint_path=str(folder),
+    output_dir=str(folder / 'reported'),
+    data=data_config.DataConfig(
+      question_split.REPORTED, lengths, batch_size=32, cache_dir=data / 'cache'
+    ),
+  )
+  print(f'To ask it: mowe ask {folder}')
+  return result
+
+
+def _cache(
+  path: pathlib.Path,
+  file: str,
+  vocabulary: base_vocabulary.Vocabulary,
+) -> token_cache.TokenCache:
+  """Builds the token cache of a part, or finds that it is built."""
+  building = cache_task.Building(path, vocabulary, overwrite=True)
+  return cache_task.QuestionFiles(files=[file]).build(building)
+
+
+def _lengths(caches) -> dict[str, int]:
+  """The lengths into which all examples fit, unless they are very long."""
+  caches = list(caches)
+  longest = lambda name: max(int(np.max(one.lengths(name))) for one in caches)
+  return {
+    name: min(most, -(-longest(name) // _GRANULE) * _GRANULE)
+    for name, most in _MOST_TOKENS.items()
+  }
+
+
+def _keep_best(folder: pathlib.Path, file: pathlib.Path) -> None:
+  """Makes the best checkpoint the latest one, and writes down that it is."""
+  with checkpointing.Checkpoints(folder, best_metric=_METRIC) as checkpoints:
+    best = checkpoints.best_step()
+    em = checkpoints.metrics(best)[_METRIC]
+    checkpoints.go_back(best)
+  content = json.dumps({'step': best, 'em': em}) + '\n'
+  atomic_files.write_atomically(file, content.encode())

@@ -1,0 +1,100 @@
+"""Tests the way from files of text and questions to a model that is scored.
+
+Also tests `own_run`, `pretrain`, `shown_commands`, and `text_verbs`.
+"""
+
+import json
+
+import pytest
+import small_runs
+
+from mowe.cli import main
+from mowe.commands.own_text import shown_commands
+from mowe.model_folders import model_folder
+from mowe.training import checkpointing
+
+_SMALL = (
+  '--gin.t5_config.T5Config.emb_dim=12',
+  '--gin.t5_config.T5Config.mlp_dim=14',
+  '--gin.t5_config.T5Config.num_encoder_layers=2',
+  '--gin.t5_config.T5Config.num_decoder_layers=2',
+  '--gin.EXPERT_DIM=4',
+)
+
+
+def _run(*arguments):
+  return main.main([str(argument) for argument in arguments])
+
+
+def _pretrain(world, output, *more):
+  return _run(
+    'pretrain', world.folder / 'text.jsonl', '--output', output,
+    '--questions', world.folder / 'questions.jsonl', '--vocabulary_size', 40,
+    '--num_experts', small_runs.NUM_EXPERTS, *_SMALL, '--gin.BATCH_SIZE=8',
+    *more,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_from_text_and_questions_to_scores(world, tmp_path, capsys):
+  output = tmp_path / 'mine'
+  lengths = f'--gin.TASK_FEATURE_LENGTHS={small_runs.LENGTHS}'
+  arguments = lengths, '--epochs', 0.5
+  assert _pretrain(world, output, *arguments) == 0
+  shown = capsys.readouterr().out
+  for verb in ('train-vocabulary', 'build-routing-vocabulary', 'cache-task'):
+    assert f'$ mowe {verb} {output}' in shown
+  # Half of 30 texts are 15 rows, which are two batches of 8.
+  assert '--gin.TRAIN_STEPS=2' in shown and '--gin.WARMUP_STEPS=0' in shown
+  assert f'mowe finetune {output} questions.jsonl' in shown
+  loaded = model_folder.load(str(output))
+  assert (loaded.step, loaded.vocabulary.size) == (2, 140)
+  assert loaded.model.config.routing.num_experts == small_runs.NUM_EXPERTS
+  # The same command finds all of it.
+  assert _pretrain(world, output, *arguments) == 0
+  assert '$ mowe train-vocabulary' not in capsys.readouterr().out
+  assert _pretrain(world, output, '--num_experts', 8) == 1
+  said = capsys.readouterr().err
+  assert 'has 16 and 8 are asked for. Restore --num_experts' in said
+
+  questions = world.folder / 'questions.jsonl'
+  arguments = (
+    'finetune', output, questions, '--reported', questions, '--steps', 6,
+    '--choosing', questions, '--gin.EVAL_PERIOD=1', '--gin.PATIENCE=2',
+    '--gin.BATCH_SIZE=8',
+  )  # fmt: skip
+  assert _run(*arguments) == 0
+  shown = capsys.readouterr().out
+  number = len(questions.read_text().splitlines())
+  assert f'Questions: {number} for training, {number} for choosing' in shown
+  assert f'({number} questions, step' in shown
+  finetuned = tmp_path / 'mine_finetuned'
+  finished = json.loads((finetuned / 'data' / 'finished.json').read_text())
+  with checkpointing.Checkpoints(finetuned) as checkpoints:
+    assert checkpoints.latest_step() == finished['step']
+    em = checkpoints.metrics()['validation/em']
+  scores = json.loads((finetuned / 'reported' / 'results.json').read_text())
+  assert scores['em'] == pytest.approx(em) and finished['em'] == em
+  lengths = model_folder.trained_lengths(str(finetuned))
+  assert lengths['inputs'] % 8 == lengths['targets'] % 8 == 0
+  assert _run(*arguments) == 0
+  shown = capsys.readouterr().out
+  assert 'is finetuned. To do it anew' in shown and 'mowe train' not in shown
+
+
+def test_what_is_missing_is_said_at_once(world, tmp_path, capsys):
+  assert _run('finetune', tmp_path / 'none', 'questions.jsonl') == 1
+  assert 'must have a model.json' in capsys.readouterr().err
+  assert _pretrain(world, tmp_path / 'mine', '--model', 'mowe_tny') == 1
+  assert (
+    'Did you mean gin_configs/models/mowe_tiny.gin' in capsys.readouterr().err
+  )
+  with pytest.raises(SystemExit):
+    _pretrain(world, tmp_path / 'mine', '--steps', 3, '--minutes', 2)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_shown_command_can_be_typed(capsys):
+  shown_commands.say('explain', 'a b.npz', "it's", vocabulary=('x', '$y'))
+  shown = capsys.readouterr().out
+  assert shown == "$ mowe explain 'a b.npz' \"it's\" --vocabulary x '$y'\n"
