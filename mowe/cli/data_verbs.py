@@ -248,6 +248,7 @@ def _source(options):
 def _cache_task(options, bindings):
   del bindings
   from mowe.commands import cache_task, show_progress
+  from mowe.words import subword_vocabularies
 
   source = _source(options)
   with show_progress.counting('records') as progress:
@@ -261,12 +262,10 @@ def _cache_task(options, bindings):
       progress=progress,
       skip_bad_records=options.on_bad_record == 'skip',
     )
-  tokens = ', '.join(
-    f'{int(cache.lengths(name).sum()):,} tokens of {name}'
-    for name in cache.features
-    if name != 'spans'
+  vocabulary = subword_vocabularies.load_subwords(
+    options.vocabulary, options.extra_ids
   )
-  print(f'{cache.path}: {cache.num_examples:,} examples, {tokens}.')
+  print(cache_task.describe(cache, vocabulary))
 
 
 def _add_train_vocabulary(verbs):

@@ -6,7 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from mowe.data.caches import cache_builders, lm_cache, token_cache
+from mowe.data.caches import (
+  cache_builders,
+  lm_cache,
+  token_cache,
+  unknown_tokens,
+)
 from mowe.data.text import (
   bad_records,
   claims,
@@ -326,6 +331,25 @@ def cache_task(
   )
   bad.say()
   return cache
+
+
+def describe(
+  cache: token_cache.TokenCache, vocabulary: base_vocabulary.Vocabulary
+) -> str:
+  """Says in a line what a cache holds, and what its vocabulary cannot write."""
+  tokens = ', '.join(
+    f'{int(cache.lengths(name).sum()):,} tokens of {name}'
+    for name in cache.features
+    if name != 'spans'
+  )
+  said = (
+    f'{cache.path}: {cache.num_examples:,} examples, {tokens}; '
+    f'{unknown_tokens.share(cache):.2%} of the tokens are unknown to the '
+    'vocabulary'
+  )
+  if number := unknown_tokens.num_unwritable(cache, vocabulary):
+    said += f', which cannot write the answers to {number:,} of the questions'
+  return f'{said}.'
 
 
 def _num_bytes(sources) -> int:

@@ -15,6 +15,7 @@ from mowe.data.caches import token_cache
 from mowe.evaluation import inference
 from mowe.models import model_config
 from mowe.models.families import families
+from mowe.words import base_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,15 @@ class TextScore:
     num_tokens: number of predicted tokens, EOS included.
     num_words: number of words of the text, or 0 if it is unknown.
     num_bytes: number of bytes of the text, or 0 if it is unknown.
+    num_unknown: how many of the tokens are `<unk>`. They count like all others,
+      though they are easily predicted.
   """
 
   nats: float
   num_tokens: int
   num_words: int = 0
   num_bytes: int = 0
+  num_unknown: int = 0
 
   def metrics(self) -> dict[str, float]:
     """The metrics by name.
@@ -115,11 +119,14 @@ def score_text(
     )
     memory = {}
   module = model if config is model.config else families.build(config)
-  nats, num_tokens = 0.0, 0
+  nats, num_tokens, num_unknown = 0.0, 0, 0
   for batch in batches:
     of_batch, memory = _score_batch(module, params, memory, batch)
     nats += float(of_batch)
-    num_tokens += int(batch['decoder_loss_weights'].sum())
+    counted = batch['decoder_loss_weights'] > 0
+    is_unknown = batch['decoder_target_tokens'] == base_vocabulary.UNK_ID
+    num_tokens += int(counted.sum())
+    num_unknown += int((counted & is_unknown).sum())
     if progress is not None:
       progress(num_tokens)
   return TextScore(
@@ -127,6 +134,7 @@ def score_text(
     num_tokens,
     cache.totals.get('words', 0),
     cache.totals.get('bytes', 0),
+    num_unknown,
   )
 
 
@@ -181,7 +189,10 @@ def describe(score: TextScore) -> str:
     for name in ('perplexity', 'word_perplexity', 'bits_per_byte')
     if name in values
   )
-  return f'{shown}  ({score.num_tokens:,} tokens)'
+  counted = f'{score.num_tokens:,} tokens'
+  if score.num_unknown:
+    counted += f', {score.num_unknown / score.num_tokens:.2%} unknown'
+  return f'{shown}  ({counted})'
 
 
 def as_json(score: TextScore) -> dict[str, Any]:

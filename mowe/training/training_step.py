@@ -28,6 +28,7 @@ from mowe.training.optimization import (
   table_updates,
 )
 from mowe.training.train_metrics import Mean
+from mowe.words import base_vocabulary
 from mowe.words.plans import batch_plans, sharded_plan, step_plans
 
 Metrics = dict[str, Mean]
@@ -270,11 +271,25 @@ def summed_loss(
     'loss': summed(entropy),
     'z_loss': summed(z_loss),
     'accuracy': summed(right),
+    'unknown': _unknown_share(inputs.batch),
   }
   metrics |= routing_metrics(model, inputs.batch)
   total = jnp.sum((entropy + z_loss) * weights)
   memory = variables.get(model_config.MEMORY, {})
   return PassResults(total, metrics, stats, memory)
+
+
+def _unknown_share(batch: Batch) -> Mean:
+  """The share of `<unk>` among the tokens that are not padding."""
+  streams = [
+    batch[name]
+    for name in ('encoder_input_tokens', 'decoder_target_tokens')
+    if name in batch
+  ]
+  count = lambda where: sum(jnp.sum(where(ids)) for ids in streams)
+  unknown = count(lambda ids: ids == base_vocabulary.UNK_ID)
+  real = count(lambda ids: ids != base_vocabulary.PAD_ID)
+  return Mean(unknown.astype(jnp.float32), real.astype(jnp.float32))
 
 
 def routing_metrics(model: nn.Module, batch: Batch) -> Metrics:

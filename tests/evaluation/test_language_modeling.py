@@ -65,6 +65,9 @@ def test_numbers_by_hand(tmp_path):
   assert values['word_perplexity'] == pytest.approx(math.exp(score.nats / 7))
   assert values['bits_per_byte'] == pytest.approx(nats / math.log(2) / 11)
   assert language_modeling.describe(score).endswith('(11 tokens)')
+  some = dataclasses.replace(score, num_unknown=2)
+  said = language_modeling.describe(some)
+  assert said.endswith('(11 tokens, 18.18% unknown)')
 
 
 def test_windows_that_do_not_overlap_lose_what_was_before(tmp_path):

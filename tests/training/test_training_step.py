@@ -262,9 +262,19 @@ def test_a_dense_model_needs_no_plan():
     )
   )
   batch = tiny_training.make_batch(0)
+  for number, name in enumerate(
+    ('encoder_input_tokens', 'decoder_target_tokens')
+  ):
+    batch[name][number, 0] = 2  # <unk>
   new, metrics = step(state, {}, batch, None)
   assert new.tables == {}
-  assert set(metrics) == {'loss', 'z_loss', 'accuracy', 'gradient_norm'}
+  assert set(metrics) == {
+    *('loss', 'z_loss', 'accuracy', 'unknown', 'gradient_norm')
+  }
+  streams = [batch['encoder_input_tokens'], batch['decoder_target_tokens']]
+  ids = np.concatenate([np.ravel(tokens) for tokens in streams])
+  assert metrics['unknown'].total == (ids == 2).sum() > 0
+  assert metrics['unknown'].count == (ids > 0).sum()
 
 
 def test_a_batch_of_padding_changes_no_table_and_gives_numbers():

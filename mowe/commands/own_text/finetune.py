@@ -119,7 +119,9 @@ def _cache(
 ) -> token_cache.TokenCache:
   """Builds the token cache of a part, or finds that it is built."""
   building = cache_task.Building(path, vocabulary, overwrite=True)
-  return cache_task.QuestionFiles(files=[file]).build(building)
+  cache = cache_task.QuestionFiles(files=[file]).build(building)
+  print(cache_task.describe(cache, vocabulary))
+  return cache
 
 
 def _lengths(caches) -> dict[str, int]:

@@ -14,7 +14,7 @@ from mowe.commands import (
 )
 from mowe.commands.gin_files import gin_config
 from mowe.commands.own_text import own_run, run_budget, shown_commands
-from mowe.words import routing_vocabulary
+from mowe.words import routing_vocabulary, subword_vocabularies
 
 _CACHE = 'text'
 _MOST_PIECES = 8_000
@@ -177,7 +177,7 @@ def _cache(files, subwords, kind, data, field, skip_bad_records) -> None:
     'cache-task', path, *files, kind=kind, vocabulary=subwords, **options
   )
   with show_progress.counting('records') as progress:
-    cache_task.cache_task(
+    cache = cache_task.cache_task(
       path,
       subwords,
       cache_task.FILES_OF_KIND[kind](files=files, field=field),
@@ -186,3 +186,5 @@ def _cache(files, subwords, kind, data, field, skip_bad_records) -> None:
       progress=progress,
       skip_bad_records=skip_bad_records,
     )
+  vocabulary = subword_vocabularies.load_subwords(subwords)
+  print(cache_task.describe(cache, vocabulary))
