@@ -75,7 +75,7 @@ setuptools.setup(
     'mowe.gin_configs': 'gin_configs',
   },
   # py.typed: the annotations are for type checkers of other projects, too.
-  package_data={'': ['*.gin', '*.txtpb'], 'mowe': ['py.typed']},
+  package_data={'': ['*.gin', '*.html', '*.txtpb'], 'mowe': ['py.typed']},
   # Each range is that of the versions that were tested: the lowest ones together
   # (requirements/lowest.txt), and the newest ones.
   install_requires=[

@@ -19,6 +19,7 @@ def add_to(verbs) -> None:
   _add_evaluate(verbs)
   _add_infer(verbs)
   _add_ask(verbs)
+  _add_serve(verbs)
   _add_convert(verbs)
   _add_inspect(verbs)
 
@@ -223,6 +224,50 @@ def _add_ask(verbs):
   parser.add_argument(
     'questions', nargs='*', help='if there are none, they are read at a prompt'
   )
+  _add_answering(parser)
+  parser.add_argument(
+    '--explain', action='store_true', help='show the expert of each word'
+  )
+  parser.set_defaults(run=_ask)
+
+
+def _ask(options, bindings):
+  del bindings
+  from mowe.commands import ask
+
+  ask.converse(_answerer(options), options.questions, options.explain)
+
+
+def _add_serve(verbs):
+  parser = verbs.add_parser(
+    'serve',
+    help='answer questions at a page of this machine, and as JSON',
+    description='Opens a page on this machine where a model is asked questions '
+    'and shows the experts of their words. Programs POST {"questions": [...]} '
+    'to /ask. Nobody else can reach it.',
+  )
+  parser.add_argument('model', help='a model folder, or a checkpoint in it')
+  parser.add_argument(
+    '--port',
+    type=int,
+    default=8000,
+    help='where to listen on 127.0.0.1; 0 takes a free one (default: 8000)',
+  )
+  _add_answering(parser)
+  parser.set_defaults(run=_serve)
+
+
+def _serve(options, bindings):
+  del bindings
+  from mowe.commands.serving import server
+  from mowe.words import terminations
+
+  with terminations.cleaning_up():
+    server.serve(_answerer(options), options.model, options.port)
+
+
+def _add_answering(parser):
+  """Adds the options that say how questions are answered."""
   parser.add_argument(
     '--prompt',
     default='question: {question}',
@@ -242,19 +287,14 @@ def _add_ask(verbs):
     help='most tokens of an answer (default: 32)',
   )
   parser.add_argument(
-    '--explain', action='store_true', help='show the expert of each word'
-  )
-  parser.add_argument(
     '--experts_on',
     choices=('device', 'host', 'disk'),
     help='where word experts are kept; default: device, or disk if they exceed '
     '4 GiB',
   )
-  parser.set_defaults(run=_ask)
 
 
-def _ask(options, bindings):
-  del bindings
+def _answerer(options):
   from mowe.commands import ask
   from mowe.stores import expert_stores
 
@@ -264,14 +304,13 @@ def _ask(options, bindings):
     'disk': expert_stores.DiskStore(),
     None: None,
   }
-  answer = ask.Answerer(
+  return ask.Answerer(
     options.model,
     prompt=options.prompt,
     num_beams=options.num_beams,
     max_length=options.max_length,
     store=stores[options.experts_on],
   )
-  ask.converse(answer, options.questions, options.explain)
 
 
 def _add_convert(verbs):

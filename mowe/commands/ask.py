@@ -57,8 +57,15 @@ class Answerer:
     generated = self._generate([[*tokens, vocabulary.eos_id]])
     return vocabulary.decode(generated.tokens[0])
 
-  def explain(self, question: str) -> str | None:
-    """Returns a table of the words of a question and their experts.
+  @property
+  def step(self) -> int:
+    """The step of the checkpoint that answers."""
+    return self._loaded.step
+
+  def explain(
+    self, question: str
+  ) -> list[routing_vocabulary.ExplainedPiece] | None:
+    """Returns the pieces of a question with their experts, prompt included.
 
     It is None for a model without word experts.
     """
@@ -66,9 +73,7 @@ class Answerer:
     if routing is None:
       return None
     inputs = self._prompt.format(question=question)
-    return routing_vocabulary.format_explanation(
-      routing.explain(inputs, self._loaded.vocabulary)
-    )
+    return routing.explain(inputs, self._loaded.vocabulary)
 
 
 def ask(
@@ -110,9 +115,9 @@ def converse(
     if questions:
       print(question)
     print(f'  {answer(question)}')
-    explanation = answer.explain(question) if explain else None
-    if explanation is not None:
-      print(explanation)
+    rows = answer.explain(question) if explain else None
+    if rows is not None:
+      print(routing_vocabulary.format_explanation(rows))
 
 
 def _check_prompt(prompt: str) -> None:
