@@ -108,6 +108,7 @@ setuptools.setup(
     'gpu': ['jax[cuda12]'],
     'tasks': _TASKS,
     'tpu': ['jax[tpu]'],
+    'wandb': ['wandb>=0.31,<1'],
     # A test builds the documentation.
     'test': [
       *_DOCS,

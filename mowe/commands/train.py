@@ -115,7 +115,7 @@ class Training:
     log_period: number of steps between two lines of metrics.
     spikes: what is done when the loss of a batch rises suddenly.
     seed: the seed of fresh parameters and of dropout.
-    tensorboard: whether TensorBoard events are written as well.
+    boards: where metrics are shown besides the files of the run.
   """
 
   model: model_config.ModelConfig
@@ -137,7 +137,7 @@ class Training:
   log_period: int = 100
   spikes: loss_spikes.SpikeConfig = loss_spikes.SpikeConfig()
   seed: int = 0
-  tensorboard: bool = True
+  boards: Sequence[train_metrics.Board] = (train_metrics.TensorBoard(),)
 
   def __post_init__(self):
     object.__setattr__(self, 'model_dir', os.path.expanduser(self.model_dir))
@@ -167,6 +167,8 @@ class Training:
   def check(self, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the parts do not fit together on a mesh."""
     atomic_files.check_local(self.model_dir)
+    for board in self.boards:
+      board.check()
     model, vocabulary = self.model, self.vocabulary
     if model.vocab_size < vocabulary.size:
       raise ValueError(
@@ -381,7 +383,7 @@ def _run(
     closing.callback(experts.close)
     closing.callback(checkpoints.wait)
     first_step = int(state.step)
-    writers = _open_writers(folder, first_step, training.tensorboard, closing)
+    writers = _open_writers(folder, first_step, training.boards, closing)
     # The text is written only now, because a resume that is refused must leave
     # the folder as it was.
     if jax.process_index() == 0:
@@ -654,7 +656,7 @@ def _with_layers(module, **changes):
   return families.build(module.config.with_layer_changes(**changes))
 
 
-def _open_writers(folder, first_step, tensorboard, closing):
+def _open_writers(folder, first_step, boards, closing):
   """Opens the files of metrics of training, evaluation and speed on process 0."""
   writers = {'train': [], 'eval': [], 'speed': []}
   if jax.process_index() != 0:
@@ -662,10 +664,10 @@ def _open_writers(folder, first_step, tensorboard, closing):
   for name, opened in writers.items():
     path = folder / f'{name}_metrics.jsonl'
     opened.append(train_metrics.JsonLinesWriter(path, first_step))
-  if tensorboard:
-    board = train_metrics.TensorBoardWriter(folder / 'tensorboard', first_step)
+  for board in boards:
+    one = board.open(folder, first_step)
     for opened in writers.values():
-      opened.append(board)
+      opened.append(one)
   for writer in {id(w): w for ws in writers.values() for w in ws}.values():
     closing.callback(writer.close)
   return writers

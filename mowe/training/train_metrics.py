@@ -1,13 +1,16 @@
-"""Metrics as sums and counts, and the two files they are written to.
+"""Metrics as sums and counts, and where they are written.
 
 A metric stays a sum and a count until it is written, so that microbatches,
 devices and steps combine exactly, whatever their sizes.
 """
 
+import dataclasses
+import importlib.util
 import json
 import math
 import os
 import pathlib
+import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mowe.words import atomic_files
+from mowe.words import atomic_files, json_files
 
 # A metric as it is written: a number, or an array of one number per expert.
 Value = float | np.ndarray
@@ -77,7 +80,7 @@ def compute(metrics: Mapping[str, Mean]) -> dict[str, Value]:
 
 
 class Writer(Protocol):
-  """Writes the metrics of steps to a file."""
+  """Writes the metrics of steps somewhere."""
 
   def write(self, step: int, values: Mapping[str, Value]) -> None:
     """Writes the values of a step."""
@@ -87,6 +90,16 @@ class Writer(Protocol):
 
   def close(self) -> None:
     """Flushes and closes the file."""
+
+
+class Board(Protocol):
+  """Where people look at metrics besides the files of a run."""
+
+  def check(self) -> None:
+    """Raises ModuleNotFoundError if what it needs is not installed."""
+
+  def open(self, folder: pathlib.Path, resume_step: int) -> Writer:
+    """Opens it for the run in a folder, which continues from a step."""
 
 
 class JsonLinesWriter:
@@ -169,6 +182,132 @@ class TensorBoardWriter:
   def close(self) -> None:
     """Flushes and closes the file."""
     self._writer.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorBoard:
+  """TensorBoard, which reads the folder `tensorboard` of a run."""
+
+  def check(self) -> None:
+    """See `Board.check`; mowe installs what it needs."""
+
+  def open(self, folder: pathlib.Path, resume_step: int) -> Writer:
+    """See `Board.open`."""
+    return TensorBoardWriter(folder / 'tensorboard', resume_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsAndBiases:
+  """The site or server of Weights & Biases, if it has a project.
+
+  Its own environment variables hold here: WANDB_MODE=offline writes to the
+  folder `wandb` of the run, for `wandb sync`. Keys are its own business: nobody
+  here reads one.
+
+  Attributes:
+    project: the name of the project; None writes nothing.
+    name: the name of the run there; None takes that of its folder.
+  """
+
+  project: str | None = None
+  name: str | None = None
+
+  def check(self) -> None:
+    """See `Board.check`."""
+    if self.project is None or importlib.util.find_spec('wandb'):
+      return
+    raise ModuleNotFoundError(
+      'Metrics go to Weights & Biases by the package wandb, but it is not '
+      "installed. Install it with `pip install 'mowe[wandb]'`, or leave "
+      'WANDB_PROJECT out.'
+    )
+
+  def open(self, folder: pathlib.Path, resume_step: int) -> Writer:
+    """See `Board.open`."""
+    del resume_step  # Its points have the steps that they are given.
+    if self.project is None:
+      return NoWriter()
+    return WeightsAndBiasesWriter(
+      self.project, self.name or folder.name, folder
+    )
+
+
+class NoWriter:
+  """Writes nothing."""
+
+  def write(self, step: int, values: Mapping[str, Value]) -> None:
+    """See `Writer.write`."""
+
+  def flush(self) -> None:
+    """See `Writer.flush`."""
+
+  def close(self) -> None:
+    """See `Writer.close`."""
+
+
+class WeightsAndBiasesWriter:
+  """Writes scalars, and arrays as histograms, to a run of Weights & Biases.
+
+  A run that continues in its folder continues there, too.
+
+  Args:
+    project: the name of the project.
+    name: the name of the run.
+    folder: the folder of the run. Its file wandb.json names the run there.
+
+  Raises:
+    ValueError: Weights & Biases does not begin the run.
+  """
+
+  def __init__(self, project: str, name: str, folder: pathlib.Path):
+    # Imported here, as only this class needs it and importing takes a while.
+    import wandb
+
+    self._histogram = wandb.Histogram
+    try:
+      self._run = wandb.init(
+        project=project,
+        name=name,
+        id=_id_of_run(folder / 'wandb.json'),
+        resume='allow',
+        dir=str(folder),
+      )
+    # It has errors of many kinds for a key or a network that is not there.
+    except Exception as error:
+      raise ValueError(
+        f'Weights & Biases must begin a run, but led to: {error}. Log in with '
+        '`wandb login`, set WANDB_MODE=offline, or leave WANDB_PROJECT out.'
+      ) from error
+    # Metrics of several kinds come at different times, and a run that goes back
+    # to a checkpoint writes some steps again. Its own steps may do neither.
+    self._run.define_metric('step')
+    self._run.define_metric('*', step_metric='step')
+
+  def write(self, step: int, values: Mapping[str, Value]) -> None:
+    """Writes one point of each curve."""
+    points: dict[str, Any] = {'step': int(step)}
+    for name, value in values.items():
+      if np.ndim(value):
+        points[name] = self._histogram(np.nan_to_num(value))
+      elif math.isfinite(value):
+        points[name] = float(value)
+    self._run.log(points)
+
+  def flush(self) -> None:
+    """Does nothing: points are sent in the background."""
+
+  def close(self) -> None:
+    """Returns when all points are sent or on the disk."""
+    self._run.finish()
+
+
+def _id_of_run(path: pathlib.Path) -> str:
+  """The name of a run for Weights & Biases, which a file keeps."""
+  if path.exists():
+    return json_files.read_object(path, 'Remove it.')['id']
+  made = uuid.uuid4().hex[:12]
+  atomic_files.write_atomically(path, json.dumps({'id': made}).encode())
+  return made
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

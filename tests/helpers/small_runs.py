@@ -107,7 +107,7 @@ class World:
       ),
       'save': train_command.SaveConfig(period=3),
       'log_period': 2,
-      'tensorboard': False,
+      'boards': (),
     }
     return train_command.Training(
       model_dir=str(model_dir), total_steps=total_steps, **(settings | changes)

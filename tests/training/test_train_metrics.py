@@ -1,11 +1,14 @@
 """Tests metrics: exact merging, lines that survive a kill, no TensorFlow."""
 
+import importlib.machinery
+import importlib.util
 import json
 import math
 import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +99,65 @@ def test_tensorboard_without_tensorflow(tmp_path):
   assert path.name.startswith('events.out.tfevents')
   assert b'loss' in path.read_bytes()
   assert b'mean_of_none' not in path.read_bytes()
+
+
+class _StandIn(types.ModuleType):
+  """A module in place of wandb that keeps what it is told."""
+
+  def __init__(self):
+    super().__init__('wandb')
+    self.__spec__ = importlib.machinery.ModuleSpec('wandb', None)
+    self.told = []
+    self.Histogram = lambda values: ('histogram', values.tolist())
+
+  def init(self, **settings):
+    if settings['project'] == 'without a key':
+      raise RuntimeError('api_key not configured')
+    self.told.append(settings)
+    run = types.SimpleNamespace(
+      define_metric=lambda name, step_metric=None: None,
+      log=self.told.append,
+      finish=lambda: self.told.append('finished'),
+    )
+    return run
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+  module = _StandIn()
+  monkeypatch.setitem(sys.modules, 'wandb', module)
+  return module
+
+
+def test_weights_and_biases_continue_a_run(wandb, tmp_path):
+  board = train_metrics.WeightsAndBiases('words')
+  board.check()
+  values = {'loss': 1.5, 'none': math.nan, 'loads': np.array([1.0, math.nan])}
+  for step in (4, 3):
+    writer = board.open(tmp_path, step)
+    writer.write(step, values)
+    writer.close()
+  first, points, finished, again, other, _ = wandb.told
+  assert first == again and first['resume'] == 'allow'
+  assert (first['project'], first['name']) == ('words', tmp_path.name)
+  assert points == {
+    'step': 4, 'loss': 1.5, 'loads': ('histogram', [1.0, 0.0])
+  }  # fmt: skip
+  assert other['step'] == 3 and finished == 'finished'
+
+
+def test_weights_and_biases_without_a_project_write_nothing(tmp_path):
+  board = train_metrics.WeightsAndBiases()
+  board.check()
+  writer = board.open(tmp_path, 0)
+  writer.write(1, {'loss': 1.0})
+  writer.close()
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_weights_and_biases_lack_is_said(wandb, tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match='led to: api_key not .* `wandb login`'):
+    train_metrics.WeightsAndBiases('without a key').open(tmp_path, 0)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ModuleNotFoundError, match=r"pip install 'mowe\[wandb\]'"):
+    train_metrics.WeightsAndBiases('words').check()
