@@ -7,6 +7,7 @@ so that a comparison that was stopped continues where it was.
 
 import dataclasses
 import pathlib
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from mowe.comparison import (
   experiments,
   measurements,
+  model_sizes,
   planned_runs,
   question_files,
   rate_choice,
@@ -58,8 +60,8 @@ def compare(
 
   Args:
     experiment: the experiment whose models are compared.
-    dry_run: prepares the data, sizes the models, prints what would be run, and
-      stops.
+    dry_run: sizes the models, prints what would be run, and stops. Nothing is
+      written: data that are not there yet have a stand-in of the same sizes.
     as_measured: trains no model, and takes the measurements that are there,
       though an earlier version or other settings may have made them. The report
       says how many of them are such.
@@ -74,6 +76,9 @@ def compare(
     KeyboardInterrupt: a signal was received. The same call continues.
   """
   folder = pathlib.Path(experiment.output)
+  if dry_run and not (folder / 'data').exists():
+    _say_sizes(experiment)
+    return None
   with run_process.only_one(folder) as lock:
     prepared = experiment.data.prepare(folder / 'data')
     plan = planned_runs.Plan(experiment, prepared)
@@ -181,18 +186,35 @@ def _choose(experiment, tries) -> rate_choice.Choice:
 def _say(plan: planned_runs.Plan) -> None:
   print('\nModels:')
   for sized in plan.sized:
-    name, cost = sized.model.name, sized.cost
-    note = sized.note and f'; {sized.note}'
-    tries = plan.tries[name]
+    tries = plan.tries[sized.model.name]
     # The runs with other seeds are not known before all tries are done.
     done = sum(map(single_run.is_finished, tries))
-    tried = f' {len(tries)} learning rates,' if len(tries) > 1 else ''
-    print(
-      f'  {name}: {cost.total_parameters:,} parameters, '
-      f'{cost.active_parameters:,} per token{note};{tried} {done} of '
-      f'{plan.num_runs(name)} runs finished',
-      flush=True,
-    )
+    runs = f'{done} of {plan.num_runs(sized.model.name)} runs finished'
+    print(_size_in_words(sized, len(tries), runs), flush=True)
+
+
+def _say_sizes(experiment: experiments.Experiment) -> None:
+  """Prints the models as `_say` does, when none of their data is there."""
+  with tempfile.TemporaryDirectory() as folder:
+    stand_in = experiment.data.stand_in(pathlib.Path(folder))
+    sizes = model_sizes.Sizes(experiment, stand_in)
+    print('\nModels:')
+    for sized in sizes.all:
+      number = sizes.num_runs(sized.model)
+      runs = f'{number} run{"s" if number > 1 else ""} to do'
+      print(_size_in_words(sized, sizes.num_tries(sized.model), runs))
+
+
+def _size_in_words(
+  sized: model_sizes.SizedModel, num_tries: int, runs: str
+) -> str:
+  cost = sized.cost
+  note = sized.note and f'; {sized.note}'
+  tried = f' {num_tries} learning rates,' if num_tries > 1 else ''
+  return (
+    f'  {sized.model.name}: {cost.total_parameters:,} parameters, '
+    f'{cost.active_parameters:,} per token{note};{tried} {runs}'
+  )
 
 
 def _report(experiment, prepared, plan, chosen, notes=()) -> Compared:
@@ -229,7 +251,7 @@ def _report(experiment, prepared, plan, chosen, notes=()) -> Compared:
 
 
 def _result(
-  sized: planned_runs.SizedModel,
+  sized: model_sizes.SizedModel,
   runs: Sequence[planned_runs.Run],
   questions: Sequence[answer_comparison.Question],
   choice: rate_choice.Choice,

@@ -26,7 +26,12 @@ from mowe.data.text import (
   record_fields,
   text_files,
 )
-from mowe.words import atomic_files, subword_vocabularies
+from mowe.words import (
+  atomic_files,
+  subword_vocabularies,
+  vocabulary_builder,
+  word_vocabulary,
+)
 
 # The names of token caches: text for pretraining, questions for finetuning,
 # questions by which rates and checkpoints are chosen, and reported questions.
@@ -141,6 +146,12 @@ class Data(Protocol):
   def prepare(self, folder: pathlib.Path) -> Prepared:
     """Makes, in a folder, what is not there yet."""
 
+  def stand_in(self, folder: pathlib.Path) -> Prepared:
+    """Makes, in a folder, vocabularies of the same sizes that hold nothing.
+
+    Models can be sized with them, and not be trained. It takes no time.
+    """
+
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedWorld:
@@ -185,6 +196,10 @@ class GeneratedWorld:
     return _prepare(
       folder, files, self.vocabulary, self.vocabulary_size, (note,)
     )
+
+  def stand_in(self, folder: pathlib.Path) -> Prepared:
+    """See `Data.stand_in`."""
+    return _stand_in(folder, self.vocabulary, self.vocabulary_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +265,13 @@ class Files:
       folder, files, self.vocabulary, self.vocabulary_size, notes, self.cut
     )
 
+  def stand_in(self, folder: pathlib.Path) -> Prepared:
+    """See `Data.stand_in`; the files must be there."""
+    for name in _SOURCES:
+      if name != 'documents' or self.documents is None:
+        _find(self.folder, name)
+    return _stand_in(folder, self.vocabulary, self.vocabulary_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Caches:
@@ -278,6 +300,10 @@ class Caches:
       has_held_out=(caches / HELD_OUT).is_dir(),
       notes=(f'Token caches of {caches.name}.',),
     )
+
+  def stand_in(self, folder: pathlib.Path) -> Prepared:
+    """See `Data.stand_in`; the caches are there, and words are a stand-in."""
+    return _stand_in(folder, self.vocabulary, 0)
 
 
 def _prepare(
@@ -326,6 +352,46 @@ def _prepare(
     has_held_out=HELD_OUT in files,
     notes=tuple(notes),
   )
+
+
+def _stand_in(
+  folder: pathlib.Path, vocabulary: str | None, size: int
+) -> Prepared:
+  """Vocabularies of invented words; see `Data.stand_in`."""
+  words = [f'word{number}' for number in range(size)]
+  if vocabulary is None:
+    vocabulary = str(folder / 'vocabulary.txt')
+    word_vocabulary.build_word_vocabulary([' '.join(words)], vocabulary, size)
+  # Balanced hash routing counts tokens of the text.
+  text = folder / 'text.jsonl'
+  _write_lines(text, [{'text': 'a few words'}])
+  source = cache_task.TextFiles(files=[str(text)])
+  cache_task.cache_task(folder / 'cache' / CACHES[0], vocabulary, source)
+  return _StandIn(
+    vocabulary=vocabulary,
+    cache_dir=str(folder / 'cache'),
+    documents=(),
+    folder=folder,
+    has_held_out=False,
+  )
+
+
+class _StandIn(Prepared):
+  """Prepared data that hold nothing."""
+
+  def routing_vocabulary(self, words: Words) -> str:
+    """Returns the path of a routing vocabulary with as many experts."""
+    path = self.folder / f'words_{words.num_experts}.npz'
+    if not path.exists():
+      built, _ = vocabulary_builder.build_routing_vocabulary(
+        ['a few words'],
+        subword_vocabularies.load_subwords(self.vocabulary),
+        num_words=9,
+        num_experts=words.num_experts,
+        num_skipped=1,
+      )
+      built.save(path)
+    return str(path)
 
 
 def _split_questions(file: str, folder: pathlib.Path) -> dict[str, str]:

@@ -13,15 +13,14 @@ from typing import Any
 
 from mowe.commands import data_config
 from mowe.commands.gin_files import gin_config
-from mowe.comparison import budgets, experiment_data, experiments
+from mowe.comparison import experiment_data, experiments, model_sizes
 from mowe.data.caches import token_cache
 from mowe.evaluation import task_evaluation
 from mowe.model_folders import model_folder
-from mowe.models import model_config, token_memories
-from mowe.models.families import costs
+from mowe.models import token_memories
 from mowe.models.surgery import silenced
 from mowe.training import checkpointing, manifests
-from mowe.words import base_vocabulary, subword_vocabularies
+from mowe.words import base_vocabulary
 
 Model = experiments.Model
 Experiment = experiments.Experiment
@@ -118,26 +117,6 @@ class Run:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class SizedModel:
-  """A model with the width that was found for it.
-
-  Attributes:
-    model: the model as the experiment has it.
-    bindings: gin bindings of the model, with its width.
-    config: the config of the model with this width.
-    cost: costs of the model.
-    note: which width was chosen, and how far the cost is from the target; '' if
-      nothing was chosen.
-  """
-
-  model: Model
-  bindings: tuple[str, ...]
-  config: model_config.ModelConfig
-  cost: costs.ModelCosts
-  note: str
-
-
 class Plan:
   """The sizes and the runs of an experiment.
 
@@ -146,7 +125,7 @@ class Plan:
     prepared: its data.
 
   Attributes:
-    sized: a SizedModel for each model, in their order.
+    sized: a model_sizes.SizedModel for each model, in their order.
     tries: for each model, by its name, one run with the first seed for each
       try; a single run if no learning rates are tried.
 
@@ -160,15 +139,15 @@ class Plan:
   ):
     self._experiment = experiment
     self._prepared = prepared
-    self._sized: dict[str, SizedModel] = {}
     self._folders: dict[str, str] = {}
-    self._vocabulary = subword_vocabularies.load_subwords(prepared.vocabulary)
+    self._sizes = model_sizes.Sizes(experiment, prepared)
+    self._vocabulary = self._sizes.vocabulary
     self._asked: list[str] | None = None
-    self.sized = [self._size(model, ()) for model in experiment.models]
+    self.sized = self._sizes.all
     self.tries = {
       one.model.name: [
         self._run(one, experiment.seeds[0], number)
-        for number in range(self._num_tries(one.model))
+        for number in range(self._sizes.num_tries(one.model))
       ]
       for one in self.sized
     }
@@ -184,7 +163,7 @@ class Plan:
       number: number of the try whose learning rates the runs have.
     """
     sized = next(one for one in self.sized if one.model.name == name)
-    others = self._seeds_of(sized.model)[1:]
+    others = self._sizes.seeds_of(sized.model)[1:]
     return [
       self.tries[name][number],
       *(self._run(sized, seed, number) for seed in others),
@@ -193,14 +172,10 @@ class Plan:
   def num_runs(self, name: str) -> int:
     """Returns how many runs a model has: its tries, and one per other seed."""
     sized = next(one for one in self.sized if one.model.name == name)
-    return len(self.tries[name]) + len(self._seeds_of(sized.model)) - 1
-
-  def _num_tries(self, model: Model) -> int:
-    tuning = self._experiment.tuning
-    return len(tuning.rates) if tuning and model.folder is None else 1
+    return self._sizes.num_runs(sized.model)
 
   def _rates(
-    self, sized: SizedModel, number: int
+    self, sized: model_sizes.SizedModel, number: int
   ) -> tuple[tuple[str, float], ...]:
     tuning = self._experiment.tuning
     if tuning is None or sized.model.folder is not None:
@@ -210,115 +185,7 @@ class Plan:
       rates += (('ROW_LEARNING_RATE', tuning.row_rates[number]),)
     return rates
 
-  def _size(self, model: Model, asked: tuple[str, ...]) -> SizedModel:
-    if model.name in asked:
-      raise ValueError(
-        'Budgets must lead to a model with a size of its own, but go round: '
-        f'{" -> ".join((*asked, model.name))}. Give one of them no budget.'
-      )
-    if model.name not in self._sized:
-      self._sized[model.name] = self._sized_anew(model, (*asked, model.name))
-    return self._sized[model.name]
-
-  def _sized_anew(self, model, asked) -> SizedModel:
-    if model.folder is not None:
-      config = self._config_of_folder(model)
-      return SizedModel(
-        model, (), config, costs.model_costs(config), 'not made here'
-      )
-    bindings = self._bindings(model)
-    budget = model.budget
-    if budget is None or budget.base == model.name:
-      return self._sized_as(model, bindings, '')
-    others = {other.name: other for other in self._experiment.models}
-    base = self._size(others[budget.base], asked)
-    lengths = self._lengths(model, bindings)
-    with_width = lambda width: (*bindings, f'{model.width} = {width}')
-    found = budgets.solve(
-      lambda width: budget.cost(self._cost(model, with_width(width)), lengths),
-      budget.cost(base.cost, lengths),
-      granule=model.granule,
-      tolerance=budget.tolerance,
-      name=model.name,
-      unit=budget.unit,
-    )
-    return self._sized_as(
-      model,
-      with_width(found.width),
-      f'{model.width.rpartition(".")[2]} = {found.width} for the '
-      f'{budget.unit} of {budget.base} ({found.error:+.2%})',
-    )
-
-  def _sized_as(self, model, bindings, note) -> SizedModel:
-    config = self._config(model, bindings)
-    cost = costs.model_costs(config)
-    return SizedModel(model, bindings, config, cost, note)
-
-  def _bindings(self, model: Model) -> tuple[str, ...]:
-    prepared = self._prepared
-    macros: dict[str, Any] = {
-      'VOCABULARY_PATH': prepared.vocabulary,
-      'VOCAB_SIZE': prepared.vocab_size(),
-      'CACHE_DIR': prepared.cache_dir,
-    }
-    if model.words is not None:
-      macros['ROUTING_VOCABULARY'] = prepared.routing_vocabulary(model.words)
-      # A memory of words has rows in place of experts.
-      gin_config.parse(model.gin_files)
-      if gin_config.has_macro('NUM_EXPERTS'):
-        macros['NUM_EXPERTS'] = model.words.num_experts
-    written = (f'{name} = {value!r}' for name, value in macros.items())
-    return (*written, *model.bindings)
-
-  def _parse(self, model, bindings, stage=0) -> None:
-    """Parses the gin files of a stage as its run will."""
-    stage = model.stages[stage]
-    gin_config.parse(
-      (*model.gin_files, *stage.gin_files),
-      (*bindings, *stage.bindings, "MODEL_DIR = ''"),
-    )
-
-  def _config(self, model, bindings) -> model_config.ModelConfig:
-    self._parse(model, bindings)
-    return gin_config.made('MODEL')
-
-  def _cost(self, model, bindings) -> costs.ModelCosts:
-    return costs.model_costs(self._config(model, bindings))
-
-  def _lengths(self, model, bindings) -> dict[str, int]:
-    self._parse(model, bindings)
-    return gin_config.made('TASK_FEATURE_LENGTHS')
-
-  def _config_of_folder(self, model: Model) -> model_config.ModelConfig:
-    wanted, found = self._vocabulary, None
-    for seed in self._seeds_of(model):
-      for place in (model.folder, model.pretrained_folder):
-        if place is None:
-          continue
-        path = place.format(seed=seed)
-        folder, step = model_folder.split_checkpoint_path(path)
-        config, vocabulary = model_folder.load_config(folder)
-        if vocabulary.sha256 != wanted.sha256:
-          raise ValueError(
-            'Models that are compared must have the same subword vocabulary, '
-            f'but that of {model.name} in {path} has sha256 '
-            f'{vocabulary.sha256} and that of the experiment '
-            f'{wanted.sha256}. Leave the model out, or give the data of the '
-            'experiment its vocabulary.'
-          )
-        with checkpointing.Checkpoints(folder) as checkpoints:
-          checkpoints.finished(step)
-        found = found or config
-    return found
-
-  def _seeds_of(self, model: Model) -> tuple[int, ...]:
-    """Returns the seeds of a model: one for a single folder from elsewhere."""
-    seeds = self._experiment.seeds
-    if model.folder is None or '{seed}' in model.folder:
-      return seeds
-    return seeds[:1]
-
-  def _run(self, sized: SizedModel, seed: int, number: int) -> Run:
+  def _run(self, sized: model_sizes.SizedModel, seed: int, number: int) -> Run:
     model, experiment = sized.model, self._experiment
     rates = self._rates(sized, number)
     name = '_'.join(
@@ -366,7 +233,7 @@ class Plan:
     model, planned, before = sized.model, [], None
     is_elsewhere = model.folder is not None
     reader = self._reader(model)
-    bindings = self._bindings(reader) if is_elsewhere else sized.bindings
+    bindings = self._sizes.bindings(reader) if is_elsewhere else sized.bindings
     tuning = self._experiment.tuning
     for stage in model.stages:
       tried = ()

@@ -1,6 +1,6 @@
 """A comparison of two models is killed, continued, and then extended.
 
-Also tests `run_process` and `single_run`.
+Also tests `model_sizes`, `run_process` and `single_run`.
 """
 
 import json
@@ -23,6 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mowe.comparison import (
   compare,
+  experiment_data,
   experiments,
   measurements,
   planned_runs,
@@ -372,3 +373,21 @@ def test_speed_leaves_out_compilation():
   ]
   assert measurements._steps_per_second(lines) == 5
   assert measurements._steps_per_second(lines[:1]) is None
+
+
+def test_a_dry_run_sizes_the_models_and_makes_no_data(
+  world, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  source = experiment_data.GeneratedWorld(vocabulary_size=300)
+  planned = small_experiments.experiment(
+    world, tmp_path / 'out', data=source, seeds=(0, 1, 2)
+  )
+  assert compare.compare(planned, dry_run=True) is None
+  assert not list(tmp_path.iterdir())
+  shown = capsys.readouterr().out
+  # 300 ids and 100 sentinels need 512 rows of 12 numbers in both embeddings.
+  dense = next(line for line in shown.splitlines() if '  T5: ' in line)
+  assert '3 runs to do' in dense
+  assert 2 * 512 * 12 < int(dense.split()[1].replace(',', '')) < 3 * 512 * 12
+  assert 'MoWE: ' in shown and 'EXPERT_DIM = ' in shown

@@ -7,7 +7,6 @@ Also tests `experiment_data`, `experiments`, `measurements`, `peak_memory`,
 import dataclasses
 import json
 import pathlib
-import shlex
 import shutil
 import types
 
@@ -515,14 +514,6 @@ def test_files_of_claims_and_text_elsewhere(tmp_path):
   data = experiment_data.Files(str(folder), 'bytes')
   found = data.prepare(tmp_path / 'again').documents
   assert found == (str(folder / 'evidence.jsonl'),)
-
-
-def test_commands_are_printed_as_they_can_be_typed(capsys):
-  words = ['mowe', 'train', "--gin.A='b c'", '--gin.B=(1, 2)', """'"$HOME"""]
-  experiment_data.print_command(words)
-  shown = capsys.readouterr().out
-  assert shlex.split(shown) == ['$', *words]
-  assert shown.startswith("""$ mowe train "--gin.A='b c'" '--gin.B=(1, 2)' """)
 
 
 def test_a_table_without_rows_is_not_shown(capsys):

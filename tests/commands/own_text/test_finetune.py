@@ -4,6 +4,7 @@ Also tests `own_run`, `pretrain`, `shown_commands`, and `text_verbs`.
 """
 
 import json
+import shlex
 
 import pytest
 import small_runs
@@ -95,6 +96,12 @@ def test_what_is_missing_is_said_at_once(world, tmp_path, capsys):
 
 
 def test_a_shown_command_can_be_typed(capsys):
-  shown_commands.say('explain', 'a b.npz', "it's", vocabulary=('x', '$y'))
+  words = ['mowe', 'train', "--gin.A='b c'", '--gin.B=(1, 2)', """'"$HOME"""]
+  shown_commands.print_command(words)
   shown = capsys.readouterr().out
-  assert shown == "$ mowe explain 'a b.npz' \"it's\" --vocabulary x '$y'\n"
+  assert shlex.split(shown) == ['$', *words]
+  assert shown.startswith("""$ mowe train "--gin.A='b c'" '--gin.B=(1, 2)' """)
+  shown_commands.say('explain', 'a b.npz', vocabulary=('x', 'y'))
+  assert (
+    capsys.readouterr().out == "$ mowe explain 'a b.npz' --vocabulary x y\n"
+  )
