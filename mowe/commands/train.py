@@ -15,8 +15,8 @@ import numpy as np
 from mowe.commands import data_config, evaluations, periodic_evaluation, summary
 from mowe.data import batch_source, prefetch
 from mowe.data.caches import cache_verification
-from mowe.model_folders import initial_state, model_folder
-from mowe.models import initialization, model_config, token_memories
+from mowe.model_folders import initial_state, model_card, model_folder
+from mowe.models import initialization, model_config, parameters, token_memories
 from mowe.models.families import costs, families, model_description
 from mowe.stores import expert_stores
 from mowe.training import (
@@ -259,6 +259,13 @@ class Prepared(NamedTuple):
     )
     return cls(batches, router, setup)
 
+  def cost(self, training: Training) -> costs.ModelCosts:
+    """Returns the parameters and FLOPs of the model."""
+    state = self.setup.abstract
+    return costs.model_costs(
+      training.model, parameters.merge_tables(state.params, state.tables)
+    )
+
   def show(self, training: Training) -> None:
     """Prints what the run will be."""
     model, setup = training.model, self.setup
@@ -439,6 +446,8 @@ def _run(
       is_enough=lambda: improvement is not None and improvement.is_over,
     )
     checkpoints.wait()
+    if jax.process_index() == 0:
+      model_card.write(folder, prepared.cost(training))
     if improvement is not None and improvement.is_over:
       print(f'{improvement} The best step is {checkpoints.best_step()}.')
     _check_finished(int(state.step), total_steps, folder, stop)

@@ -257,7 +257,7 @@ def test_train_from_a_gin_file_and_again(world, tmp_path, capsys):
   assert f'Traced steps: 1. The trace is in {folder / "profile"}.' in shown
   files = {path.name for path in folder.iterdir()}
   assert files == {
-    'checkpoint_3', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',
+    'README.md', 'checkpoint_3', 'config.gin', 'eval_metrics.jsonl', 'experts.0.rows',
     'history.jsonl', 'model.json', 'profile', 'routing_vocabulary.npz',
     'speed_metrics.jsonl', 'tensorboard', 'train_metrics.jsonl',
     'vocabulary.model',

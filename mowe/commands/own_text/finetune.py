@@ -11,7 +11,8 @@ from mowe.commands.own_text import own_run, question_split, run_budget
 from mowe.data.caches import token_cache
 from mowe.data.text import bad_records
 from mowe.evaluation import task_evaluation
-from mowe.model_folders import model_folder
+from mowe.model_folders import model_card, model_folder
+from mowe.models.families import costs
 from mowe.training import checkpointing
 from mowe.words import atomic_files, base_vocabulary, json_files
 
@@ -108,6 +109,8 @@ def finetune(
       question_split.REPORTED, lengths, batch_size=32, cache_dir=data / 'cache'
     ),
   )
+  config, _ = model_folder.load_config(folder)
+  model_card.write(folder, costs.model_costs(config))
   print(f'To ask it: mowe ask {folder}')
   return result
 
