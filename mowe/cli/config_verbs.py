@@ -1,11 +1,17 @@
 """`mowe config`: what can be asked about gin files."""
 
-from mowe.cli import gin_arguments
+from mowe.cli import gin_arguments, verb_parsers
 
 
 def add_to(verbs) -> None:
   """Adds the verb `config` to the subparsers of `mowe`."""
-  parser = verbs.add_parser('config', help='say what gin files would run')
+  parser = verb_parsers.add(
+    verbs,
+    'config',
+    does='say what gin files would run',
+    description='Answers questions about gin files, without running anything.',
+    example='mowe config check gin_configs/examples/text_pretrain_mowe.gin',
+  )
   actions = parser.add_subparsers(dest='action', required=True)
   check = actions.add_parser(
     'check',

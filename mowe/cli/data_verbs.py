@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import functools
 
+from mowe.cli import verb_parsers
+
 # Each verb imports what it needs only when it runs, so that `mowe --help` is
 # fast.
 
@@ -54,8 +56,15 @@ def add_on_bad_record(parser):
 
 
 def _add_build_routing_vocabulary(verbs):
-  parser = verbs.add_parser(
-    'build-routing-vocabulary', help='count words and give each an expert'
+  parser = verb_parsers.add(
+    verbs,
+    'build-routing-vocabulary',
+    does='count words and give each an expert',
+    description='Counts the words of text files, keeps the most frequent ones, '
+    'and gives each an expert. The most frequent of all get none: they are '
+    'skipped.',
+    example="mowe build-routing-vocabulary words.npz 'corpus/*.jsonl.gz' "
+    '\\\n  --vocabulary vocabulary.model --num_experts 8192',
   )
   parser.add_argument('output', help='the file to write (.npz)')
   parser.add_argument('files', nargs='+', help=TEXT_FILES)
@@ -128,8 +137,14 @@ def _build_routing_vocabulary(options, bindings):
 
 
 def _add_explain(verbs):
-  parser = verbs.add_parser(
-    'explain', help='show the expert of each word of a text'
+  parser = verb_parsers.add(
+    verbs,
+    'explain',
+    does='show the expert of each word of a text',
+    description='Shows how each piece of a text is routed: its word, how often '
+    'that was counted, its expert, and why it has that or none.',
+    example="mowe explain words.npz 'Marie Curie was born in Warsaw.' "
+    '--vocabulary vocabulary.model',
   )
   parser.add_argument('routing_vocabulary', help='an .npz file')
   parser.add_argument('text', help='a text in quotes')
@@ -150,7 +165,17 @@ def _explain(options, bindings):
 
 
 def _add_cache_task(verbs):
-  parser = verbs.add_parser('cache-task', help='write a task as token ids')
+  parser = verb_parsers.add(
+    verbs,
+    'cache-task',
+    does='write a task as token ids',
+    description='Writes text, questions or a seqio task as token ids, which '
+    'training and evaluation read from memory-mapped files. A cache that is '
+    'finished is not built again, and one that was stopped goes on.',
+    example="mowe cache-task cache/corpus 'corpus/*.jsonl.gz' --vocabulary "
+    'vocabulary.model\nmowe cache-task cache/questions qa.jsonl --kind questions '
+    '--vocabulary vocabulary.model',
+  )
   parser.add_argument('output', help='the folder to write')
   parser.add_argument('files', nargs='*', help=TEXT_FILES)
   _add_vocabulary(parser)
@@ -269,8 +294,14 @@ def _cache_task(options, bindings):
 
 
 def _add_train_vocabulary(verbs):
-  parser = verbs.add_parser(
-    'train-vocabulary', help='make a subword vocabulary from text'
+  parser = verb_parsers.add(
+    verbs,
+    'train-vocabulary',
+    does='make a subword vocabulary from text',
+    description='Trains a SentencePiece model with the ids and the '
+    'normalisation of T5, or lists whole words.',
+    example="mowe train-vocabulary vocabulary.model 'corpus/*.jsonl.gz' "
+    '--questions qa.jsonl --size 16000',
   )
   parser.add_argument('output', help='the file to write')
   parser.add_argument('files', nargs='+', help=TEXT_FILES)

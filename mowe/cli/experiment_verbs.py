@@ -1,6 +1,6 @@
 """Verbs that train and compare several models."""
 
-from mowe.cli import gin_arguments
+from mowe.cli import gin_arguments, verb_parsers
 
 # Each verb imports what it needs only when it runs, so that `mowe --help` is
 # fast.
@@ -13,8 +13,16 @@ def add_to(verbs) -> None:
 
 
 def _add_compare(verbs):
-  parser = verbs.add_parser(
-    'compare', help='train and compare the models of an experiment'
+  parser = verb_parsers.add(
+    verbs,
+    'compare',
+    does='train and compare the models of an experiment',
+    description='Trains the models of an experiment at equal FLOPs or '
+    'parameters, each with the same tries of its learning rate, asks them, and '
+    'writes a report. A command that was stopped goes on. '
+    + verb_parsers.MACROS,
+    example='mowe compare gin_configs/experiments/world.gin --dry_run\n'
+    'mowe compare gin_configs/experiments/world.gin --gin.OUTPUT=runs/world',
   )
   parser.add_argument('experiment', help='a file in gin_configs/experiments/')
   gin_arguments.add_to(parser)
@@ -57,8 +65,14 @@ def _compare(options, bindings):
 
 
 def _add_quickstart(verbs):
-  parser = verbs.add_parser(
-    'quickstart', help='train and compare a T5 and a MoWE of equal FLOPs'
+  parser = verb_parsers.add(
+    verbs,
+    'quickstart',
+    does='train and compare a T5 and a MoWE of equal FLOPs',
+    description='Pretrains a T5 and a MoWE on a generated world or on documents '
+    'of yours, finetunes both on questions, and reports how they answer others.',
+    example='mowe quickstart\n'
+    'mowe quickstart --data_dir my_data --recipe wiki_entities',
   )
   parser.add_argument(
     '--output',

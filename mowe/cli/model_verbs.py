@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 
-from mowe.cli import gin_arguments
+from mowe.cli import gin_arguments, verb_parsers
 
 # Each verb imports what it needs only when it runs, so that `mowe --help` is
 # fast.
@@ -25,8 +25,16 @@ def add_to(verbs) -> None:
 
 
 def _add_train(verbs):
-  parser = verbs.add_parser(
-    'train', help='pretrain or finetune a model, as gin files say'
+  parser = verb_parsers.add(
+    verbs,
+    'train',
+    does='pretrain or finetune a model, as gin files say',
+    description='Trains a model in MODEL_DIR, or goes on with what is there. '
+    + verb_parsers.MACROS,
+    example='mowe train --gin_file=gin_configs/examples/text_pretrain_mowe.gin '
+    '\\\n  --gin.VOCABULARY_PATH=vocabulary.model '
+    '--gin.ROUTING_VOCABULARY=words.npz \\\n  --gin.CACHE_DIR=cache '
+    '--gin.MIXTURE_OR_TASK_NAME=corpus --gin.MODEL_DIR=runs/mowe --dry_run',
   )
   gin_arguments.add_to(parser)
   parser.add_argument(
@@ -191,8 +199,16 @@ def _join_processes(options):
 
 
 def _add_evaluate(verbs):
-  parser = verbs.add_parser(
-    'evaluate', help="score a model's answers, or its prediction of a text"
+  parser = verb_parsers.add(
+    verbs,
+    'evaluate',
+    does="score a model's answers, or its prediction of a text",
+    description='Answers every question of a token cache and scores the '
+    'answers, or scores how well a language model predicts a text. '
+    + verb_parsers.MACROS,
+    example='mowe evaluate --gin_file=gin_configs/runs/evaluate.gin '
+    '--gin.CHECKPOINT_PATH=runs/mowe \\\n  --gin.CACHE_DIR=cache '
+    '--gin.MIXTURE_OR_TASK_NAME=questions --gin.EVAL_OUTPUT_DIR=runs/scores',
   )
   gin_arguments.add_to(parser)
   parser.set_defaults(run=_evaluate)
@@ -206,7 +222,16 @@ def _evaluate(options, bindings):
 
 
 def _add_infer(verbs):
-  parser = verbs.add_parser('infer', help='write the predictions for a task')
+  parser = verb_parsers.add(
+    verbs,
+    'infer',
+    does='write the predictions for a task',
+    description='Writes a prediction for each example of a token cache, one a '
+    'line. A command that was stopped goes on. ' + verb_parsers.MACROS,
+    example='mowe infer --gin_file=gin_configs/runs/infer.gin '
+    '--gin.CHECKPOINT_PATH=runs/mowe \\\n  --gin.CACHE_DIR=cache '
+    '--gin.MIXTURE_OR_TASK_NAME=questions --gin.INFER_OUTPUT_DIR=runs/answers',
+  )
   gin_arguments.add_to(parser)
   parser.set_defaults(run=_infer)
 
@@ -219,7 +244,15 @@ def _infer(options, bindings):
 
 
 def _add_ask(verbs):
-  parser = verbs.add_parser('ask', help='ask a model questions')
+  parser = verb_parsers.add(
+    verbs,
+    'ask',
+    does='ask a model questions',
+    description='Answers questions of the command line, or those that are typed '
+    'at a prompt.',
+    example="mowe ask runs/mowe_finetuned 'Where was Marie Curie born?' "
+    '--explain',
+  )
   parser.add_argument('model', help='a model folder, or a checkpoint in it')
   parser.add_argument(
     'questions', nargs='*', help='if there are none, they are read at a prompt'
@@ -239,12 +272,14 @@ def _ask(options, bindings):
 
 
 def _add_serve(verbs):
-  parser = verbs.add_parser(
+  parser = verb_parsers.add(
+    verbs,
     'serve',
-    help='answer questions at a page of this machine, and as JSON',
+    does='answer questions at a page of this machine, and as JSON',
     description='Opens a page on this machine where a model is asked questions '
     'and shows the experts of their words. Programs POST {"questions": [...]} '
     'to /ask. Nobody else can reach it.',
+    example='mowe serve runs/mowe_finetuned --port 8000',
   )
   parser.add_argument('model', help='a model folder, or a checkpoint in it')
   parser.add_argument(
@@ -314,8 +349,14 @@ def _answerer(options):
 
 
 def _add_convert(verbs):
-  parser = verbs.add_parser(
-    'convert', help='convert weights from and to T5X and Hugging Face'
+  parser = verb_parsers.add(
+    verbs,
+    'convert',
+    does='convert weights from and to T5X and Hugging Face',
+    description='Reads a model folder, a folder of safetensors or a checkpoint '
+    'of T5X, writes it in another format, and compares what was written.',
+    example='mowe convert google-t5-v1_1-small runs/t5 --to mowe\n'
+    'mowe convert runs/t5 t5_for_transformers --to huggingface',
   )
   parser.add_argument(
     'source',
@@ -373,8 +414,13 @@ def _convert(options, bindings):
 
 
 def _add_inspect(verbs):
-  parser = verbs.add_parser(
-    'inspect', help='show what a model folder holds, and whether it is whole'
+  parser = verb_parsers.add(
+    verbs,
+    'inspect',
+    does='show what a model folder holds, and whether it is whole',
+    description='Shows the checkpoints of a model folder, whether their files '
+    'are as they were written, and when and how the run was started.',
+    example='mowe inspect runs/mowe',
   )
   parser.add_argument('folder', help='the MODEL_DIR of a training run')
   parser.set_defaults(run=_inspect)

@@ -1,11 +1,18 @@
 """`mowe modules`: the options of its actions, and what they call."""
 
-from mowe.cli import gin_arguments
+from mowe.cli import gin_arguments, verb_parsers
 
 
 def add_to(verbs) -> None:
   """Adds the verb `modules` to the subparsers of `mowe`."""
-  parser = verbs.add_parser('modules', help='add, prune or measure modules')
+  parser = verb_parsers.add(
+    verbs,
+    'modules',
+    does='add, prune or measure modules',
+    description='Reads a model of modules, and writes one with more or fewer of '
+    'them, or how often a task uses each.',
+    example='mowe modules add runs/modules runs/modules_more --mlp 4',
+  )
   actions = parser.add_subparsers(dest='action', required=True)
   add = actions.add_parser('add', help='write a model with more modules')
   prune = actions.add_parser('prune', help='write a model with fewer modules')

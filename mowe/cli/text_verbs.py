@@ -1,8 +1,6 @@
 """Verbs that go from files of one's own to a model: their options."""
 
-import argparse
-
-from mowe.cli import data_verbs, gin_arguments
+from mowe.cli import data_verbs, gin_arguments, verb_parsers
 
 # Each verb imports what it needs only when it runs, so that `mowe --help` is
 # fast.
@@ -15,15 +13,15 @@ def add_to(verbs) -> None:
 
 
 def _add_pretrain(verbs):
-  parser = verbs.add_parser(
+  parser = verb_parsers.add(
+    verbs,
     'pretrain',
-    help='make a model of files of text, from the vocabulary on',
+    does='make a model of files of text, from the vocabulary on',
     description='Makes a subword vocabulary, words with experts and a token '
     'cache of your text, and pretrains a model on it. Prints the commands that '
     'do each of these alone.',
-    epilog="Example: mowe pretrain 'corpus/*.jsonl.gz' --questions qa.jsonl "
+    example="mowe pretrain 'corpus/*.jsonl.gz' --questions qa.jsonl "
     '--minutes 30 --output runs/mine',
-    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('files', nargs='+', help=data_verbs.TEXT_FILES)
   parser.add_argument(
@@ -86,15 +84,15 @@ def _pretrain(options, bindings):
 
 
 def _add_finetune(verbs):
-  parser = verbs.add_parser(
+  parser = verb_parsers.add(
+    verbs,
     'finetune',
-    help='finetune a model on questions, and score its best checkpoint',
+    does='finetune a model on questions, and score its best checkpoint',
     description='Splits questions into those for training, those by which the '
     'checkpoint is chosen, and those that are reported (8 : 1 : 1); finetunes '
     'the model until the second ones are no longer answered better; and answers '
     'the third ones.',
-    epilog='Example: mowe finetune runs/mine qa.jsonl --epochs 20',
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    example='mowe finetune runs/mine qa.jsonl --epochs 20',
   )
   parser.add_argument('model', help='a model folder, or a checkpoint in it')
   parser.add_argument(

@@ -2,20 +2,22 @@
 
 Also tests `build_routing_vocabulary`, `data_verbs`, `experiment_verbs`,
 `gin_arguments`, `model_verbs`, `modules_verbs`, `quickstart`, `show_progress`,
-and `train_vocabulary`.
+`train_vocabulary`, and `verb_parsers`.
 """
 
 import argparse
 import inspect
 import json
 import os
+import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
 import small_runs
 
-from mowe.cli import main
+from mowe.cli import gin_arguments, main
 from mowe.commands import ask, train, train_vocabulary
 from mowe.commands.gin_files import gin_config
 from mowe.comparison import quickstart
@@ -83,6 +85,27 @@ def test_help_lists_the_verbs(capsys):
                'build-routing-vocabulary', 'train-vocabulary', 'convert', 'inspect',
                'quickstart', 'compare'):  # fmt: skip
     assert verb in shown
+
+
+def test_every_verb_has_a_description_and_an_example_that_can_be_typed():
+  parser = main._make_parser()
+  (verbs,) = [
+    action.choices
+    for action in parser._actions
+    if isinstance(action, argparse._SubParsersAction)
+  ]
+  for name, verb in verbs.items():
+    assert verb.description.endswith('.'), name
+    start, example = verb.epilog.split('\n', 1)
+    assert start == 'example:'
+    for command in example.replace('\\\n', ' ').splitlines():
+      program, *arguments = shlex.split(command)
+      assert program == 'mowe' and arguments[0] == name
+      options, rest = parser.parse_known_args(arguments)
+      gin_arguments.take_bindings(rest)
+      assert not rest, command
+      for file in getattr(options, 'gin_file', []):
+        assert pathlib.Path(file).is_file(), file
 
 
 @pytest.mark.parametrize(
