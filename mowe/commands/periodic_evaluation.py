@@ -32,7 +32,16 @@ class Improvement:
   num_no_better: int = 0
 
   def see(self, values: Mapping[str, float]) -> None:
-    """Compares one more evaluation with the best one."""
+    """Compares one more evaluation with the best one.
+
+    Raises:
+      ValueError: the evaluation lacks the metric.
+    """
+    if self.metric not in values:
+      raise ValueError(
+        f'Evaluations must give best_metric, but {self.metric!r} is not among '
+        f'{sorted(values)}. Name one of these.'
+      )
     value = values[self.metric]
     sign = 1 if self.mode == 'max' else -1
     best = -math.inf if self.best is None else sign * self.best
@@ -46,9 +55,22 @@ class Improvement:
     """Whether it lasted too long that nothing got better."""
     return self.best is not None and self.num_no_better >= self.patience
 
-  def kept(self) -> dict[str, float | int | None]:
+  def kept(self) -> dict[str, Any]:
     """What a checkpoint keeps, for the run that goes on from it."""
-    return {'best': self.best, 'num_no_better': self.num_no_better}
+    return dataclasses.asdict(self)
+
+  def go_on(self, kept: Mapping[str, Any], best: float | None) -> None:
+    """Continues as a run did before.
+
+    Args:
+      kept: what its last checkpoint has kept; {} if it compared nothing.
+      best: the best value among its checkpoints, for a run that compared
+        nothing, or by another metric; None if there is none.
+    """
+    if (kept.get('metric'), kept.get('mode')) == (self.metric, self.mode):
+      self.best, self.num_no_better = kept['best'], kept['num_no_better']
+    else:
+      self.best = best
 
   def __str__(self) -> str:
     return (

@@ -497,12 +497,16 @@ def _improvement(
   """Watches whether evaluations get better, from what a checkpoint has kept."""
   if save.patience is None:
     return None
-  kept = {}
-  if checkpoints.latest_step() is not None:
-    kept = checkpoints.metadata().get(_IMPROVEMENT, {})
-  return periodic_evaluation.Improvement(
-    save.best_metric, save.best_mode, save.patience, **kept
+  improvement = periodic_evaluation.Improvement(
+    save.best_metric, save.best_mode, save.patience
   )
+  if checkpoints.latest_step() is not None:
+    best = checkpoints.best_step()
+    improvement.go_on(
+      checkpoints.metadata().get(_IMPROVEMENT, {}),
+      None if best is None else checkpoints.metrics(best)[save.best_metric],
+    )
+  return improvement
 
 
 def _start(

@@ -2,12 +2,13 @@
 
 The front matter is that of the Hugging Face Hub. What is generated stands
 between two marks. The next card replaces it, and leaves all that somebody wrote
-around it.
+around it. A README.md without these marks is somebody else's, and stays.
 """
 
 import json
 import pathlib
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from mowe.words import atomic_files
 FILE_NAME = 'README.md'
 _BEGIN = '<!-- mowe writes from here ... -->'
 _END = '<!-- ... to here; what stands elsewhere is yours -->'
-_GENERATED = re.compile(f'{re.escape(_BEGIN)}.*{re.escape(_END)}', re.DOTALL)
+_GENERATED = re.compile(f'{re.escape(_BEGIN)}.*?{re.escape(_END)}', re.DOTALL)
 # The limits that hold for every model of this kind.
 _LIMITS = (
   'It knows the data above, and those of the model from which its training '
@@ -36,18 +37,18 @@ _LIMITS = (
 def write(folder: pathlib.Path, cost: costs.ModelCosts) -> None:
   """Writes the card of a folder, or the generated part of the one there.
 
+  A README.md without such a part is left alone.
+
   Args:
     folder: a model folder with a checkpoint.
     cost: the costs of its model.
   """
   path = folder / FILE_NAME
   generated = '\n'.join([_BEGIN, *_lines(folder, cost), _END])
-  # What somebody wrote in another encoding stays as it is.
-  old = path.read_text('utf-8', 'surrogateescape') if path.exists() else ''
-  if _GENERATED.search(old):
+  if path.exists():
+    # What somebody wrote in another encoding stays as it is.
+    old = path.read_bytes().decode('utf-8', 'surrogateescape')
     text = _GENERATED.sub(lambda _: generated, old)
-  elif old:
-    text = f'{old.rstrip()}\n\n{generated}\n'
   else:
     config, _ = model_folder.load_config(folder)
     text = (
@@ -79,7 +80,7 @@ def _lines(folder, cost) -> Iterable[str]:
   )
   yield ''
   yield '```bash'
-  yield f"mowe ask {name} 'Who ...?'"
+  yield f"mowe ask {shlex.quote(name)} 'Who ...?'"
   yield '```'
   yield from _data(metadata)
   yield from _training(folder, step, metadata)

@@ -216,8 +216,7 @@ def run(
     spikes: sees the loss of every step in order; None prints a line on spikes.
     most_ahead: how many steps are handed to the device beyond the one that is
       being done; None for as many as there are in a log period.
-
-    is_enough: asked before the first step, and after the actions of each step,
+    is_enough: asked before the first step, and after each step with actions,
       whether the run ends early.
 
   Returns:

@@ -1,6 +1,8 @@
 # mowe on a CPU. In the checkout:
 #   docker build --file scripts/docker/cpu.Dockerfile --tag mowe .
-#   docker run --rm --volume "$PWD/runs:/work" mowe quickstart --output /work/quickstart
+#   mkdir -p runs
+#   docker run --rm --user "$(id -u):$(id -g)" --env HOME=/work \
+#     --volume "$PWD/runs:/work" mowe quickstart --output quickstart
 FROM python:3.12-slim
 RUN useradd --create-home user && mkdir /work && chown user /work
 COPY . /src

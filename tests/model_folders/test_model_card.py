@@ -51,10 +51,9 @@ def test_what_others_wrote_stays(folder):
   again = _write(folder, total=9999)
   assert '# Mine \\1\n\nBy me.' in again and again.endswith('\nThe end.')
   assert '9,999 parameters' in again and '1,234' not in again
-  # A card that somebody wrote alone keeps its text, in whatever encoding.
-  path.write_bytes(b'caf\xe9\n')
-  model_card.write(folder, costs.ModelCosts(1, 0, 0, 7, 5))
-  content = path.read_bytes()
-  assert (
-    content.startswith(b'caf\xe9\n\n<!--') and content.count(b'## Model') == 1
-  )
+  # A file that is none of ours is left alone; so is one that lost a mark.
+  begin = model_card._BEGIN.encode()
+  for content in (b'caf\xe9\r\n', b'a\r\n' + begin + b'\nb'):
+    path.write_bytes(content)
+    model_card.write(folder, costs.ModelCosts(1, 0, 0, 7, 5))
+    assert path.read_bytes() == content

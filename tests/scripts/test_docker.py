@@ -1,5 +1,6 @@
 """Tests what the files for Docker name; nothing is built, as that downloads."""
 
+import fnmatch
 import importlib.metadata
 import pathlib
 import re
@@ -36,6 +37,17 @@ def test_a_file_installs_what_there_is(file):
 
 def test_what_an_image_needs_is_sent_to_docker():
   ignored = (_ROOT / '.dockerignore').read_text().splitlines()
-  for needed in ('mowe', 'gin_configs', 'tasks', 'requirements', 'setup.py'):
-    assert (_ROOT / needed).exists() and needed not in ignored
-  assert 'README.md' not in ignored, 'setup.py reads it'
+  # `**/` stands for any folder, and without it a pattern begins at the root.
+  patterns = [pattern.removeprefix('**/') for pattern in ignored]
+  anywhere = [pattern.startswith('**/') for pattern in ignored]
+  needed = [_ROOT / 'setup.py', _ROOT / 'README.md']
+  for folder in ('mowe', 'gin_configs', 'tasks', 'requirements'):
+    needed += (_ROOT / folder).rglob('*.[gpth]*')
+  assert len(needed) > 300
+  for path in needed:
+    parts = path.relative_to(_ROOT).parts
+    if '__pycache__' in parts:
+      continue
+    for pattern, is_anywhere in zip(patterns, anywhere, strict=True):
+      places = parts if is_anywhere else parts[:1]
+      assert not fnmatch.filter(places, pattern), (path, pattern)

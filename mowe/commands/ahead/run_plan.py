@@ -79,7 +79,7 @@ def _disk(training: train.Training, prepared: train.Prepared) -> str:
     for leaf in jax.tree.leaves(state)
   )
   kept, at_once = _num_checkpoints(training)
-  folder = _existing(training.model_dir)
+  folder = nearest_folder(training.model_dir)
   free = shutil.disk_usage(folder).free
   said = (
     f'checkpoints: {kept:,} of up to {in_words(size)}; '
@@ -109,7 +109,7 @@ def _num_checkpoints(training: train.Training) -> tuple[int, int]:
   return min(saved, kept), min(saved, kept + 1)
 
 
-def _existing(folder: str) -> pathlib.Path:
-  """The folder, or the nearest one above it that is there."""
+def nearest_folder(folder: str) -> pathlib.Path:
+  """Returns a folder, or the nearest one above it that is there."""
   path = pathlib.Path(os.path.abspath(folder))
   return next(one for one in (path, *path.parents) if one.exists())

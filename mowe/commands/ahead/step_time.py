@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from mowe.commands import train
+from mowe.commands.ahead import run_plan
 from mowe.training import checkpointing, loss_spikes
 
 # Steps after the one that compiles the program; fewer if they take long.
@@ -42,7 +43,8 @@ class StepTime(NamedTuple):
 def measure(training: train.Training, prepared: train.Prepared) -> StepTime:
   """Trains fresh parameters for a few steps, and times them.
 
-  What the stores of experts write goes to a temporary folder.
+  What the stores of experts write goes to a temporary folder on the disk of
+  the run.
 
   Args:
     training: all parts and settings of the run.
@@ -52,8 +54,9 @@ def measure(training: train.Training, prepared: train.Prepared) -> StepTime:
     RuntimeError: the step needs more memory than there is.
   """
   setup, router = prepared.setup, prepared.router
+  place = run_plan.nearest_folder(training.model_dir)
   with (
-    tempfile.TemporaryDirectory() as folder,
+    tempfile.TemporaryDirectory(dir=place) as folder,
     contextlib.ExitStack() as closing,
   ):
     checkpoints = closing.enter_context(checkpointing.Checkpoints(folder))
