@@ -298,7 +298,7 @@ def _serve(options, bindings):
   from mowe.words import terminations
 
   with terminations.cleaning_up():
-    server.serve(_answerer(options), options.model, options.port)
+    server.serve(lambda: _answerer(options), options.model, options.port)
 
 
 def _add_answering(parser):

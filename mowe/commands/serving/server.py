@@ -9,8 +9,10 @@ import http
 import http.server
 import importlib.resources
 import json
+import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from mowe.commands import ask
@@ -20,10 +22,13 @@ _HOST = '127.0.0.1'
 # could point its own name to this address, so other names are refused.
 _NAMES = (_HOST, 'localhost')
 _ASK, _MODEL = '/ask', '/model'
+# Digits of the length of a request; more are no length of anything.
+_MOST_DIGITS = 9
 # The page loads nothing, and has one script and one style of its own.
 _POLICY = (
   "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-  "connect-src 'self'; base-uri 'none'; form-action 'none'"
+  "connect-src 'self'; base-uri 'none'; form-action 'none'; "
+  "frame-ancestors 'none'"
 )
 
 
@@ -158,17 +163,19 @@ class Server(http.server.ThreadingHTTPServer):
   """An HTTP server of this machine alone.
 
   Args:
-    service: answers the requests.
     port: where it listens; 0 takes any free port.
+
+  Attributes:
+    service: answers the requests; it must be set before the first one.
 
   Raises:
     OSError: another program listens there.
   """
 
   daemon_threads = True
+  service: Service
 
-  def __init__(self, service: Service, port: int):
-    self.service = service
+  def __init__(self, port: int):
     super().__init__((_HOST, port), _Handler)
 
   @property
@@ -176,13 +183,18 @@ class Server(http.server.ThreadingHTTPServer):
     """What to type into a browser."""
     return f'http://{_HOST}:{self.server_port}/'
 
+  def handle_error(self, request, client_address):
+    """A client that left before its answer is no error."""
+    if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+      super().handle_error(request, client_address)
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   """Answers one request of a browser or a program."""
 
   server: Server
   protocol_version = 'HTTP/1.1'
-  # Seconds that a client may take to send its request.
+  # Seconds that a client may be silent while it sends its request.
   timeout: ClassVar[float] = 10.0
   server_version, sys_version = 'mowe', ''
 
@@ -208,6 +220,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       answers = self.server.service(self._request())
     except RefusedError as error:
       self._refuse(error.status, str(error))
+      return
+    # Whoever asked learns of it, and the server goes on.
+    except Exception as error:
+      self._refuse(
+        http.HTTPStatus.INTERNAL_SERVER_ERROR,
+        f'The model must answer, but failed with: {error!r}. Try another '
+        'question, or start the server again.',
+      )
       return
     self._send_json(http.HTTPStatus.OK, answers)
 
@@ -243,7 +263,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       )
     most = self.server.service.limits.num_bytes
     length = self.headers.get('Content-Length', '')
-    if not length.isdecimal() or int(length) > most:
+    is_number = length.isascii() and length.isdecimal()
+    is_short = len(length) <= _MOST_DIGITS
+    if not (is_number and is_short and int(length) <= most):
       raise RefusedError(
         http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         f'A request must say its length, at most {most:,} bytes, but says '
@@ -251,7 +273,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       )
     try:
       return json.loads(self.rfile.read(int(length)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise RefusedError(
         http.HTTPStatus.BAD_REQUEST,
         f'A request must be JSON, but led to: {error}. Correct it.',
@@ -278,11 +300,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.write(content)
 
 
-def serve(answer: ask.Answerer, name: str, port: int) -> None:
+def serve(load: Callable[[], ask.Answerer], name: str, port: int) -> None:
   """Answers questions until Ctrl-C or SIGTERM.
 
   Args:
-    answer: the trained model.
+    load: returns the trained model; called when the port is known to be free.
     name: the name of the model that the page shows.
     port: where to listen; 0 takes any free port.
 
@@ -290,13 +312,15 @@ def serve(answer: ask.Answerer, name: str, port: int) -> None:
     ValueError: another program listens there.
   """
   try:
-    server = Server(Service(answer, name), port)
+    server = Server(port)
   except (OSError, OverflowError) as error:
     raise ValueError(
       f'The port of the server must be free, but {port} led to: {error}. Give '
       'another --port, or 0 for any that is free.'
     ) from error
   with server:
+    answer = load()
+    server.service = Service(answer, name)
     print('Compiling the first answer ...', flush=True)
     answer('Who?')
     print(

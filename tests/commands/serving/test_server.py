@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import socket
+import struct
 import threading
 
 import pytest
@@ -24,6 +26,8 @@ class _Answerer:
 
   def __call__(self, question):
     assert self.may_answer.wait(10)
+    if question == 'fail':
+      raise RuntimeError('no memory')
     return f'{question} <b>'
 
   def explain(self, question):
@@ -39,7 +43,8 @@ def answerer():
 
 @pytest.fixture
 def running(answerer):
-  with server.Server(server.Service(answerer, 'runs/a', _LIMITS), 0) as one:
+  with server.Server(0) as one:
+    one.service = server.Service(answerer, 'runs/a', _LIMITS)
     thread = threading.Thread(target=one.serve_forever, args=(0.01,))
     thread.start()
     yield one
@@ -95,6 +100,7 @@ def test_the_page_loads_nothing_from_elsewhere(running):
   'body, said',
   [
     ('{', 'must be JSON'),
+    ('[' * 1100, 'must be JSON'),
     ('[]', 'but is []. Correct'),
     ({'questions': 'a?'}, 'but is {"questions": "a?"}'),
     ({'questions': ['a?'], 'explain': 1}, '"explain": 1}'),
@@ -122,6 +128,32 @@ def test_other_addresses_types_and_names_are_refused(running):
   assert status == 403 and "asked as 'evil.example'" in found['error']
   status, found = _ask(running, ' ' * 2000)
   assert status == 413 and 'but says 2000' in found['error']
+  for length in ('9' * 5000, '-1', '\u00b2'.encode().decode('latin-1')):
+    status, found = _ask(running, '', Content_Length=length)
+    assert status == 413 and 'at most' in found['error']
+
+
+def test_an_error_of_the_model_is_told(running):
+  status, found = _ask(running, {'questions': ['fail']})
+  assert status == 500 and 'no memory' in found['error']
+  assert _ask(running, {'questions': ['a?']})[0] == 200
+
+
+def test_a_client_that_leaves_is_no_error(running, answerer, capsys):
+  answerer.may_answer.clear()
+  connection = http.client.HTTPConnection('127.0.0.1', running.server_port)
+  headers = {'Content-Type': 'application/json'}
+  connection.request('POST', '/ask', json.dumps({'questions': ['a?']}), headers)
+  while not running.service._lock.locked():
+    pass
+  # Closing with unread bytes resets the connection.
+  connection.sock.setsockopt(
+    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)
+  )
+  connection.close()
+  answerer.may_answer.set()
+  assert _ask(running, {'questions': ['b?']})[0] == 200
+  assert not capsys.readouterr().err
 
 
 def test_a_request_that_waits_too_long_is_refused(running, answerer):
@@ -147,7 +179,7 @@ def test_a_request_that_waits_too_long_is_refused(running, answerer):
 def test_a_port_that_is_taken_is_refused(running, answerer):
   for port in (running.server_port, 70_000):
     with pytest.raises(ValueError, match=f'must be free, but {port} led to'):
-      server.serve(answerer, 'runs/a', port)
+      server.serve(lambda: answerer, 'runs/a', port)
 
 
 def test_a_model_must_be_there(tmp_path, capsys):
