@@ -464,6 +464,8 @@ def test_a_run_parses_and_its_parts_can_be_made(file, routing_paths):
     f'gin_configs/runs/{name}.gin'
     for name in ('evaluate', 'infer', 'modules_usage')
   }
+  # Its model is that of a folder.
+  alone.add('gin_configs/examples/text_finetune_saved.gin')
   _parse([file] if file in alone else _complete(file), routing_paths)
   data = gin_config.call(data_config.DataConfig)
   names = {'targets'} if '_lm' in file else {'inputs', 'targets'}

@@ -54,8 +54,7 @@ def _add_pretrain(verbs):
   parser.add_argument(
     '--num_experts',
     type=int,
-    default=2048,
-    help='how many experts the words share, if the model has them (default: '
+    help='how many experts the words share, of a model that has them (default: '
     '2,048)',
   )
   data_verbs.add_field(parser)
@@ -147,8 +146,8 @@ def _add_budget(parser, default):
   group.add_argument(
     '--minutes',
     type=float,
-    help='how long to train on this machine, without what is done before and '
-    'after',
+    help='how long the steps of training take on this machine; preparing, '
+    'evaluating and saving come on top',
   )
 
 

@@ -306,6 +306,15 @@ class Caches:
     return _stand_in(folder, self.vocabulary, 0)
 
 
+def is_prepared(folder: pathlib.Path) -> bool:
+  """Whether a folder has all data that an experiment made in it.
+
+  The cache of reported questions is built last, and has this file when it is
+  complete.
+  """
+  return (folder / 'cache' / REPORTED / 'cache.json').is_file()
+
+
 def _prepare(
   folder, files, vocabulary, size, notes, cut=passages.Passages()
 ) -> Prepared:

@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import shlex
 from collections.abc import Sequence
 
 import numpy as np
 
-from mowe.commands import cache_task, data_config, evaluate
-from mowe.commands.own_text import own_run, question_split, run_budget
+from mowe.commands import cache_task, data_config, evaluate, train
+from mowe.commands.own_text import made_of, own_run, question_split, run_budget
 from mowe.data.caches import token_cache
 from mowe.data.text import bad_records
 from mowe.evaluation import task_evaluation
@@ -18,7 +19,11 @@ from mowe.words import atomic_files, base_vocabulary, json_files
 
 _RECIPE = 'gin_configs/examples/text_finetune_saved.gin'
 _FINISHED = 'finished.json'
-_METRIC = 'validation/em'
+# The macros of the run that this command sets.
+_OF_RUN = (
+  *('INITIAL_CHECKPOINT_PATH', 'CACHE_DIR', 'MIXTURE_OR_TASK_NAME'),
+  *('EVAL_TASK_NAME', 'MODEL_DIR'),
+)
 # Lengths are multiples of this, so that few of them make programs of their own.
 _GRANULE = 8
 # Texts that are longer are cut.
@@ -38,9 +43,9 @@ def finetune(
 ) -> task_evaluation.EvaluationResult:
   """Finetunes a model on questions, chooses its best checkpoint, and scores it.
 
-  The questions for choosing are answered several times during training. It ends
+  The questions for choosing are answered ten times during training. It ends
   early when they are no longer answered better, and the latest checkpoint of
-  the output is the one that answered the most. The reported questions are
+  the output is the one that answered them best. The reported questions are
   answered by this one alone. A command that was stopped goes on.
 
   Args:
@@ -60,58 +65,75 @@ def finetune(
 
   Raises:
     ValueError: a file cannot be read, a part of the questions is empty, or
-      `output` holds another model.
+      `output` has a checkpoint of another model or of other questions.
   """
-  source, _ = model_folder.split_checkpoint_path(model)
+  source, step = model_folder.split_checkpoint_path(model)
   vocabulary = model_folder.saved_vocabulary(model)
   model_folder.check_has_checkpoint(model)
-  folder = pathlib.Path(output or f'{source}_finetuned').expanduser()
-  data = folder / 'data'
+  source = source.resolve()
+  beside = source.with_name(f'{source.name}_finetuned')
+  folder = beside if output is None else pathlib.Path(output).expanduser()
+  own_run.check_free(_OF_RUN, bindings)
   bad = bad_records.BadRecords(skip_bad_records)
-  paths = question_split.split(questions, data, bad)
+  parts = question_split.split(questions, bad)
   bad.say()
+  with checkpointing.Checkpoints(source) as checkpoints:
+    step = checkpoints.latest_step() if step is None else step
+  made_of.is_same(
+    folder,
+    {
+      'model': f'{source}, step {step}',
+      'questions': {
+        name: question_split.digest(records) for name, records in parts.items()
+      },
+    },
+  )
+  data = folder / 'data'
   caches = {
     name: _cache(data / 'cache' / name, path, vocabulary)
-    for name, path in paths.items()
+    for name, path in question_split.write(parts, data).items()
   }
-  lengths = _lengths(caches.values())
   if (data / _FINISHED).exists():
     print(f'{folder} is finetuned. To do it anew, give another --output.')
   else:
-    macros = {
-      'INITIAL_CHECKPOINT_PATH': model,
-      'CACHE_DIR': str(data / 'cache'),
-      'MIXTURE_OR_TASK_NAME': question_split.TRAINING,
-      'EVAL_TASK_NAME': question_split.CHOOSING,
-      'TASK_FEATURE_LENGTHS': lengths,
-      'MODEL_DIR': str(folder),
-    }
-    own_run.run(
+    values = (
+      str(source / f'checkpoint_{step}'),
+      str(data / 'cache'),
+      question_split.TRAINING,
+      question_split.CHOOSING,
+      str(folder),
+    )
+    macros = dict(zip(_OF_RUN, values, strict=True))
+    lengths = [f'TASK_FEATURE_LENGTHS = {_lengths(caches.values())}']
+    training = own_run.run(
       [_RECIPE, *gin_files],
-      [*(f'{name} = {value!r}' for name, value in macros.items()), *bindings],
+      macros,
+      [*lengths, *bindings],
       search_paths,
       budget,
-      data,
     )
-    _keep_best(folder, data / _FINISHED)
+    _keep_best(folder, training.save, data / _FINISHED)
   finished = json_files.read_object(
     data / _FINISHED, 'Remove it, and finetune again.'
   )
   print(
-    f'Step {finished["step"]} answered the most of the '
+    f'Step {finished["step"]} is the best on the '
     f'{caches[question_split.CHOOSING].num_examples:,} questions for choosing: '
-    f'EM {finished["em"]:.1f}.'
+    f'{finished["metric"]} {finished["value"]:.4g}.'
   )
   result = evaluate.evaluate(
     checkpoint_path=str(folder),
     output_dir=str(folder / 'reported'),
     data=data_config.DataConfig(
-      question_split.REPORTED, lengths, batch_size=32, cache_dir=data / 'cache'
+      question_split.REPORTED,
+      model_folder.trained_lengths(str(folder)),
+      batch_size=32,
+      cache_dir=str(data / 'cache'),
     ),
   )
   config, _ = model_folder.load_config(folder)
   model_card.write(folder, costs.model_costs(config))
-  print(f'To ask it: mowe ask {folder}')
+  print(f'To ask it: mowe ask {shlex.quote(str(folder))}')
   return result
 
 
@@ -137,11 +159,15 @@ def _lengths(caches) -> dict[str, int]:
   }
 
 
-def _keep_best(folder: pathlib.Path, file: pathlib.Path) -> None:
+def _keep_best(
+  folder: pathlib.Path, save: train.SaveConfig, file: pathlib.Path
+) -> None:
   """Makes the best checkpoint the latest one, and writes down that it is."""
-  with checkpointing.Checkpoints(folder, best_metric=_METRIC) as checkpoints:
+  with checkpointing.Checkpoints(
+    folder, best_metric=save.best_metric, best_mode=save.best_mode
+  ) as checkpoints:
     best = checkpoints.best_step()
-    em = checkpoints.metrics(best)[_METRIC]
+    value = checkpoints.metrics(best)[save.best_metric]
     checkpoints.go_back(best)
-  content = json.dumps({'step': best, 'em': em}) + '\n'
-  atomic_files.write_atomically(file, content.encode())
+  content = {'step': best, 'metric': save.best_metric, 'value': value}
+  atomic_files.write_atomically(file, (json.dumps(content) + '\n').encode())

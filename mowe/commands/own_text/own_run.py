@@ -1,38 +1,58 @@
 """One run of `mowe train` with a budget, as a step of a longer command."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mowe.commands import train
 from mowe.commands.gin_files import gin_config
-from mowe.commands.own_text import run_budget, shown_commands
+from mowe.commands.own_text import made_of, run_budget, shown_commands
+
+# So often a finetuning is evaluated, if nobody says how often.
+_NUM_EVALUATIONS = 10
 
 
 def run(
   gin_files: Sequence[str],
+  macros: Mapping[str, Any],
   bindings: Sequence[str],
   search_paths: Sequence[str],
   budget: run_budget.Budget | None,
-  folder: pathlib.Path,
-) -> None:
+) -> train.Training:
   """Trains, or goes on, and prints the command that does the same.
 
   Args:
     gin_files: the gin files of the run, in their order.
-    bindings: gin bindings that are read after them.
+    macros: values that the command itself gives, MODEL_DIR among them.
+    bindings: gin bindings of the user, which are read last.
     search_paths: folders in which gin files are looked up first.
     budget: how long it trains; None takes TRAIN_STEPS of the gin files.
-    folder: where the number of steps of the budget is kept.
+
+  Returns:
+    The run that was done.
+
+  Raises:
+    ValueError: a binding sets one of `macros`.
   """
-  gin_config.parse(gin_files, bindings, search_paths)
+  check_free(macros, bindings)
+  own = as_bindings(macros)
+  folder = pathlib.Path(macros['MODEL_DIR'])
+  gin_config.parse(gin_files, [*own, *bindings], search_paths)
   if budget is not None:
     steps = run_budget.fixed_steps(
-      budget, gin_config.call(train.Training), folder
+      budget,
+      gin_config.call(train.Training),
+      folder / 'data',
+      has_begun=made_of.has_begun(folder),
     )
-    bindings = [*bindings, f'TRAIN_STEPS = {steps}']
-    if steps <= gin_config.made('WARMUP_STEPS'):
-      bindings.append(f'WARMUP_STEPS = {steps // 10}')
-    gin_config.parse(gin_files, bindings, search_paths)
+    own.append(f'TRAIN_STEPS = {steps}')
+  steps = steps if budget is not None else gin_config.made('TRAIN_STEPS')
+  if steps <= gin_config.made('WARMUP_STEPS'):
+    own.append(f'WARMUP_STEPS = {steps // 10}')
+  if gin_config.has_macro('EVAL_TASK_NAME'):
+    own.append(f'EVAL_PERIOD = {max(1, steps // _NUM_EVALUATIONS)}')
+  bindings = [*own, *bindings]
+  gin_config.parse(gin_files, bindings, search_paths)
   shown_commands.print_command(
     [
       *('mowe', 'train'),
@@ -40,6 +60,23 @@ def run(
       *(f'--gin.{one.replace(" = ", "=", 1)}' for one in bindings),
     ]
   )
-  train.train(
-    gin_config.call(train.Training), config_text=gin_config.operative_config
-  )
+  training = gin_config.call(train.Training)
+  train.train(training, config_text=gin_config.operative_config)
+  return training
+
+
+def as_bindings(macros: Mapping[str, Any]) -> list[str]:
+  """Returns gin bindings that give macros these values."""
+  return [f'{name} = {value!r}' for name, value in macros.items()]
+
+
+def check_free(macros: Iterable[str], bindings: Sequence[str]) -> None:
+  """Raises ValueError if a binding sets a macro that the command itself sets."""
+  for binding in bindings:
+    name = binding.partition('=')[0].strip()
+    if name in macros:
+      raise ValueError(
+        f'{name} must be left to this command, which makes what it names, but '
+        f'--gin.{name} was given. Leave it out; for settings of your own take '
+        '`mowe train`.'
+      )

@@ -1,7 +1,8 @@
 """Splits questions: for training, for choosing a checkpoint, and to be reported.
 
 What chooses a checkpoint must not be reported, or the report is too good. All
-questions about one thing are in one part, so that none is answered by another.
+questions of a file about one thing are in one part, so that none is answered by
+another.
 """
 
 import dataclasses
@@ -36,18 +37,15 @@ class QuestionFiles:
 
 
 def split(
-  files: QuestionFiles,
-  folder: pathlib.Path,
-  bad: bad_records.BadRecords,
-) -> dict[str, str]:
-  """Writes a file for each part, and returns their paths.
+  files: QuestionFiles, bad: bad_records.BadRecords
+) -> dict[str, list[dict[str, Any]]]:
+  """Returns the questions of each part.
 
   The part of a question depends on its field `entity`, or on its text if it has
   none, and on nothing else: more questions leave the others where they are.
 
   Args:
     files: where the questions are.
-    folder: the folder to write in.
     bad: takes the errors of records that cannot be read.
 
   Raises:
@@ -64,24 +62,44 @@ def split(
   empty = [name for name, records in parts.items() if not records]
   if empty:
     raise ValueError(
-      f'Every part of the questions must have some, but {empty[0]} has none of '
-      f'the {sum(map(len, parts.values())):,} in {", ".join(files.training)}. '
-      'Give more questions, or files of their own with --choosing and '
-      '--reported.'
+      'There must be questions for training, for choosing and to be reported, '
+      f'but of those in {", ".join(files.training)} none is {empty[0]}: a tenth '
+      'is for each of the last two. Give more questions, or files of their own '
+      'with --choosing and --reported.'
     )
-  paths = {}
-  for name, records in parts.items():
-    # JSON is written in ASCII, because a text may hold half of a surrogate
-    # pair, which UTF-8 cannot encode.
-    lines = ''.join(json.dumps(record) + '\n' for record in records)
-    paths[name] = str(folder / f'{name}.jsonl')
-    atomic_files.write_atomically(paths[name], lines.encode())
   print(
     f'Questions: {len(parts[TRAINING]):,} for training, '
     f'{len(parts[CHOOSING]):,} for choosing, {len(parts[REPORTED]):,} to be '
     'reported.'
   )
-  return paths
+  trained = set(map(_about, parts[TRAINING]))
+  if known := sum(_about(one) in trained for one in parts[REPORTED]):
+    print(
+      f'{known:,} of those to be reported are about something that questions '
+      'for training are about, too: their answers may be known from there.'
+    )
+  return parts
+
+
+def digest(records: list[dict[str, Any]]) -> str:
+  """Returns a digest of questions."""
+  return hashlib.sha256(_as_lines(records)).hexdigest()
+
+
+def write(
+  parts: dict[str, list[dict[str, Any]]], folder: pathlib.Path
+) -> dict[str, str]:
+  """Writes a file for each part into a folder, and returns their paths."""
+  paths = {name: folder / f'{name}.jsonl' for name in parts}
+  for name, records in parts.items():
+    atomic_files.write_atomically(paths[name], _as_lines(records))
+  return {name: str(path) for name, path in paths.items()}
+
+
+def _as_lines(records: list[dict[str, Any]]) -> bytes:
+  # JSON is written in ASCII, because a text may hold half of a surrogate pair,
+  # which UTF-8 cannot encode.
+  return ''.join(json.dumps(record) + '\n' for record in records).encode()
 
 
 def _read(files, bad):
@@ -89,8 +107,13 @@ def _read(files, bad):
 
 
 def _part_of(record: dict[str, Any]) -> str:
-  number = part_number(record.get('entity') or record['question'], _PARTS)
+  number = part_number(_about(record), _PARTS)
   return {0: CHOOSING, 1: REPORTED}.get(number, TRAINING)
+
+
+def _about(record: dict[str, Any]) -> str:
+  """What a question is about."""
+  return str(record.get('entity') or record['question'])
 
 
 def part_number(about: Any, num_parts: int) -> int:

@@ -53,8 +53,14 @@ class Epochs:
     batches = training.data.open(training.vocabulary, training.model)
     # Of one step they are so few that they might be rounded.
     many = 1_000_000
-    (epochs,) = batches.epochs(many).values()
-    return max(1, math.ceil(self.number * many / epochs))
+    epochs = batches.epochs(many)
+    if len(epochs) != 1:
+      raise ValueError(
+        'Epochs are counted in one token cache, but the run reads '
+        f'{", ".join(epochs) or "a stream"}. Give steps or minutes.'
+      )
+    (of_many,) = epochs.values()
+    return max(1, math.ceil(self.number * many / of_many))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,11 @@ class Minutes:
 
 
 def fixed_steps(
-  budget: Budget, training: train.Training, folder: pathlib.Path
+  budget: Budget,
+  training: train.Training,
+  folder: pathlib.Path,
+  *,
+  has_begun: bool,
 ) -> int:
   """Returns the steps of a budget, which a resumed run finds unchanged.
 
@@ -93,10 +103,12 @@ def fixed_steps(
     budget: how long the run trains.
     training: the run; its `total_steps` mean nothing yet.
     folder: an existing folder, where the number is kept.
+    has_begun: whether the run has a checkpoint. Until then the number is counted
+      anew, as settings may have changed.
   """
   path = folder / _FILE
   asked = f'{budget.number} {type(budget).__name__.lower()}'
-  if path.exists():
+  if has_begun and path.exists():
     kept = json_files.read_object(path, 'Remove it, and start again.')
     if kept.get('budget') == asked:
       return kept['steps']

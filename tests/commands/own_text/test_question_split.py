@@ -13,7 +13,8 @@ _FILES = question_split.QuestionFiles
 
 
 def _split(files, folder):
-  paths = question_split.split(files, folder, bad_records.BadRecords(False))
+  parts = question_split.split(files, bad_records.BadRecords(False))
+  paths = question_split.write(parts, folder)
   return {
     name: [
       json.loads(line) for line in pathlib.Path(path).read_text().splitlines()
@@ -48,7 +49,7 @@ def test_all_questions_about_one_thing_are_in_one_part(tmp_path):
     assert [one for one in more[name] if one in records] == records
 
 
-def test_parts_may_have_files_of_their_own(tmp_path):
+def test_parts_may_have_files_of_their_own(tmp_path, capsys):
   small_runs.write_lines(tmp_path / 'q.jsonl', _questions(200))
   small_runs.write_lines(tmp_path / 'r.jsonl', _questions(3))
   files = [str(tmp_path / 'q.jsonl')], [], [str(tmp_path / 'r.jsonl')]
@@ -56,10 +57,18 @@ def test_parts_may_have_files_of_their_own(tmp_path):
   assert parts['reported'] == _questions(3)
   # Those that would have been reported are trained on.
   assert len(parts['training']) + len(parts['choosing']) == 400
+  # All but those of a number that chooses are about numbers that are trained.
+  about = {record['entity'] for record in parts['training']}
+  known = sum(record['entity'] in about for record in parts['reported'])
+  assert known > 0
+  said = f'{known} of those to be reported are about something that questions'
+  assert said in capsys.readouterr().out
 
 
 def test_a_part_without_questions_is_refused(tmp_path):
   small_runs.write_lines(tmp_path / 'q.jsonl', _questions(1))
-  with pytest.raises(ValueError, match='none of the 2 in .* --choosing'):
+  with pytest.raises(
+    ValueError, match='none is choosing: a tenth .* --choosing'
+  ):
     _split(_FILES([str(tmp_path / 'q.jsonl')]), tmp_path / 'out')
   assert not (tmp_path / 'out').exists()

@@ -1,5 +1,7 @@
 """Tests how steps, epochs and minutes become a number of steps."""
 
+import functools
+
 import pytest
 
 from mowe.commands.ahead import step_time
@@ -15,16 +17,29 @@ def test_epochs_are_counted_in_rows_of_the_data(world, tmp_path):
 
 
 def test_minutes_are_counted_once(world, tmp_path, monkeypatch, capsys):
-  times = iter([step_time.StepTime(40.0, 0.5, 10), step_time.StepTime(1, 9, 9)])
+  times = iter(
+    step_time.StepTime(40.0, seconds, 10) for seconds in (0.5, 9.0, 2.0)
+  )
   monkeypatch.setattr(step_time, 'measure', lambda *_: next(times))
   training = world.training(tmp_path / 'run', 1)
   budget = run_budget.Minutes(2)
-  assert run_budget.fixed_steps(budget, training, tmp_path) == 240
+  steps = functools.partial(
+    run_budget.fixed_steps, training=training, folder=tmp_path, has_begun=True
+  )
+  assert steps(budget) == 240
   assert 'A step takes 0.5 s: 240 steps.' in capsys.readouterr().out
   # The machine is slower now, but a run that goes on must be the same run.
-  assert run_budget.fixed_steps(budget, training, tmp_path) == 240
-  longer = run_budget.Minutes(3)
-  assert run_budget.fixed_steps(longer, training, tmp_path) == 20
+  assert steps(budget) == 240
+  assert steps(run_budget.Minutes(3)) == 20
+  # Before the first checkpoint settings may have changed.
+  assert steps(run_budget.Minutes(3), has_begun=False) == 90
+
+
+def test_epochs_need_one_token_cache(world, tmp_path):
+  both = world.data({'text': 0.5, 'questions': 0.5})
+  training = world.training(tmp_path / 'run', 1, data=both)
+  with pytest.raises(ValueError, match='but the run reads text, questions'):
+    run_budget.Epochs(1).steps(training)
 
 
 @pytest.mark.parametrize('kind', ['Steps', 'Epochs', 'Minutes'])
