@@ -396,11 +396,9 @@ def _run(
     if jax.process_index() == 0:
       run_history.begin(folder, first_step, config_text and config_text())
     improvement = _improvement(save, checkpoints)
+    evaluations_of_run = _prepared_evaluations(training, setup, experts)
     evaluate = periodic_evaluation.PeriodicEvaluation(
-      _prepared_evaluations(training, setup, experts),
-      writers['eval'],
-      experts,
-      improvement,
+      evaluations_of_run, writers['eval'], experts, improvement
     )
     prefetched = closing.enter_context(
       prefetcher(prepared, first_step, total_steps)
@@ -418,27 +416,21 @@ def _run(
       train_step=train_step,
       batches=experts.feed(prefetched),
       total_steps=total_steps,
-      actions=[
-        loop.Every(training.eval_period, evaluate, at_stop=False),
-        loop.Every(
-          # The best checkpoint must be one that was evaluated.
-          training.eval_period if save.best_metric else save.period,
-          _SaveCheckpoint(
-            checkpoints,
-            experts,
-            evaluate,
-            verification,
-            spikes,
-            [*writers['train'], *writers['eval']],
-            described,
-            improvement,
-          ),
+      actions=_actions(
+        training,
+        _SaveCheckpoint(
+          checkpoints,
+          experts,
+          evaluate,
+          verification,
+          spikes,
+          [*writers['train'], *writers['eval']],
+          described,
+          improvement,
         ),
-      ],
-      writers=writers['train'],
-      progress=progress_lines.Progress(
-        total_steps, first_step, training.log_period
       ),
+      writers=writers['train'],
+      progress=_progress(training, first_step),
       meter=speed.SpeedMeter(writers['speed'], _work(training, prepared)),
       log_period=training.log_period,
       stop=stop,
@@ -446,12 +438,41 @@ def _run(
       is_enough=lambda: improvement is not None and improvement.is_over,
     )
     checkpoints.wait()
-    if jax.process_index() == 0:
-      model_card.write(folder, prepared.cost(training))
-    if improvement is not None and improvement.is_over:
-      print(f'{improvement} The best step is {checkpoints.best_step()}.')
+    _say_end(training, prepared, checkpoints, improvement)
     _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
+
+
+def _progress(training: Training, first_step: int) -> progress_lines.Progress:
+  return progress_lines.Progress(
+    training.total_steps, first_step, training.log_period
+  )
+
+
+def _actions(
+  training: Training, save_checkpoint: '_SaveCheckpoint'
+) -> list[loop.Every]:
+  """What is done between steps: evaluating, and then saving."""
+  evaluate, save = save_checkpoint.evaluate, training.save
+  # The best checkpoint must be one that was evaluated.
+  period = training.eval_period if save.best_metric else save.period
+  return [
+    loop.Every(training.eval_period, evaluate, at_stop=False),
+    loop.Every(period, save_checkpoint),
+  ]
+
+
+def _say_end(
+  training: Training,
+  prepared: Prepared,
+  checkpoints: checkpointing.Checkpoints,
+  improvement: periodic_evaluation.Improvement | None,
+) -> None:
+  """Writes the model card, and says why a run ended early."""
+  if jax.process_index() == 0:
+    model_card.write(checkpoints.folder, prepared.cost(training))
+  if improvement is not None and improvement.is_over:
+    print(f'{improvement} The best step is {checkpoints.best_step()}.')
 
 
 def prefetcher(

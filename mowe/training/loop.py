@@ -248,16 +248,13 @@ def run(
       is_end, is_stop = step == total_steps, stop.is_due(step)
       is_logged = step % log_period == 0 or is_end or is_stop
       is_early = log_period > _EARLY and step == first_step + _EARLY
-      ends = {'is_end': is_end, 'is_stop': is_stop}
-      due = [one for one in actions if one.is_due(step, **ends)]
+      due = _due(actions, step, is_end, is_stop)
       values = {}
       if is_logged or is_early or due:
         values = period.values(step, state)
       if is_logged:
         period.clear()
-        meter.write(step)
-        for writer in writers:
-          writer.write(step, values)
+        _log(step, values, meter, writers)
       is_shown = is_logged or is_early
       progress.update(step, num_tokens, _to_show(values) if is_shown else None)
       with meter.paused():
@@ -266,6 +263,19 @@ def run(
       if is_end or is_stop or (due and is_enough()):
         break
   return state
+
+
+def _due(actions, step, is_end, is_stop):
+  """The actions that are due after a step."""
+  ends = {'is_end': is_end, 'is_stop': is_stop}
+  return [one for one in actions if one.is_due(step, **ends)]
+
+
+def _log(step, values, meter, writers):
+  """Writes the metrics of a log period, and how fast it was."""
+  meter.write(step)
+  for writer in writers:
+    writer.write(step, values)
 
 
 def _announced(train_step, progress):

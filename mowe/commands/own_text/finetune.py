@@ -67,60 +67,77 @@ def finetune(
     ValueError: a file cannot be read, a part of the questions is empty, or
       `output` has a checkpoint of another model or of other questions.
   """
-  source, step = model_folder.split_checkpoint_path(model)
-  vocabulary = model_folder.saved_vocabulary(model)
-  model_folder.check_has_checkpoint(model)
-  source = source.resolve()
+  own_run.check_free(_OF_RUN, bindings)
+  source, step = _source(model)
   beside = source.with_name(f'{source.name}_finetuned')
   folder = beside if output is None else pathlib.Path(output).expanduser()
-  own_run.check_free(_OF_RUN, bindings)
-  bad = bad_records.BadRecords(skip_bad_records)
-  parts = question_split.split(questions, bad)
-  bad.say()
-  with checkpointing.Checkpoints(source) as checkpoints:
-    step = checkpoints.latest_step() if step is None else step
-  made_of.is_same(
-    folder,
-    {
-      'model': f'{source}, step {step}',
-      'questions': {
-        name: question_split.digest(records) for name, records in parts.items()
-      },
-    },
+  caches = _prepare(
+    folder, f'{source}, step {step}', questions, model, skip_bad_records
   )
-  data = folder / 'data'
-  caches = {
-    name: _cache(data / 'cache' / name, path, vocabulary)
-    for name, path in question_split.write(parts, data).items()
-  }
-  if (data / _FINISHED).exists():
+  finished = folder / 'data' / _FINISHED
+  if finished.exists():
     print(f'{folder} is finetuned. To do it anew, give another --output.')
   else:
     values = (
       str(source / f'checkpoint_{step}'),
-      str(data / 'cache'),
+      str(folder / 'data' / 'cache'),
       question_split.TRAINING,
       question_split.CHOOSING,
       str(folder),
     )
-    macros = dict(zip(_OF_RUN, values, strict=True))
     lengths = [f'TASK_FEATURE_LENGTHS = {_lengths(caches.values())}']
     training = own_run.run(
       [_RECIPE, *gin_files],
-      macros,
+      dict(zip(_OF_RUN, values, strict=True)),
       [*lengths, *bindings],
       search_paths,
       budget,
     )
-    _keep_best(folder, training.save, data / _FINISHED)
-  finished = json_files.read_object(
-    data / _FINISHED, 'Remove it, and finetune again.'
-  )
+    _keep_best(folder, training.save, finished)
+  best = json_files.read_object(finished, 'Remove it, and finetune again.')
   print(
-    f'Step {finished["step"]} is the best on the '
+    f'Step {best["step"]} is the best on the '
     f'{caches[question_split.CHOOSING].num_examples:,} questions for choosing: '
-    f'{finished["metric"]} {finished["value"]:.4g}.'
+    f'{best["metric"]} {best["value"]:.4g}.'
   )
+  result = _report(folder)
+  print(f'To ask it: mowe ask {shlex.quote(str(folder))}')
+  return result
+
+
+def _source(model: str) -> tuple[pathlib.Path, int]:
+  """The folder and the step of the model that is finetuned."""
+  folder, step = model_folder.split_checkpoint_path(model)
+  model_folder.load_config(folder)
+  model_folder.check_has_checkpoint(model)
+  with checkpointing.Checkpoints(folder) as checkpoints:
+    step = checkpoints.latest_step() if step is None else step
+  return folder.resolve(), step
+
+
+def _prepare(
+  folder: pathlib.Path,
+  source: str,
+  questions: question_split.QuestionFiles,
+  model: str,
+  skip_bad_records: bool,
+) -> dict[str, token_cache.TokenCache]:
+  """Splits the questions, and builds a token cache of each part."""
+  bad = bad_records.BadRecords(skip_bad_records)
+  parts = question_split.split(questions, bad)
+  bad.say()
+  digests = {name: question_split.digest(one) for name, one in parts.items()}
+  made_of.is_same(folder, {'model': source, 'questions': digests})
+  vocabulary = model_folder.saved_vocabulary(model)
+  data = folder / 'data'
+  return {
+    name: _cache(data / 'cache' / name, path, vocabulary)
+    for name, path in question_split.write(parts, data).items()
+  }
+
+
+def _report(folder: pathlib.Path) -> task_evaluation.EvaluationResult:
+  """Scores the reported questions, and writes them into the model card."""
   result = evaluate.evaluate(
     checkpoint_path=str(folder),
     output_dir=str(folder / 'reported'),
@@ -128,12 +145,11 @@ def finetune(
       question_split.REPORTED,
       model_folder.trained_lengths(str(folder)),
       batch_size=32,
-      cache_dir=str(data / 'cache'),
+      cache_dir=str(folder / 'data' / 'cache'),
     ),
   )
   config, _ = model_folder.load_config(folder)
   model_card.write(folder, costs.model_costs(config))
-  print(f'To ask it: mowe ask {shlex.quote(str(folder))}')
   return result
 
 
