@@ -409,8 +409,7 @@ def _run(
     stop = loop.StopSignal()
     spikes = _spike_watch(training, checkpoints)
     train_step = TrainStep(training, setup, experts, spikes, first_step)
-    if num_profiled:
-      train_step = _profiled(train_step, folder, num_profiled, closing)
+    train_step = _profiled(train_step, folder, num_profiled, closing)
     state = loop.run(
       state,
       train_step=train_step,
@@ -438,7 +437,9 @@ def _run(
       is_enough=lambda: improvement is not None and improvement.is_over,
     )
     checkpoints.wait()
-    _say_end(training, prepared, checkpoints, improvement)
+    _write_card(training, prepared, folder, int(state.step) > first_step)
+    if improvement is not None and improvement.is_over:
+      print(f'{improvement} The best step is {checkpoints.best_step()}.')
     _check_finished(int(state.step), total_steps, folder, stop)
     return state.replace(tables=experts.tables(state))
 
@@ -462,17 +463,10 @@ def _actions(
   ]
 
 
-def _say_end(
-  training: Training,
-  prepared: Prepared,
-  checkpoints: checkpointing.Checkpoints,
-  improvement: periodic_evaluation.Improvement | None,
-) -> None:
-  """Writes the model card, and says why a run ended early."""
-  if jax.process_index() == 0:
-    model_card.write(checkpoints.folder, prepared.cost(training))
-  if improvement is not None and improvement.is_over:
-    print(f'{improvement} The best step is {checkpoints.best_step()}.')
+def _write_card(training, prepared, folder, is_trained) -> None:
+  """Writes the model card, if the run has made a step."""
+  if is_trained and jax.process_index() == 0:
+    model_card.write(folder, training.model, prepared.cost(training))
 
 
 def prefetcher(
@@ -488,7 +482,9 @@ def prefetcher(
 
 
 def _profiled(train_step, folder, num_profiled, closing):
-  """The step, of which some calls are traced for the folder of the run."""
+  """The step, of which some calls, or none, are traced for the run's folder."""
+  if not num_profiled:
+    return train_step
   traced = step_profile.ProfiledStep(
     train_step, folder / 'profile', num_profiled
   )

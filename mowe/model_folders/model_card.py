@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from mowe.model_folders import model_folder
 from mowe.models import model_config
 from mowe.models.families import costs
 from mowe.training import checkpointing, run_history
@@ -34,13 +33,18 @@ _LIMITS = (
 )
 
 
-def write(folder: pathlib.Path, cost: costs.ModelCosts) -> None:
+def write(
+  folder: pathlib.Path,
+  config: model_config.ModelConfig,
+  cost: costs.ModelCosts,
+) -> None:
   """Writes the card of a folder, or the generated part of the one there.
 
   A README.md without such a part is left alone.
 
   Args:
     folder: a model folder with a checkpoint.
+    config: the config of its model.
     cost: the costs of its model.
   """
   path = folder / FILE_NAME
@@ -50,7 +54,6 @@ def write(folder: pathlib.Path, cost: costs.ModelCosts) -> None:
     old = path.read_bytes().decode('utf-8', 'surrogateescape')
     text = _GENERATED.sub(lambda _: generated, old)
   else:
-    config, _ = model_folder.load_config(folder)
     text = (
       f'{_front_matter(config)}\n# {folder.resolve().name}\n\n{generated}\n'
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mowe.model_folders import model_card
+from mowe.model_folders import model_card, model_folder
 from mowe.models.families import costs
 
 
@@ -16,7 +16,8 @@ def folder(world, tmp_path_factory):
 
 
 def _write(folder, total=1234):
-  model_card.write(folder, costs.ModelCosts(total, 1000, 100, 7, 5))
+  config, _ = model_folder.load_config(folder)
+  model_card.write(folder, config, costs.ModelCosts(total, 1000, 100, 7, 5))
   return (folder / model_card.FILE_NAME).read_text('utf-8')
 
 
@@ -55,5 +56,6 @@ def test_what_others_wrote_stays(folder):
   begin = model_card._BEGIN.encode()
   for content in (b'caf\xe9\r\n', b'a\r\n' + begin + b'\nb'):
     path.write_bytes(content)
-    model_card.write(folder, costs.ModelCosts(1, 0, 0, 7, 5))
+    config, _ = model_folder.load_config(folder)
+    model_card.write(folder, config, costs.ModelCosts(1, 0, 0, 7, 5))
     assert path.read_bytes() == content

@@ -149,7 +149,7 @@ def _report(folder: pathlib.Path) -> task_evaluation.EvaluationResult:
     ),
   )
   config, _ = model_folder.load_config(folder)
-  model_card.write(folder, costs.model_costs(config))
+  model_card.write(folder, config, costs.model_costs(config))
   return result
 
 
