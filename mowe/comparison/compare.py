@@ -204,6 +204,10 @@ def _say_sizes(experiment: experiments.Experiment) -> None:
       number = sizes.num_runs(sized.model)
       runs = f'{number} run{"s" if number > 1 else ""} to do'
       print(_size_in_words(sized, sizes.num_tries(sized.model), runs))
+  print(
+    'No data were made. Sizes that follow from counts of the text, as those of '
+    'banks do, will be others.'
+  )
 
 
 def _size_in_words(
