@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mowe.comparison import (
-  experiment_data,
   experiments,
   measurements,
   model_sizes,
@@ -77,7 +76,7 @@ def compare(
     KeyboardInterrupt: a signal was received. The same call continues.
   """
   folder = pathlib.Path(experiment.output)
-  if dry_run and not experiment_data.is_prepared(folder / 'data'):
+  if dry_run and not experiment.data.is_prepared(folder / 'data'):
     _say_sizes(experiment)
     return None
   with run_process.only_one(folder) as lock:

@@ -146,6 +146,9 @@ class Data(Protocol):
   def prepare(self, folder: pathlib.Path) -> Prepared:
     """Makes, in a folder, what is not there yet."""
 
+  def is_prepared(self, folder: pathlib.Path) -> bool:
+    """Whether `prepare` would find all of it."""
+
   def stand_in(self, folder: pathlib.Path) -> Prepared:
     """Makes, in a folder, vocabularies of the same sizes that hold nothing.
 
@@ -196,6 +199,10 @@ class GeneratedWorld:
     return _prepare(
       folder, files, self.vocabulary, self.vocabulary_size, (note,)
     )
+
+  def is_prepared(self, folder: pathlib.Path) -> bool:
+    """See `Data.is_prepared`."""
+    return _has_last_cache(folder)
 
   def stand_in(self, folder: pathlib.Path) -> Prepared:
     """See `Data.stand_in`."""
@@ -265,6 +272,10 @@ class Files:
       folder, files, self.vocabulary, self.vocabulary_size, notes, self.cut
     )
 
+  def is_prepared(self, folder: pathlib.Path) -> bool:
+    """See `Data.is_prepared`."""
+    return _has_last_cache(folder)
+
   def stand_in(self, folder: pathlib.Path) -> Prepared:
     """See `Data.stand_in`; the files must be there."""
     for name in _SOURCES:
@@ -301,16 +312,19 @@ class Caches:
       notes=(f'Token caches of {caches.name}.',),
     )
 
+  def is_prepared(self, folder: pathlib.Path) -> bool:
+    """See `Data.is_prepared`; only words are counted in the folder."""
+    return folder.is_dir()
+
   def stand_in(self, folder: pathlib.Path) -> Prepared:
     """See `Data.stand_in`; the caches are there, and words are a stand-in."""
     return _stand_in(folder, self.vocabulary, 0)
 
 
-def is_prepared(folder: pathlib.Path) -> bool:
-  """Whether a folder has all data that an experiment made in it.
+def _has_last_cache(folder: pathlib.Path) -> bool:
+  """Whether a folder has the cache of reported questions, built last.
 
-  The cache of reported questions is built last, and has this file when it is
-  complete.
+  It has this file when it is complete.
   """
   return (folder / 'cache' / REPORTED / 'cache.json').is_file()
 

@@ -214,7 +214,11 @@ class WeightsAndBiases:
 
   def check(self) -> None:
     """See `Board.check`."""
-    if self.project is None or importlib.util.find_spec('wandb'):
+    if self.project is None:
+      return
+    found = importlib.util.find_spec('wandb')
+    # A folder `wandb`, which it makes itself, has no file of its own.
+    if found is not None and found.origin is not None:
       return
     raise ModuleNotFoundError(
       'Metrics go to Weights & Biases by the package wandb, but it is not '

@@ -391,3 +391,8 @@ def test_a_dry_run_sizes_the_models_and_makes_no_data(
   assert '3 runs to do' in dense
   assert 2 * 512 * 12 < int(dense.split()[1].replace(',', '')) < 3 * 512 * 12
   assert 'MoWE: ' in shown and 'EXPERT_DIM = ' in shown
+  # Where the data are there, it says what is done.
+  (tmp_path / 'out' / 'data').mkdir(parents=True)
+  planned = small_experiments.experiment(world, tmp_path / 'out')
+  assert compare.compare(planned, dry_run=True) is None
+  assert '0 of 1 runs finished' in capsys.readouterr().out

@@ -103,7 +103,7 @@ class World:
       'optimizer': optimizers.AdamW(1e-2),
       'row_optimizer': row_optimizers.RowAdafactor(1e-2),
       'make_mesh': functools.partial(
-        partitioning.make_mesh, devices=jax.devices()[:1]
+        partitioning.make_mesh, devices=one_device()
       ),
       'save': train_command.SaveConfig(period=3),
       'log_period': 2,
@@ -124,6 +124,11 @@ class World:
         back_to=back_to,
         config_text=config_text,
       )
+
+
+def one_device() -> list[jax.Device]:
+  """The devices of runs whose programs are to be compiled quickly."""
+  return jax.devices()[:1]
 
 
 _jitted_step = train_command.jitted_step

@@ -106,7 +106,9 @@ class _StandIn(types.ModuleType):
 
   def __init__(self):
     super().__init__('wandb')
-    self.__spec__ = importlib.machinery.ModuleSpec('wandb', None)
+    self.__spec__ = importlib.machinery.ModuleSpec(
+      'wandb', None, origin='wandb.py'
+    )
     self.told = []
     self.Histogram = lambda values: ('histogram', values.tolist())
 
@@ -158,6 +160,8 @@ def test_weights_and_biases_without_a_project_write_nothing(tmp_path):
 def test_what_weights_and_biases_lack_is_said(wandb, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='led to: api_key not .* `wandb login`'):
     train_metrics.WeightsAndBiases('without a key').open(tmp_path, 0)
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ModuleNotFoundError, match=r"pip install 'mowe\[wandb\]'"):
-    train_metrics.WeightsAndBiases('words').check()
+  folder = importlib.machinery.ModuleSpec('wandb', None)
+  for found in (None, folder):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, f=found: f)
+    with pytest.raises(ModuleNotFoundError, match=r"install 'mowe\[wandb\]'"):
+      train_metrics.WeightsAndBiases('words').check()

@@ -30,15 +30,13 @@ def run(
 
   Returns:
     The run that was done.
-
-  Raises:
-    ValueError: a binding sets one of `macros`.
   """
-  check_free(macros, bindings)
   own = as_bindings(macros)
   folder = pathlib.Path(macros['MODEL_DIR'])
   gin_config.parse(gin_files, [*own, *bindings], search_paths)
-  if budget is not None:
+  if budget is None:
+    steps = gin_config.made('TRAIN_STEPS')
+  else:
     steps = run_budget.fixed_steps(
       budget,
       gin_config.call(train.Training),
@@ -46,7 +44,6 @@ def run(
       has_begun=made_of.has_begun(folder),
     )
     own.append(f'TRAIN_STEPS = {steps}')
-  steps = steps if budget is not None else gin_config.made('TRAIN_STEPS')
   if steps <= gin_config.made('WARMUP_STEPS'):
     own.append(f'WARMUP_STEPS = {steps // 10}')
   if gin_config.has_macro('EVAL_TASK_NAME'):

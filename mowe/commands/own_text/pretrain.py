@@ -134,7 +134,8 @@ def pretrain(
     'model': model_file,
     'options': {'field': field, 'skip': skip_bad_records},
     'vocabularies': dataclasses.asdict(vocabularies)
-    | {'questions': _sources(vocabularies.questions)},
+    | {'questions': _sources(vocabularies.questions)}
+    | _given(vocabularies.subwords),
   }
   if not made_of.is_same(folder, described):
     for name in (_subwords_path(text), _words_path(text)):
@@ -172,6 +173,13 @@ def _model_file(model: str) -> str:
 
 def _sources(files: Sequence[str]) -> list[dict[str, Any]]:
   return text_files.describe_sources(files) if files else []
+
+
+def _given(subwords: str | None) -> dict[str, str]:
+  """What a given vocabulary holds, whatever its path."""
+  if subwords is None:
+    return {}
+  return {'subwords': subword_vocabularies.load_subwords(subwords).sha256}
 
 
 def _recipe(config: model_config.ModelConfig) -> tuple[str, str]:

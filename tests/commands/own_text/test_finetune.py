@@ -16,6 +16,14 @@ from mowe.commands.own_text import own_run, shown_commands
 from mowe.model_folders import model_folder
 from mowe.training import checkpointing
 
+# Programs for eight devices take longer to compile.
+_ONE_DEVICE = """
+from __gin__ import dynamic_registration
+import small_runs
+from mowe.training import partitioning
+
+partitioning.make_mesh.devices = @small_runs.one_device()
+"""
 _SMALL = (
   '--gin.t5_config.T5Config.emb_dim=12',
   '--gin.t5_config.T5Config.mlp_dim=14',
@@ -41,8 +49,11 @@ def _pretrain(world, output, *more):
 @pytest.mark.slow
 def test_from_text_and_questions_to_scores(world, tmp_path, capsys):
   output = tmp_path / 'mine'
+  file = tmp_path / 'one_device.gin'
+  file.write_text(_ONE_DEVICE)
+  on_one = f'--gin_file={file}'
   lengths = f'--gin.TASK_FEATURE_LENGTHS={small_runs.LENGTHS}'
-  arguments = lengths, '--epochs', 0.5
+  arguments = lengths, on_one, '--epochs', 0.5
   assert _pretrain(world, output, *arguments) == 0
   shown = capsys.readouterr().out
   for verb in ('train-vocabulary', 'build-routing-vocabulary', 'cache-task'):
@@ -63,7 +74,7 @@ def test_from_text_and_questions_to_scores(world, tmp_path, capsys):
   questions = world.folder / 'questions.jsonl'
   arguments = (
     'finetune', output, questions, '--reported', questions, '--steps', 6,
-    '--choosing', questions, '--gin.PATIENCE=2', '--gin.BATCH_SIZE=8',
+    '--choosing', questions, '--gin.PATIENCE=2', '--gin.BATCH_SIZE=8', on_one,
   )  # fmt: skip
   assert _run(*arguments) == 0
   shown = capsys.readouterr().out
