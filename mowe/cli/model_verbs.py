@@ -101,7 +101,8 @@ def _number_of_steps(text: str) -> int:
 
 
 def _train(options, bindings):
-  _join_processes(options)
+  if options.topology is None:
+    _join_processes(options)
   if options.on_spike is not None:
     bindings = [*bindings, f'ON_SPIKE = {options.on_spike!r}']
   if options.dry_run:
@@ -114,24 +115,33 @@ def _train(options, bindings):
     )
   gin_config = gin_arguments.parse(options, bindings)
   from mowe.commands import train
+  from mowe.training.processes import lost_processes
 
   _use_tfds_folder(options)
   back_to = None
   if options.from_step is not None:
     is_last_good = options.from_step == _LAST_GOOD
     back_to = train.BackTo(None if is_last_good else options.from_step)
+  training = gin_config.call(train.Training)
   try:
-    train.train(
-      gin_config.call(train.Training),
-      back_to=back_to,
-      config_text=gin_config.operative_config,
-      num_profiled=options.profile,
-    )
+    with lost_processes.named():
+      train.train(
+        training,
+        back_to=back_to,
+        config_text=gin_config.operative_config,
+        num_profiled=options.profile,
+      )
   except train.CannotResumeError as error:
     raise ValueError(
       f'{error} To go on from the newest step that is whole: {options.command} '
       f'--from_step {_LAST_GOOD}'
     ) from error
+  except lost_processes.ProcessLostError as error:
+    print(f'mowe: {error}', file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At an ordinary end JAX would wait for the lost process, and then abort.
+    os._exit(1)
 
 
 def _dry_run(options, bindings):
@@ -175,10 +185,15 @@ def _use_tfds_folder(options):
 
 def _add_distributed(parser):
   parser.add_argument(
-    '--coordinator_address', help='host:port, if several processes train'
+    '--coordinator_address',
+    metavar='HOST:PORT',
+    help='where process 0 is, if several processes train and no launcher tells '
+    'them; TPU slices, SLURM and Open MPI do',
   )
   parser.add_argument(
-    '--process_count', type=int, help='number of processes of the run'
+    '--process_count',
+    type=int,
+    help='number of processes of the run; 1 does not look for others',
   )
   parser.add_argument(
     '--process_index', type=int, help='number of this process, from 0'
@@ -186,16 +201,17 @@ def _add_distributed(parser):
 
 
 def _join_processes(options):
-  """Connects the processes of a multi-host run; only the first one prints."""
-  if options.coordinator_address is None:
-    return
-  import jax
+  """Connects the processes of a run; only the first one prints."""
+  from mowe.training.processes import joining
 
-  jax.distributed.initialize(
+  is_joined = joining.join(
     options.coordinator_address, options.process_count, options.process_index
   )
-  if jax.process_index() != 0:
-    sys.stdout = open(os.devnull, 'w')
+  if is_joined:
+    import jax
+
+    if jax.process_index() != 0:
+      sys.stdout = open(os.devnull, 'w')
 
 
 def _add_evaluate(verbs):

@@ -20,7 +20,6 @@ from mowe.models import initialization, model_config, parameters, token_memories
 from mowe.models.families import costs, families, model_description
 from mowe.stores import expert_stores
 from mowe.training import (
-  agreement,
   checkpointing,
   loop,
   loss_spikes,
@@ -35,6 +34,7 @@ from mowe.training import (
 )
 from mowe.training.optimization import optimizers, row_optimizers
 from mowe.training.performance import step_profile
+from mowe.training.processes import agreement
 from mowe.words import (
   atomic_files,
   base_vocabulary,

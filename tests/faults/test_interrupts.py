@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,8 +24,6 @@ pytestmark = [
 _TOTAL = 120
 # Kills at random moments need a run that is long enough for all of them.
 _TOTAL_OF_KILLS = 120
-# With two processes every step waits for both, so these runs are shorter.
-_TOTAL_OF_TWO = 30
 _SECONDS = 240
 
 
@@ -218,65 +215,3 @@ def test_experts_on_disk_survive_kills(world, tmp_path):
   _rerun_and_compare(
     world, folder, straight, killed_at[-1], *on_disk, total=_TOTAL_OF_KILLS
   )
-
-
-def _free_port():
-  with socket.socket() as one:
-    one.bind(('localhost', 0))
-    return one.getsockname()[1]
-
-
-def _start_two(world, folder, of_second=()):
-  port = _free_port()
-  return [
-    _start(
-      world,
-      folder,
-      f'--coordinator_address=localhost:{port}',
-      '--process_count=2',
-      f'--gin.TRAIN_STEPS={_TOTAL_OF_TWO}',
-      f'--process_index={index}',
-      *(of_second if index else ()),
-    )
-    for index in range(2)
-  ]
-
-
-def test_two_processes_stop_together_and_train_as_one(
-  world, straight, tmp_path
-):
-  folder = tmp_path / 'run'
-  processes = _start_two(world, folder)
-  log = folder / 'train_metrics.jsonl'
-  _wait_until(lambda: log.exists() and log.stat().st_size > 0, processes[0])
-  # Only one process gets the signal, and it is not the one that writes.
-  processes[1].terminate()
-  outputs = [_finish(process) for process in processes]
-  assert [p.returncode for p in processes] == [130, 130], outputs
-  with checkpointing.Checkpoints(folder) as saved:
-    step = saved.latest_step()
-  assert 0 < step < _TOTAL_OF_TWO
-  assert all(f'Stopped after step {step} of' in output for output in outputs)
-
-  processes = _start_two(world, folder)
-  outputs = [_finish(process) for process in processes]
-  assert [p.returncode for p in processes] == [0, 0], outputs
-  assert f'at step {step}.' in outputs[0]
-  with checkpointing.Checkpoints(folder) as saved:
-    assert saved.latest_step() == _TOTAL_OF_TWO
-  # Two processes add up in another order than one device. Training amplifies
-  # the difference, so only the first steps are compared.
-  first = lambda path: [
-    line['loss'] for line in train_metrics.read_json_lines(path)[:4]
-  ]
-  expected = first(straight / 'train_metrics.jsonl')
-  assert first(log) == pytest.approx(expected, rel=1e-5)
-
-
-def test_processes_with_other_settings_do_not_train(world, tmp_path):
-  folder = tmp_path / 'run'
-  processes = _start_two(world, folder, ['--gin.LEARNING_RATE=0.5'])
-  outputs = [_finish(process) for process in processes]
-  assert [p.returncode for p in processes] == [1, 1], outputs
-  assert all('the settings of process 1 differ' in one for one in outputs)
-  assert not folder.exists()

@@ -250,7 +250,9 @@ class TokenCache:
     # An empty file cannot be mapped.
     if not about['length']:
       return np.zeros(shape, dtype)
-    return np.memmap(self.path / about['file'], dtype, 'r', shape=shape)
+    mapped = np.memmap(self.path / about['file'], dtype, 'r', shape=shape)
+    # A part of a memmap takes several times as long to make.
+    return mapped.view(np.ndarray)
 
   def verify(self, is_over: Callable[[], bool] = lambda: False) -> None:
     """Compares every file with its digest, which reads all of them.

@@ -259,21 +259,36 @@ def mask_spans(
 
   Args:
     tokens: <int>[length], the text.
-    spans: <int>[num_spans, 2], bounds [start, end), in order, not overlapping.
+    spans: <int>[num_spans, 2], bounds [start, end), in order; they are not empty
+      and do not overlap.
     sentinels: the ids of the sentinels, at least one for each span.
 
   Returns:
     The inputs <int32>[n] and the targets <int32>[m], both without EOS.
   """
-  # The targets begin with an empty array, because there may be no span.
-  inputs, targets, position = [], [tokens[:0]], 0
-  for number, (start, end) in enumerate(np.asarray(spans).tolist()):
-    sentinel = [sentinels[number]]
-    inputs += [tokens[position:start], sentinel]
-    targets += [sentinel, tokens[start:end]]
-    position = end
-  inputs.append(tokens[position:])
-  return _join(inputs), _join(targets)
+  tokens, spans = np.asarray(tokens, np.int32), np.asarray(spans)
+  starts, ends = spans[:, 0], spans[:, 1]
+  marks = sentinels[: len(spans)]
+  # Tokens of spans are True: 1 is added where a span starts, and taken away
+  # where it ends.
+  changes = np.zeros(len(tokens) + 1, np.int8)
+  changes[starts] += 1
+  changes[ends] -= 1
+  is_masked = np.cumsum(changes[:-1], dtype=np.int8).astype(bool)
+
+  # A sentinel takes the place of the first token of its span.
+  is_input = ~is_masked
+  is_input[starts] = True
+  inputs = tokens.copy()
+  inputs[starts] = marks
+
+  num_masked = np.cumsum(ends - starts)
+  targets = np.empty(np.count_nonzero(is_masked) + len(spans), np.int32)
+  is_mark = np.zeros(len(targets), bool)
+  is_mark[num_masked - (ends - starts) + np.arange(len(spans))] = True
+  targets[is_mark] = marks
+  targets[~is_mark] = tokens[is_masked]
+  return inputs[is_input], targets
 
 
 def restore(
@@ -294,16 +309,16 @@ def restore(
     place = int(np.flatnonzero(inputs == mark)[0])
     parts += [inputs[position:place], targets[start + 1 : end]]
     position = place + 1
-  return _join(parts + [inputs[position:]])
+  parts.append(inputs[position:])
+  return np.concatenate(parts).astype(np.int32)
 
 
 def _random_segments(
   num_items: int, num_segments: int, rng: np.random.Generator
 ) -> np.ndarray:
   """Cuts items into non-empty segments at random, and returns their lengths."""
-  cuts = rng.choice(num_items - 1, num_segments - 1, replace=False) + 1
-  return np.diff(np.sort(cuts), prepend=0, append=num_items)
-
-
-def _join(parts: list) -> np.ndarray:
-  return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+  bounds = np.empty(num_segments + 1, np.int64)
+  bounds[0], bounds[-1] = 0, num_items
+  bounds[1:-1] = rng.choice(num_items - 1, num_segments - 1, replace=False) + 1
+  bounds.sort()
+  return bounds[1:] - bounds[:-1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from mowe.training import agreement
+from mowe.training.processes import agreement
 
 
 class _GatheredError(Exception):
