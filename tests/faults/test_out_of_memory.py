@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from jax import numpy as jnp
 
 from mowe.commands import out_of_memory
 from mowe.words import writer_locks
@@ -30,7 +31,19 @@ from mowe.words import writer_locks
 )
 def test_the_sentence_has_the_size_and_what_to_do(error, size):
   text = out_of_memory.explanation(error)
-  assert f'but allocating {size} failed ({error}). In training, take' in text
+  assert f'but allocating {size} failed ({error}). ' in text
+  assert ' In training, take a smaller BATCH_SIZE' in text
+
+
+def test_the_sentence_has_the_largest_arrays():
+  arrays = [jnp.zeros((13, 1_000_000)) for _ in range(2)]
+  arrays.append(jnp.zeros((14, 1_000_001), jnp.int32))
+  text = out_of_memory.explanation(MemoryError('std::bad_alloc'))
+  assert (
+    'The largest arrays there were 1 of int32[14, 1000001] with 0.06 GB on '
+    'each device, 2 of float32[13, 1000000] with 0.05 GB on each device. In '
+  ) in text
+  del arrays
 
 
 def test_other_errors_are_not_explained():
