@@ -57,27 +57,21 @@ def not_finite(state: TrainState) -> list[str]:
   tables are looked at when they are written.
   """
   ordinary = state.replace(tables={}, table_state={})
-  if bool(_is_finite(ordinary)):
-    return []
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
+  floats = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(ordinary)
-    if not bool(_is_finite(leaf))
-  ]
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  }
+  # A program for each shape is compiled sooner than one for all arrays.
+  are_finite = jax.device_get(
+    {name: _is_finite(leaf) for name, leaf in floats.items()}
+  )
+  return [name for name in floats if not are_finite[name]]
 
 
 @jax.jit
-def _is_finite(tree):
-  floats = [
-    leaf
-    for leaf in jax.tree.leaves(tree)
-    if jnp.issubdtype(leaf.dtype, jnp.floating)
-  ]
-  return functools.reduce(
-    jnp.logical_and,
-    [jnp.isfinite(leaf).all() for leaf in floats],
-    jnp.ones((), bool),
-  )
+def _is_finite(array):
+  return jnp.isfinite(array).all()
 
 
 def create(
