@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,6 +27,7 @@ from mowe.interop import (
   mowe_safetensors,
   new_folder,
   safetensors_folder,
+  tokenizer_json,
   weights,
 )
 from mowe.interop.t5x import t5x_checkpoint, t5x_legacy, t5x_orbax, t5x_tree
@@ -42,7 +44,7 @@ _WIDTH = 110
 # Formats whose checkpoints do not describe their model.
 _WITHOUT_CONFIG = ('t5x', 't5x-orbax')
 
-_SPIECE = 'spiece.model'
+_SPIECE, _TOKENIZER = 'spiece.model', 'tokenizer.json'
 # Of tokens that are lost, so many are named.
 _MOST_NAMED = 8
 
@@ -107,7 +109,7 @@ def convert(
     )
   found = recognise(source)
   is_guess = found in _WITHOUT_CONFIG and like is None
-  settings = _sentinels(source, found, vocabulary, extra_ids)
+  settings = _settings(source, found, vocabulary, extra_ids)
   with contextlib.ExitStack() as closing:
     given = _open(source, found, like, closing, settings)
     if vocabulary is not None:
@@ -205,22 +207,23 @@ def _check_target(target, to):
       )
 
 
-def _sentinels(source, found, vocabulary, extra_ids) -> dict[str, int]:
-  """Options that open the source with `extra_ids` sentinels, if it has them.
+def _settings(source, found, vocabulary, extra_ids) -> dict[str, Any]:
+  """Options that open the source: the sentinels and vocabulary that are given.
 
   Raises ValueError if no vocabulary is there that could have them.
   """
-  if extra_ids is None:
-    return {}
-  if found == 'huggingface' and (pathlib.Path(source) / _SPIECE).is_file():
-    return {'extra_ids': extra_ids}
-  if vocabulary is None:
+  settings = {}
+  if found == 'huggingface':
+    settings['has_vocabulary'] = vocabulary is not None
+    if (pathlib.Path(source) / _SPIECE).is_file() or _has_tokenizer(source):
+      settings['extra_ids'] = extra_ids
+  if extra_ids is not None and 'extra_ids' not in settings and not vocabulary:
     raise ValueError(
       '--extra_ids must be the sentinels of --vocabulary or of a spiece.model '
-      f'in the source, but there is neither for {source}. Leave --extra_ids '
-      'out, or give --vocabulary too.'
+      f'or tokenizer.json in the source, but there is neither for {source}. '
+      'Leave --extra_ids out, or give --vocabulary too.'
     )
-  return {}
+  return settings
 
 
 def _with_vocabulary(given, path, extra_ids) -> weights.Weights:
@@ -362,20 +365,33 @@ def _table(read, written) -> rich.table.Table:
 
 
 @contextlib.contextmanager
-def _opened_huggingface(path, extra_ids=None) -> Iterator[weights.Weights]:
+def _opened_huggingface(
+  path, extra_ids=None, has_vocabulary=False
+) -> Iterator[weights.Weights]:
   config, params = huggingface.load(path)
-  spiece = pathlib.Path(path) / _SPIECE
-  vocabulary = None
-  if spiece.is_file():
-    vocabulary = _vocabulary_of(spiece, extra_ids)
   flat = flax.traverse_util.flatten_dict(params)
-  yield weights.Weights(config, flat, vocabulary=vocabulary)
+  folder = pathlib.Path(path)
+  with contextlib.ExitStack() as closing:
+    spiece, vocabulary = folder / _SPIECE, None
+    if not spiece.is_file() and _has_tokenizer(folder) and not has_vocabulary:
+      temporary = closing.enter_context(tempfile.TemporaryDirectory())
+      spiece = pathlib.Path(temporary) / _SPIECE
+      spiece.write_bytes(
+        tokenizer_json.sentencepiece_model(folder / _TOKENIZER)
+      )
+    if spiece.is_file():
+      vocabulary = _vocabulary_of(spiece, folder, extra_ids)
+    yield weights.Weights(config, flat, vocabulary=vocabulary)
 
 
-def _vocabulary_of(spiece, extra_ids):
+def _has_tokenizer(folder) -> bool:
+  return (pathlib.Path(folder) / _TOKENIZER).is_file()
+
+
+def _vocabulary_of(spiece, folder, extra_ids):
   """The vocabulary of a tokenizer; what of it is lost is printed."""
   vocabulary = subword_vocabularies.load_subwords(spiece, extra_ids)
-  settings = huggingface_tokenizer.read(spiece.parent, vocabulary)
+  settings = huggingface_tokenizer.read(folder, vocabulary)
   if settings.added:
     named = ', '.join(map(repr, settings.added[:_MOST_NAMED]))
     more = ', ...' if len(settings.added) > _MOST_NAMED else ''

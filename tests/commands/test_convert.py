@@ -489,6 +489,41 @@ def test_what_a_tokenizer_says_of_its_tokens(
     convert.convert(str(theirs), str(tmp_path / 'no'), 'safetensors')
 
 
+def test_a_folder_of_transformers_5_has_no_spiece_model(
+  pretrained, tmp_path, capsys
+):
+  theirs, out = tmp_path / 'theirs', tmp_path / 'out'
+  convert.convert(str(pretrained), str(theirs), 'huggingface')
+  spiece = tmp_path / 'spiece.model'
+  shutil.move(theirs / 'spiece.model', spiece)
+  own = subword_vocabularies.load_subwords(spiece)
+  pieces = [[own.piece(i), -i / 8] for i in range(own.size - own.extra_ids)]
+  tokenizer = {
+    'model': {'type': 'Unigram', 'unk_id': 2, 'vocab': pieces},
+    'added_tokens': [{'id': 1200, 'content': '<ORG>'}],
+  }
+  path = theirs / 'tokenizer.json'
+  path.write_text(json.dumps(tokenizer))
+  convert.convert(str(theirs), str(out), 'safetensors')
+  assert "are lost ('<ORG>')" in capsys.readouterr().out
+  read = mowe_safetensors.load(out).vocabulary
+  assert (read.size, read.extra_ids) == (own.size, own.extra_ids)
+  assert read.piece(7) == own.piece(7)
+  few = tmp_path / 'few'
+  convert.convert(str(theirs), str(few), 'safetensors', extra_ids=2)
+  assert mowe_safetensors.load(few).vocabulary.extra_ids == 2
+  # Another kind of tokenizer is refused, unless a vocabulary is given.
+  tokenizer['model']['type'] = 'BPE'
+  path.write_text(json.dumps(tokenizer))
+  again = tmp_path / 'again'
+  with pytest.raises(ValueError, match=r'tokenizer\.json must be Unigram'):
+    convert.convert(str(theirs), str(again), 'safetensors')
+  convert.convert(
+    str(theirs), str(again), 'safetensors', vocabulary=str(spiece)
+  )
+  assert mowe_safetensors.load(again).vocabulary.sha256 == own.sha256
+
+
 @pytest.mark.parametrize(
   'content', ['[]', 'null', '"x"', '3', '{', '[' * 100_000]
 )
