@@ -123,7 +123,7 @@ class DataConfig:
       self.task_feature_lengths,
       seed=self.seed,
       pack=self.pack,
-      of_rows=lm_batches.make_batch if is_one_stack else None,
+      make_batch_of=lm_batches.make_batch if is_one_stack else None,
     )
 
   def _check_contiguous(self, pairs, is_one_stack):

@@ -473,8 +473,13 @@ def prefetcher(
   prepared: Prepared, first_step: int, total_steps: int
 ) -> prefetch.Prefetcher:
   """Makes and plans the batches of coming steps ahead."""
+  batches, mesh = prepared.batches, prepared.setup.mesh
+  if isinstance(prepared.router, batch_router.NoRouter):
+    # A plan has the words of all rows, so without one a process makes its own.
+    batch_size = len(batches.first_batch['decoder_target_tokens'])
+    batches = batches.of_rows(partitioning.own_rows(mesh, batch_size))
   return prefetch.Prefetcher(
-    prepared.batches.batch_maker(first_step),
+    batches.batch_maker(first_step),
     first_step,
     total_steps,
     transform=prepared.router,

@@ -1,6 +1,7 @@
 """Makes batches, packed or not, as a pure function of the seed and the step."""
 
 import abc
+import copy
 import dataclasses
 import functools
 import itertools
@@ -36,6 +37,18 @@ class BatchSource(abc.ABC):
     """
     batches = self.from_step(first_step)
     return lambda step: next(batches)
+
+  def of_rows(self, rows: np.ndarray) -> 'BatchSource':
+    """Returns a source that need make only some rows of each batch.
+
+    A process of several makes those that its devices read. Batches keep their
+    shape; what other rows hold is not said.
+
+    Args:
+      rows: <int>[n], the numbers of the rows, from 0 on.
+    """
+    del rows
+    return self
 
   def report(self) -> dict[str, dict[str, int]]:
     """Returns counts of examples and rows by the name of each task.
@@ -86,8 +99,8 @@ class Batches(RandomAccessSource):
       included.
     seed: seed of all orders and of the tasks' noise, at least 0.
     pack: puts several examples into a row, with segment ids and positions.
-    of_rows: function that makes a batch of rows; None takes `make_batch`. A
-      model with one stack needs `lm_batches.make_batch`.
+    make_batch_of: function that makes a batch of rows; None takes `make_batch`.
+      A model with one stack needs `lm_batches.make_batch`.
 
   Call: takes a step from 0 on, returns its batch (see docs/architecture/data.md
     for the fields).
@@ -104,7 +117,7 @@ class Batches(RandomAccessSource):
     feature_lengths: Mapping[str, int],
     seed: int = 0,
     pack: bool = False,
-    of_rows: Callable[..., Batch] | None = None,
+    make_batch_of: Callable[..., Batch] | None = None,
   ):
     pairs = list(tasks) if isinstance(tasks, Sequence) else [(tasks, 1.0)]
     if not pairs or batch_size < 1 or seed < 0:
@@ -117,8 +130,9 @@ class Batches(RandomAccessSource):
     self.batch_size = batch_size
     self.feature_lengths = {'inputs': 0, **feature_lengths}
     self.pack = pack
-    self._make_batch = of_rows or make_batch
+    self._make_batch = make_batch_of or make_batch
     self._seed = seed
+    self._own_rows = np.arange(batch_size)
     for task in self.tasks:
       _check_fit(task, self.feature_lengths)
     self._rows = [self._pack(number) for number in range(len(pairs))]
@@ -137,16 +151,21 @@ class Batches(RandomAccessSource):
     return math.ceil(rows / self.batch_size)
 
   def __call__(self, step: int) -> Batch:
-    first = step * self.batch_size
-    numbers = np.arange(first, first + self.batch_size)
+    numbers = step * self.batch_size + self._own_rows
     tasks, ranks = self._mixture.locate(numbers)
-    rows: list[list[Example]] = [[] for _ in numbers]
+    rows: list[list[Example]] = [[] for _ in range(self.batch_size)]
     for task in np.unique(tasks).tolist():
       here = np.flatnonzero(tasks == task)
       made = self._task_rows(task, ranks[here])
-      for place, row in zip(here.tolist(), made, strict=True):
+      for place, row in zip(self._own_rows[here].tolist(), made, strict=True):
         rows[place] = row
     return self._make_batch(rows, self.feature_lengths, segments=self.pack)
+
+  def of_rows(self, rows: np.ndarray) -> 'Batches':
+    """See `BatchSource.of_rows`; other rows are padding."""
+    source = copy.copy(self)
+    source._own_rows = rows
+    return source
 
   def eval_batches(self) -> Iterator[Batch]:
     """Yields batches with every example once, in order, task after task.

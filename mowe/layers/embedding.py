@@ -50,18 +50,18 @@ class Embedding(nn.Module):
     The table is read once for both, so that its gradient is one array of its
     size instead of two.
 
+    The rows of a batch lie on different devices, so both are joined along their
+    length: along the batch, ids would have to travel.
+
     Args:
-      ids: <int32>[...], token ids.
-      others: <int32>[...], token ids; the shape may differ from that of `ids`.
+      ids: <int32>[batch, length], token ids.
+      others: <int32>[batch, other length], token ids.
 
     Returns:
-      <dtype>[..., embed] for `ids`, and the same for `others`.
+      <dtype>[batch, length, embed] for `ids`, and the same for `others`.
     """
-    vectors = self(jnp.concatenate([ids.reshape(-1), others.reshape(-1)]))
-    return (
-      vectors[: ids.size].reshape(*ids.shape, -1),
-      vectors[ids.size :].reshape(*others.shape, -1),
-    )
+    vectors = self(jnp.concatenate([ids, others], axis=1))
+    return vectors[:, : ids.shape[1]], vectors[:, ids.shape[1] :]
 
   def attend(self, tokens: jax.Array) -> jax.Array:
     """Returns the logits of tied embeddings, as in T5 1.0.

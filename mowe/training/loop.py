@@ -348,9 +348,12 @@ def _mean_values(unlogged) -> dict[str, train_metrics.Value]:
 
 
 def _num_tokens(batch) -> int:
-  """How many tokens of a batch on the host are not padding."""
+  """How many tokens of the batch of all processes are not padding."""
   names = ('encoder_input_tokens', 'decoder_target_tokens')
-  return int(sum(np.count_nonzero(batch[n]) for n in names if n in batch))
+  own = sum(np.count_nonzero(batch[n]) for n in names if n in batch)
+  # Rows that other processes make are empty here, and count as the mean of ours.
+  is_made = batch[names[1]].any(axis=-1)
+  return round(own * len(is_made) / max(1, np.count_nonzero(is_made)))
 
 
 def _check_state(step, state):

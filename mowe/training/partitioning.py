@@ -5,6 +5,7 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -81,6 +82,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of a batch: its rows go to data and expert axes together."""
   return NamedSharding(mesh, PartitionSpec(('data', 'expert')))
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a batch that lie on devices of this process, <int>[n]."""
+  rows = np.arange(batch_size)
+  parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  return np.unique(np.concatenate([rows[index] for index in parts.values()]))
 
 
 def check_batch_size(

@@ -57,16 +57,14 @@ def not_finite(state: TrainState) -> list[str]:
   tables are looked at when they are written.
   """
   ordinary = state.replace(tables={}, table_state={})
-  floats = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+  # A program for each shape is compiled sooner than one for all arrays. Each is
+  # waited for, because CPU devices that are to exchange the results of many
+  # programs at a time may wait for each other without end.
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
     for path, leaf in jax.tree_util.tree_leaves_with_path(ordinary)
-    if jnp.issubdtype(leaf.dtype, jnp.floating)
-  }
-  # A program for each shape is compiled sooner than one for all arrays.
-  are_finite = jax.device_get(
-    {name: _is_finite(leaf) for name, leaf in floats.items()}
-  )
-  return [name for name in floats if not are_finite[name]]
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(_is_finite(leaf))
+  ]
 
 
 @jax.jit

@@ -177,6 +177,21 @@ def test_resuming_gives_identical_batches(pack):
   )
 
 
+@pytest.mark.parametrize('pack', [False, True])
+def test_some_rows_of_a_batch_are_those_of_the_whole(pack):
+  tasks = [(_task(7), 0.4), (_task(5, seed=1), 0.6)]
+  lengths = {'inputs': 40, 'targets': 30}
+  whole = batch_source.Batches(tasks, 6, lengths, seed=2, pack=pack)
+  rows = np.array([1, 2, 5])
+  some = whole.of_rows(rows)
+  for step in range(4):
+    expected = whole(step)
+    others = np.delete(np.arange(6), rows)
+    for name, array in some(step).items():
+      np.testing.assert_array_equal(array[rows], expected[name][rows])
+      assert not array[others].any() and len(array) == 6
+
+
 def test_rates_are_of_examples_also_when_packed():
   # Each example of the first task fills a row; four of the second share one.
   long = _Numbered(((7, 5),) * 10, offset=2)

@@ -105,7 +105,7 @@ def test_long_texts_are_cut_and_short_ones_are_not_joined(cache):
   ]
   assert task.length_bounds()[:, 1].tolist() == [3, 1, 5, 4]
   packed = batch_source.Batches(
-    task, 2, {'targets': 5}, pack=True, of_rows=lm_batches.make_batch
+    task, 2, {'targets': 5}, pack=True, make_batch_of=lm_batches.make_batch
   )
   counts = {}
   for step in range(packed.steps_per_epoch):
