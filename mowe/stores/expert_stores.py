@@ -181,11 +181,12 @@ class _SlotStore:
 
   def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
     """See `Store.check_mesh`."""
-    if mesh.size > 1:
+    if mesh.size > mesh.shape['data'] or jax.process_count() > 1:
       raise ValueError(
-        'Experts in host memory or on disk need a run on one device, but this '
-        f'one has {mesh.size}. Take DeviceStore, which splits them over the '
-        'mesh axis expert.'
+        'Experts in host memory or on disk need a run of one process, whose '
+        f'mesh has the axis data alone, but this one has {dict(mesh.shape)} '
+        f'and {jax.process_count()} processes. Take DeviceStore, which splits '
+        'them over the mesh axis expert.'
       )
 
   def rows_on_device(self, num_experts: int, experts_at_once: int) -> int:

@@ -90,6 +90,39 @@ def test_evaluations_agree_and_metrics_say_what_moved(runs):
 
 
 @pytest.mark.slow
+def test_two_devices_have_the_same_bits_with_every_store(world, tmp_path):
+  if jax.device_count() < 2:
+    pytest.skip('needs 2 devices')
+  states = {}
+  for name, store in (
+    ('device', expert_stores.DeviceStore()),
+    ('host', expert_stores.HostStore(num_slots=15)),
+  ):
+    states[name] = world.train(
+      tmp_path / name,
+      6,
+      data=world.data(batch_size=2),
+      store=store,
+      make_mesh=functools.partial(
+        partitioning.make_mesh, devices=jax.devices()[:2]
+      ),
+      eval_configs=[
+        evaluations.QuestionEvaluation(world.data('questions'), name='qa')
+      ],
+      eval_period=4,
+    )
+  one, other = ((state.params, state.opt_state) for state in states.values())
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  for step in (3, 6):
+    expected = _experts(tmp_path / 'device', step)
+    assert _experts(tmp_path / 'host', step).tobytes() == expected.tobytes()
+  (*_, last) = train_metrics.read_json_lines(
+    tmp_path / 'host' / 'train_metrics.jsonl'
+  )
+  assert last['experts/moved_mb'] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'store', [expert_stores.HostStore(), expert_stores.DiskStore()]
 )

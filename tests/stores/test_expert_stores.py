@@ -290,13 +290,15 @@ def test_a_failed_write_ends_the_run(tmp_path, monkeypatch):
   run.close()
 
 
-def test_many_devices_are_refused():
+def test_meshes_that_split_experts_are_refused():
   if jax.device_count() < 2:
     pytest.skip('needs 2 devices')
-  mesh = partitioning.make_mesh(devices=jax.devices()[:2])
+  here = jax.devices()[:2]
+  mesh = partitioning.make_mesh(expert=2, devices=here)
   for store in (expert_stores.HostStore(), expert_stores.DiskStore()):
+    store.check_mesh(partitioning.make_mesh(devices=here))
     with pytest.raises(
-      ValueError, match='need a run on one device, but this one has 2. Take'
+      ValueError, match="the axis data alone, but this one has {'data': 1, 'exp"
     ):
       store.check_mesh(mesh)
   expert_stores.DeviceStore().check_mesh(mesh)
