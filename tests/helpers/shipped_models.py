@@ -27,7 +27,12 @@ _MEMORIES = {
 }
 # Some mini models have the parts of a tiny model, in larger sizes. The attention
 # of `decoder_only_mini` is also that of the ModuleFormers.
-_WIDER = {'decoder_only_mini', 'xl_mini', 'xl_sigma_moe_mini'}
+_WIDER = {
+  'decoder_only_mini',
+  'moduleformer_mini',
+  'xl_mini',
+  'xl_sigma_moe_mini',
+}
 _LEFT_OUT = _WIDER | {f'decoder_only_{name}_tiny' for name in _MEMORIES}
 NAMES = sorted(
   path.stem
