@@ -8,8 +8,10 @@ from mowe.commands import train
 from mowe.commands.gin_files import gin_config
 from mowe.commands.own_text import made_of, run_budget, shown_commands
 
-# So often a finetuning is evaluated, if nobody says how often.
+# So often a finetuning is evaluated, and so many lines of progress a short run
+# has, if nobody says how many.
 _NUM_EVALUATIONS = 10
+_NUM_LINES = 20
 
 
 def run(
@@ -46,6 +48,8 @@ def run(
     own.append(f'TRAIN_STEPS = {steps}')
   if steps <= gin_config.made('WARMUP_STEPS'):
     own.append(f'WARMUP_STEPS = {steps // 10}')
+  if steps < _NUM_LINES * gin_config.made('LOG_PERIOD'):
+    own.append(f'LOG_PERIOD = {max(1, steps // _NUM_LINES)}')
   if gin_config.has_macro('EVAL_TASK_NAME'):
     own.append(f'EVAL_PERIOD = {max(1, steps // _NUM_EVALUATIONS)}')
   bindings = [*own, *bindings]

@@ -60,6 +60,7 @@ def test_from_text_and_questions_to_scores(world, tmp_path, capsys):
     assert f'$ mowe {verb} {output}' in shown
   # Half of 30 texts are 15 rows, which are two batches of 8.
   assert '--gin.TRAIN_STEPS=2' in shown and '--gin.WARMUP_STEPS=0' in shown
+  assert '--gin.LOG_PERIOD=1' in shown
   assert f'mowe finetune {output} questions.jsonl' in shown
   loaded = model_folder.load(str(output))
   assert (loaded.step, loaded.vocabulary.size) == (2, 140)
