@@ -26,7 +26,8 @@ command -v mowe > /dev/null || {
 run() {
   local child status attempt
   trap '' HUP
-  trap 'kill "$child"; stopped=yes' TERM INT
+  # A run that has just begun may not be in `child` yet.
+  trap 'stopped=yes; pkill -TERM -P "$BASHPID" || true' TERM INT
   stopped=no
   for ((attempt = 0; attempt <= restarts; attempt++)); do
     mowe train "$@" &
@@ -46,6 +47,7 @@ run() {
   return "$status"
 }
 
+touch "$log"
 run "$@" >> "$log" 2>&1 < /dev/null &
 echo $! > "$pid_file"
 echo "Process $(cat "$pid_file") writes to $log."
