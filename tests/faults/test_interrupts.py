@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from started_commands import finish, wait_until
 
 from mowe.model_folders import model_folder
 from mowe.models.families import families
@@ -24,7 +25,6 @@ pytestmark = [
 _TOTAL = 120
 # Kills at random moments need a run that is long enough for all of them.
 _TOTAL_OF_KILLS = 120
-_SECONDS = 240
 
 
 def _command(world, folder):
@@ -70,19 +70,6 @@ def _start(world, folder, *options):
   )
 
 
-def _finish(process):
-  output, _ = process.communicate(timeout=_SECONDS)
-  return output
-
-
-def _wait_until(is_there, process):
-  start = time.monotonic()
-  while not is_there():
-    assert process.poll() is None, _finish(process)
-    assert time.monotonic() - start < _SECONDS
-    time.sleep(0.002)
-
-
 def _final(folder, total):
   with checkpointing.Checkpoints(folder) as saved:
     assert saved.latest_step() == total
@@ -102,7 +89,7 @@ def _final(folder, total):
 def straight(world, tmp_path_factory):
   folder = tmp_path_factory.mktemp('uninterrupted') / 'run'
   process = _start(world, folder)
-  output = _finish(process)
+  output = finish(process)
   assert process.returncode == 0, output
   return folder
 
@@ -112,7 +99,7 @@ def _rerun_and_compare(
 ):
   expected = _final(straight, total)
   process = _start(world, folder, *options)
-  output = _finish(process)
+  output = finish(process)
   assert process.returncode == 0, output
   if resumed_at is not None:
     assert f'at step {resumed_at}.' in output
@@ -157,9 +144,9 @@ def test_an_interrupted_run_goes_on(number, phase, world, straight, tmp_path):
   folder = tmp_path / 'run'
   process = _start(world, folder)
   with checkpointing.Checkpoints(folder) as saved:
-    _wait_until(_phase_has_come(phase, folder, saved), process)
+    wait_until(_phase_has_come(phase, folder, saved), process)
     process.send_signal(number)
-    output = _finish(process)
+    output = finish(process)
     step = saved.latest_step()
   if number == signal.SIGKILL:
     assert process.returncode == -number
@@ -182,7 +169,7 @@ def test_experts_on_disk_survive_kills(world, tmp_path):
   small = ('--gin.BATCH_SIZE=1', f'--gin.TRAIN_STEPS={_TOTAL_OF_KILLS}')
   straight = tmp_path / 'straight'
   process = _start(world, straight, *small)
-  output = _finish(process)
+  output = finish(process)
   assert process.returncode == 0, output
   folder = tmp_path / 'run'
   rng = np.random.default_rng(0)
@@ -204,10 +191,10 @@ def test_experts_on_disk_survive_kills(world, tmp_path):
     # soon after a run has logged its first steps.
     seen = newest if index % 2 else size
     before = seen()
-    _wait_until(lambda seen=seen, before=before: seen() != before, process)
+    wait_until(lambda seen=seen, before=before: seen() != before, process)
     time.sleep(rng.uniform(0, 0.3))
     process.kill()
-    _finish(process)
+    finish(process)
     killed_at.append(newest())
   saved.close()
   assert killed_at == sorted(killed_at)

@@ -1,7 +1,4 @@
-"""Two processes train as one, stop together, and name one that is lost.
-
-Also tests `lost_processes`.
-"""
+"""Two processes train as one, stop together, and name one that is lost."""
 
 import os
 import signal
@@ -11,6 +8,7 @@ import sys
 import time
 
 import pytest
+from started_commands import finish, wait_until
 
 from mowe.training import checkpointing, train_metrics
 
@@ -21,7 +19,6 @@ pytestmark = [
 
 # Every step waits for both processes, so the runs are short.
 _TOTAL = 24
-_SECONDS = 240
 _ADAFACTOR = ('--gin_file=gin_configs/optimizers/adafactor.gin',)
 _LONG = '--gin.TRAIN_STEPS=100000'
 _SPARSE_T5 = (
@@ -117,23 +114,10 @@ def _free_port():
     return one.getsockname()[1]
 
 
-def _finish(process):
-  output, _ = process.communicate(timeout=_SECONDS)
-  return output
-
-
 def _finish_both(processes, code):
-  outputs = [_finish(process) for process in processes]
+  outputs = [finish(process) for process in processes]
   assert [p.returncode for p in processes] == [code, code], outputs
   return outputs
-
-
-def _wait_until(is_there, process):
-  start = time.monotonic()
-  while not is_there():
-    assert process.poll() is None, _finish(process)
-    assert time.monotonic() - start < _SECONDS
-    time.sleep(0.002)
 
 
 def _has_lines(path):
@@ -158,7 +142,7 @@ def _losses(folder):
 def _of_one_process(world, model, folder):
   # It does the steps that are compared, and no more.
   process = _start(world, model, folder, '--gin.TRAIN_STEPS=8')
-  output = _finish(process)
+  output = finish(process)
   assert process.returncode == 0, output
   return pytest.approx(_losses(folder), rel=1e-5)
 
@@ -167,7 +151,7 @@ def test_word_experts_stop_together_and_train_as_one(world, tmp_path):
   folder = tmp_path / 'run'
   split = '--gin.partitioning.make_mesh.expert=2'
   processes = _start_two(world, _mowe, folder, split)
-  _wait_until(_has_lines(folder / 'train_metrics.jsonl'), processes[0])
+  wait_until(_has_lines(folder / 'train_metrics.jsonl'), processes[0])
   # Only one process gets the signal, and it is not the one that writes.
   processes[1].terminate()
   outputs = _finish_both(processes, 130)
@@ -177,7 +161,7 @@ def test_word_experts_stop_together_and_train_as_one(world, tmp_path):
 
   # The run goes on with another number of processes.
   process = _start(world, _mowe, folder)
-  output = _finish(process)
+  output = finish(process)
   assert process.returncode == 0, output
   assert f'at step {step}.' in output
   assert _latest_step(folder) == _TOTAL
@@ -188,14 +172,14 @@ def test_a_lost_process_is_named(world, tmp_path):
   folder = tmp_path / 'run'
   split = '--gin.partitioning.make_mesh.expert=2'
   processes = _start_two(world, _switch, folder, split, _LONG)
-  _wait_until(lambda: _latest_step(folder), processes[0])
+  wait_until(lambda: _latest_step(folder), processes[0])
   processes[1].send_signal(signal.SIGKILL)
   killed = time.monotonic()
-  output = _finish(processes[0])
+  output = finish(processes[0])
   assert time.monotonic() - killed < 60
   assert processes[0].returncode == 1
-  assert 'but process 1 of 2 died or cannot be reached' in output, output
-  _finish(processes[1])
+  assert 'but process 1 of 2 did not answer within 10 seconds' in output, output
+  finish(processes[1])
   assert _losses(folder) == _of_one_process(world, _switch, tmp_path / 'one')
 
 

@@ -13,28 +13,34 @@ _WAIT_SECONDS = 10
 
 
 class ProcessLostError(RuntimeError):
-  """Another process of the run died, or cannot be reached."""
+  """Another process of the run died, or does not answer."""
 
 
 @contextlib.contextmanager
 def named() -> Iterator[None]:
-  """Turns an error that comes of a lost process into one that names it.
+  """Turns an error that may come of a lost process into one that names it.
+
+  An error of this process alone, such as too little memory, stays what it is.
 
   Raises:
     ProcessLostError: JAX raised an error, and not all processes are there.
   """
   try:
     yield
-  except RuntimeError as error:
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      raise
     barrier = ocp.multihost.get_barrier_sync_fn()
     try:
       barrier(key='after an error', timeout_ms=_WAIT_SECONDS * 1000)
-    except RuntimeError as missing:
+    except jax.errors.JaxRuntimeError as missing:
+      first = str(error).partition('\n')[0]
       raise ProcessLostError(
         'All processes of a run must go on together, but '
-        f'{_names(str(missing))} of {jax.process_count()} died or cannot be '
-        'reached. Look at the last lines of its output, and start all '
-        'processes again: the run goes on from its newest checkpoint.'
+        f'{_names(str(missing))} of {jax.process_count()} did not answer within '
+        f'{_WAIT_SECONDS} seconds of an error here ({first}). Look at the last '
+        'lines of its output, and start all processes again: the run goes on '
+        'from its newest checkpoint.'
       ) from error
     # All processes are there, so the error has another cause.
     raise
