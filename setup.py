@@ -43,6 +43,8 @@ _DOCS = [
   'mkdocstrings[python]>=1.0,<2',
 ]
 
+_PARQUET = ['pyarrow>=26,<27']
+
 # What the tasks in tasks/ need, and seqio tasks of one's own.
 _TASKS = [
   # TFDS 4.9.10 imports it to prepare a data set, but does not ask for it.
@@ -106,12 +108,15 @@ setuptools.setup(
     'compile': ['jax[cuda13-local,tpu]'],
     'docs': _DOCS,
     'gpu': ['jax[cuda12]'],
+    # Reads text and questions from Parquet, Arrow and Feather files.
+    'parquet': _PARQUET,
     'tasks': _TASKS,
     'tpu': ['jax[tpu]'],
     'wandb': ['wandb>=0.31,<1'],
     # A test builds the documentation.
     'test': [
       *_DOCS,
+      *_PARQUET,
       *_TASKS,
       'hypothesis>=6.130,<7',
       'pytest>=8.3,<10',

@@ -11,7 +11,8 @@ from mowe.cli import verb_parsers
 
 # What a verb says of files of text.
 TEXT_FILES = (
-  '.txt or .jsonl files, also packed (.gz, .xz, .bz2, .zst), or globs of them'
+  'files of text, JSON lines or tables (.txt, .jsonl, .csv, .parquet and '
+  'others, see docs/your_text.md), or globs of them'
 )
 
 
@@ -40,7 +41,7 @@ def add_field(parser):
   parser.add_argument(
     '--field',
     default='text',
-    help='field of .jsonl records that holds the text (default: text)',
+    help='field of records that holds the text (default: text)',
   )
 
 
@@ -200,13 +201,13 @@ def _add_cache_task(verbs):
     parser.add_argument_group('options of some kinds').add_argument,
     default=argparse.SUPPRESS,
   )
-  add('--field', help='of .jsonl records of text (default: text)')
+  add('--field', help='of records of text (default: text)')
   add(
     '--unit',
     choices=('line', 'paragraph', 'file'),
     help='what one text of a .txt file is (default: line)',
   )
-  add('--title_field', help='of .jsonl records; its value precedes the text')
+  add('--title_field', help='of records; its value precedes the text')
   add('--max_paragraphs', type=int, help='how many of each text are kept')
   add('--prompt', help='inputs of questions (default: question: {question})')
   add('--answers_field', help='of records of questions (default: answers)')
@@ -326,7 +327,7 @@ def _add_train_vocabulary(verbs):
     '--questions',
     nargs='+',
     default=(),
-    help='.jsonl files whose field `question` is trained on too',
+    help='files whose field `question` is trained on too',
   )
   # These have no default here, so that it is known which were given.
   add = functools.partial(

@@ -49,7 +49,7 @@ def _add_pretrain(verbs):
     '--questions',
     nargs='+',
     default=(),
-    help='.jsonl files whose field `question` the vocabulary is trained on too',
+    help='files whose field `question` the vocabulary is trained on too',
   )
   parser.add_argument(
     '--num_experts',
@@ -97,7 +97,7 @@ def _add_finetune(verbs):
   parser.add_argument(
     'questions',
     nargs='+',
-    help='.jsonl files with question and answers, also packed, or globs',
+    help='files with the fields question and answers, or globs of them',
   )
   parser.add_argument(
     '--choosing',

@@ -37,7 +37,7 @@ def build_routing_vocabulary(
 
   Args:
     output: path of the file to write (.npz).
-    files: paths or globs of text files (.txt or .jsonl, also .gz).
+    files: paths or globs of files, see `text_files.read_records`.
     vocabulary: path of a subword vocabulary, or 'bytes'.
     num_experts: number of experts.
     num_words: maximum number of words; the most frequent ones are kept.

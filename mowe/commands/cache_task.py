@@ -93,9 +93,8 @@ class TextFiles:
   """Texts for pretraining, with their salient spans.
 
   Attributes:
-    files: paths or globs of .jsonl and .txt files, also packed (.gz, .xz, .bz2,
-      .zst).
-    field: name of the field of .jsonl records that holds the text.
+    files: paths or globs of files, see `text_files.read_records`.
+    field: name of the field of records that holds the text.
     unit: what a text of a .txt file is, 'line' or 'paragraph'.
     cut: whether titles are put before texts, and how much of a text is kept.
   """
@@ -140,9 +139,8 @@ class RunningTextFiles:
   """Running text for language models.
 
   Attributes:
-    files: paths or globs of .jsonl and .txt files, also packed (.gz, .xz, .bz2,
-      .zst).
-    field: name of the field of .jsonl records that holds the text.
+    files: paths or globs of files, see `text_files.read_records`.
+    field: name of the field of records that holds the text.
     unit: what one text is, 'line' or 'file' (see `lm_cache.cache_texts`).
   """
 
@@ -171,7 +169,7 @@ class QuestionFiles:
   """Questions and their answers.
 
   Attributes:
-    files: paths or globs of .jsonl files, also packed.
+    files: paths or globs of files of records, see `text_files.read_records`.
     prompt: the text of the inputs, with fields of a record in braces.
     answers_field: name of the field that holds a list of answers, or one
       answer.
@@ -211,7 +209,7 @@ class ClaimFiles:
   """Claims and their labels, in the format of FEVER.
 
   Attributes:
-    files: paths or globs of .jsonl files, also packed.
+    files: paths or globs of files of records, see `text_files.read_records`.
   """
 
   kind: ClassVar[str] = 'claims'

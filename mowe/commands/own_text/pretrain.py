@@ -65,7 +65,7 @@ class _Text:
 
   Attributes:
     files: paths or globs of the files.
-    field: the field of .jsonl records that holds the text.
+    field: the field of records that holds the text.
     skip: whether records that cannot be read are left out.
     data: the folder of what is made of it.
   """
@@ -107,7 +107,7 @@ def pretrain(
     model: a file of gin_configs/models/ without .gin, or a gin file of one's
       own.
     vocabularies: the subword vocabulary, and the words that get experts.
-    field: the field of .jsonl records that holds the text.
+    field: the field of records that holds the text.
     budget: how long to train; None takes the steps of the recipe.
     gin_files: gin files that are read after the recipe.
     bindings: gin bindings that are read last.

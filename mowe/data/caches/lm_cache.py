@@ -143,7 +143,7 @@ def _texts(
   paths = text_files.match_files(files)
   digests = text_files.digests_of(paths, sources)
   for path, source in zip(paths, sources, strict=True):
-    if file_formats.has_json_lines(path):
+    if file_formats.has_records(path):
       fields = record_fields.all_texts([field])
       for record in text_files.read_records(
         path, fields, sources=[source], bad=bad

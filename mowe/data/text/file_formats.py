@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from mowe.data.text import table_rows
+
 if sys.version_info >= (3, 14):
   from compression import zstd
 else:
@@ -33,8 +35,8 @@ _BUFFER = 1 << 17
 _JSON_LINES = ('.jsonl', '.json', '.ndjson', '.jsonlines')
 # Endings of formats that would be nonsense if they were read as text.
 _REFUSED = (
-  *('.csv', '.tsv', '.parquet', '.arrow', '.feather', '.zip', '.tar', '.tgz'),
-  *('.7z', '.pdf', '.docx', '.xlsx', '.npz', '.npy', '.pkl', '.sqlite'),
+  *('.zip', '.tar', '.tgz', '.7z', '.pdf', '.docx', '.xlsx', '.npz', '.npy'),
+  *('.pkl', '.sqlite'),
 )
 
 # What breaking off or damage of a packed file may raise. That of gzip and bz2 is
@@ -46,21 +48,47 @@ def has_json_lines(path: str | os.PathLike[str]) -> bool:
   """Returns whether a file has one JSON object per line, by its name.
 
   Names end in .jsonl, .json, .ndjson or .jsonlines, in any case, and may have
-  .gz, .bz2, .xz or .zst behind. All other files are text.
+  .gz, .bz2, .xz or .zst behind.
+
+  Raises:
+    ValueError: see `ending`.
+  """
+  return ending(path) in _JSON_LINES
+
+
+def has_records(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a file has records with named fields; others are text.
+
+  Raises:
+    ValueError: see `ending`.
+  """
+  return has_json_lines(path) or ending(path) in (
+    *table_rows.SEPARATORS,
+    *table_rows.ARROW_ENDINGS,
+  )
+
+
+def ending(path: str | os.PathLike[str]) -> str:
+  """Returns the last ending of a file's name, in small letters.
+
+  Endings of packed files are left out: that of 'a.CSV.gz' is '.csv'.
 
   Raises:
     ValueError: the ending is one of a format that is not read.
   """
   name = os.path.basename(os.fspath(path)).lower()
-  for ending in _ENDINGS:
-    name = name.removesuffix(ending)
-  if name.endswith(_REFUSED):
+  for packed in _ENDINGS:
+    name = name.removesuffix(packed)
+  found = os.path.splitext(name)[1]
+  is_packed = name != os.path.basename(os.fspath(path)).lower()
+  if found in _REFUSED or (is_packed and found in table_rows.ARROW_ENDINGS):
     raise ValueError(
-      'Files must be text, or JSON lines (.jsonl), either also packed as .gz, '
-      f'.bz2, .xz or .zst, but {path} is {os.path.splitext(name)[1]}. Write one '
-      'JSON object per line, such as {"text": ...}.'
+      'Files must be text, JSON lines (.jsonl), .csv or .tsv, all of them also '
+      'packed as .gz, .bz2, .xz or .zst, or .parquet, .arrow or .feather, but '
+      f'{path} is {found}{" and packed" if is_packed else ""}. Write one JSON '
+      'object per line, such as {"text": ...}.'
     )
-  return name.endswith(_JSON_LINES)
+  return found
 
 
 @contextlib.contextmanager

@@ -1,13 +1,20 @@
-"""Reads records from text files and JSON-lines files, plain or packed."""
+"""Reads records from files of text, JSON lines and tables, plain or packed."""
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mowe.data.text import bad_records, file_formats, record_fields
+from mowe.data.text import (
+  bad_records,
+  file_formats,
+  json_documents,
+  record_fields,
+  table_rows,
+)
 
 _UNITS = ('line', 'paragraph')
 
@@ -15,10 +22,11 @@ _UNITS = ('line', 'paragraph')
 def match_files(patterns: str | Sequence[str]) -> list[str]:
   """Returns the files that match paths or globs, sorted, each once.
 
-  In a glob, `**` stands for folders at any depth.
+  In a glob, `**` stands for folders at any depth. A folder that Hugging Face's
+  `datasets` saved stands for the files in it.
 
   Raises:
-    ValueError: a pattern matches no file.
+    ValueError: a pattern matches no file, or is another folder.
   """
   patterns = [patterns] if isinstance(patterns, str) else list(patterns)
   if not patterns:
@@ -30,7 +38,9 @@ def match_files(patterns: str | Sequence[str]) -> list[str]:
   for pattern in map(os.fspath, patterns):
     # A name that exists is taken as it is, because it may contain a bracket.
     found = [pattern]
-    if not os.path.isfile(pattern):
+    if os.path.isdir(pattern):
+      found = table_rows.files_of_dataset(pattern)
+    elif not os.path.isfile(pattern):
       found = glob.glob(pattern, recursive=True)
     found = [path for path in found if os.path.isfile(path)]
     if not found:
@@ -69,8 +79,10 @@ def read_records(
 ) -> Iterator[dict[str, Any]]:
   """Yields one dict per record, file after file in the order of their names.
 
-  Some files have one JSON object per line; see `file_formats.has_json_lines`.
-  All others are text, and give records {'text': ...}. Blank lines are skipped.
+  Files of records are told by the endings of their names: JSON lines, .csv,
+  .tsv, .parquet, .arrow and .feather; see `file_formats.has_records`. A .json
+  file may also be one list, or the data of SQuAD or TriviaQA. All other files
+  are text, and give records {'text': ...}. Blank lines are skipped.
 
   Args:
     patterns: paths or globs of the files.
@@ -87,6 +99,7 @@ def read_records(
   Raises:
     BadRecordError: a line is damaged, or a field holds something else than it
       must. The message has the file's name and the number of the line.
+    ModuleNotFoundError: a table needs pyarrow, which is not installed.
     ValueError: no file matches, a file holds no record or is of a format that
       is not read, or is not the one that was described.
   """
@@ -100,7 +113,7 @@ def read_records(
     fields = {'text': record_fields.text}
   digests = digests_of(paths := match_files(patterns), sources)
   for path in paths:
-    file_formats.has_json_lines(path)
+    file_formats.ending(path)
   bad = bad or bad_records.BadRecords()
   return (
     record
@@ -163,20 +176,10 @@ def _records_of(
   check: Callable[[dict[str, Any]], Any] | None,
   bad: bad_records.BadRecords,
 ) -> Iterator[dict[str, Any]]:
-  lines = (
-    (number, line.strip())
-    for number, line in _decoded(path, _read_lines(path, sha256), bad)
-  )
-  is_json = file_formats.has_json_lines(path)
-  if not is_json and unit == 'paragraph':
-    lines = _join_paragraphs(lines)
   count, num_bad = 0, bad.number
-  for number, line in lines:
-    if not line:
-      continue
+  for place, record in _rows_of(path, sha256, unit, bad):
     try:
-      record = _parse_object(path, number, line) if is_json else {'text': line}
-      _check_record(record, fields, check, path, number)
+      _check_record(record, fields, check, f'{path}, {place}')
     except bad_records.BadRecordError as error:
       bad.take(error)
       continue
@@ -190,6 +193,45 @@ def _records_of(
       f'A file must hold at least one record, but {path} {found.rstrip(".")}. '
       'Remove it from the list, or write it again.'
     )
+
+
+def _rows_of(
+  path: str, sha256: str | None, unit: str, bad: bad_records.BadRecords
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields where each record of a file stands, such as 'line 3', and it."""
+  ending = file_formats.ending(path)
+  if ending in table_rows.ARROW_ENDINGS:
+    for number, row in table_rows.of_arrow(path, sha256):
+      yield f'row {number}', row
+    return
+  lines = _decoded(path, _read_lines(path, sha256), bad)
+  if ending in table_rows.SEPARATORS:
+    texts = (line for _, line in lines)
+    separator = table_rows.SEPARATORS[ending]
+    for number, row in table_rows.of_lines(path, texts, separator, bad):
+      yield f'line {number}', row
+    return
+  if ending == '.json':
+    first = next((line for line in lines if line[1].strip()), (1, ''))
+    lines = itertools.chain([first], lines)
+    if json_documents.is_one_value(first[1]):
+      text = ''.join(line for _, line in lines)
+      for number, record in json_documents.records(text, path):
+        yield f'record {number}', record
+      return
+  stripped = ((number, line.strip()) for number, line in lines)
+  is_json = file_formats.has_json_lines(path)
+  if not is_json and unit == 'paragraph':
+    stripped = _join_paragraphs(stripped)
+  for number, line in stripped:
+    if not line:
+      continue
+    try:
+      record = _parse_object(path, number, line) if is_json else {'text': line}
+    except bad_records.BadRecordError as error:
+      bad.take(error)
+      continue
+    yield f'line {number}', record
 
 
 def _read_lines(path: str, sha256: str | None) -> Iterator[tuple[int, bytes]]:
@@ -222,31 +264,29 @@ def _decoded(
     yield number, text
 
 
-def _check_record(record, fields, check, path, number) -> None:
+def _check_record(record, fields, check, place) -> None:
   """Replaces the values of fields by what their checks return."""
   for name, check_field in fields.items():
     if name not in record:
       raise bad_records.BadRecordError(
-        f'Every record must have the field {name!r}, but {path}, line '
-        f'{number}, has only {sorted(record)}. Add the field, or name the field '
+        f'Every record must have the field {name!r}, but {place}, has only '
+        f'{sorted(record)}. Add the field, or name the field '
         'that holds it.'
       )
     try:
       record[name] = check_field(record[name])
     except record_fields.FieldError as error:
-      shown = json.dumps(record[name], ensure_ascii=True)
+      shown = json.dumps(record[name], ensure_ascii=True, default=str)
       shown = shown if len(shown) <= 80 else shown[:77] + '...'
       raise bad_records.BadRecordError(
-        f'The field {name!r} of a record {error}, but in {path}, line {number}, '
-        f'it is {shown}. Correct the line, or name another field.'
+        f'The field {name!r} of a record {error}, but in {place}, it is '
+        f'{shown}. Correct the line, or name another field.'
       ) from None
   if check is not None:
     try:
       check(record)
     except ValueError as error:
-      raise bad_records.BadRecordError(
-        f'{path}, line {number}: {error}'
-      ) from None
+      raise bad_records.BadRecordError(f'{place}: {error}') from None
 
 
 def _parse_object(path: str, number: int, line: str) -> dict[str, Any]:
