@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ _UNITS = ('line', 'paragraph')
 def match_files(patterns: str | Sequence[str]) -> list[str]:
   """Returns the files that match paths or globs, sorted, each once.
 
-  In a glob, `**` stands for folders at any depth. A folder that Hugging Face's
+  In a glob, `**` stands for folders at any depth, and `~` for the home folder.
+  A folder that Hugging Face's
   `datasets` saved stands for the files in it.
 
   Raises:
@@ -35,7 +37,7 @@ def match_files(patterns: str | Sequence[str]) -> list[str]:
       'Give a path such as corpus/*.jsonl.gz.'
     )
   paths = set()
-  for pattern in map(os.fspath, patterns):
+  for pattern in map(os.path.expanduser, patterns):
     # A name that exists is taken as it is, because it may contain a bracket.
     found = [pattern]
     if os.path.isdir(pattern):
@@ -44,6 +46,12 @@ def match_files(patterns: str | Sequence[str]) -> list[str]:
       found = glob.glob(pattern, recursive=True)
     found = [path for path in found if os.path.isfile(path)]
     if not found:
+      if re.match(r'[a-z][a-z0-9+.-]+://', pattern):
+        raise ValueError(
+          'Files must be on a file system of this machine, but '
+          f'{pattern!r} names another place. Copy them here, or mount that '
+          'place.'
+        )
       raise ValueError(
         f'Every pattern must match a file, but {pattern!r} matches none '
         f'(looked from {os.getcwd()}). Check the path and its quoting.'

@@ -123,6 +123,16 @@ def test_a_pattern_without_files_is_reported_at_the_call(tmp_path):
     text_files.read_records(str(tmp_path), unit='page')
 
 
+def test_the_home_folder_and_places_that_are_not_local(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  path = _write(tmp_path / 'a.txt', 'one')
+  assert text_files.match_files('~/*.txt') == [path]
+  with pytest.raises(
+    ValueError, match="'gs://b/a.txt' names another place. Co"
+  ):
+    text_files.match_files('gs://b/a.txt')
+
+
 def test_folders_of_any_depth(tmp_path):
   for number, folder in enumerate(('', 'a', 'a/b')):
     (tmp_path / folder).mkdir(exist_ok=True)
