@@ -42,17 +42,17 @@ def of_lines(
     bad: takes the errors of rows that cannot be read.
 
   Raises:
-    ValueError: the header lacks a name, or has one twice; quotes are not closed.
+    ValueError: the header has a name twice, or quotes are not closed.
     BadRecordError: a row has more or fewer cells than the header.
   """
   csv.field_size_limit(_LONGEST_CELL)
   reader = csv.reader(lines, delimiter=separator, strict=True)
   try:
     names = next(reader, [])
-    if len(set(names)) < len(names) or '' in names:
+    if len(set(names)) < len(names):
       raise ValueError(
-        'The first line of a table must name every column once, but that of '
-        f'{path} is {names}. Write a header.'
+        'The first line of a table must give its columns different names, but '
+        f'that of {path} is {names}. Write a header.'
       )
     for cells in reader:
       if not cells:

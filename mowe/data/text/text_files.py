@@ -24,8 +24,7 @@ def match_files(patterns: str | Sequence[str]) -> list[str]:
   """Returns the files that match paths or globs, sorted, each once.
 
   In a glob, `**` stands for folders at any depth, and `~` for the home folder.
-  A folder that Hugging Face's
-  `datasets` saved stands for the files in it.
+  A folder that Hugging Face's `datasets` saved stands for the files in it.
 
   Raises:
     ValueError: a pattern matches no file, or is another folder.
