@@ -24,6 +24,7 @@ from mowe.comparison import (
   single_run,
 )
 from mowe.comparison.report import (
+  aligned_table,
   answer_comparison,
   report_contents,
   report_files,
@@ -111,7 +112,7 @@ def show(compared: Compared) -> None:
     # With one model alone, the third table is that of relations, and is empty
     # if the questions have none.
     if table.rows:
-      print(f'\n{report_tables.markdown_table(table.rows)}')
+      print(f'\n{aligned_table.aligned(table.rows)}')
   print(f'\nTables, figures and page: {compared.page}')
 
 

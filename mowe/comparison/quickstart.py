@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from mowe.commands.gin_files import gin_config
 from mowe.comparison import budgets, compare, experiment_data, experiments
-from mowe.comparison.report import answer_comparison, report_tables
+from mowe.comparison.report import aligned_table, answer_comparison
 
 # Each stage of a run, and how the gin file of its recipe ends.
 _STAGES = {'pretrained': 'pretrain', 'finetuned': 'finetune'}
@@ -178,7 +178,7 @@ def _steps_of(recipe: str) -> int:
 def _show(compared: compare.Compared) -> None:
   """Prints the first tables, and some questions with the models' answers."""
   for table in compared.tables[:2]:
-    print(f'\n{report_tables.markdown_table(table.rows)}')
+    print(f'\n{aligned_table.aligned(table.rows)}')
   print()
   for index in _samples(compared.questions):
     question = compared.questions[index]

@@ -520,15 +520,17 @@ def markdown_table(rows: Sequence[Sequence[Cell]]) -> str:
   return '\n'.join((heading, rule, *body))
 
 
+def bars_in_text(bars: Bars) -> str:
+  """Returns about eight of the bars, as letters that are blocks."""
+  step = max(1, len(bars.heights) // 8)
+  return ''.join(
+    _BLOCKS[round(height * (len(_BLOCKS) - 1))]
+    for height in bars.heights[::step]
+  )
+
+
 def _markdown_cell(cell: Cell) -> str:
-  if isinstance(cell, Bars):
-    # About eight bars are enough in a line of text.
-    step = max(1, len(cell.heights) // 8)
-    return ''.join(
-      _BLOCKS[round(height * (len(_BLOCKS) - 1))]
-      for height in cell.heights[::step]
-    )
-  return _text(cell)
+  return bars_in_text(cell) if isinstance(cell, Bars) else _text(cell)
 
 
 def _text(text: str) -> str:
