@@ -59,10 +59,10 @@ class SlotSchedule:
     num_slots = len(self._expert_in)
     if len(experts) > num_slots:
       raise ValueError(
-        'The experts of a batch must fit into the slots on the device, but a '
-        f'batch has {len(experts):,} experts and num_slots is {num_slots:,}. '
-        f'Raise num_slots to {len(experts) * 5 // 4:,} or more, or take a '
-        'smaller batch.'
+        'The experts of a batch, or its rows of a memory, must fit into the '
+        f'slots on the device, but it has {len(experts):,} of them and num_slots '
+        f'is {num_slots:,}. Raise num_slots (the macro NUM_SLOTS) to '
+        f'{len(experts) * 5 // 4:,} or more, or take a smaller batch.'
       )
     self._now += 1
     slots = self._slots_of(experts)

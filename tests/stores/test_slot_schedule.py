@@ -51,8 +51,8 @@ def test_too_few_slots():
   schedule = slot_schedule.SlotSchedule(_EXPERTS, _SLOTS)
   with pytest.raises(
     ValueError,
-    match=r'must fit into the slots .* has 20 experts and num_slots is 13\. '
-    'Raise num_slots to 25 or more',
+    match=r'fit into the slots .* has 20 of them and num_slots is 13\. '
+    r'Raise num_slots \(the macro NUM_SLOTS\) to 25 or more',
   ):
     schedule.take(np.arange(20))
 
