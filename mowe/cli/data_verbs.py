@@ -11,8 +11,8 @@ from mowe.cli import verb_parsers
 
 # What a verb says of files of text.
 TEXT_FILES = (
-  'files of text, JSON lines or tables (.txt, .jsonl, .csv, .parquet and '
-  'others, see docs/your_text.md), or globs of them'
+  'files of text, JSON or tables (.txt, .jsonl, .json, .csv, .tsv, .parquet, '
+  '.arrow, .feather), or globs of them'
 )
 
 

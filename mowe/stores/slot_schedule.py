@@ -60,7 +60,7 @@ class SlotSchedule:
     if len(experts) > num_slots:
       raise ValueError(
         'The experts of a batch, or its rows of a memory, must fit into the '
-        f'slots on the device, but it has {len(experts):,} of them and num_slots '
+        f'slots on the device, but there are {len(experts):,} of them and num_slots '
         f'is {num_slots:,}. Raise num_slots (the macro NUM_SLOTS) to '
         f'{len(experts) * 5 // 4:,} or more, or take a smaller batch.'
       )

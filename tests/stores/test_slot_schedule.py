@@ -51,7 +51,7 @@ def test_too_few_slots():
   schedule = slot_schedule.SlotSchedule(_EXPERTS, _SLOTS)
   with pytest.raises(
     ValueError,
-    match=r'fit into the slots .* has 20 of them and num_slots is 13\. '
+    match=r'fit into the slots .* there are 20 of them and num_slots is 13\. '
     r'Raise num_slots \(the macro NUM_SLOTS\) to 25 or more',
   ):
     schedule.take(np.arange(20))

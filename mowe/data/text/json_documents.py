@@ -39,13 +39,17 @@ def records(text: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
       f'A .json file must be JSON, but {path} is not: {error}. Correct it, or '
       'write one object per line.'
     ) from None
-  found = value if isinstance(value, list) else _list_of(value)
+  entries = _list_of(value)
+  found = value if isinstance(value, list) else entries
   if found is None or not all(isinstance(one, dict) for one in found):
     raise ValueError(
       'A .json file must hold one object per line, a list of objects, or the '
       f"data of SQuAD or TriviaQA under 'data' or 'Data', but {path} is "
       f'{text.strip()[:60]!r}... Write a list of objects.'
     )
+  if entries is None:
+    yield from enumerate(found, start=1)
+    return
   number = 0
   for place, entry in enumerate(found, start=1):
     try:
@@ -65,13 +69,15 @@ def _list_of(value: Any) -> list[Any] | None:
   """The entries of SQuAD or TriviaQA; None for another value."""
   for name, of_entry in (('data', 'paragraphs'), ('Data', 'Question')):
     found = value.get(name) if isinstance(value, Mapping) else None
-    if isinstance(found, list) and found and of_entry in found[0]:
+    if not isinstance(found, list) or not found:
+      continue
+    if isinstance(found[0], Mapping) and of_entry in found[0]:
       return found
   return None
 
 
 def _questions(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-  """The questions of an entry of SQuAD or TriviaQA, or the record as it is."""
+  """The questions of an entry of SQuAD or TriviaQA."""
   if 'paragraphs' in record:
     for paragraph in record['paragraphs']:
       for question in paragraph['qas']:
@@ -81,7 +87,7 @@ def _questions(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
           'context': paragraph.get('context'),
           'title': record.get('title'),
         }
-  elif 'Question' in record:
+  else:
     answer = record.get('Answer')
     given = {'question': record['Question']}
     if isinstance(answer, Mapping):
@@ -90,5 +96,3 @@ def _questions(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         'aliases': answer.get('Aliases'),
       }
     yield record | given
-  else:
-    yield record

@@ -105,11 +105,12 @@ def of_arrow(path: str, sha256: str | None) -> Iterator[tuple[int, dict]]:
       for row in batch.to_pylist():
         number += 1
         yield number, row
-  except (pyarrow.ArrowException, EOFError, OSError) as error:
+  except (pyarrow.ArrowException, EOFError, OSError, UnicodeError) as error:
     if isinstance(error, OSError) and error.errno is not None:
       raise
     raise ValueError(
-      f'A table must be whole, but {path} breaks off after row {number}: '
+      f'A table must be whole, and its texts UTF-8, but {path} breaks off after '
+      f'row {number}: '
       f'{error}. Copy or download it again.'
     ) from None
 

@@ -224,7 +224,7 @@ def _rows_of(
     if json_documents.is_one_value(first[1]):
       text = ''.join(line for _, line in lines)
       for number, record in json_documents.records(text, path):
-        yield f'record {number}', record
+        yield f'record {number}', _without_halves(record)
       return
   stripped = ((number, line.strip()) for number, line in lines)
   is_json = file_formats.has_json_lines(path)

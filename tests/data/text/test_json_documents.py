@@ -57,9 +57,21 @@ def test_questions_of_one_value(tmp_path, value, indent):
 
 def test_one_object_per_line_is_read_as_before(tmp_path):
   path = tmp_path / 'a.json'
-  records = [{'text': 'one', 'data': []}, {'text': 'two', 'data': [1]}]
+  records = [{'text': 'one', 'data': [1]}, {'text': 'two', 'data': []}]
   path.write_text('\n'.join(map(json.dumps, records)), 'utf-8')
   assert list(text_files.read_records(str(path))) == records
+
+
+def test_records_of_a_list_stay_as_they_are(tmp_path):
+  records = [{'text': 'one', 'paragraphs': ['a']}, {'text': 'b', 'Question': 1}]
+  (tmp_path / 'a.json').write_text(json.dumps(records), 'utf-8')
+  assert list(text_files.read_records(str(tmp_path / 'a.json'))) == records
+
+
+def test_half_a_character_is_a_question_mark(tmp_path):
+  (tmp_path / 'a.json').write_text(r'[{"text": "a \ud83d b"}]', 'utf-8')
+  (record,) = text_files.read_records(str(tmp_path / 'a.json'))
+  assert record == {'text': 'a ? b'}
 
 
 def test_unanswerable_questions_are_named(tmp_path):

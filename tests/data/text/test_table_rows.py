@@ -122,6 +122,14 @@ def test_broken_off_tables_are_named(tmp_path, name):
       list(text_files.read_records(str(path)))
 
 
+def test_texts_that_are_not_utf_8_are_named(tmp_path):
+  path = str(tmp_path / 'a.parquet')
+  texts = pyarrow.array([b'one', b'\xff']).view(pyarrow.string())
+  parquet.write_table(pyarrow.table({'text': texts}), path)
+  with pytest.raises(ValueError, match='UTF-8, but .*a.parquet breaks off'):
+    list(text_files.read_records(path))
+
+
 def test_a_table_that_changes_is_named(tmp_path):
   path = str(tmp_path / 'a.parquet')
   parquet.write_table(pyarrow.Table.from_pylist(_ROWS), path)
