@@ -77,7 +77,10 @@ setuptools.setup(
     'mowe.gin_configs': 'gin_configs',
   },
   # py.typed: the annotations are for type checkers of other projects, too.
-  package_data={'': ['*.gin', '*.html', '*.txtpb'], 'mowe': ['py.typed']},
+  package_data={
+    '': ['*.css', '*.gin', '*.html', '*.txtpb'],
+    'mowe': ['py.typed'],
+  },
   # Each range is that of the versions that were tested: the lowest ones together
   # (requirements/lowest.txt), and the newest ones.
   install_requires=[
@@ -104,6 +107,8 @@ setuptools.setup(
     "zstandard>=0.22,<1; python_version < '3.14'",
   ],
   extras_require={
+    # Tests of pages, after `playwright install chromium`.
+    'browser': ['axe-playwright-python>=0.1.4,<0.2', 'playwright>=1.49,<2'],
     # Compilers of accelerators that are not there, on Linux on x86-64.
     'compile': ['jax[cuda13-local,tpu]'],
     'docs': _DOCS,

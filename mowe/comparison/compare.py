@@ -18,6 +18,7 @@ from mowe.comparison import (
   measurements,
   model_sizes,
   planned_runs,
+  provenance,
   question_files,
   rate_choice,
   run_process,
@@ -29,6 +30,7 @@ from mowe.comparison.report import (
   report_contents,
   report_files,
   report_tables,
+  table_cells,
 )
 from mowe.model_folders import model_folder
 from mowe.words import subword_vocabularies
@@ -47,7 +49,7 @@ class Compared:
 
   results: list[answer_comparison.ModelResult]
   questions: list[answer_comparison.Question]
-  tables: list[report_tables.Table]
+  tables: list[table_cells.Table]
   page: pathlib.Path
 
 
@@ -104,14 +106,9 @@ def compare(
 
 
 def show(compared: Compared) -> None:
-  """Prints the first tables, and where the report is."""
-  # They are answers, costs, tries if there are any, and tests against the first
-  # model.
-  has_tries = any(result.tries for result in compared.results)
-  for table in compared.tables[: 3 + has_tries]:
-    # With one model alone, the third table is that of relations, and is empty
-    # if the questions have none.
-    if table.rows:
+  """Prints the main tables, and where the report is."""
+  for table in compared.tables:
+    if table.is_main:
       print(f'\n{aligned_table.aligned(table.rows)}')
   print(f'\nTables, figures and page: {compared.page}')
 
@@ -248,11 +245,30 @@ def _report(experiment, prepared, plan, chosen, notes=()) -> Compared:
     ),
     word_experts=_word_experts(runs, results, questions, vocabulary),
     num_bins=experiment.num_bins,
+    provenance=provenance.lines(
+      [
+        measurements.read_results(pathlib.Path(run.folder))
+        for of_model in runs.values()
+        for run in of_model
+      ],
+      _tuned(experiment, results),
+    ),
   )
   page = report_files.write_report(
     made, pathlib.Path(experiment.output) / experiment.report
   )
   return Compared(results, questions, report_tables.tables(made), page)
+
+
+def _tuned(experiment, results) -> str:
+  """What was tried for each model."""
+  if experiment.tuning is None:
+    return 'those of the gin files; none were tried'
+  numbers = sorted({len(result.tries) for result in results})
+  return (
+    f'the best of {" to ".join(map(str, numbers))} tries for each model, by '
+    f'questions that are not reported ({", ".join(experiment.tuning.questions)})'
+  )
 
 
 def _result(
@@ -339,7 +355,7 @@ def _word_experts(
   runs, results, questions, vocabulary
 ) -> dict[int, Mapping[str, report_contents.WordExperts]]:
   """Returns the experts of the words of the questions that the report shows."""
-  shown = answer_comparison.differing_questions(results)
+  shown = answer_comparison.differing_questions(results, questions)
   experts: dict[int, dict[str, report_contents.WordExperts]] = {
     i: {} for i in shown
   }

@@ -24,7 +24,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from mowe.commands import data_config, evaluations, out_of_memory, train
 from mowe.commands.gin_files import gin_config
 from mowe.commands.own_text import shown_commands
-from mowe.comparison import experiment_data, measurements, planned_runs
+from mowe.comparison import (
+  experiment_data,
+  measurements,
+  planned_runs,
+  provenance,
+)
 from mowe.training.performance import kept_memory, peak_memory
 from mowe.words import atomic_files, json_files, terminal_text
 
@@ -88,7 +93,13 @@ def _train_and_measure(planned, results):
   print(f'\n{planned.name}, seed {planned.seed}, measuring:', flush=True)
   measured = measurements.measure(planned)
   content = json.dumps(
-    {'digest': planned.digest(), **measured, **_of_stages(planned)}, indent=2
+    {
+      'digest': planned.digest(),
+      **measured,
+      **_of_stages(planned),
+      provenance.KEY: provenance.of_this_process(),
+    },
+    indent=2,
   )
   # Results are written last, so that everything else is complete if they exist.
   atomic_files.write_atomically(results, content.encode())

@@ -27,7 +27,7 @@ from mowe.comparison import (
   rate_choice,
   single_run,
 )
-from mowe.comparison.report import answer_comparison, report_tables
+from mowe.comparison.report import answer_comparison, table_cells
 from mowe.data.caches import token_cache
 from mowe.data.text import generated_world
 from mowe.models.families import costs
@@ -516,14 +516,14 @@ def test_files_of_claims_and_text_elsewhere(tmp_path):
   assert found == (str(folder / 'evidence.jsonl'),)
 
 
-def test_a_table_without_rows_is_not_shown(capsys):
-  full = report_tables.Table('a', (('Model', 'EM'), ('T5', '3')), [])
-  empty = report_tables.Table('b', (), ['n/a: no relation.'])
+def test_the_main_tables_are_shown(capsys):
+  main = table_cells.Table('a', (('Model', 'EM'), ('T5', '3')), is_main=True)
+  other = table_cells.Table('b', (('Model', 'Load'), ('T5', '1')))
   compare.show(
-    compare.Compared(results=(), questions=(), tables=(full, empty), page='p')
+    compare.Compared(results=(), questions=(), tables=(main, other), page='p')
   )
-  assert capsys.readouterr().out.startswith(
-    '\nModel  EM\n─────  ──\nT5      3\n\n'
+  assert capsys.readouterr().out == (
+    '\nModel  EM\n─────  ──\nT5      3\n\nTables, figures and page: p\n'
   )
 
 

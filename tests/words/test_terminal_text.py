@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mowe.cli import main
-from mowe.comparison.report import report_tables
+from mowe.comparison.report import report_markdown
 from mowe.words import terminal_text
 
 # Colours, a new title of the window, a line that is overwritten, a bell, and a
@@ -41,7 +41,7 @@ def test_streams_are_put_back():
 
 
 def test_a_report_has_no_codes():
-  table = report_tables.markdown_table([['name', 'EM'], [_HOSTILE, '1']])
+  table = report_markdown.of_rows([['name', 'EM'], [_HOSTILE, '1']])
   assert '\x1b' not in table and r'\\x1b' in table
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from rich import cells
 
-from mowe.comparison.report import report_tables
+from mowe.comparison.report import table_cells
 from mowe.words import terminal_text
 
 _BETWEEN = '  '
 
 
-def aligned(rows: Sequence[Sequence[report_tables.Cell]]) -> str:
+def aligned(rows: Sequence[Sequence[table_cells.Cell]]) -> str:
   """Returns rows, the headings first, as lines of text.
 
   The first column is aligned to the left, all others to the right.
@@ -38,7 +38,5 @@ def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
   return _BETWEEN.join(parts).rstrip()
 
 
-def _text(cell: report_tables.Cell) -> str:
-  if isinstance(cell, report_tables.Bars):
-    return report_tables.bars_in_text(cell)
-  return terminal_text.escaped(' '.join(cell.split()))
+def _text(cell: table_cells.Cell) -> str:
+  return terminal_text.escaped(' '.join(table_cells.plain(cell).split()))

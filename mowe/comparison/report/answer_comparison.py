@@ -5,7 +5,9 @@ of every run. A score is a mean over the seeds of a model, and then over
 questions. A number that is not known is None.
 """
 
+import collections
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -321,33 +323,24 @@ class Breakdown:
 
   Attributes:
     title: the property, as in "EM by ...".
-    heading: heading of the column with the groups' names.
     groups: the groups; empty if the property is known of no question.
-    why_empty: what is missing if there are no groups.
     num_without: number of questions of which the property is not known, and
       which are therefore in no group.
   """
 
   title: str
-  heading: str
   groups: Sequence[Group]
-  why_empty: str
   num_without: int = 0
 
 
 def by_relation(questions: Sequence[Question]) -> Breakdown:
   """Groups questions by what they ask for, in the order of names."""
-  return _by_name(
-    'relation',
-    'Relation',
-    [question.relation for question in questions],
-    "questions have no field 'relation'",
-  )
+  return _by_name('relation', [question.relation for question in questions])
 
 
 def by_task(questions: Sequence[Question]) -> Breakdown:
   """Groups questions by the set that they belong to."""
-  return _by_name('set of questions', 'Set', [q.task for q in questions], '')
+  return _by_name('set of questions', [q.task for q in questions])
 
 
 def by_frequency(questions: Sequence[Question], num_bins: int = 4) -> Breakdown:
@@ -372,9 +365,7 @@ def by_frequency(questions: Sequence[Question], num_bins: int = 4) -> Breakdown:
   ]
   return Breakdown(
     'frequency of the entity in the pretraining text',
-    'Times named',
     groups,
-    "questions have no field 'entity', or the text is not at hand",
     len(counts) - len(known),
   )
 
@@ -425,21 +416,17 @@ def by_seen_answer(questions: Sequence[Question]) -> Breakdown:
   known = sum(one is not None for one in seen)
   return Breakdown(
     'whether finetuning has the answer, too',
-    'Right answer',
     groups if known else (),
-    'the answers of finetuning are not known',
     len(seen) - known,
   )
 
 
-def _by_name(title, heading, names, why_empty) -> Breakdown:
+def _by_name(title, names) -> Breakdown:
   found = sorted({name for name in names if name is not None})
   array = np.array(names, object)
   return Breakdown(
     title,
-    heading,
     [Group(name, array == name) for name in found],
-    why_empty,
     sum(name is None for name in names),
   )
 
@@ -491,15 +478,20 @@ def check_same_questions(
 
 
 def differing_questions(
-  results: Sequence[ModelResult], number: int = 8
+  results: Sequence[ModelResult],
+  questions: Sequence[Question],
+  number: int = 8,
 ) -> list[int]:
   """Chooses questions on which the runs with the first seed differ.
 
-  Each model in turn adds a question that it answers rightly, and first those
-  that fewest models answer rightly, which show what one model alone knows.
+  Each model in turn adds a question that it answers rightly: of a relation that
+  has fewest so far, and then one that fewest models answer rightly, which shows
+  what one model alone knows. Which one of several follows from its text, so
+  that the first of a file are no likelier than others.
 
   Args:
     results: the results of each model.
+    questions: the questions that they answered.
     number: the most questions to choose.
 
   Returns:
@@ -509,18 +501,27 @@ def differing_questions(
   right = np.array([result.answers[0].em for result in results])
   num_right = right.sum(axis=0)
   differ = np.flatnonzero((num_right > 0) & (num_right < len(results)))
+  order = {
+    int(q): zlib.crc32(questions[q].text.encode('utf-8', 'replace'))
+    for q in differ
+  }
+  of_relation: collections.Counter[str | None] = collections.Counter()
   chosen: list[int] = []
-  # For each model, the questions that it answers rightly, the rarest first.
-  of_model = [
-    sorted(differ[right[i, differ] == 1], key=lambda q: (num_right[q], q))
-    for i in range(len(results))
-  ]
-  while len(chosen) < number and any(of_model):
-    for rest in of_model:
-      while rest and rest[0] in chosen:
-        rest.pop(0)
-      if rest and len(chosen) < number:
-        chosen.append(int(rest.pop(0)))
+  left = [{int(q) for q in differ[of_model[differ] == 1]} for of_model in right]
+  while len(chosen) < number and any(left):
+    for candidates in left:
+      candidates.difference_update(chosen)
+      if candidates and len(chosen) < number:
+        best = min(
+          candidates,
+          key=lambda q: (
+            of_relation[questions[q].relation],
+            num_right[q],
+            order[q],
+          ),
+        )
+        of_relation[questions[best].relation] += 1
+        chosen.append(best)
   return sorted(chosen)
 
 

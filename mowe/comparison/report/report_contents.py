@@ -27,6 +27,7 @@ class Report:
     word_experts: the words of a question with their experts, by the index of
       the question and the name of a model with word experts.
     num_bins: number of groups of questions by the frequency of their entities.
+    provenance: what made the results, as names and values, such as a version.
 
   Raises:
     ValueError: there are no models, two have the same name, or one answered
@@ -41,6 +42,7 @@ class Report:
     default_factory=dict
   )
   num_bins: int = 4
+  provenance: Sequence[tuple[str, str]] = ()
 
   def __post_init__(self):
     answer_comparison.check_same_questions(self.results, self.questions)

@@ -8,8 +8,10 @@ from typing import Any
 
 from mowe.comparison.report import (
   answer_comparison,
+  headline,
   report_contents,
   report_figure,
+  report_markdown,
   report_page,
   report_tables,
 )
@@ -29,23 +31,18 @@ def write_report(
   folder.mkdir(parents=True, exist_ok=True)
   tables = report_tables.tables(report)
   examples = report_tables.examples(report)
-  numbers = answer_comparison.as_json(
-    report.results, report.questions, report.num_bins
+  numbers = _finite(
+    answer_comparison.as_json(report.results, report.questions, report.num_bins)
   )
-  text = json.dumps(_finite(numbers), indent=2, ensure_ascii=False)
+  text = json.dumps(numbers, indent=2, ensure_ascii=False)
   _write(folder / 'results.json', text + '\n')
   report_figure.write_png(report, folder / 'comparison.png')
+  said = headline.headline(report.results)
   _write(
     folder / 'report.md',
-    report_tables.markdown(report, tables, examples, 'comparison.png'),
+    report_markdown.render(report, said, tables, examples, 'comparison.png'),
   )
-  page = report_page.render(
-    report.title,
-    report.notes,
-    tables,
-    examples,
-    report_figure.page_figures(report),
-  )
+  page = report_page.render(report, said, tables, examples, numbers)
   path = folder / 'index.html'
   _write(path, page)
   return path

@@ -2,171 +2,161 @@
 
 import base64
 import html
-from collections.abc import Sequence
+import importlib.resources
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from mowe.comparison.report import report_figure, report_tables
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --faint: #59636e;
-  --page: #ffffff; --card: #f6f8fa; --line: #d1d9e0; --right: #1a7f37;
-  --wrong: #b3261e; --bar: #0072B2; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6edf3;
-  --faint: #9198a1; --page: #0d1117; --card: #151b23; --line: #3d444d;
-  --right: #3fb950; --wrong: #ff7b72; --bar: #56B4E9; }
-  .on-light { display: none !important; } }
-@media (prefers-color-scheme: light) { .on-dark { display: none !important; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem 1rem 4rem;
-  color: var(--text); background: var(--page);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .75rem 0 .5rem;
-  overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.25rem 0 .6rem; overflow-wrap: anywhere; }
-p { color: var(--faint); margin: .4rem 0; font-size: .9rem; }
-ul.names { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem;
-  margin: .75rem 0; padding: 0; font-size: .92rem; }
-ul.names span { display: inline-block; width: .75rem; height: .75rem;
-  border-radius: .2rem; margin-right: .4rem; }
-.figures { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
-figure { margin: 0; padding: .8rem .8rem .4rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: .6rem; }
-figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .3rem; }
-img { display: block; width: 100%; height: auto; }
-/* What is wide scrolls in its own box, so that the page never does. */
-.scroll { overflow-x: auto; border: 1px solid var(--line);
-  border-radius: .6rem; }
-table { border-collapse: separate; border-spacing: 0; width: 100%;
-  font-size: .88rem; }
-/* Whole pixels, and lines within each cell: those of the column that stays
-   would drift. */
-th, td { padding: 7px 10px; line-height: 21px; text-align: right;
-  white-space: nowrap; font-variant-numeric: tabular-nums; }
-thead th, tbody tr:not(:last-child) td {
-  box-shadow: inset 0 -1px var(--line); }
-thead th { background: var(--card); font-weight: 600; }
-/* Names stay in sight while numbers scroll. */
-tr > :first-child { text-align: left; position: sticky; left: 0;
-  background: var(--page); min-width: 6rem; max-width: 11rem;
-  white-space: normal; overflow-wrap: break-word; font-weight: 500; }
-thead tr > :first-child { background: var(--card); }
-svg.bars { display: block; width: 8rem; height: 26px; fill: var(--bar);
-  margin-left: auto; }
-.examples { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); }
-article { border: 1px solid var(--line); border-radius: .6rem;
-  padding: .8rem 1rem; background: var(--card); overflow-wrap: anywhere; }
-article h3 { margin: 0 0 .3rem; font-size: 1rem; }
-article dl { display: grid; grid-template-columns: minmax(4rem, auto) 1fr;
-  gap: .15rem .9rem; margin: .5rem 0 0; font-size: .9rem; }
-dt { color: var(--faint); }
-dd { margin: 0; }
-.right::after { content: " ✓"; color: var(--right); font-weight: 700; }
-.wrong::after { content: " ✗"; color: var(--wrong); font-weight: 700; }
-.words { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .6rem; }
-.words span { border: 1px solid var(--line); border-radius: .4rem;
-  padding: 0 .4rem; font-size: .82rem; background: var(--page); }
-.words small { color: var(--faint); font-size: .74rem; }
-"""
+from mowe.comparison.report import (
+  figure_colors,
+  report_contents,
+  report_figure,
+  report_tables,
+  table_cells,
+)
 
 
 def render(
-  title: str,
-  notes: Sequence[str],
-  tables: Sequence[report_tables.Table],
+  report: report_contents.Report,
+  headline: str,
+  tables: Sequence[table_cells.Table],
   examples: Sequence[report_tables.Example],
-  figures: Sequence[report_figure.Figure],
+  numbers: Any,
 ) -> str:
   """Returns the page, in which all texts are escaped.
 
   Args:
-    title: heading of the page.
-    notes: sentences below the heading.
-    tables: all tables; the first one lists the models in the order of the
-      figures.
+    report: what the report is made of.
+    headline: the result in a sentence.
+    tables: all tables.
     examples: questions that the models answered differently.
-    figures: all figures, with their titles.
+    numbers: all numbers as a tree for JSON, which the page offers as a file.
   """
-  names = [str(row[0]) for row in tables[0].rows[1:]]
-  first, *rest = tables
-  sections = [f'<h1>{html.escape(title)}</h1>']
-  sections += [f'<p>{html.escape(note)}</p>' for note in notes]
-  sections += [_names(names), _figures(figures), _section(first)]
-  sections += [_section(table) for table in rest]
-  if examples:
-    sections.append('<h2>Questions on which models differ</h2>')
-    sections.append(
-      '<div class="examples">\n'
-      + '\n'.join(map(_example, examples))
-      + '\n</div>'
-    )
-  body = '\n'.join(sections)
+  title = html.escape(report.title)
+  sections = list(_sections(report, tables, examples, numbers))
+  contents = ''.join(
+    f'<li><a href="#{name}">{html.escape(heading)}</a></li>'
+    for name, heading, _ in sections
+  )
+  notes = ''.join(f'<p>{html.escape(note)}</p>' for note in report.notes)
+  body = '\n'.join(
+    '<section>\n'
+    f'<h2 id="{name}">{html.escape(heading)}</h2>\n{content}\n</section>'
+    for name, heading, content in sections
+  )
   return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
+<title>{title}</title>
+<style>{_style()}</style>
 </head>
 <body>
+<header>
+<h1>{title}</h1>
+<p class="headline">{html.escape(headline)}</p>
+{notes}
+</header>
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
+<main>
 {body}
+</main>
 </body>
 </html>
 """
 
 
-def _names(names: Sequence[str]) -> str:
-  """Returns the list of models with their colours."""
-  light, dark = (
-    report_figure.colors(theme, len(names))
-    for theme in (report_figure.LIGHT, report_figure.DARK)
+def _style() -> str:
+  """The style sheet, after the colours of both themes."""
+
+  def variables(theme):
+    names = theme.variables() | {'page': theme.page, 'card': theme.card}
+    return ''.join(f'--{name}:{color};' for name, color in names.items())
+
+  light, dark = map(variables, (figure_colors.LIGHT, figure_colors.DARK))
+  sheet = importlib.resources.files(__package__) / 'page.css'
+  return (
+    f':root{{{light}}}\n'
+    f'@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n'
+    f'{sheet.read_text("utf-8")}'
   )
+
+
+def _sections(
+  report, tables, examples, numbers
+) -> Iterator[tuple[str, str, str]]:
+  """Yields the id, the heading and the content of each section."""
+  yield (
+    'figures',
+    'Figures',
+    _legend([result.name for result in report.results])
+    + _figures(report_figure.page_figures(report)),
+  )
+  for number, table in enumerate(tables):
+    name = f'table-{number}'
+    notes = ''.join(f'<p>{html.escape(note)}</p>' for note in table.notes)
+    yield name, table.title, _table(table, name) + notes
+  if examples:
+    articles = '\n'.join(map(_example, examples))
+    yield (
+      'examples',
+      'Questions on which models differ',
+      f'<div class="examples">\n{articles}\n</div>',
+    )
+  yield 'provenance', 'How it was made', _provenance(report, numbers)
+
+
+def _legend(names: Sequence[str]) -> str:
+  """Returns the list of models with their markers and colours."""
   items = (
-    f'<li><span class="on-light" style="background:{light[i]}"></span>'
-    f'<span class="on-dark" style="background:{dark[i]}"></span>'
+    f'<li><span aria-hidden="true">{report_figure.model_mark(i)}</span>'
     f'{html.escape(name)}</li>'
     for i, name in enumerate(names)
   )
-  return f'<ul class="names">{"".join(items)}</ul>'
+  return f'<ul class="legend" aria-label="Models">{"".join(items)}</ul>'
 
 
 def _figures(figures: Sequence[report_figure.Figure]) -> str:
   cards = []
-  for figure in figures:
-    title = html.escape(figure.title)
-    images = ''.join(
-      f'<img class="on-{theme}" alt="{title} of each model" '
-      f'src="data:image/svg+xml;base64,{base64.b64encode(image).decode()}">'
-      for theme, image in (('light', figure.light), ('dark', figure.dark))
+  for number, figure in enumerate(figures):
+    label = html.escape(f'{figure.title}. {figure.data}.', quote=True)
+    tall = ' class="tall"' if figure.is_tall else ''
+    svg = figure.svg.replace(
+      '<svg ', f'<svg role="img" aria-label="{label}" ', 1
     )
-    cards.append(f'<figure><figcaption>{title}</figcaption>{images}</figure>')
+    cards.append(
+      f'<figure{tall}><figcaption id="caption-{number}">'
+      f'{html.escape(figure.title)}</figcaption>{svg}</figure>'
+    )
   return f'<div class="figures">\n{chr(10).join(cards)}\n</div>'
 
 
-def _section(table: report_tables.Table) -> str:
-  parts = [f'<h2>{html.escape(table.title)}</h2>']
-  if table.rows:
-    parts.append(_table(table.rows))
-  parts += [f'<p>{html.escape(note)}</p>' for note in table.notes]
-  return '\n'.join(parts)
-
-
-def _table(rows: Sequence[Sequence[report_tables.Cell]]) -> str:
-  heading, *body = rows
+def _table(table: table_cells.Table, name: str) -> str:
+  """Returns a table in a box that scrolls, also with the keyboard."""
+  heading, *body = table.rows
   head = ''.join(f'<th scope="col">{_cell(cell)}</th>' for cell in heading)
-  lines = '\n'.join(
-    '<tr>' + ''.join(f'<td>{_cell(cell)}</td>' for cell in row) + '</tr>'
-    for row in body
-  )
+  lines = '\n'.join(map(_row, body))
   return (
-    f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n'
-    f'<tbody>\n{lines}\n</tbody></table></div>'
+    f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}">'
+    f'<table>\n<caption>{html.escape(table.title)}</caption>\n'
+    f'<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
   )
 
 
-def _cell(cell: report_tables.Cell) -> str:
-  if not isinstance(cell, report_tables.Bars):
+def _row(row: Sequence[table_cells.Cell]) -> str:
+  name, *cells = row
+  return (
+    f'<tr><th scope="row">{_cell(name)}</th>'
+    + ''.join(f'<td>{_cell(cell)}</td>' for cell in cells)
+    + '</tr>'
+  )
+
+
+def _cell(cell: table_cells.Cell) -> str:
+  if isinstance(cell, table_cells.Best):
+    return f'<strong>{html.escape(cell.text)}</strong>'
+  if not isinstance(cell, table_cells.Bars):
     return html.escape(cell)
   number = len(cell.heights)
   bars = ''.join(
@@ -206,4 +196,19 @@ def _example(example: report_tables.Example) -> str:
   return (
     f'<article><h3>{html.escape(example.question)}{relation}</h3>'
     f'<p>Right: {right}</p><dl>{answers}</dl>{words}</article>'
+  )
+
+
+def _provenance(report: report_contents.Report, numbers: Any) -> str:
+  """Returns what made the results, and a link to the file of all numbers."""
+  items = ''.join(
+    f'<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>'
+    for name, value in report.provenance
+  )
+  text = json.dumps(numbers, separators=(',', ':'), ensure_ascii=False)
+  content = base64.b64encode(text.encode('utf-8', 'replace')).decode()
+  return (
+    f'<dl class="provenance">{items}</dl>\n'
+    '<p><a download="results.json" href="data:application/json;base64,'
+    f'{content}">All numbers as a file, results.json</a></p>'
   )

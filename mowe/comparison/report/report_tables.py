@@ -1,54 +1,21 @@
-"""Makes the tables and examples of a report, and renders it as Markdown.
+"""Makes the tables and the examples of a report.
 
-The cells of a table are text, and 'n/a' stands for a missing number. The page
-and the Markdown file show the same tables.
+The page, the Markdown file and the terminal show the same tables.
 """
 
 import dataclasses
-import html
-import math
 from collections.abc import Sequence
 
 from mowe.comparison.report import (
   answer_comparison,
   report_contents,
   statistics,
+  table_cells,
 )
-from mowe.words import terminal_text
 
-NONE = 'n/a'
-_BLOCKS = '▁▂▃▄▅▆▇█'
-# The most bars in a picture of loads. With more experts, a bar is the mean of
-# several.
-_MOST_BARS = 48
 # With more models, a table of all pairs would be too large to read. Its numbers
 # are in results.json.
 _MOST_IN_PAIRS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Bars:
-  """A small picture of bars, with heights from 0 to 1, in a cell of a table."""
-
-  heights: tuple[float, ...]
-
-
-Cell = str | Bars
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """A table with what has to be known to read it.
-
-  Attributes:
-    title: title above the table.
-    rows: rows of the table, the headings first; () for a table without data.
-    notes: sentences below the table.
-  """
-
-  title: str
-  rows: Sequence[Sequence[Cell]]
-  notes: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,27 +38,31 @@ class Example:
   words: Sequence[tuple[str, Sequence[tuple[str, int | None]]]]
 
 
-def tables(report: report_contents.Report) -> list[Table]:
+def tables(report: report_contents.Report) -> list[table_cells.Table]:
   """Returns all tables of a report, in their order."""
-  found = [_answers(report), _costs(report.results)]
-  if any(result.tries for result in report.results):
-    found.append(_tries(report.results))
-  if len(report.results) > 1:
-    found.append(_paired(report.results))
-  if 2 < len(report.results) <= _MOST_IN_PAIRS:
-    found.append(_pairs(report.results))
-  if len(answer_comparison.grid(report.results).em) > 1:
-    found.append(_grid(report.results))
-  if any(result.silenced or result.reads for result in report.results):
-    found.append(_memories(report.results))
+  results = report.results
+  found = [_answers(report), _costs(results)]
+  if any(result.tries for result in results):
+    found.append(_tries(results))
+  if len(results) > 1:
+    found.append(_paired(results))
+  if 2 < len(results) <= _MOST_IN_PAIRS:
+    found += _pairs(results)
+  if len(answer_comparison.grid(results).em) > 1:
+    found.append(_grid(results))
+  if any(result.silenced or result.reads for result in results):
+    found.append(_memories(results))
   found += [
-    _breakdown(report, breakdown)
+    _breakdown(results, breakdown)
     for breakdown in answer_comparison.breakdowns(
       report.questions, report.num_bins
     )
+    if breakdown.groups
   ]
-  if any(result.loads for result in report.results):
-    found.append(_loads(report.results))
+  if any(result.loads for result in results):
+    found.append(_loads(results))
+  if any(result.note for result in results):
+    found.append(_sizes(results))
   return found
 
 
@@ -112,100 +83,148 @@ def examples(report: report_contents.Report) -> list[Example]:
       ],
       words=list(report.word_experts.get(index, {}).items()),
     )
-    for index in answer_comparison.differing_questions(report.results)
+    for index in answer_comparison.differing_questions(
+      report.results, report.questions
+    )
   ]
 
 
-def _answers(report) -> Table:
+def _answers(report) -> table_cells.Table:
+  results = report.results
+  scores = [result.score() for result in results]
   kinds = list(
-    dict.fromkeys(kind for result in report.results for kind in result.recall)
+    dict.fromkeys(kind for result in results for kind in result.recall)
   )
-  heading = ['Model', 'EM (95 %)', 'F1 (95 %)', 'Questions', 'EM by seed']
-  heading += [f'Recall, {kind}' for kind in kinds]
-  heading += ['Held-out loss', 'Text loss']
-  rows = [heading]
-  for result in report.results:
-    score = result.score()
-    rows.append(
-      [
-        result.name,
-        f'{score.em:.1f} ({_interval(score.em_interval)})',
-        f'{score.f1:.1f} ({_interval(score.f1_interval)})',
-        f'{score.num_questions:,}',
-        ', '.join(
-          f'{seed}: {em:.1f}'
-          for em, seed in zip(result.em_by_seed(), result.seeds, strict=True)
-        ),
-        *(_recall(result, kind) for kind in kinds),
-        _number(result.held_out_loss, '.3f'),
-        _number(result.text_loss, '.3f'),
-      ]
-    )
+  one, three = table_cells.decimals(1), table_cells.decimals(3)
+  columns = [
+    _names(results),
+    table_cells.values('EM', [score.em for score in scores], one, max),
+    (
+      'EM, 95 %',
+      [table_cells.interval(score.em_interval) for score in scores],
+    ),
+    table_cells.values('F1', [score.f1 for score in scores], one, max),
+    (
+      'F1, 95 %',
+      [table_cells.interval(score.f1_interval) for score in scores],
+    ),
+    *_by_seed(results),
+  ]
+  for kind in kinds:
+    columns += _recall([result.recall.get(kind) for result in results], kind)
+  columns += [
+    table_cells.values(
+      'Held-out loss', [one.held_out_loss for one in results], three, min
+    ),
+    table_cells.values(
+      'Text loss', [one.text_loss for one in results], three, min
+    ),
+  ]
   notes = [
-    'EM and F1 in %, means over seeds; in brackets 95 % intervals by bootstrap '
-    'over questions.'
+    f'EM and F1 in % of {len(report.questions):,} questions, means over seeds; '
+    '95 % intervals by bootstrap over questions.'
   ]
   if kinds:
     notes.append(
       'Recall: masked spans of the pretraining text that are filled in token '
-      'for token, in % (of so many, all seeds together). Losses, on held-out '
-      'text and on text that was trained on, are means over seeds; both before '
-      'finetuning.'
+      'for token, in % (of so many, all seeds together).'
     )
-  return Table('Answers', rows, notes)
+  notes.append(
+    'Losses, on held-out text and on text that was trained on, are means over '
+    'seeds, before finetuning.'
+  )
+  return table_cells.Table.of_columns('Answers', columns, notes, is_main=True)
 
 
-def _recall(result, kind) -> str:
-  if kind not in result.recall:
-    return NONE
-  right, spans = result.recall[kind]
-  return f'{100 * right / spans:.1f} ({spans:,})'
+def _names(results) -> table_cells.Column:
+  return 'Model', [result.name for result in results]
 
 
-def _costs(results) -> Table:
-  rows: list[list[Cell]] = [
-    [
-      'Model',
-      'Parameters',
-      'Active',
-      'Frozen',
-      'Learning rate',
-      'FLOPs / token',
-      'Compiled',
-      'Tokens / s',
-      'Peak memory',
-      'Training',
-    ]
+def _by_seed(results) -> list[table_cells.Column]:
+  """The exact match with each seed, if a model has several."""
+  if all(len(result.seeds) == 1 for result in results):
+    return []
+  found = [
+    dict(zip(result.seeds, result.em_by_seed(), strict=True))
+    for result in results
   ]
-  for result in results:
-    least = '≥ ' if result.is_flops_least else ''
-    compiled = _count(result.flops_compiled)
-    rows.append(
-      [
-        result.name,
-        _count(result.total_parameters),
-        _count(result.active_parameters),
-        _count(result.frozen_parameters),
-        _rates(result),
-        _count(result.flops_formula),
-        least + compiled if compiled != NONE else NONE,
-        _count(result.tokens_per_second),
-        _bytes(result.peak_memory),
-        _duration(result.seconds),
-      ]
+  seeds = dict.fromkeys(seed for result in results for seed in result.seeds)
+  return [
+    table_cells.values(
+      f'EM, seed {seed}',
+      [one.get(seed) for one in found],
+      table_cells.decimals(1),
     )
+    for seed in seeds
+  ]
+
+
+def _recall(counts, kind: str) -> list[table_cells.Column]:
+  """The share of recalled spans, and of how many if models differ in it."""
+  spans = [one[1] if one else None for one in counts]
+  heading, columns = f'Recall, {kind}', []
+  if len(set(spans) - {None}) == 1:
+    heading += f' (of {max(filter(None, spans), default=0):,})'
+  else:
+    columns.append(
+      table_cells.values(f'{kind.capitalize()}', spans, table_cells.whole)
+    )
+  shares = table_cells.values(
+    heading, [_share(one) for one in counts], table_cells.decimals(1), max
+  )
+  return [shares, *columns]
+
+
+def _share(counts: tuple[int, int] | None) -> float | None:
+  if not counts or not counts[1]:
+    return None
+  return 100 * counts[0] / counts[1]
+
+
+def _costs(results) -> table_cells.Table:
+  count = table_cells.count
+  heading, compiled = table_cells.values(
+    'Compiled', [one.flops_compiled for one in results], count
+  )
+  compiled = [
+    f'≥ {text}' if result.is_flops_least and text != table_cells.NONE else text
+    for result, text in zip(results, compiled, strict=True)
+  ]
+  columns = [
+    _names(results),
+    table_cells.values(
+      'Parameters', [one.total_parameters for one in results], count
+    ),
+    table_cells.values(
+      'Active', [one.active_parameters for one in results], count
+    ),
+    table_cells.values(
+      'Frozen', [one.frozen_parameters for one in results], count
+    ),
+    table_cells.values(
+      'FLOPs / token', [one.flops_formula for one in results], count
+    ),
+    (heading, compiled),
+    table_cells.values(
+      'Tokens / s', [one.tokens_per_second for one in results], count, max
+    ),
+    table_cells.values(
+      'Peak memory',
+      [one.peak_memory for one in results],
+      table_cells.gibibytes,
+      min,
+    ),
+    table_cells.values(
+      'Training', [one.seconds for one in results], table_cells.duration, min
+    ),
+  ]
   places = {result.memory_of for result in results} - {None}
-  notes = []
-  sizes = [f'{one.name}: {one.note}' for one in results if one.note]
-  if sizes:
-    notes.append(f'{"; ".join(sizes)}.')
-  notes += [
-    'Active: parameters that one token meets. Frozen: in finetuning. Learning '
-    'rate: of pretraining, and of how many that were tried it is the best; '
-    'with tables of rows, that of the rows after it. FLOPs of a forward pass: '
-    'by formula, the products with kernels for real tokens; compiled, all that '
-    'XLA counts in the program, attention scores and element-wise operations '
-    'too (≥: products in loops of that program are counted once).',
+  notes = [
+    'Active: parameters that one token meets. Frozen: in finetuning. FLOPs of '
+    'a forward pass: by formula, the products with kernels for real tokens; '
+    'compiled, all that XLA counts in the program, attention scores and '
+    'element-wise operations too (≥: products in loops of that program are '
+    'counted once).',
     'Tokens / s: of pretraining, compilation and evaluations left out; with '
     'the time of training a mean over seeds, on the machine that ran them.',
   ]
@@ -217,97 +236,132 @@ def _costs(results) -> Table:
         ' (with Python, data and compilation).' if 'process' in places else '.'
       )
     )
-  return Table('Costs', rows, notes)
+  return table_cells.Table.of_columns('Costs', columns, notes, is_main=True)
 
 
-def _rates(result) -> str:
-  if result.chosen is None:
-    return 'not tried'
-  values = ', '.join(f'{value:g}' for _, value in result.chosen.rates)
-  return f'{values} (of {len(result.tries)})'
-
-
-def _tries(results) -> Table:
-  number = max(len(result.tries) for result in results)
-  rows: list[list[Cell]] = [['Model', *(f'Try {i + 1}' for i in range(number))]]
-  for result in results:
-    row: list[Cell] = [result.name]
-    for one in result.tries:
-      rates = ', '.join(f'{value:g}' for _, value in one.rates)
-      mark = ', chosen' if one.is_chosen else ''
-      row.append(f'{rates}: EM {one.em:.1f}, F1 {one.f1:.1f}{mark}')
-    rows.append(row + [NONE] * (number + 1 - len(row)))
+def _tries(results) -> table_cells.Table:
+  """A row for each try of each model."""
+  tries = [(result, one) for result in results for one in result.tries]
+  one_decimal = table_cells.decimals(1)
+  columns: list[table_cells.Column] = [
+    ('Model', [result.name for result, _ in tries])
+  ]
+  for name in dict.fromkeys(name for _, one in tries for name, _ in one.rates):
+    rates = [dict(one.rates).get(name) for _, one in tries]
+    heading = name.replace('_', ' ').capitalize()
+    columns.append(table_cells.values(heading, rates, '{:g}'.format))
+  columns += [
+    table_cells.values('EM', [one.em for _, one in tries], one_decimal),
+    table_cells.values('F1', [one.f1 for _, one in tries], one_decimal),
+    ('Chosen', ['chosen' if one.is_chosen else '' for _, one in tries]),
+  ]
   notes = [
-    'Learning rate of pretraining, with tables of rows also that of the rows; '
-    'EM and F1 in % on questions for choosing, which no other table shows. '
-    'The best EM is chosen; of equal ones, the best F1.'
+    'Rates of pretraining; EM and F1 in % on questions for choosing, which no '
+    'other table shows. The best EM is chosen; of equal ones, the best F1.'
   ]
   at_edge = [
     f'{result.name} ({", ".join(names)})'
     for result in results
     if (names := result.rates_at_edge())
   ]
-  if at_edge:
+  if len(at_edge) == len(results) > 1:
+    notes.append(
+      'Warning: the chosen rates of all models are at the edge of what was '
+      'tried, so that better ones may lie beyond.'
+    )
+  elif at_edge:
     notes.append(
       'Warning: at the edge of what was tried, so that a better rate may lie '
       f'beyond: {"; ".join(at_edge)}.'
     )
-  return Table('Tries of the learning rate', rows, notes)
+  return table_cells.Table.of_columns(
+    'Tries of the learning rate', columns, notes
+  )
 
 
-def _paired(results) -> Table:
+def _paired(results) -> table_cells.Table:
   base, *others = results
-  rows: list[list[Cell]] = [
-    ['Model', f'EM less {base.name}', '95 %', 'Better on', 'Worse on', 'p']
+  tests = [
+    statistics.paired_test(base.em_scores, result.em_scores)
+    for result in others
   ]
-  for result in others:
-    test = statistics.paired_test(base.em_scores, result.em_scores)
-    rows.append(
-      [
-        result.name,
-        f'{100 * test.difference:+.1f}',
-        f'{100 * test.low:+.1f} to {100 * test.high:+.1f}',
-        f'{test.num_better:,}',
-        f'{test.num_worse:,}',
-        _p_value(test),
-      ]
-    )
-  return Table(
+  columns = [
+    _names(others),
+    table_cells.values(
+      f'EM less {base.name}',
+      [100 * test.difference for test in tests],
+      '{:+.1f}'.format,
+      max,
+    ),
+    (
+      '95 %',
+      [f'{100 * test.low:+.1f} to {100 * test.high:+.1f}' for test in tests],
+    ),
+    table_cells.values(
+      'Better on', [test.num_better for test in tests], table_cells.whole
+    ),
+    table_cells.values(
+      'Worse on', [test.num_worse for test in tests], table_cells.whole
+    ),
+    ('p', [test.p_in_words() for test in tests]),
+  ]
+  return table_cells.Table.of_columns(
     f'Against {base.name}, on the same questions',
-    rows,
+    columns,
     [
       'Interval: paired bootstrap over questions. p: exact two-sided sign test '
       'of the questions on which the models differ. Neither knows of the '
       'differences between seeds.'
     ],
+    is_main=True,
   )
 
 
-def _pairs(results) -> Table:
-  rows: list[list[Cell]] = [['EM of', *(f'less {r.name}' for r in results)]]
+def _pairs(results) -> list[table_cells.Table]:
+  """The differences of all pairs, and what the paired test says of them."""
+  heading = ['EM of', *(f'less {result.name}' for result in results)]
+  differences: list[list[table_cells.Cell]] = [heading]
+  p_values: list[list[table_cells.Cell]] = [['p of', *heading[1:]]]
   for result in results:
-    row: list[Cell] = [result.name]
-    for other in results:
-      if other is result:
-        row.append('')
-        continue
-      test = statistics.paired_test(other.em_scores, result.em_scores)
-      row.append(f'{100 * test.difference:+.1f} (p {_p_value(test)})')
-    rows.append(row)
-  return Table(
-    'Each against each, on the same questions',
-    rows,
-    ['The same test; the p-values are not corrected for the number of pairs.'],
-  )
+    tests = [
+      None
+      if other is result
+      else statistics.paired_test(other.em_scores, result.em_scores)
+      for other in results
+    ]
+    differences.append(
+      [
+        result.name,
+        *(f'{100 * test.difference:+.1f}' if test else '' for test in tests),
+      ]
+    )
+    p_values.append(
+      [result.name, *(test.p_in_words() if test else '' for test in tests)]
+    )
+  return [
+    table_cells.Table('Each against each, on the same questions', differences),
+    table_cells.Table(
+      'p of each against each',
+      p_values,
+      ['The same test; the values are not corrected for the number of pairs.'],
+    ),
+  ]
 
 
-def _grid(results) -> Table:
+def _grid(results) -> table_cells.Table:
   grid = answer_comparison.grid(results)
-  rows: list[list[Cell]] = [['Address', *grid.payloads]]
+  best = max(grid.em.values())
+
+  def cell(address, payload):
+    em = grid.em.get((address, payload))
+    if em is None:
+      return table_cells.NONE
+    return table_cells.Best(f'{em:.1f}') if em == best else f'{em:.1f}'
+
+  rows: list[list[table_cells.Cell]] = [['Address', *grid.payloads]]
   for address in grid.addresses:
-    cells = [grid.em.get((address, payload)) for payload in grid.payloads]
-    rows.append([address, *(_number(em, '.1f') for em in cells)])
-  return Table(
+    rows.append([address, *(cell(address, one) for one in grid.payloads)])
+  return table_cells.Table(
     'EM by address and payload',
     rows,
     [
@@ -317,45 +371,41 @@ def _grid(results) -> Table:
   )
 
 
-def _memories(results) -> Table:
+def _memories(results) -> table_cells.Table:
+  results = [one for one in results if one.silenced or one.reads]
+  silenced = [result.silenced for result in results]
+  reads = [result.reads for result in results]
   kinds = list(
-    dict.fromkeys(
-      kind
-      for result in results
-      if result.silenced
-      for kind in result.silenced.recall
-    )
+    dict.fromkeys(kind for one in silenced if one for kind in one.recall)
   )
-  heading = ['Model', 'EM', 'silenced']
+  one, three = table_cells.decimals(1), table_cells.decimals(3)
+  count = table_cells.count
+  columns = [
+    _names(results),
+    table_cells.values('EM', [result.score().em for result in results], one),
+    table_cells.values('silenced', [s and s.em for s in silenced], one),
+  ]
   for kind in kinds:
-    heading += [f'Recall, {kind}', 'silenced']
-  heading += ['Text loss', 'silenced', 'Rows / token', 'Bytes / token', 'moved']
-  rows = [heading]
-  for result in results:
-    silenced, reads = result.silenced, result.reads
-    if not (silenced or reads):
-      continue
-    row = [
-      result.name,
-      f'{result.score().em:.1f}',
-      _number(silenced and silenced.em, '.1f'),
+    whole = [_share(result.recall.get(kind)) for result in results]
+    left = [s and _share(s.recall.get(kind)) for s in silenced]
+    columns += [
+      table_cells.values(f'Recall, {kind}', whole, one),
+      table_cells.values('silenced', left, one),
     ]
-    for kind in kinds:
-      row += [
-        _share(result.recall.get(kind)),
-        _share(silenced and silenced.recall.get(kind)),
-      ]
-    row += [
-      _number(result.text_loss, '.3f'),
-      _number(silenced and silenced.text_loss, '.3f'),
-      _number(reads and reads.rows, '.2f'),
-      _count(reads and reads.bytes),
-      _count(reads and reads.moved),
-    ]
-    rows.append(row)
-  return Table(
+  columns += [
+    table_cells.values('Text loss', [one.text_loss for one in results], three),
+    table_cells.values(
+      'silenced', [s and s.text_loss for s in silenced], three
+    ),
+    table_cells.values(
+      'Rows / token', [r and r.rows for r in reads], table_cells.decimals(2)
+    ),
+    table_cells.values('Bytes / token', [r and r.bytes for r in reads], count),
+    table_cells.values('moved', [r and r.moved for r in reads], count),
+  ]
+  return table_cells.Table.of_columns(
     'Memories',
-    rows,
+    columns,
     [
       'Silenced: the same model with no row of its memories, and without its '
       'sparse feed-forwards. Rows: those of tables that a token names, a mean '
@@ -366,84 +416,66 @@ def _memories(results) -> Table:
   )
 
 
-def _share(counts: tuple[int, int] | None) -> str:
-  if not counts or not counts[1]:
-    return NONE
-  return f'{100 * counts[0] / counts[1]:.1f}'
-
-
-def _p_value(test: statistics.PairedTest) -> str:
-  return f'{test.p_value:.2g}' if test.p_value >= 1e-4 else '< 0.0001'
-
-
-def _breakdown(report, breakdown: answer_comparison.Breakdown) -> Table:
-  title = f'EM and F1 by {breakdown.title}'
-  if not breakdown.groups:
-    return Table(title, (), [f'n/a: {breakdown.why_empty}.'])
-  rows: list[list[Cell]] = [
-    [
-      breakdown.heading,
-      'Questions',
-      *(result.name for result in report.results),
-    ]
-  ]
+def _breakdown(
+  results, breakdown: answer_comparison.Breakdown
+) -> table_cells.Table:
+  columns = [_names(results)]
+  widest = 0.0
   for group in breakdown.groups:
-    scores = [group.score(result) for result in report.results]
-    rows.append(
-      [
-        group.name,
-        f'{int(group.members.sum()):,}',
-        *(
-          f'{score.em:.1f} ({_interval(score.em_interval)}) · {score.f1:.1f}'
-          if score
-          else NONE
-          for score in scores
-        ),
-      ]
+    scores = [score for one in results if (score := group.score(one))]
+    # A group without questions has no column.
+    if not scores:
+      continue
+    widest = max(
+      widest,
+      *(score.em_interval[1] - score.em_interval[0] for score in scores),
     )
-  notes = ['EM in %, in brackets its 95 % interval; then F1.']
+    columns.append(
+      table_cells.values(
+        f'{group.name} ({int(group.members.sum()):,})',
+        [score.em for score in scores],
+        table_cells.decimals(1),
+        max,
+      )
+    )
+  notes = [
+    f'EM in %, with the number of questions in brackets. '
+    f'The widest of the 95 % intervals spans {widest:.1f} points; results.json '
+    'has all intervals, and F1.'
+  ]
   if breakdown.num_without:
     notes.append(
       f'Of {breakdown.num_without:,} questions it is not known; they are in '
-      'no row.'
+      'no column.'
     )
-  return Table(title, rows, notes)
+  return table_cells.Table.of_columns(
+    f'EM by {breakdown.title}', columns, notes
+  )
 
 
-def _loads(results) -> Table:
-  rows: list[list[Cell]] = [
-    [
-      'Model',
-      'Layer',
-      'Load',
-      'Experts',
-      'Busiest / mean',
-      'Unused',
-      'Skipped',
-      'Dropped in training',
-      'in evaluation',
-      'in generation',
-    ]
+def _loads(results) -> table_cells.Table:
+  loads = [(result, load) for result in results for load in result.loads]
+
+  def shares(heading, found):
+    return table_cells.values(heading, found, table_cells.percent)
+
+  columns: list[table_cells.Column] = [
+    ('Model', [result.name for result, _ in loads]),
+    ('Layer', [load.layer for _, load in loads]),
+    ('Load', [table_cells.Bars.of_shares(load.shares) for _, load in loads]),
+    ('Experts', [f'{len(load.shares):,}' for _, load in loads]),
+    ('Busiest / mean', [f'{load.max_over_mean:.1f}' for _, load in loads]),
+    ('Unused', [f'{load.num_unused:,}' for _, load in loads]),
+    shares('Skipped', [load.skipped for _, load in loads]),
+    shares(
+      'Dropped in training', [load.dropped_in_training for _, load in loads]
+    ),
+    shares('in evaluation', [load.dropped for _, load in loads]),
+    shares('in generation', [load.dropped_in_generation for _, load in loads]),
   ]
-  for result in results:
-    for load in result.loads:
-      rows.append(
-        [
-          result.name,
-          load.layer,
-          Bars(_heights(load.shares)),
-          f'{len(load.shares):,}',
-          f'{load.max_over_mean:.1f}',
-          f'{load.num_unused:,}',
-          _percent(load.skipped),
-          _percent(load.dropped_in_training),
-          _percent(load.dropped),
-          _percent(load.dropped_in_generation),
-        ]
-      )
-  return Table(
+  return table_cells.Table.of_columns(
     'Load of the experts',
-    rows,
+    columns,
     [
       'Tokens of some batches of the pretraining text. Bars: experts by falling '
       'load, heights in logarithms. Skipped: tokens that have no expert by '
@@ -453,134 +485,9 @@ def _loads(results) -> Table:
   )
 
 
-def _heights(shares: Sequence[float]) -> tuple[float, ...]:
-  """Returns heights of bars, from 0 to 1, for loads in falling order."""
-  ordered = sorted(shares, reverse=True)
-  number = min(_MOST_BARS, len(ordered))
-  ends = [round(i * len(ordered) / number) for i in range(number + 1)]
-  mean = sum(ordered) / len(ordered) or 1.0
-  means = [
-    sum(ordered[a:b]) / (b - a) / mean
-    for a, b in zip(ends, ends[1:], strict=False)
-  ]
-  top = math.log1p(means[0]) or 1.0
-  return tuple(math.log1p(value) / top for value in means)
-
-
-# Functions that render Markdown.
-
-
-def markdown(
-  report: report_contents.Report,
-  tables: Sequence[Table],
-  examples: Sequence[Example],
-  figure: str,
-) -> str:
-  """Returns the report as Markdown, which shows the file of its figure."""
-  parts = [f'# {_text(report.title)}', *map(_text, report.notes)]
-  parts.append(f'![EM, losses and sizes of all models]({figure})')
-  for table in tables:
-    parts.append(f'## {_text(table.title)}')
-    if table.rows:
-      parts.append(markdown_table(table.rows))
-    parts += [_text(note) for note in table.notes]
-  if examples:
-    parts.append('## Questions on which models differ')
-  for example in examples:
-    lines = [
-      f'**{_text(example.question)}** (right: '
-      f'{_text(" / ".join(example.answers))})',
-      '',
-    ]
-    lines += [
-      f'- {_text(name)}: {_text(prediction) or "(nothing)"} '
-      f'{"✓" if is_right else "✗"}'
-      for name, prediction, is_right in example.predictions
-    ]
-    lines += [
-      f'- experts of {_text(name)}: '
-      + ', '.join(
-        f'{_text(word)} {"none" if expert is None else expert}'
-        for word, expert in words
-      )
-      for name, words in example.words
-    ]
-    parts.append('\n'.join(lines))
-  return '\n\n'.join(parts) + '\n'
-
-
-def markdown_table(rows: Sequence[Sequence[Cell]]) -> str:
-  """Returns rows, the headings first, as a table in Markdown."""
-  heading, *body = (
-    '| ' + ' | '.join(_markdown_cell(cell) for cell in row) + ' |'
-    for row in rows
-  )
-  # The first column is aligned to the left, numbers to the right.
-  rule = '|---|' + '---:|' * (len(rows[0]) - 1)
-  return '\n'.join((heading, rule, *body))
-
-
-def bars_in_text(bars: Bars) -> str:
-  """Returns about eight of the bars, as letters that are blocks."""
-  step = max(1, len(bars.heights) // 8)
-  return ''.join(
-    _BLOCKS[round(height * (len(_BLOCKS) - 1))]
-    for height in bars.heights[::step]
-  )
-
-
-def _markdown_cell(cell: Cell) -> str:
-  return bars_in_text(cell) if isinstance(cell, Bars) else _text(cell)
-
-
-def _text(text: str) -> str:
-  """Escapes a text, so that it is neither Markdown, HTML nor codes."""
-  text = terminal_text.escaped(' '.join(text.split()))
-  for mark in '\\|*_`[]#':
-    text = text.replace(mark, f'\\{mark}')
-  return html.escape(text, quote=False)
-
-
-# Functions that format numbers.
-
-
-def _interval(ends: tuple[float, float]) -> str:
-  return '{:.1f} – {:.1f}'.format(*ends)
-
-
-def _number(value: float | None, form: str) -> str:
-  return NONE if value is None else f'{value:{form}}'
-
-
-def _percent(share: float | None) -> str:
-  return NONE if share is None else f'{100 * share:.1f} %'
-
-
-def _count(number: float | None) -> str:
-  """Formats a number with three digits and a unit: 77000000 is 77M."""
-  if number is None:
-    return NONE
-  for unit in ('', 'K', 'M', 'G'):
-    if number < 999.5:
-      return f'{number:.3g}{unit}'
-    number /= 1000
-  return f'{number:.3g}T'
-
-
-def _bytes(number: float | None) -> str:
-  if number is None:
-    return NONE
-  return f'{number / 2**30:.2f} GiB'
-
-
-def _duration(seconds: float | None) -> str:
-  if seconds is None:
-    return NONE
-  if seconds < 100:
-    return f'{seconds:.0f} s'
-  minutes = round(seconds / 60)
-  return (
-    f'{minutes // 60}h {minutes % 60:02}m'
-    if minutes >= 60
-    else f'{minutes} min'
+def _sizes(results) -> table_cells.Table:
+  sized = [result for result in results if result.note]
+  return table_cells.Table.of_columns(
+    'How models were sized',
+    [_names(sized), ('Setting', [result.note for result in sized])],
   )

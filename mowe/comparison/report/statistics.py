@@ -40,6 +40,10 @@ class PairedTest:
   num_worse: int
   p_value: float
 
+  def p_in_words(self) -> str:
+    """Returns the p-value with two digits, or that it is below 0.0001."""
+    return f'{self.p_value:.2g}' if self.p_value >= 1e-4 else '< 0.0001'
+
 
 def bootstrap_interval(
   scores: Sequence[float] | np.ndarray, seed: int = 0

@@ -1,0 +1,69 @@
+"""Pages must have no fault that axe-core finds, and nothing that is cut off.
+
+They are opened in a headless Chromium: that of `playwright install chromium`,
+or the one that the environment variable MOWE_CHROMIUM names.
+"""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+from mowe.comparison.report import report_files
+
+sys.path.append(str(pathlib.Path(__file__).parent / 'comparison' / 'report'))
+import made_up_answers  # noqa: E402
+
+_axe = pytest.importorskip(
+  'axe_playwright_python.sync_playwright',
+  reason='needs the extra [browser]',
+)
+
+
+@pytest.fixture(scope='module')
+def browser():
+  from playwright import sync_api
+
+  with sync_api.sync_playwright() as playwright:
+    try:
+      browser = playwright.chromium.launch(
+        executable_path=os.environ.get('MOWE_CHROMIUM'), args=['--no-sandbox']
+      )
+    except sync_api.Error as error:
+      pytest.skip(f'no Chromium can be started: {str(error).splitlines()[0]}')
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+  return report_files.write_report(
+    made_up_answers.whole_report(provenance=[('Command', 'mowe compare x')]),
+    tmp_path_factory.mktemp('report'),
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('width', [390, 1280])
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_a_report_has_no_fault(browser, report, width, scheme):
+  page = browser.new_page(
+    viewport={'width': width, 'height': 900}, color_scheme=scheme
+  )
+  page.goto(report.as_uri())
+  found = _axe.Axe().run(page)
+  assert found.violations_count == 0, found.generate_report()
+  assert page.evaluate('document.documentElement.scrollWidth') <= width
+  # Texts of figures lie within their figures.
+  cut = page.evaluate(
+    """[...document.querySelectorAll('figure svg')].flatMap(svg => {
+      const whole = svg.getBoundingClientRect();
+      return [...svg.querySelectorAll('text')].filter(text => {
+        const part = text.getBoundingClientRect();
+        return part.left < whole.left - 1 || part.right > whole.right + 1;
+      }).map(text => text.textContent);
+    })"""
+  )
+  assert cut == []
+  page.close()
