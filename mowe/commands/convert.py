@@ -373,14 +373,25 @@ def _opened_huggingface(
   folder = pathlib.Path(path)
   with contextlib.ExitStack() as closing:
     spiece, vocabulary = folder / _SPIECE, None
+    temporary = closing.enter_context(tempfile.TemporaryDirectory())
+    made = pathlib.Path(temporary) / _SPIECE
     if not spiece.is_file() and _has_tokenizer(folder) and not has_vocabulary:
-      temporary = closing.enter_context(tempfile.TemporaryDirectory())
-      spiece = pathlib.Path(temporary) / _SPIECE
+      spiece = made
       spiece.write_bytes(
         tokenizer_json.sentencepiece_model(folder / _TOKENIZER)
       )
     if spiece.is_file():
       vocabulary = _vocabulary_of(spiece, folder, extra_ids)
+      added = huggingface_tokenizer.read(folder, vocabulary).added
+      if added and _are_next(added.values(), vocabulary, config):
+        made.write_bytes(
+          tokenizer_json.with_added_tokens(
+            spiece.read_bytes(), vocabulary.extra_ids, list(added)
+          )
+        )
+        vocabulary = subword_vocabularies.load_subwords(made)
+      elif added:
+        _say_lost(list(added), spiece)
     yield weights.Weights(config, flat, vocabulary=vocabulary)
 
 
@@ -389,19 +400,29 @@ def _has_tokenizer(folder) -> bool:
 
 
 def _vocabulary_of(spiece, folder, extra_ids):
-  """The vocabulary of a tokenizer; what of it is lost is printed."""
+  """The vocabulary of a tokenizer, without tokens that were added to it."""
   vocabulary = subword_vocabularies.load_subwords(spiece, extra_ids)
   settings = huggingface_tokenizer.read(folder, vocabulary)
-  if settings.added:
-    named = ', '.join(map(repr, settings.added[:_MOST_NAMED]))
-    more = ', ...' if len(settings.added) > _MOST_NAMED else ''
-    print(
-      f'Tokens that were added to the tokenizer are lost ({named}{more}): texts '
-      f'with them are read by the pieces of {spiece.name} alone.'
-    )
   if extra_ids is None and settings.extra_ids is not None:
     return subword_vocabularies.load_subwords(spiece, settings.extra_ids)
   return vocabulary
+
+
+def _are_next(ids, vocabulary, config) -> bool:
+  """Whether ids follow those of a vocabulary, and have embeddings."""
+  end = vocabulary.size + len(ids)
+  return [*ids] == [*range(vocabulary.size, end)] and end <= config.vocab_size
+
+
+def _say_lost(added, spiece) -> None:
+  named = ', '.join(map(repr, added[:_MOST_NAMED]))
+  more = ', ...' if len(added) > _MOST_NAMED else ''
+  print(
+    f'Tokens that were added to the tokenizer are lost ({named}{more}), as their '
+    'ids do not follow those of the pieces and sentinels, or the model has no '
+    'embeddings for them: texts with them are read by the pieces of '
+    f'{spiece.name} alone.'
+  )
 
 
 def _save_huggingface(folder, given):

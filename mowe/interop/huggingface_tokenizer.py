@@ -19,11 +19,12 @@ class Tokenizer(NamedTuple):
   Attributes:
     extra_ids: how many sentinels it adds to its SentencePiece model; None if
       the files do not say.
-    added: texts that somebody added as tokens.
+    added: ids of the texts that somebody added as tokens, in the order of the
+      ids; -1 for a text of which the files do not say it.
   """
 
   extra_ids: int | None
-  added: tuple[str, ...]
+  added: dict[str, int]
 
 
 def read(
@@ -47,20 +48,28 @@ def read(
       f'sentinels up to {_MOST_SENTINELS:,}, but is {extra_ids!r}. {_ADVICE}'
     )
   # Both files have all of them, where both are there.
-  tokens = _items(_read(folder, _TOKENIZER).get('added_tokens'))
+  tokens = [
+    (token.get('id'), token.get('content'))
+    for token in _items(_read(folder, _TOKENIZER).get('added_tokens'))
+  ]
   decoder = settings.get('added_tokens_decoder')
   if isinstance(decoder, Mapping):
-    tokens += _items([*decoder.values()])
-  contents = [token.get('content') for token in tokens]
-  texts = dict.fromkeys(one for one in contents if isinstance(one, str))
+    tokens += [
+      (int(key) if key.isdecimal() else None, token.get('content'))
+      for key, token in decoder.items()
+      if isinstance(token, Mapping)
+    ]
   names = {vocabulary.piece(i) for i in range(vocabulary.size)}
+  added = {
+    text: number if type(number) is int else -1
+    for number, text in tokens
+    if isinstance(text, str)
+    and text
+    and text not in names
+    and not text.startswith('<extra_id_')
+  }
   return Tokenizer(
-    extra_ids,
-    tuple(
-      text
-      for text in texts
-      if text not in names and not text.startswith('<extra_id_')
-    ),
+    extra_ids, dict(sorted(added.items(), key=lambda item: item[1]))
   )
 
 

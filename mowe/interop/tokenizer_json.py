@@ -15,7 +15,7 @@ import binascii
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowe.words import base_vocabulary, json_files
@@ -32,7 +32,7 @@ def sentencepiece_model(path: str | os.PathLike) -> bytes:
 
   Sentinels at the end of the pieces are left out, as in the files of T5: they
   are added when the model is read. Tokens that were added to the tokenizer later
-  are not pieces, and are left out as well.
+  are not pieces, and are left out as well; see `with_added_tokens`.
 
   Args:
     path: the tokenizer.json.
@@ -61,12 +61,37 @@ def sentencepiece_model(path: str | os.PathLike) -> bytes:
     + _text(45, pieces[base_vocabulary.UNK_ID][0])
     + _text(47, pieces[base_vocabulary.EOS_ID][0])
   )
-  messages = [
-    _sized(1, _text(1, piece) + _float(2, score) + _number(3, kind))
-    for piece, score, kind in pieces
-  ]
+  messages = [_piece_message(*piece) for piece in pieces]
   normalizer = _normalizer(path, content)
   return b''.join([*messages, _sized(2, trainer), _sized(3, normalizer)])
+
+
+def with_added_tokens(
+  model: bytes, extra_ids: int, added: Sequence[str]
+) -> bytes:
+  """Returns a spiece.model in which sentinels and added tokens are pieces.
+
+  Their ids follow those of the pieces, as in transformers: the sentinels, the
+  first of them last, and then the tokens that somebody added. No text is read as
+  a sentinel.
+
+  Args:
+    model: the spiece.model.
+    extra_ids: number of sentinels.
+    added: the texts of the tokens.
+  """
+  sentinels = [f'{_SENTINEL}{i}>' for i in reversed(range(extra_ids))]
+  kinds = dict.fromkeys(sentinels, _CONTROL) | dict.fromkeys(
+    added, _USER_DEFINED
+  )
+  # Two messages one behind the other are one, with the pieces of both.
+  return model + b''.join(
+    _piece_message(text, 0.0, kind) for text, kind in kinds.items()
+  )
+
+
+def _piece_message(text: str, score: float, kind: int) -> bytes:
+  return _sized(1, _text(1, text) + _float(2, score) + _number(3, kind))
 
 
 def _pieces(

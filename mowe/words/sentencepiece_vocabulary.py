@@ -41,6 +41,8 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
 
   If no sentinels are added, pieces that are called like sentinels are the
   sentinels, as in mT5. By default 100 are added to a file without such pieces.
+  Symbols behind such sentinels are tokens that somebody added to a tokenizer.
+  They cut a text in parts that are encoded one by one, as in transformers.
 
   Attributes:
     path: the file it was read from.
@@ -102,6 +104,7 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
       extra_ids = 0 if has_own else base_vocabulary.NUM_SENTINELS
     self.extra_ids = extra_ids
     self.size = num_pieces + extra_ids
+    self._added = self._find_added()
 
   def __reduce__(self):
     return type(self), (self.path, self.extra_ids)
@@ -134,8 +137,22 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
           return found
     return range(0)
 
+  def _find_added(self) -> re.Pattern | None:
+    """Matches the longest of the tokens that were added; None without any."""
+    last = max(self._own_sentinels, default=self.size)
+    if last + 1 >= self.size:
+      return None
+    texts = [self._texts[i] for i in self._user_defined if i > last]
+    if not texts:
+      return None
+    return re.compile(
+      f'({"|".join(map(re.escape, sorted(texts, key=len, reverse=True)))})'
+    )
+
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without EOS."""
+    if self._added is not None:
+      return self.encode_with_offsets(text)[0]
     try:
       return self._processor.encode(text)
     except _NOT_UTF8:
@@ -144,6 +161,8 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of each text, without EOS."""
     texts = list(texts)
+    if self._added is not None:
+      return [self.encode(text) for text in texts]
     try:
       # One thread, because callers that want more use several processes.
       return self._processor.encode(texts, num_threads=1)
@@ -169,6 +188,24 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
     word belongs to no piece: a bare word-start mark is empty.
     """
     text = _without_surrogates(text)
+    parts = [text] if self._added is None else self._added.split(text)
+    ids, starts, ends, place = [], [], [], 0
+    for number, part in enumerate(parts):
+      # Every second part is a token that was added.
+      found = (
+        [(self._processor.PieceToId(part), 0, len(part))]
+        if number % 2
+        else self._pieces_of(part)
+      )
+      for piece, start, end in found:
+        ids.append(piece)
+        starts.append(place + start)
+        ends.append(place + end)
+      place += len(part)
+    return ids, starts, ends
+
+  def _pieces_of(self, text: str) -> list[tuple[int, int, int]]:
+    """The id, the start and the end of each piece of a text."""
     try:
       found = self._processor.encode(text, out_type='offset_mapping')
       ids, spans = found['ids'], found['offsets']
@@ -176,13 +213,12 @@ class SentencePieceVocabulary(base_vocabulary.Vocabulary):
       pieces = self._processor.encode(text, out_type='immutable_proto').pieces
       ids = [piece.id for piece in pieces]
       spans = [(piece.begin, piece.end) for piece in pieces]
-    starts, ends = [], []
-    for start, end in spans:
+    pieces = []
+    for piece, (start, end) in zip(ids, spans, strict=True):
       while start < end and text[start].isspace():
         start += 1
-      starts.append(start)
-      ends.append(end)
-    return list(ids), starts, ends
+      pieces.append((piece, start, end))
+    return pieces
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text up to EOS, without padding, sentinels by name."""

@@ -470,7 +470,7 @@ def test_what_a_tokenizer_says_of_its_tokens(
   capsys.readouterr()
   convert.convert(str(theirs), str(tmp_path / 'whole'), 'safetensors')
   told = capsys.readouterr().out
-  assert "added to the tokenizer are lost ('<ORG>', '{'): texts" in told
+  assert "added to the tokenizer are lost ('<ORG>', '{'), as their ids" in told
   settings = {'extra_ids': 3}
   (theirs / 'tokenizer_config.json').write_text(json.dumps(settings))
   (theirs / 'tokenizer.json').unlink()
@@ -489,6 +489,54 @@ def test_what_a_tokenizer_says_of_its_tokens(
     convert.convert(str(theirs), str(tmp_path / 'no'), 'safetensors')
 
 
+def test_tokens_that_were_added_to_a_tokenizer_are_read(
+  pretrained, tmp_path, capsys
+):
+  theirs, out = tmp_path / 'theirs', tmp_path / 'out'
+  convert.convert(str(pretrained), str(theirs), 'huggingface')
+  own = subword_vocabularies.load_subwords(theirs / 'spiece.model')
+  rows = json.loads((theirs / 'config.json').read_text())['vocab_size']
+  texts = [f'<NAME{i}>' for i in range(rows - own.size)]
+  decoder = {
+    str(own.size + i): {'content': text} for i, text in enumerate(texts)
+  }
+  path = theirs / 'tokenizer_config.json'
+  path.write_text(json.dumps({'added_tokens_decoder': decoder}))
+  capsys.readouterr()
+  convert.convert(str(theirs), str(out), 'safetensors')
+  assert 'lost' not in capsys.readouterr().out
+  read = mowe_safetensors.load(out).vocabulary
+  assert read.size == rows and read.extra_ids == 0
+  # The sentinels keep their ids, and so do all pieces.
+  assert list(read.sentinels) == list(own.sentinels)
+  assert all(read.piece(i) == own.piece(i) for i in range(7))
+  ids = read.encode(f'they saw {texts[1]} there.')
+  assert ids.count(own.size + 1) == 1
+  assert read.decode(ids) == f'they saw{texts[1]} there.'
+  # They cut a text in parts, and stand for what they stood for in it.
+  text = f'they {texts[1]}{texts[2]}  saw'
+  ids, starts, ends = read.encode_with_offsets(text)
+  assert ids == read.encode_batch([text])[0]
+  assert ids == [
+    *own.encode('they'),
+    own.size + 1,
+    own.size + 2,
+    *own.encode('saw'),
+  ]
+  places = dict(zip(ids, zip(starts, ends, strict=True), strict=True))
+  end = 5 + len(texts[1])
+  assert places[own.size + 1] == (5, end)
+  assert places[own.size + 2] == (end, end + len(texts[2]))
+  assert (starts[-1] >= end + len(texts[2])) and ends[-1] == len(text)
+  # A text is no sentinel.
+  assert not set(read.encode('<extra_id_0>')) & set(read.sentinels)
+  # One more has no embedding.
+  decoder[str(rows)] = {'content': '<MORE>'}
+  path.write_text(json.dumps({'added_tokens_decoder': decoder}))
+  convert.convert(str(theirs), str(tmp_path / 'few'), 'safetensors')
+  assert 'no embeddings for them' in capsys.readouterr().out.replace('\n', ' ')
+
+
 def test_a_folder_of_transformers_5_has_no_spiece_model(
   pretrained, tmp_path, capsys
 ):
@@ -505,7 +553,7 @@ def test_a_folder_of_transformers_5_has_no_spiece_model(
   path = theirs / 'tokenizer.json'
   path.write_text(json.dumps(tokenizer))
   convert.convert(str(theirs), str(out), 'safetensors')
-  assert "are lost ('<ORG>')" in capsys.readouterr().out
+  assert "are lost ('<ORG>'), as" in capsys.readouterr().out
   read = mowe_safetensors.load(out).vocabulary
   assert (read.size, read.extra_ids) == (own.size, own.extra_ids)
   assert read.piece(7) == own.piece(7)
